@@ -1,0 +1,87 @@
+"""Every error that ruiji raises on purpose, and the exit code that each one means.
+
+Exit codes, the same for every command: 0 done, 1 error, 2 usage or bad input, 3 finished but some
+objects or queries failed (or a run is not finished), 4 data on disk inconsistent or made by another
+model, 5 nothing found where that was asked to be a failure, 130 interrupted.
+"""
+
+from typing import ClassVar
+
+EXIT_INCOMPLETE = 3
+
+
+class RuijiError(Exception):
+    """Something went wrong; the message says what, with the values, and what to do next."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "", *details: object) -> None:
+        super().__init__(message or " ".join((type(self).__doc__ or "").split()), *details)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UsageError(RuijiError):
+    """An option, a setting or a file that was given is wrong."""
+
+    exit_code = 2
+
+
+class ObjectListError(UsageError):
+    """The object list has a line that cannot be used; the message names the line."""
+
+
+class ModelError(UsageError):
+    """The model file is missing, cannot be read, or does not fit the model contract."""
+
+
+class QueryError(UsageError):
+    """A query cannot be searched with: not an image, or of another length than the gallery."""
+
+
+class GalleryMismatch(RuijiError):
+    """The feature folder belongs to another model, or its parts contradict each other."""
+
+    exit_code = 4
+
+
+class PlanMismatch(RuijiError):
+    """Another plan is open in this feature folder."""
+
+    exit_code = 4
+
+
+class ShardCorrupt(RuijiError):
+    """A shard's bytes differ from its record."""
+
+    exit_code = 4
+
+
+class BrokerUnavailable(RuijiError):
+    """Redis cannot be reached."""
+
+
+class MachineFault(RuijiError):
+    """The machine, not the object, is at fault: media folder gone, disk full, I/O error, device lost.
+
+    The only class for which work is given back to the queue: it may succeed unchanged later.
+    """
+
+
+class ImageError(RuijiError):
+    """One object cannot be embedded, and it is the object's own fault.
+
+    Args:
+        message: our own words, free of host names, times and foreign exception texts, because
+            it ends in a shard's record.
+        reason: one of the classes of `docs/format.md`, e.g. ``missing`` or ``undecodable``.
+    """
+
+    def __init__(self, message: str = "", reason: str = "undecodable") -> None:
+        super().__init__(message, reason)
+
+    @property
+    def reason(self) -> str:
+        """The reason class, a short hyphenated word."""
+        return str(self.args[1])

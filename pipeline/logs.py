@@ -1,0 +1,46 @@
+"""Logging: one line per event on stderr, with a stable event name; stdout is for answers."""
+
+import json
+import logging
+import sys
+import time
+
+#: LogRecord attributes that are not ours; whatever else a record carries came in through `extra`.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class EventFormatter(logging.Formatter):
+    """Text (`12:00:05 info worker_ready device=cpu …`) or one JSON object per line."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record; `extra` keys become fields, `event` comes first."""
+        fields = {k: v for k, v in vars(record).items() if k not in _STANDARD}
+        event = fields.pop("event", None)
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._as_json:
+            line: dict[str, object] = {"time": round(record.created, 3), "level": record.levelname.lower()}
+            if event:
+                line["event"] = event
+            line |= {"message": record.getMessage(), **fields}
+            if trace:
+                line["traceback"] = trace
+            return json.dumps(line, ensure_ascii=False, default=str)
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        words = [clock, record.levelname.lower(), *([str(event)] if event else []), record.getMessage()]
+        words += [f"{key}={value}" for key, value in fields.items()]
+        return " ".join(words) + (f"\n{trace}" if trace else "")
+
+
+def set_up(log_format: str, level: int = logging.INFO) -> None:
+    """Send ruiji's events to stderr as `text` or `json`; keep Celery and kombu to warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(EventFormatter(as_json=log_format == "json"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in ("pipeline", "workers", "search"):
+        logging.getLogger(name).setLevel(level)

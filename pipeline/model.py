@@ -1,0 +1,297 @@
+"""The model contract: what an ONNX file expects and gives, and the fingerprint of both.
+
+Without a `<model>.toml` beside it a model is taken as the article's (`inputs:0`, NHWC, RGB in [0, 1],
+224 x 224, to `feature_vector`) where its names say so, else as its graph says where that leaves no doubt.
+"""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+
+ARTICLE_INPUT, ARTICLE_OUTPUT = "inputs:0", "feature_vector"
+RESIZE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+#: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
+_FINGERPRINT_FORMAT = 1
+_TOML_KEYS = {
+    "input": {"name", "layout", "color", "height", "width", "resize", "divisor", "mean", "std", "exif_orientation"},
+    "output": {"name", "length"},
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How pixels become the model's input, and where its features come out.
+
+    Attributes:
+        layout: `NHWC` or `NCHW`.
+        color: `RGB` (3 channels) or `L` (grey, 1 channel), as Pillow's `convert` makes them.
+        resize: name of Pillow's filter; the aspect ratio is not kept, as in the article.
+        divisor, mean, std: the input is `(pixel / divisor - mean) / std`, one mean and std a channel.
+        exif_orientation: whether a picture is turned upright before it is resized.
+        length: d, the number of float32 values of one feature.
+    """
+
+    input_name: str
+    output_name: str
+    layout: str
+    color: str
+    height: int
+    width: int
+    resize: str
+    divisor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    exif_orientation: bool
+    length: int
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return 1 if self.color == "L" else 3
+
+
+@dataclass(frozen=True)
+class Model:
+    """One ONNX file, its declared spec and the fingerprint of all that changes a feature.
+
+    Attributes:
+        batch: the batch size that the graph fixes, or None where it takes any.
+        fingerprint: sha256 (hex) over the model's bytes, its external data and the spec.
+    """
+
+    path: Path
+    spec: ModelSpec
+    batch: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A graph input or output; unknown dimensions are None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...] | None
+
+    def __str__(self) -> str:
+        shape = "?" if self.shape is None else ", ".join("?" if n is None else str(n) for n in self.shape)
+        return f"{self.name} {self.dtype}[{shape}]"
+
+
+def load_model(path: Path) -> Model:
+    """Read a model's graph and its `<model>.toml`, and compute the fingerprint.
+
+    Raises:
+        ModelError: the file is missing, is not ONNX, or does not fit the contract; says why.
+    """
+    graph = _load_graph(path)
+    inputs, outputs = graph_tensors(graph)
+    declared = _read_toml(path.with_suffix(".toml"))
+    try:
+        spec, batch = _resolve(inputs, outputs, declared)
+    except ModelError as error:
+        raise ModelError(f"{path} does not fit: {error}") from None
+    return Model(path, spec, batch, _fingerprint(path, graph, spec))
+
+
+def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs (without initializers) and outputs of an ONNX graph."""
+    import onnx
+
+    constants = {tensor.name for tensor in graph.initializer}
+
+    def tensor(value: Any) -> Tensor:
+        kind = value.type.tensor_type
+        dtype = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        shape = None
+        if kind.HasField("shape"):
+            shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim)
+        # ONNX calls the 32-bit type just FLOAT.
+        return Tensor(value.name, "float32" if dtype == "float" else dtype, shape)
+
+    return [tensor(v) for v in graph.input if v.name not in constants], [tensor(v) for v in graph.output]
+
+
+def _load_graph(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise ModelError(f"no model at {path}; give an .onnx file with --model or RUIJI_MODEL")
+    try:
+        graph = onnx.load_model(path, load_external_data=False).graph
+    except DecodeError:
+        graph = None
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
+    if graph is None or not graph.output:
+        raise ModelError(f"{path} is not an ONNX model")
+    return graph
+
+
+def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        declared = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    for section, values in declared.items():
+        known = _TOML_KEYS.get(section)
+        if known is None or not isinstance(values, dict):
+            raise ModelError(f"{path}: unknown section {section!r}; there are [input] and [output]")
+        for key in values:
+            if key not in known:
+                raise ModelError(f"{path}: unknown key {key!r} in [{section}]; known: {', '.join(sorted(known))}")
+    return declared
+
+
+def _resolve(
+    inputs: list[Tensor], outputs: list[Tensor], declared: dict[str, dict[str, Any]]
+) -> tuple[ModelSpec, int | None]:
+    given, wanted = declared.get("input", {}), declared.get("output", {})
+    source = _pick(inputs, given.get("name"), ARTICLE_INPUT, "input")
+    target = _pick(outputs, wanted.get("name"), ARTICLE_OUTPUT, "output")
+    if source.dtype != "float32":
+        raise ModelError(f"its input {source} is not float32")
+    if source.shape is None or len(source.shape) != 4:
+        raise ModelError(f"its input {source} is not an image batch with 4 dimensions")
+    article = source.name == ARTICLE_INPUT and target.name == ARTICLE_OUTPUT
+    layout = given.get("layout") or ("NHWC" if article else _layout(source))
+    if layout not in ("NHWC", "NCHW"):
+        raise ModelError(f"layout {layout!r} is neither NHWC nor NCHW")
+    batch, *rest = source.shape
+    height, width, channels = rest if layout == "NHWC" else (rest[1], rest[2], rest[0])
+    color = given.get("color") or ("L" if channels == 1 else "RGB")
+    if color not in ("RGB", "L"):
+        raise ModelError(f"color {color!r} is neither RGB nor L")
+    expected = 1 if color == "L" else 3
+    if channels not in (None, expected):
+        raise ModelError(f"its input {source} has {channels} channels in layout {layout}, {color} has {expected}")
+    default = 224 if article else None
+    spec = ModelSpec(
+        input_name=source.name,
+        output_name=target.name,
+        layout=layout,
+        color=color,
+        height=_size("height", height, given.get("height"), default),
+        width=_size("width", width, given.get("width"), default),
+        resize=str(given.get("resize", "bicubic")),
+        divisor=_number("divisor", given.get("divisor", 255)),
+        mean=_per_channel("mean", given.get("mean", 0.0), expected),
+        std=_per_channel("std", given.get("std", 1.0), expected),
+        exif_orientation=bool(given.get("exif_orientation", True)),
+        length=_length(target, wanted.get("length")),
+    )
+    if spec.resize not in RESIZE_FILTERS:
+        raise ModelError(f"resize {spec.resize!r} is none of {', '.join(RESIZE_FILTERS)}")
+    if spec.divisor == 0 or 0 in spec.std:
+        raise ModelError("divisor and std may not be 0")
+    return spec, batch
+
+
+def _pick(tensors: list[Tensor], name: str | None, article: str, kind: str) -> Tensor:
+    listed = "; ".join(map(str, tensors)) or "none"
+    if name is not None:
+        for tensor in tensors:
+            if tensor.name == name:
+                return tensor
+        raise ModelError(f"it has no {kind} {name!r}, only: {listed}")
+    if kind == "input" and len(tensors) != 1:
+        raise ModelError(f"it has {len(tensors)} inputs ({listed}); one image batch is expected")
+    for tensor in tensors:
+        if tensor.name == article:
+            return tensor
+    if len(tensors) == 1:
+        return tensors[0]
+    raise ModelError(f"it has several {kind}s ({listed}); name one in <model>.toml: [{kind}] name = …")
+
+
+def _layout(source: Tensor) -> str:
+    assert source.shape is not None
+    _, first, _, last = source.shape
+    if (last in (1, 3)) != (first in (1, 3)):
+        return "NHWC" if last in (1, 3) else "NCHW"
+    raise ModelError(f'the layout of its input {source} is not clear; say [input] layout = "NHWC" or "NCHW"')
+
+
+def _size(what: str, in_graph: int | None, given: Any, default: int | None) -> int:
+    if given is not None and (not isinstance(given, int) or not 0 < given <= 8192):
+        raise ModelError(f"{what} {given!r} is not a size in pixels")
+    if in_graph is not None and given not in (None, in_graph):
+        raise ModelError(f"{what} is {in_graph} in its graph and {given} in the .toml")
+    size = in_graph or given or default
+    if size is None:
+        raise ModelError(f"its graph leaves the {what} open; say [input] {what} = … in <model>.toml")
+    return int(size)
+
+
+def _length(target: Tensor, given: Any) -> int:
+    shape = target.shape
+    # A trailing [.., 1, 1] is a pooled feature map that was not flattened: the same values in the same order.
+    flat = shape is not None and (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1)))
+    if not flat or shape is None:
+        raise ModelError(f"its output {target} is not one vector an image")
+    if given is not None and (not isinstance(given, int) or given < 1 or shape[1] not in (None, given)):
+        raise ModelError(f"length {given!r} does not fit its output {target}")
+    length = shape[1] or given
+    if length is None:
+        raise ModelError(f"the length of its output {target} is open; say [output] length = … in <model>.toml")
+    return int(length)
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelError(f"{what} {value!r} is not a number")
+    return float(value)
+
+
+def _per_channel(what: str, value: Any, channels: int) -> tuple[float, ...]:
+    values = value if isinstance(value, list) else [value] * channels
+    if len(values) != channels:
+        raise ModelError(f"{what} has {len(values)} values for {channels} channels")
+    return tuple(_number(what, v) for v in values)
+
+
+def _fingerprint(path: Path, graph: Any, spec: ModelSpec) -> str:
+    parts = {
+        "format": _FINGERPRINT_FORMAT,
+        "model": _file_digest(path),
+        "external": {name: _file_digest(path.parent / name) for name in sorted(_external_files(graph))},
+        "spec": asdict(spec),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _external_files(graph: Any) -> set[str]:
+    """Files that hold weights outside the .onnx file, also those of subgraphs (If, Loop, Scan)."""
+    import onnx
+
+    names: set[str] = set()
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        tensors = list(current.initializer)
+        for node in current.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t, *attribute.tensors]
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending += attribute.graphs
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                names.update(entry.value for entry in tensor.external_data if entry.key == "location")
+    return names
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}, which the model needs: {error.strerror}") from None

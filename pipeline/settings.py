@@ -1,0 +1,179 @@
+"""Every setting, once: its option, its `RUIJI_…` variable, its default and why.
+
+The command line reads them (option, then environment, then `.env`); everything below it takes plain
+values. What decides bytes (model, shard rows, ids, limits) is frozen into the plan when work is
+enqueued: on a worker only the machine's own settings count.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UsageError
+
+
+class Device(StrEnum):
+    """Where ONNX Runtime or torch computes."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class ObjectIds(StrEnum):
+    """What an object's id is made from."""
+
+    basename = "basename"
+    path = "path"
+
+
+class LogFormat(StrEnum):
+    """How events are written to stderr."""
+
+    text = "text"
+    json = "json"
+
+
+MediaDir = Annotated[
+    Path,
+    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images; never written to."),
+]
+OptionalMediaDir = Annotated[
+    Path | None,
+    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images, to make whole paths with."),
+]
+FeatureDir = Annotated[
+    Path,
+    typer.Option("--feature-dir", envvar="RUIJI_FEATURE_DIR", help="Folder of the features; one gallery per model in it."),
+]
+ModelFile = Annotated[
+    Path,
+    typer.Option("--model", envvar="RUIJI_MODEL", help="The ONNX model; a <model>.toml beside it says what it expects."),
+]
+ListFile = Annotated[
+    Path | None,
+    typer.Option("--list", envvar="RUIJI_LIST", help="The object list.  [default: MEDIA_DIR/objects.txt]"),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url", envvar="RUIJI_REDIS_URL", help="redis:// or rediss://.  [default: the Redis that ruiji redis started]"
+    ),
+]
+ShardRows = Annotated[
+    int, typer.Option("--shard-rows", envvar="RUIJI_SHARD_ROWS", min=1, max=1_000_000, help="Objects a shard.")
+]
+Window = Annotated[
+    int,
+    typer.Option(
+        "--window-segments", envvar="RUIJI_WINDOW_SEGMENTS", min=1, max=64, help="Segments that are in the queue at once."
+    ),
+]
+ObjectId = Annotated[
+    ObjectIds, typer.Option("--object-id", envvar="RUIJI_OBJECT_ID", help="The id: the base name or the whole path.")
+]
+KeepFeatures = Annotated[
+    bool,
+    typer.Option(
+        "--keep-features/--drop-features",
+        envvar="RUIJI_KEEP_FEATURES",
+        help="Keep the per-image files once their shard is published.",
+    ),
+]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels", envvar="RUIJI_MAX_PIXELS", min=1, help="Images with more pixels than this fail as too-large."
+    ),
+]
+WorkerDevice = Annotated[Device, typer.Option("--device", envvar="RUIJI_DEVICE", help="Where the model runs.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", envvar="RUIJI_PROCESSES", min=1, help="Embed processes.  [default: one per core; 1 on CUDA]"),
+]
+BatchImages = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-images", envvar="RUIJI_BATCH_IMAGES", min=1, max=4096, help="Images a batch.  [default: 1 on a CPU, 64 on CUDA]"
+    ),
+]
+VisibilityTimeout = Annotated[
+    int,
+    typer.Option(
+        "--visibility-timeout-s",
+        envvar="RUIJI_VISIBILITY_TIMEOUT_S",
+        min=2,
+        help="Seconds after which a dead worker's images go to another.",
+    ),
+]
+StallTimeout = Annotated[
+    int,
+    typer.Option(
+        "--stall-timeout-s", envvar="RUIJI_STALL_TIMEOUT_S", min=1, help="Seconds without progress before lost tasks are looked for."
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir", envvar="RUIJI_STATE_DIR", help="Host-local folder of the embedded Redis.  [default: ~/.local/state/ruiji]"
+    ),
+]
+LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", envvar="RUIJI_LOG_FORMAT", help="Events on stderr.")]
+
+#: The article's shard: 10,000 rows x 1280 float32 = 51 MB, one read.
+SHARD_ROWS = 10_000
+#: Two segments keep workers busy while one is reduced; each more only costs Redis 12 MB.
+WINDOW_SEGMENTS = 2
+#: Twice Pillow's own warning limit; such an image takes 0.6 GB while it is decoded.
+MAX_PIXELS = 178_956_970
+#: Live workers renew their claims every few seconds, so this only has to outlast a pause, not a batch.
+VISIBILITY_TIMEOUT_S = 60
+#: Looking for lost tasks reads the whole queue; 30 s without any progress is rare enough.
+STALL_TIMEOUT_S = 30
+
+
+def load_dotenv() -> None:
+    """Read `.env` of the current folder into the environment; variables that are set win."""
+    if os.path.exists(".env"):
+        import dotenv
+
+        dotenv.load_dotenv(".env", override=False)
+
+
+def state_folder(state_dir: Path | None) -> Path:
+    """The host-local state folder, by the XDG convention unless one is given."""
+    if state_dir is not None:
+        return state_dir
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "ruiji"
+
+
+def list_file(list_path: Path | None, media_dir: Path) -> Path:
+    """The object list to read."""
+    return list_path if list_path is not None else media_dir / "objects.txt"
+
+
+def redis_url_file(state_dir: Path | None) -> Path:
+    """Where the embedded Redis leaves its address, password included; readable by its owner only."""
+    return state_folder(state_dir) / "redis.url"
+
+
+def resolve_redis_url(redis_url: str | None, state_dir: Path | None) -> str:
+    """The Redis to use: the given one, else the embedded one that is running.
+
+    Raises:
+        UsageError: none is given and none was started, or the URL has another scheme.
+    """
+    if redis_url is None:
+        try:
+            redis_url = redis_url_file(state_dir).read_text(encoding="utf-8").strip()
+        except OSError:
+            raise UsageError(
+                "no Redis: start the embedded one with `ruiji redis` (make redis), or give --redis-url (RUIJI_REDIS_URL)"
+            ) from None
+    if not redis_url.startswith(("redis://", "rediss://")):
+        raise UsageError("--redis-url must start with redis:// or rediss://")
+    return redis_url

@@ -1,0 +1,357 @@
+"""Feature, error, shard, record and gallery files: written atomically, read with checks.
+
+Every write is a temporary file in the same folder and a rename (or a hard link, where only one may
+win), so that a half-written file never has a final name. The layout is specified in `docs/format.md`.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt
+from pipeline.model import Model
+from pipeline.objects import IdScheme
+
+#: Version of everything on disk; a newer one is refused.
+FORMAT = 1
+TEMPORARY_PREFIX = ".tmp-"
+
+_SHARD_RECORD = re.compile(r"(\d{4,})\.json")
+_SHARD_FEATURES = re.compile(r"(\d{4,})\.features\.npy")
+#: What a machine does wrong, as opposed to a file: full, broken, gone, or too busy.
+_MACHINE_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+    | {errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EACCES, errno.EPERM}
+)
+
+
+@contextmanager
+def machine_faults(doing: str) -> Iterator[None]:
+    """Turn an `OSError` of the machine's (disk full, I/O error, read-only, …) into `MachineFault`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _MACHINE_ERRNOS:
+            raise MachineFault(f"{doing}: {error.strerror}") from error
+        raise
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False) -> bool:
+    """Write a file so that it appears whole under its name, or not at all.
+
+    Args:
+        exclusive: leave an existing file alone (the first writer wins).
+        sync: fsync the file before it gets its name; the folder is the caller's to sync.
+
+    Returns:
+        False where `exclusive` found the name taken.
+
+    Raises:
+        MachineFault: no space, no permission, I/O error.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    with machine_faults(f"cannot write {path}"):
+        try:
+            file = open(temporary, "xb", buffering=0)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "xb", buffering=0)
+        try:
+            with file:
+                for chunk in chunks:
+                    _write_all(file, chunk)
+                if sync:
+                    os.fsync(file.fileno())
+            if not exclusive:
+                os.replace(temporary, path)
+                return True
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_all(file: io.FileIO, chunk: bytes | memoryview) -> None:
+    view = memoryview(chunk).cast("B")
+    while view:
+        view = view[file.write(view) :]
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON with a fixed key order, so that equal contents are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Parse one of our own JSON files.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        GalleryMismatch: it cannot be parsed, or a newer ruiji wrote it.
+    """
+    text = path.read_bytes()
+    try:
+        value = json.loads(text)
+        version = value["format"]
+    except (ValueError, KeyError, TypeError):
+        raise GalleryMismatch(f"{path} is damaged; restore it, or move it away and run ruiji enqueue") from None
+    if version != FORMAT:
+        raise GalleryMismatch(f"{path} has format {version}, this ruiji reads format {FORMAT}; update ruiji")
+    return value
+
+
+# Gallery folder
+
+
+@dataclass(frozen=True)
+class GalleryInfo:
+    """What `gallery.json` says: the folder belongs to one model, and has a name of its own.
+
+    Attributes:
+        gallery_id: random; names the queues, so that two galleries never share tasks.
+        fingerprint: of the model and its spec.
+        length: d.
+        model: file name stem of the model.
+        object_id: name of the id scheme.
+    """
+
+    gallery_id: str
+    fingerprint: str
+    length: int
+    model: str
+    object_id: str
+
+
+def gallery_folder(feature_dir: Path, model: Path) -> Path:
+    """The folder of one model's features, named as in the article."""
+    return feature_dir / model.stem
+
+
+def read_gallery(folder: Path) -> GalleryInfo | None:
+    """The folder's `gallery.json`, or None where there is none."""
+    try:
+        value = read_json(folder / "gallery.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    value.pop("format")
+    return GalleryInfo(**value)
+
+
+def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
+    """Make the folder this model's gallery, or check that it is.
+
+    Raises:
+        GalleryMismatch: another model's features, other ids, or an article's shards are in it.
+        RuijiError: the folder cannot be written.
+    """
+    wanted = GalleryInfo(secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name)
+    found = read_gallery(folder)
+    if found is None:
+        if folder.is_dir() and any(_SHARD_FEATURES.fullmatch(name) for name in os.listdir(folder)):
+            raise GalleryMismatch(
+                f"{folder} holds shards that ruiji did not make: nothing says which model and preprocessing they "
+                "came from, so nothing is added to them (ruiji search reads them). Choose another --feature-dir"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "gallery.json", [to_json({"format": FORMAT, **asdict(wanted)})], exclusive=True)
+        except (OSError, MachineFault) as error:
+            raise RuijiError(f"cannot write the feature folder {folder}: {error}") from None
+        found = read_gallery(folder)
+        assert found is not None
+    if found.fingerprint != wanted.fingerprint:
+        raise GalleryMismatch(
+            f"{folder} belongs to the model with fingerprint {found.fingerprint[:12]}, {model.path} has "
+            f"{wanted.fingerprint[:12]}: the model file or its .toml has changed. Choose another --feature-dir, "
+            "or give the changed model a name of its own"
+        )
+    if found.object_id != wanted.object_id:
+        raise GalleryMismatch(
+            f"{folder} was made with --object-id {found.object_id}, not {wanted.object_id}; give the same one"
+        )
+    return found
+
+
+# Features and errors of single objects
+
+
+@cache
+def _feature_header(length: int) -> bytes:
+    buffer = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def write_feature(path: Path, feature: NDArray[np.float32]) -> None:
+    """Write one feature, float32[d], as `.npy`. Not fsynced: a lost feature is made again."""
+    data = np.ascontiguousarray(feature, dtype="<f4")
+    write_atomic(path, [_feature_header(data.size), data.data])
+
+
+def read_feature(path: Path, length: int) -> NDArray[np.float32] | None:
+    """One feature, float32[d], or None where the file is missing, truncated, foreign or not finite."""
+    header = _feature_header(length)
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    if len(data) != len(header) + 4 * length or not data.startswith(header):
+        return None
+    feature = np.frombuffer(data, dtype="<f4", offset=len(header))
+    return feature if np.isfinite(feature).all() else None
+
+
+def write_error(path: Path, reason: str, message: str) -> None:
+    """Record that one object failed."""
+    write_atomic(path, [to_json({"format": FORMAT, "message": message, "reason": reason})])
+
+
+def read_error(path: Path) -> tuple[str, str] | None:
+    """(reason, message) of a failed object, or None where there is no readable error file."""
+    try:
+        value = read_json(path)
+        return str(value["reason"]), str(value["message"])
+    except (FileNotFoundError, NotADirectoryError, GalleryMismatch, KeyError):
+        return None
+
+
+# Shards
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One object of a segment that has no row, because it cannot be embedded."""
+
+    object_id: str
+    path: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A shard's record; the shard exists once this exists.
+
+    Attributes:
+        shard: its number.
+        rows: rows of the shard, in the order of the object list.
+        length: d.
+        sha256: hex digest of each of the shard's three files, by ending.
+        plan, segment: which plan made it, and which of its segments it is.
+        versions: of the libraries that can change a feature's bits.
+        failed: the segment's objects that have no row.
+    """
+
+    shard: int
+    rows: int
+    length: int
+    dtype: str
+    sha256: dict[str, str]
+    fingerprint: str
+    plan: str
+    segment: int
+    versions: dict[str, str]
+    failed: tuple[Failure, ...]
+
+
+#: The three data files of a shard. The ids are not `NNNN.npy`, but a tool that globs `*.npy` still meets them.
+SHARD_ENDINGS = ("features.npy", "object_ids.npy", "paths.txt")
+
+
+def shard_file(folder: Path, shard: int, ending: str) -> Path:
+    """e.g. `0007.features.npy`; numbers above 9999 grow a digit."""
+    return folder / f"{shard:04d}.{ending}"
+
+
+def recorded_shards(folder: Path) -> list[int]:
+    """Numbers of all shards that have a record, ascending."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := _SHARD_RECORD.fullmatch(name)))
+
+
+def feature_shards(folder: Path) -> list[int]:
+    """Numbers of all shards that have a features array, with or without a record, ascending."""
+    return sorted(int(match[1]) for name in os.listdir(folder) if (match := _SHARD_FEATURES.fullmatch(name)))
+
+
+def read_record(folder: Path, shard: int) -> Record:
+    """A shard's record.
+
+    Raises:
+        FileNotFoundError: the shard does not exist.
+        GalleryMismatch: the record is damaged or of a newer format.
+    """
+    path = shard_file(folder, shard, "json")
+    value = read_json(path)
+    value.pop("format")
+    try:
+        failed = tuple(Failure(**failure) for failure in value.pop("failed"))
+        return Record(**value, failed=failed)
+    except (TypeError, KeyError):
+        raise GalleryMismatch(f"{path} is damaged; restore it, or delete it and run ruiji enqueue") from None
+
+
+def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: list[str]) -> dict[str, bytes]:
+    """The exact bytes of a shard's three data files, by ending."""
+    ids = np.array(object_ids, dtype=np.str_) if object_ids else np.empty(0, "<U1")
+    contents = {}
+    for ending, array in ((SHARD_ENDINGS[0], features.astype("<f4", copy=False)), (SHARD_ENDINGS[1], ids)):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+        contents[ending] = buffer.getvalue()
+    contents[SHARD_ENDINGS[2]] = "".join(f"{path}\n" for path in paths).encode()
+    return contents
+
+
+def write_record(folder: Path, record: Record) -> bool:
+    """Commit a shard; durable when this returns. False where it had a record already."""
+    value = {"format": FORMAT, **asdict(record)}
+    written = write_atomic(shard_file(folder, record.shard, "json"), [to_json(value)], exclusive=True, sync=True)
+    sync_folder(folder)
+    return written
+
+
+def check_shard(folder: Path, record: Record) -> None:
+    """Compare a shard's files with its record, reading every byte.
+
+    Raises:
+        ShardCorrupt: a file is missing or its bytes differ.
+    """
+    for ending in SHARD_ENDINGS:
+        path = shard_file(folder, record.shard, ending)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise ShardCorrupt(f"shard {record.shard:04d} has a record but no {path.name}") from None
+        if digest != record.sha256[ending]:
+            raise ShardCorrupt(f"{path} differs from its record: sha256 {digest[:12]}, not {record.sha256[ending][:12]}")
