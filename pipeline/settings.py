@@ -127,8 +127,8 @@ LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", envvar="RUIJ
 SHARD_ROWS = 10_000
 #: Two segments keep workers busy while one is reduced; each more only costs Redis 12 MB.
 WINDOW_SEGMENTS = 2
-#: Twice Pillow's own warning limit; such an image takes 0.6 GB while it is decoded.
-MAX_PIXELS = 178_956_970
+#: The size from which Pillow itself warns; while it is decoded such an image takes up to 0.7 GB.
+MAX_PIXELS = 89_478_485
 #: Live workers renew their claims every few seconds, so this only has to outlast a pause, not a batch.
 VISIBILITY_TIMEOUT_S = 60
 #: Looking for lost tasks reads the whole queue; 30 s without any progress is rare enough.

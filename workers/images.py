@@ -1,0 +1,135 @@
+"""From a file to pixels: the article's steps, `Image.open`, `convert`, `resize`, in bounded memory.
+
+Every way in which a file can be at fault ends as one `ImageError` with a reason class.
+"""
+
+import errno
+import io
+import logging
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import ImageError, MachineFault
+from pipeline.model import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+#: Formats that are decoded. Pillow knows more, but some of those start other programs (EPS) or are
+#: no photographs, and each one is another decoder that a hostile file can reach.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
+Image.MAX_IMAGE_PIXELS = None
+
+_ORIENTATION_TAG = 0x0112
+#: EXIF orientation to the turn that makes the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    """Read, decode, turn upright (where the spec says so), convert and resize one image.
+
+    Bit-identical to the article's preprocessing before its division, for images without EXIF rotation.
+
+    Returns:
+        uint8[h, w, c] in the spec's size and color.
+
+    Raises:
+        ImageError: with reason `missing`, `unreadable`, `not-a-file`, `too-large`, `truncated` or `undecodable`.
+        MachineFault: the disk or network below the file failed.
+    """
+    with _open(path) as file:
+        try:
+            with warnings.catch_warnings():
+                # Warnings are about oddities of single files; what matters is whether they decode.
+                warnings.simplefilter("ignore")
+                return _decode(file, spec, max_pixels)
+        except (ImageError, MachineFault):
+            raise
+        except Exception as error:
+            # Decoders raise anything from SyntaxError to struct.error on broken files.
+            if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+                raise MachineFault(f"cannot read {path}: {error.strerror}") from error
+            logger.debug("cannot decode %s", path, exc_info=True)
+            if isinstance(error, MemoryError):
+                raise ImageError("decoding it takes more memory than there is", "memory") from error
+            if "truncated" in str(error).lower() or isinstance(error, EOFError):
+                raise ImageError("the file ends before the image does", "truncated") from error
+            raise ImageError("the image data is broken", "undecodable") from error
+
+
+def _open(path: Path) -> io.BufferedReader:
+    try:
+        # O_NONBLOCK: a FIFO would otherwise block here for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError("there is no such file", "missing") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise ImageError("reading it is not permitted", "unreadable") from None
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+            raise ImageError("the path does not lead to a file", "not-a-file") from None
+        raise MachineFault(f"cannot open {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ImageError("it is not a regular file", "not-a-file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _decode(file: io.BufferedReader, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        image: Image.Image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ImageError("it is not an image in a known format", "undecodable") from None
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
+        if spec.exif_orientation and (turn := _UPRIGHT.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
+        image = image.convert(spec.color)
+        image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
+        pixels = np.asarray(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        return value if isinstance(value, int) else 1
+    except Exception:  # Broken EXIF data raises anything; a picture without readable EXIF has no orientation.
+        return 1
+
+
+def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
+    """Scale a batch of pixels and bring it into the model's layout.
+
+    Args:
+        pixels: uint8[b, h, w, c].
+
+    Returns:
+        float32[b, h, w, c] or float32[b, c, h, w]; for the article's spec exactly `pixels / 255`.
+    """
+    values = pixels.astype(np.float32)
+    values /= np.float32(spec.divisor)
+    if any(spec.mean):
+        values -= np.asarray(spec.mean, dtype=np.float32)
+    if any(std != 1 for std in spec.std):
+        values /= np.asarray(spec.std, dtype=np.float32)
+    if spec.layout == "NCHW":
+        values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    return values
