@@ -99,6 +99,29 @@ def load_model(path: Path) -> Model:
     return Model(path, spec, batch, _fingerprint(path, graph, spec))
 
 
+def describe_model(path: Path) -> list[tuple[str, str]]:
+    """What a model expects and gives, as (name, value) pairs for people.
+
+    Raises:
+        ModelError: as `load_model`; the message has the graph's inputs and outputs where they do not fit.
+    """
+    inputs, outputs = graph_tensors(_load_graph(path))
+    model = load_model(path)
+    spec = model.spec
+    return [
+        ("model", str(path)),
+        ("inputs", "; ".join(map(str, inputs))),
+        ("outputs", "; ".join(map(str, outputs))),
+        ("layout", spec.layout),
+        ("image", f"{spec.color} {spec.width} x {spec.height} (width x height), resized {spec.resize}"),
+        ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
+        ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
+        ("feature", f"{spec.output_name}, d = {spec.length}"),
+        ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
+        ("fingerprint", model.fingerprint),
+    ]
+
+
 def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs (without initializers) and outputs of an ONNX graph."""
     import onnx

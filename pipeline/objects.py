@@ -184,19 +184,31 @@ def _checked(line: bytes, where: str, scheme: IdScheme) -> bytes:
     except UnicodeDecodeError:
         raise ObjectListError(f"{where}: {line!r} is not UTF-8; rename the file") from None
     path = path.removeprefix("./")
-    if path.startswith("/"):
-        raise ObjectListError(f"{where}: {path!r} is absolute; paths are relative to the media folder")
-    if _CONTROL.search(path):
-        raise ObjectListError(f"{where}: {path!r} has a control character; rename the file")
-    parts = path.split("/")
-    if ".." in parts:
-        raise ObjectListError(f'{where}: {path!r} has ".."; nothing outside the media folder is read')
-    if "" in parts or "." in parts:
-        raise ObjectListError(f'{where}: {path!r} has an empty or "." part; write it as find does')
+    try:
+        check_path(path)
+    except ObjectListError as error:
+        raise ObjectListError(f"{where}: {error}") from None
     problem = scheme.problem(scheme.object_id(path))
     if problem:
         raise ObjectListError(f"{where}: {path!r} cannot be used: {problem}")
     return path.encode()
+
+
+def check_path(path: str) -> None:
+    """Check that a path stays below the media folder and fits on a line.
+
+    Raises:
+        ObjectListError: it is absolute, has `..`, an empty part or a control character.
+    """
+    if path.startswith("/"):
+        raise ObjectListError(f"{path!r} is absolute; paths are relative to the media folder")
+    if _CONTROL.search(path):
+        raise ObjectListError(f"{path!r} has a control character; rename the file")
+    parts = path.split("/")
+    if ".." in parts:
+        raise ObjectListError(f'{path!r} has ".."; nothing outside the media folder is read')
+    if "" in parts or "." in parts:
+        raise ObjectListError(f'{path!r} has an empty or "." part; write it as find does')
 
 
 def _index_by_id(clean: Path, scratch: Path, scheme: IdScheme) -> Path:

@@ -9,6 +9,7 @@ import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import typer
 
@@ -63,6 +64,14 @@ RedisUrl = Annotated[
         "--redis-url", envvar="RUIJI_REDIS_URL", help="redis:// or rediss://.  [default: the Redis that ruiji redis started]"
     ),
 ]
+RedisPasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--redis-password-file",
+        envvar="RUIJI_REDIS_PASSWORD_FILE",
+        help="File with the password for a --redis-url that has none (a compose secret).",
+    ),
+]
 ShardRows = Annotated[
     int, typer.Option("--shard-rows", envvar="RUIJI_SHARD_ROWS", min=1, max=1_000_000, help="Objects a shard.")
 ]
@@ -99,6 +108,9 @@ BatchImages = Annotated[
     typer.Option(
         "--batch-images", envvar="RUIJI_BATCH_IMAGES", min=1, max=4096, help="Images a batch.  [default: 1 on a CPU, 64 on CUDA]"
     ),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", envvar="RUIJI_THREADS", min=1, help="Set by ruiji worker for its processes.")
 ]
 VisibilityTimeout = Annotated[
     int,
@@ -161,19 +173,27 @@ def redis_url_file(state_dir: Path | None) -> Path:
     return state_folder(state_dir) / "redis.url"
 
 
-def resolve_redis_url(redis_url: str | None, state_dir: Path | None) -> str:
+def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_dir: Path | None) -> str:
     """The Redis to use: the given one, else the embedded one that is running.
 
     Raises:
-        UsageError: none is given and none was started, or the URL has another scheme.
+        UsageError: none is given and none was started, the URL has another scheme, or the password
+            file cannot be read.
     """
     if redis_url is None:
         try:
-            redis_url = redis_url_file(state_dir).read_text(encoding="utf-8").strip()
+            return redis_url_file(state_dir).read_text(encoding="utf-8").strip()
         except OSError:
             raise UsageError(
                 "no Redis: start the embedded one with `ruiji redis` (make redis), or give --redis-url (RUIJI_REDIS_URL)"
             ) from None
-    if not redis_url.startswith(("redis://", "rediss://")):
-        raise UsageError("--redis-url must start with redis:// or rediss://")
+    parts = urlsplit(redis_url)
+    if parts.scheme not in ("redis", "rediss") or not parts.netloc:
+        raise UsageError("--redis-url must be redis://HOST:PORT/DB or rediss://…")
+    if password_file is not None and "@" not in parts.netloc:
+        try:
+            password = password_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UsageError(f"cannot read the password file {password_file}: {error.strerror}") from None
+        return urlunsplit(parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}"))
     return redis_url

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -65,12 +65,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive:
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     with machine_faults(f"cannot write {path}"):
         try:
-            file = open(temporary, "xb", buffering=0)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(temporary, "xb", buffering=0)
-        try:
-            with file:
+            with _create(temporary) as file:
                 for chunk in chunks:
                     _write_all(file, chunk)
                 if sync:
@@ -85,6 +80,15 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive:
             return True
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> io.FileIO:
+    # Twice, because a plan that ends removes empty folders.
+    for _ in range(2):
+        with suppress(FileNotFoundError):
+            return open(path, "xb", buffering=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "xb", buffering=0)
 
 
 def _write_all(file: io.FileIO, chunk: bytes | memoryview) -> None:

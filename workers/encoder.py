@@ -22,7 +22,7 @@ class Encoder:
     Attributes:
         model: what is computed.
         device: `cpu` or `cuda`: what the session really uses, as it reports it.
-        batch_images: the most images that one run takes.
+        batch_images: how many images are worth collecting for one call of `encode`.
     """
 
     def __init__(self, model: Model, device: str = "auto", threads: int = 1, batch_images: int | None = None) -> None:
@@ -31,7 +31,7 @@ class Encoder:
         Args:
             device: `cuda` refuses to start without one; `auto` takes CUDA where it works, and logs its choice.
             threads: of one run on the CPU.
-            batch_images: images a run; default 1 on the CPU, where batches only cost cache, and 64 on CUDA.
+            batch_images: images a batch; by default 1 on the CPU and 64 on CUDA.
 
         Raises:
             UsageError: `cuda` was asked for and the session runs on the CPU.
@@ -46,9 +46,10 @@ class Encoder:
                 f"--device cuda: ONNX Runtime offers {', '.join(providers)}, not CUDA. Set up with "
                 "`make setup ACCEL=gpu` on a machine with an NVIDIA driver, or use --device cpu"
             )
-        self.batch_images = model.batch or batch_images or (CUDA_BATCH_IMAGES if self.device == "cuda" else 1)
-        # A fixed shape where the graph or the device wants one; the CPU takes what there is.
-        self._padded = model.batch is not None or self.device == "cuda"
+        self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if self.device == "cuda" else 1)
+        # One image a run on the CPU: the fastest there, and the bits of a feature cannot depend on its
+        # company. CUDA, and a graph that fixes its batch, get one padded shape.
+        self._run_images = model.batch or (self.batch_images if self.device == "cuda" else 1)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features.
@@ -62,13 +63,13 @@ class Encoder:
         Raises:
             MachineFault: the device failed, for instance because its memory is full.
         """
-        parts = [self._run(pixels[i : i + self.batch_images]) for i in range(0, len(pixels), self.batch_images)]
+        parts = [self._run(pixels[i : i + self._run_images]) for i in range(0, len(pixels), self._run_images)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         count = len(pixels)
-        if self._padded and count < self.batch_images:
-            padding = np.zeros((self.batch_images - count, *pixels.shape[1:]), dtype=np.uint8)
+        if count < self._run_images:
+            padding = np.zeros((self._run_images - count, *pixels.shape[1:]), dtype=np.uint8)
             pixels = np.concatenate([pixels, padding])
         spec = self.model.spec
         try:

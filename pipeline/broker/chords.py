@@ -1,0 +1,142 @@
+"""What Redis knows of a plan's segments: which are armed, how far their chords are, what is queued.
+
+All of it can be lost at any time; the disk is the truth. The chord keys are Celery 5.7's own.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.lock import Lock
+
+from pipeline.broker.app import embed_queue, reduce_queue, unacked_keys
+from pipeline.plan import Plan, Segment
+
+#: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
+_CHORD_ENDINGS = ("j", "d", "t", "s", "c")
+#: Longer than a segment may wait for its first member.
+_KEEP_S = 14 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Armed:
+    """One segment in the queue.
+
+    Attributes:
+        group: Celery's group id.
+        size: members published; the segment's other rows were done already.
+        complete: False while (or where) publishing was cut off.
+        heals: how often rows had to be published again.
+        at: Unix time in s.
+    """
+
+    group: str
+    size: int
+    complete: bool
+    heals: int
+    at: float
+
+
+class Chords:
+    """The Redis side of one plan."""
+
+    def __init__(self, client: "redis.Redis[Any]", plan: Plan) -> None:
+        self.client = client
+        self._plan = plan
+        self._prefix = f"ruiji:{plan.gallery_id}"
+        self._segments = f"{self._prefix}:plan:{plan.plan_id}"
+
+    def known(self) -> bool:
+        """Whether this Redis knows the plan: False after it was emptied or replaced."""
+        return bool(self.client.exists(self._segments))
+
+    def armed(self) -> dict[int, Armed]:
+        """The armed segments by index."""
+        fields = self.client.hgetall(self._segments)
+        return {int(key): Armed(**json.loads(value)) for key, value in fields.items() if key != "plan"}
+
+    def set_armed(self, segment: Segment, armed: Armed) -> None:
+        """Note a segment as armed."""
+        with self.client.pipeline() as pipe:
+            pipe.hset(self._segments, mapping={"plan": self._plan.plan_id, str(segment.index): json.dumps(vars(armed))})
+            pipe.expire(self._segments, _KEEP_S)
+            pipe.execute()
+
+    def forget(self, segment: Segment) -> None:
+        """Drop what is known of a published segment."""
+        self.client.hdel(self._segments, str(segment.index))
+        self.client.delete(self._failed(segment))
+
+    def forget_plan(self) -> None:
+        """Drop what is known of a closed plan."""
+        self.client.delete(self._segments)
+
+    def begin_group(self, group: str, size: int) -> None:
+        """Make a chord's counter start at 0 and fire at `size`, whatever an older arming left behind."""
+        keys = {ending: f"celery-taskset-meta-{group}.{ending}" for ending in _CHORD_ENDINGS}
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.delete(*keys.values())
+            pipe.set(keys["s"], size, ex=_KEEP_S)
+            pipe.execute()
+
+    def finished_members(self, armed: list[Armed]) -> list[int]:
+        """How many members of each armed segment are through, failed ones too."""
+        with self.client.pipeline(transaction=False) as pipe:
+            for entry in armed:
+                pipe.scard(f"celery-taskset-meta-{entry.group}.d")
+                pipe.get(f"celery-taskset-meta-{entry.group}.c")
+            answers = pipe.execute()
+        return [
+            # Once the body is on its way Celery drops the counter and leaves a marker.
+            entry.size if claim is not None else int(count)
+            for entry, count, claim in zip(armed, answers[0::2], answers[1::2], strict=True)
+        ]
+
+    def _failed(self, segment: Segment) -> str:
+        return f"{self._segments}:failed:{segment.index}"
+
+    def note_failed(self, segment: Segment, object_ids: list[str]) -> None:
+        """Remember failed objects until the record tells them; a set, because tasks may run twice."""
+        with self.client.pipeline() as pipe:
+            pipe.sadd(self._failed(segment), *object_ids)
+            pipe.expire(self._failed(segment), _KEEP_S)
+            pipe.execute()
+
+    def failed(self, segments: list[Segment]) -> list[int]:
+        """How many objects of each segment failed so far."""
+        with self.client.pipeline(transaction=False) as pipe:
+            for segment in segments:
+                pipe.scard(self._failed(segment))
+            return [int(count) for count in pipe.execute()]
+
+    def in_hand(self) -> int:
+        """Messages that workers hold."""
+        return int(self.client.hlen(unacked_keys(self._plan.gallery_id)["unacked_key"]))
+
+    def queued_segments(self) -> set[int]:
+        """Segments of which any message, embed or reduce, is queued or held by a worker.
+
+        Reads every message in the queue, about 1 kB each: for use in doubt only.
+        """
+        found: set[int] = set()
+        gallery_id = self._plan.gallery_id
+        for queue in (embed_queue(gallery_id), reduce_queue(gallery_id)):
+            start, step = 0, 2000
+            while messages := self.client.lrange(queue, start, start + step - 1):
+                found |= {self._segment_in(json.loads(message)) for message in messages}
+                start += step
+        for _, message in self.client.hscan_iter(unacked_keys(gallery_id)["unacked_key"], count=1000):
+            found.add(self._segment_in(json.loads(message)[0]))
+        return found - {-1}
+
+    def _segment_in(self, message: dict[str, Any]) -> int:
+        # Task ids are <plan>.<segment>.<digest>.<row or r>; see produce.
+        plan_id, _, rest = str(message["headers"]["id"]).partition(".")
+        return int(rest.partition(".")[0]) if plan_id == self._plan.plan_id else -1
+
+    def lease(self, what: str, timeout_s: float, wait_s: float) -> Lock:
+        """A lease that runs out by itself; use it as a context manager, which raises where it cannot be had."""
+        return self.client.lock(
+            f"{self._prefix}:lease:{what}", timeout=timeout_s, blocking_timeout=wait_s, thread_local=False
+        )

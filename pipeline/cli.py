@@ -1,0 +1,246 @@
+"""The command `ruiji`, and the sub-commands that need no model run: list, enqueue, run, status, …"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline import settings
+from pipeline.errors import EXIT_INCOMPLETE, RuijiError
+from pipeline.settings import Device, LogFormat, ObjectIds
+
+if TYPE_CHECKING:
+    from pipeline.status import Status
+
+app = typer.Typer(
+    name="ruiji",
+    help="Turn a sorted list of images into a searchable gallery of features, and find look-alikes in it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(no_args_is_help=True, help="Look at models.")
+app.add_typer(model_app, name="model")
+
+
+def main() -> None:
+    """Run the command line: errors go to stderr as one line, exit codes are those of `pipeline.errors`."""
+    settings.load_dotenv()
+    # By name, because the arrows between the packages point the other way.
+    for package in ("workers.cli", "search.cli"):
+        importlib.import_module(package).register(app)
+    try:
+        app()
+    except RuijiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run it again to go on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command("list")
+def list_objects(
+    folder: Annotated[Path, typer.Argument(help="The media folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write.  [default: DIR/objects.txt]")] = None,
+) -> None:
+    """Write the sorted object list of all images below a folder."""
+    from pipeline.objects import write_list
+
+    target = out or folder / "objects.txt"
+    try:
+        lines = write_list(folder, target)
+    except OSError as error:
+        raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
+    print(f"{lines} objects in {target}", file=sys.stderr)
+
+
+@app.command()
+def enqueue(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    list_path: settings.ListFile = None,
+    redis_url: settings.RedisUrl = None,
+    redis_password_file: settings.RedisPasswordFile = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
+    shard_rows: settings.ShardRows = settings.SHARD_ROWS,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    object_id: settings.ObjectId = ObjectIds.basename,
+    keep_features: settings.KeepFeatures = False,
+    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    state_dir: settings.StateDir = None,
+    log_format: settings.LogFormatOption = LogFormat.text,
+) -> None:
+    """Check the list, freeze the plan and publish one task per image; run it again to go on."""
+    from pipeline.broker.app import connect
+    from pipeline.logs import set_up
+    from pipeline.plan import Settings
+    from pipeline.run import Work, follow
+    from pipeline.run import enqueue as enqueue_list
+
+    set_up(log_format)
+    url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
+    work = Work(
+        media_dir,
+        feature_dir,
+        model,
+        object_id.value,
+        Settings(shard_rows, keep_features, max_pixels),
+        window_segments,
+        visibility_timeout_s,
+    )
+    done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    if done.plan is None:
+        print(f"nothing to do: all {done.objects} objects are in shards", file=sys.stderr)
+    else:
+        verb = "carries on" if done.resumed else "opened"
+        print(
+            f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
+            f"{len(done.plan.segments)} shards, {done.published} tasks published now",
+            file=sys.stderr,
+        )
+    if wait:
+        raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
+
+
+@app.command()
+def run(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    list_path: settings.ListFile = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Embed processes.  [default: one per core]")] = None,
+    device: settings.WorkerDevice = Device.auto,
+    shard_rows: settings.ShardRows = settings.SHARD_ROWS,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    object_id: settings.ObjectId = ObjectIds.basename,
+    keep_features: settings.KeepFeatures = False,
+    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    state_dir: settings.StateDir = None,
+    log_format: settings.LogFormatOption = LogFormat.text,
+) -> None:
+    """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
+    from pipeline.logs import set_up
+    from pipeline.plan import Settings
+    from pipeline.run import Work, run_here
+
+    set_up(log_format)
+    work = Work(
+        media_dir,
+        feature_dir,
+        model,
+        object_id.value,
+        Settings(shard_rows, keep_features, max_pixels),
+        window_segments,
+        visibility_timeout_s,
+    )
+    status = run_here(work, list_path, workers, device.value, settings.state_folder(state_dir))
+    print(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}", file=sys.stderr)
+    raise typer.Exit(_exit_code(status))
+
+
+@app.command()
+def status(
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    redis_url: settings.RedisUrl = None,
+    redis_password_file: settings.RedisPasswordFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow until nothing is left to do.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Look at every file instead of at Redis' counters.")] = False,
+    state_dir: settings.StateDir = None,
+) -> None:
+    """Say how every object of the list stands; exit code 3 while some are failed or not done."""
+    from pipeline.broker.app import connect
+    from pipeline.logs import set_up
+    from pipeline.run import follow
+    from pipeline.status import StatusReader
+    from pipeline.store import gallery_folder
+
+    set_up("text")
+    folder = gallery_folder(feature_dir, model)
+    client = None
+    try:
+        client = connect(settings.resolve_redis_url(redis_url, redis_password_file, state_dir))
+    except RuijiError as error:
+        if watch:
+            raise
+        print(f"from the disk alone ({error})", file=sys.stderr)
+    if watch and client is not None:
+        follow(folder, client)
+    now = StatusReader(folder, client).read(exact)
+    if as_json:
+        print(json.dumps(now.as_json(), ensure_ascii=False))
+    else:
+        _print_status(now)
+    raise typer.Exit(_exit_code(now))
+
+
+def _print_status(now: "Status") -> None:
+    print(f"{'shard':>7}  {'state':<8} {'objects':>9} {'done':>9} {'failed':>7}")
+    for shard in now.shards:
+        print(f"{shard.shard:>7}  {shard.state:<8} {shard.objects:>9} {shard.done:>9} {shard.failed:>7}")
+    print(
+        f"{now.objects} objects: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
+        + (f"; {now.stale} stale rows beside" if now.stale else "")
+    )
+    print(f"plan {now.plan} is open" if now.plan else "no plan is open")
+    for worker in now.workers:
+        rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
+        print(f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}: {worker['state']} {rate}".rstrip())
+
+
+@app.command()
+def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
+    """Close the open plan. Nothing that is done is lost; the next enqueue takes it up."""
+    from pipeline.run import cancel as cancel_plan
+    from pipeline.store import gallery_folder
+
+    plan = cancel_plan(gallery_folder(feature_dir, model))
+    print(f"plan {plan.plan_id} closed" if plan else "no plan is open", file=sys.stderr)
+
+
+@app.command()
+def redis(state_dir: settings.StateDir = None) -> None:
+    """Run the embedded Redis until stopped; the other commands of this user find it by themselves."""
+    import os
+    import signal
+    import threading
+
+    from pipeline.broker.app import public_url
+    from pipeline.broker.embedded import embedded_redis
+
+    folder = settings.state_folder(state_dir)
+    url_file = settings.redis_url_file(state_dir)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with embedded_redis(folder / "redis") as url:
+        try:
+            with open(url_file, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
+                file.write(url + "\n")
+            print(f"Redis at {public_url(url)}, address and password in {url_file}; Ctrl-C stops it", file=sys.stderr)
+            stop.wait()
+        finally:
+            url_file.unlink(missing_ok=True)
+
+
+@model_app.command()
+def inspect(model: Annotated[Path, typer.Argument(help="The .onnx file.")]) -> None:
+    """Show what a model expects and gives, and its fingerprint; refuse one that does not fit, saying why."""
+    from pipeline.model import describe_model
+
+    for name, value in describe_model(model):
+        print(f"{name:<14} {value}")
+
+
+def _exit_code(now: "Status") -> int:
+    return 0 if now.finished and now.failed == 0 else EXIT_INCOMPLETE

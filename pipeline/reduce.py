@@ -1,0 +1,149 @@
+"""The reducer as a plain function: one segment's features become one shard."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import MachineFault, ShardCorrupt
+from pipeline.plan import Plan, Segment
+from pipeline.store import (
+    SHARD_ENDINGS,
+    Failure,
+    Record,
+    check_shard,
+    read_error,
+    read_feature,
+    read_record,
+    shard_contents,
+    shard_file,
+    sync_folder,
+    write_atomic,
+    write_record,
+)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What became of a segment: published, or the paths of objects that have neither feature nor error."""
+
+    missing: tuple[str, ...] = ()
+    rows: int = 0
+    failed: int = 0
+
+
+def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], None]) -> Reduced:
+    """Publish a segment's shard, then delete its per-image files; running it again changes nothing.
+
+    Every file is written beside and renamed, read back, fsynced, and only then is the record linked,
+    which commits the shard. Inputs are deleted after that, unless the plan keeps them.
+
+    Args:
+        still_ours: called before each file gets its name; raises when another reducer took over.
+
+    Raises:
+        MachineFault: the disk failed; nothing is lost, the segment can be reduced again.
+    """
+    paths = plan.paths(segment)
+    try:
+        record = read_record(plan.folder, segment.shard)
+    except FileNotFoundError:
+        ids, features, failures, missing = _collect(plan, paths)
+        if missing:
+            return Reduced(missing=tuple(missing))
+        failed = {failure.path for failure in failures}
+        kept = [path for path in paths if path not in failed]
+        record = _publish(plan, segment, ids, kept, features, failures, still_ours)
+    if not plan.keep_features:
+        for path in paths:
+            _forget(plan, path)
+    return Reduced(rows=record.rows, failed=len(record.failed))
+
+
+def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:
+    ids: list[str] = []
+    features = np.empty((len(paths), plan.length), dtype=np.float32)
+    failures: list[Failure] = []
+    missing: list[str] = []
+    for path in paths:
+        object_id = plan.scheme.object_id(path)
+        feature = read_feature(plan.feature_file(object_id), plan.length)
+        if feature is not None:
+            features[len(ids)] = feature
+            ids.append(object_id)
+        elif (error := read_error(plan.error_file(object_id))) is not None:
+            failures.append(Failure(object_id, path, *error))
+        else:
+            missing.append(path)
+    return ids, features[: len(ids)], failures, missing
+
+
+def _publish(
+    plan: Plan,
+    segment: Segment,
+    ids: list[str],
+    paths: list[str],
+    features: NDArray[np.float32],
+    failures: list[Failure],
+    still_ours: Callable[[], None],
+) -> Record:
+    contents = shard_contents(features, ids, paths)
+    record = Record(
+        shard=segment.shard,
+        rows=len(ids),
+        length=plan.length,
+        dtype="float32",
+        sha256={ending: hashlib.sha256(contents[ending]).hexdigest() for ending in SHARD_ENDINGS},
+        fingerprint=plan.fingerprint,
+        plan=segment.plan,
+        segment=segment.plan_segment,
+        versions=plan.versions,
+        failed=tuple(failures),
+    )
+    for ending in SHARD_ENDINGS:
+        still_ours()
+        write_atomic(shard_file(plan.folder, segment.shard, ending), [contents[ending]], sync=True)
+    try:
+        check_shard(plan.folder, record)
+    except ShardCorrupt as error:
+        raise MachineFault(f"what was written does not read back: {error}") from error
+    sync_folder(plan.folder)
+    still_ours()
+    if write_record(plan.folder, record):
+        return record
+    # Another reducer was faster; its record must describe the arrays that now lie there.
+    other = read_record(plan.folder, segment.shard)
+    check_shard(plan.folder, other)
+    return other
+
+
+def _forget(plan: Plan, path: str) -> None:
+    object_id = plan.scheme.object_id(path)
+    plan.feature_file(object_id).unlink(missing_ok=True)
+    plan.error_file(object_id).unlink(missing_ok=True)
+
+
+def remove_empty_folders(plan: Plan) -> None:
+    """Remove the nested folders that a finished plan has emptied; full ones stay."""
+    folders = {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
+    # The inner folders first: the outer ones are empty only after that.
+    for folder in [*folders, *{folder.parent for folder in folders}]:
+        if folder != plan.folder and folder != plan.folder.parent:
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:
+    """Which of these objects are still missing after their folders were read anew.
+
+    On network folders another host's files can show late; listing a folder refreshes the client's view.
+    """
+    for folder in {plan.feature_file(plan.scheme.object_id(path)).parent for path in missing}:
+        if folder.is_dir():
+            os.listdir(folder)
+    _, _, _, still = _collect(plan, list(missing))
+    return still

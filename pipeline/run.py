@@ -1,0 +1,211 @@
+"""A run from the outside: enqueue a list, follow its progress, and the whole of it on one machine."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from pipeline.broker.app import connect, make_app
+from pipeline.broker.chords import Chords
+from pipeline.broker.embedded import die_with_parent, embedded_redis
+from pipeline.errors import RuijiError, UsageError
+from pipeline.model import load_model
+from pipeline.objects import IdScheme, prepare, write_list
+from pipeline.plan import Plan, Settings, check_matches, close_plan, make_plan, open_plan
+from pipeline.produce import Producer
+from pipeline.status import Status, StatusReader
+from pipeline.store import claim_gallery, gallery_folder, machine_faults
+
+logger = logging.getLogger(__name__)
+
+#: How often progress is read; each read costs a few small answers from Redis.
+FOLLOW_INTERVAL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """What one enqueue did.
+
+    Attributes:
+        plan: the open plan, or None where nothing is to do.
+        published: tasks sent now; further segments follow by themselves.
+        objects: on the list; notes: what was changed on it.
+    """
+
+    plan: Plan | None
+    resumed: bool
+    published: int
+    objects: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the work lies, and how the caller wants it done."""
+
+    media_dir: Path
+    feature_dir: Path
+    model: Path
+    object_id: str
+    settings: Settings
+    window_segments: int
+    visibility_timeout_s: int
+
+    @property
+    def folder(self) -> Path:
+        """The gallery folder."""
+        return gallery_folder(self.feature_dir, self.model)
+
+
+def enqueue(work: Work, list_path: Path, redis_url: str) -> Enqueued:
+    """Check the list, open a plan or take up the open one, and publish its first segments.
+
+    Raises:
+        ObjectListError, ModelError: bad input. BrokerUnavailable: no Redis.
+        GalleryMismatch, PlanMismatch: the folder belongs to another model, another plan is open.
+    """
+    if not work.media_dir.is_dir():
+        raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
+    model, scheme = load_model(work.model), IdScheme(work.object_id)
+    client = connect(redis_url)
+    gallery = claim_gallery(work.folder, model, scheme)
+    run = work.folder / "run"
+    with machine_faults(f"cannot write {run}"):
+        run.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-list-") as scratch:
+            objects = prepare(list_path, Path(scratch), scheme)
+            plan = open_plan(work.folder)
+            resumed = plan is not None
+            if plan is None:
+                plan = make_plan(work.folder, work.media_dir, gallery, objects, work.settings)
+            if plan is not None:
+                check_matches(plan, objects, gallery, work.settings.shard_rows)
+    published = 0
+    if plan is not None:
+        app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
+        published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
+    return Enqueued(plan, resumed, published, objects.lines, objects.notes)
+
+
+def cancel(folder: Path) -> Plan | None:
+    """Close the open plan; workers drop its tasks, its features stay and are taken up by the next plan."""
+    plan = open_plan(folder)
+    if plan is not None:
+        close_plan(plan)
+    return plan
+
+
+def follow(folder: Path, client: "redis.Redis[Any]", check: Callable[[], None] = lambda: None) -> Status:
+    """Show progress on stderr until no plan is open; returns the final status.
+
+    Args:
+        check: called at each look; raises to end the wait.
+    """
+    from pipeline.progress import show_progress
+
+    reader = StatusReader(folder, client)
+    with show_progress() as update:
+        while True:
+            check()
+            status = _read_patiently(reader)
+            update(status)
+            if status.plan is None:
+                return status
+            time.sleep(FOLLOW_INTERVAL_S)
+
+
+def _read_patiently(reader: StatusReader) -> Status:
+    while True:
+        try:
+            return reader.read()
+        except redis.RedisError as error:
+            logger.warning("Redis is away: %s", error, extra={"event": "redis_away"})
+            time.sleep(2)
+
+
+def run_here(work: Work, list_path: Path | None, workers: int | None, device: str, state_dir: Path) -> Status:
+    """Do everything on this machine: embedded Redis, workers, enqueue, wait, stop.
+
+    Args:
+        list_path: the object list; None: `objects.txt` of the media folder, else one is made and kept
+            in the gallery folder.
+        state_dir: host-local folder for the Redis.
+
+    Raises:
+        UsageError: another `ruiji run` is at work on the same folder.
+        RuijiError: the workers cannot start.
+    """
+    name = hashlib.sha256(os.fsencode(work.folder.resolve())).hexdigest()[:16]
+    private = state_dir / "runs" / name
+    private.mkdir(parents=True, exist_ok=True)
+    with _locked(private / "lock", work.folder), tempfile.TemporaryDirectory(dir=private) as data:
+        # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
+        with embedded_redis(Path(data)) as url:
+            client = connect(url)
+            first = _enqueue_listed(work, list_path, url)
+            with _worker_processes(work, url, workers, device) as check:
+                while first.plan is not None:
+                    follow(work.folder, client, check)
+                    # What was taken up first may have been an older plan; then there may be more.
+                    first = _enqueue_listed(work, list_path, url)
+            return StatusReader(work.folder, None).read()
+
+
+def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:
+    if list_path is None and (work.media_dir / "objects.txt").exists():
+        list_path = work.media_dir / "objects.txt"
+    if list_path is None:
+        if not work.media_dir.is_dir():
+            raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
+        list_path = work.folder / "run" / "objects.txt"
+        if not list_path.exists() or open_plan(work.folder) is None:
+            with machine_faults(f"cannot write {list_path}"):
+                lines = write_list(work.media_dir, list_path)
+            logger.info("list made", extra={"event": "list_made", "objects": lines, "list": str(list_path)})
+    done = enqueue(work, list_path, url)
+    for note in done.notes:
+        logger.warning("%s", note, extra={"event": "list_changed"})
+    return done
+
+
+@contextmanager
+def _locked(path: Path, folder: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another ruiji run is at work on {folder} on this machine") from None
+        yield
+
+
+@contextmanager
+def _worker_processes(work: Work, url: str, workers: int | None, device: str) -> Iterator[Callable[[], None]]:
+    command = [sys.executable, "-m", "pipeline", "worker", "--device", device]
+    command += ["--media-dir", str(work.media_dir), "--feature-dir", str(work.feature_dir), "--model", str(work.model)]
+    command += ["--window-segments", str(work.window_segments)]
+    command += ["--visibility-timeout-s", str(work.visibility_timeout_s)]
+    command += ["--processes", str(workers)] if workers else []
+    # The URL holds a password, and a command line is everybody's to read.
+    environment = {**os.environ, "RUIJI_REDIS_URL": url}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+
+    def check() -> None:
+        if process.poll() is not None:
+            raise RuijiError(f"the workers ended with exit code {process.returncode}; see above for the reason")
+
+    try:
+        yield check
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,145 @@
+"""The accounting: every object of the list is done, failed, running or pending."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from pipeline.broker.chords import Chords
+from pipeline.errors import UsageError
+from pipeline.plan import Plan, Segment, open_plan
+from pipeline.store import read_error, read_feature, read_gallery, read_json, read_record, recorded_shards
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """One shard, published or to come: how many objects it is made of, and how they stand."""
+
+    shard: int
+    state: str
+    objects: int
+    done: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """The whole gallery against the latest object list; done + failed + running + pending = objects.
+
+    Attributes:
+        stale: rows of objects that are no longer on the list; not part of the sum.
+        plan: id of the open plan, or None.
+        workers: what live worker processes say of themselves.
+    """
+
+    objects: int
+    done: int
+    failed: int
+    running: int
+    pending: int
+    stale: int
+    plan: str | None
+    shards: list[ShardStatus] = field(default_factory=list)
+    workers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.plan is None and self.running + self.pending == 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, in a stable order."""
+        return asdict(self)
+
+
+class StatusReader:
+    """Reads the status again and again; remembers the records, which never change."""
+
+    def __init__(self, folder: Path, client: "redis.Redis[Any] | None") -> None:
+        """Watch a gallery folder; without a client all comes from the disk.
+
+        Raises:
+            UsageError: nothing was ever enqueued into this folder.
+        """
+        gallery = read_gallery(folder)
+        if gallery is None:
+            raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
+        self._folder = folder
+        self._gallery_id = gallery.gallery_id
+        self._client = client
+        self._published: dict[int, ShardStatus] = {}
+
+    def read(self, exact: bool = False) -> Status:
+        """The status now.
+
+        Args:
+            exact: look for every single file of the open plan; else the chords' counters are
+                believed wherever Redis has them.
+        """
+        try:
+            latest = read_json(self._folder / "run" / "list.json")
+        except FileNotFoundError:
+            latest = {"lines": 0, "stale": 0, "stale_failed": 0}
+        # The plan first: one that closes meanwhile then only looks unfinished, never too short.
+        plan = open_plan(self._folder)
+        shards = [self._shard(number) for number in recorded_shards(self._folder)]
+        in_hand = 0
+        if plan is not None:
+            coming, in_hand = self._coming(plan, {shard.shard for shard in shards}, exact)
+            shards += coming
+        objects = int(latest["lines"])
+        done = min(objects, max(0, sum(s.done for s in shards) - int(latest["stale"])))
+        failed = min(objects - done, max(0, sum(s.failed for s in shards) - int(latest["stale_failed"])))
+        running = min(in_hand, objects - done - failed)
+        return Status(
+            objects=objects,
+            done=done,
+            failed=failed,
+            running=running,
+            pending=objects - done - failed - running,
+            stale=int(latest["stale"]),
+            plan=plan.plan_id if plan else None,
+            shards=sorted(shards, key=lambda shard: shard.shard),
+            workers=self._workers(),
+        )
+
+    def _shard(self, number: int) -> ShardStatus:
+        if number not in self._published:
+            record = read_record(self._folder, number)
+            objects = record.rows + len(record.failed)
+            self._published[number] = ShardStatus(number, "done", objects, record.rows, len(record.failed))
+        return self._published[number]
+
+    def _coming(self, plan: Plan, published: set[int], exact: bool) -> tuple[list[ShardStatus], int]:
+        segments = [s for s in plan.segments if s.shard not in published]
+        chords = Chords(self._client, plan) if self._client is not None else None
+        if chords is None or exact or not chords.known():
+            return [self._walk(plan, segment) for segment in segments], 0
+        armed = chords.armed()
+        flying = [s for s in segments if s.index in armed]
+        finished = chords.finished_members([armed[s.index] for s in flying])
+        failed = chords.failed(flying)
+        coming = [ShardStatus(s.shard, "pending", s.lines, 0, 0) for s in segments if s.index not in armed]
+        for segment, through, failures in zip(flying, finished, failed, strict=True):
+            # What was not published with the group had been done before.
+            done = segment.lines - armed[segment.index].size + through - failures
+            coming.append(ShardStatus(segment.shard, "running", segment.lines, max(0, done), failures))
+        return coming, chords.in_hand()
+
+    def _walk(self, plan: Plan, segment: Segment) -> ShardStatus:
+        done = failed = 0
+        for path in plan.paths(segment):
+            object_id = plan.scheme.object_id(path)
+            if read_feature(plan.feature_file(object_id), plan.length) is not None:
+                done += 1
+            elif read_error(plan.error_file(object_id)) is not None:
+                failed += 1
+        return ShardStatus(segment.shard, "running" if done + failed else "pending", segment.lines, done, failed)
+
+    def _workers(self) -> list[dict[str, Any]]:
+        if self._client is None:
+            return []
+        keys = sorted(self._client.scan_iter(f"ruiji:{self._gallery_id}:worker:*", count=1000))
+        return [json.loads(value) for value in (self._client.mget(keys) if keys else []) if value]

@@ -1,0 +1,101 @@
+"""The watchdog: rebuilds from the disk what the broker forgot, so that nobody has to watch a run."""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import LockError
+
+from pipeline.broker.chords import Armed, Chords
+from pipeline.errors import RuijiError
+from pipeline.plan import Plan, close_plan, open_plan
+from pipeline.produce import Producer
+from pipeline.reduce import remove_empty_folders
+
+logger = logging.getLogger(__name__)
+
+#: One look costs a listing of the gallery folder and a few small reads from Redis.
+CHECK_INTERVAL_S = 2.0
+
+
+def advance(app: Celery, client: "redis.Redis[Any]", plan: Plan, window_segments: int) -> bool:
+    """Do what comes after a shard: arm the next segment, or close the plan; True when it was closed."""
+    if plan.unpublished():
+        Producer(app, Chords(client, plan), plan).fill_window(window_segments)
+        return False
+    close_plan(plan)
+    Chords(client, plan).forget_plan()
+    remove_empty_folders(plan)
+    logger.info("plan finished", extra={"event": "plan_finished", "plan": plan.plan_id})
+    return True
+
+
+class Watchdog(threading.Thread):
+    """Runs in every reducer process; a lease lets one of them look at a time."""
+
+    def __init__(
+        self, app: Celery, client: "redis.Redis[Any]", folder: Any, window_segments: int, stall_timeout_s: float
+    ) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._app = app
+        self._client = client
+        self._folder = folder
+        self._window = window_segments
+        self._stall_timeout_s = stall_timeout_s
+        # (group, members through) of each armed segment, and since when it stands there.
+        self._seen: dict[tuple[str, int], tuple[tuple[str, int], float]] = {}
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """End the thread at its next look."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Look every few seconds, through every failure of Redis or the disk."""
+        while not self._stop.wait(CHECK_INTERVAL_S):
+            try:
+                self._look()
+            except (redis.RedisError, LockError, OperationalError, OSError, RuijiError) as error:
+                logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
+
+    def _look(self) -> None:
+        plan = open_plan(self._folder)
+        if plan is None:
+            self._seen.clear()
+            return
+        chords = Chords(self._client, plan)
+        if not chords.known():
+            logger.warning("Redis does not know the open plan; publishing it anew", extra={"event": "plan_rebuilt"})
+        # Also right where nothing is wrong: it arms what is missing from the window.
+        if advance(self._app, self._client, plan, self._window):
+            return
+        stalled = self._stalled(plan, chords)
+        if not stalled:
+            return
+        queued = chords.queued_segments()
+        for segment in plan.unpublished():
+            if segment.index in stalled and segment.index not in queued:
+                count = Producer(self._app, chords, plan).arm_again(segment)
+                extra = {"event": "segment_rebuilt", "shard": segment.shard, "images": count}
+                logger.warning("lost tasks published again", extra=extra)
+
+    def _stalled(self, plan: Plan, chords: Chords) -> set[int]:
+        """Armed segments, not published, whose counters have not moved for the stall timeout."""
+        armed = chords.armed()
+        unpublished = [s for s in plan.unpublished() if s.index in armed]
+        entries: list[Armed] = [armed[s.index] for s in unpublished]
+        now = time.monotonic()
+        seen = {}
+        stalled = set()
+        for segment, entry, through in zip(unpublished, entries, chords.finished_members(entries), strict=True):
+            key, place = (plan.plan_id, segment.index), (f"{entry.group}@{entry.at}", through)
+            before = self._seen.get(key)
+            seen[key] = before if before is not None and before[0] == place else (place, now)
+            if now - seen[key][1] >= self._stall_timeout_s:
+                stalled.add(segment.index)
+        self._seen = seen
+        return stalled

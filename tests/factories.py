@@ -1,0 +1,147 @@
+"""What tests are made of: tiny models, pictures, and the command line as a user runs it."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+
+def tiny_model(
+    path: Path,
+    *,
+    size: int = 8,
+    channels: int = 3,
+    layout: str = "NHWC",
+    length: int = 12,
+    batch: int | str = "n",
+    input_name: str = "inputs:0",
+    output_name: str = "feature_vector",
+    seed: int = 0,
+) -> Path:
+    """Write a real ONNX graph: pixels, flattened, times a fixed random matrix."""
+    weights = np.random.default_rng(seed).normal(size=(size * size * channels, length)).astype(np.float32)
+    shape = [batch, size, size, channels] if layout == "NHWC" else [batch, channels, size, size]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", [input_name], ["flat"], axis=1),
+            helper.make_node("MatMul", ["flat", "weights"], [output_name]),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(output_name, TensorProto.FLOAT, [batch, length])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+    return path
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (16, 12)) -> Path:
+    """Write a smooth random picture; equal seeds give equal pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise).resize(size).save(path)
+    return path
+
+
+def pictures(media_dir: Path, count: int, size: tuple[int, int] = (16, 12)) -> list[str]:
+    """Write pictures in the article's nested layout and their sorted `objects.txt`; returns the paths."""
+    paths = []
+    for number in range(count):
+        name = hashlib.sha1(str(number).encode()).hexdigest() + ".png"
+        paths.append(f"object/{name[0:2]}/{name[2:4]}/{name}")
+        picture(media_dir / paths[-1], number, size)
+    paths.sort()
+    (media_dir / "objects.txt").write_text("".join(f"{path}\n" for path in paths))
+    return paths
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = "the condition") -> None:
+    """Poll until the condition holds; fail loudly where it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Ruiji:
+    """Runs `ruiji` sub-commands in processes of their own."""
+
+    media: Path
+    features: Path
+    model: Path
+    state: Path
+    root: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    _started: list["subprocess.Popen[str]"] = field(default_factory=list)
+
+    @property
+    def gallery(self) -> Path:
+        """The gallery folder."""
+        return self.features / self.model.stem
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": str(self.root),
+            "RUIJI_MEDIA_DIR": str(self.media),
+            "RUIJI_FEATURE_DIR": str(self.features),
+            "RUIJI_MODEL": str(self.model),
+            "RUIJI_STATE_DIR": str(self.state),
+            **self.environment,
+        }
+
+    def __call__(self, *arguments: str, code: int | None = 0, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end and check its exit code."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *arguments],
+            env=self._environment(),
+            cwd=self.media.parent,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start a command that stays; its output goes to the test's own."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *arguments],
+            env=self._environment(),
+            cwd=self.media.parent,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def stop_all(self) -> None:
+        """Stop what is still running, as an orderly shutdown."""
+        for process in self._started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self._started:
+            process.wait(timeout=90)
+
+    def shard_digests(self) -> dict[str, str]:
+        """sha256 of every file of every shard, records included, by name."""
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(self.gallery.iterdir())
+            if path.name[:4].isdigit()
+        }

@@ -1,0 +1,137 @@
+"""Micro-batches of ordinary Celery tasks: a `Task.Strategy` that computes many requests at once.
+
+Requests are buffered and computed together; then every one passes Celery's own tracer, which picks
+up its outcome and stores its chord part, and is acknowledged last. Leans on internals of Celery 5.7.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import Task
+from celery.app import trace
+from celery.utils.imports import symbol_by_name
+from celery.worker.request import create_request_cls
+from celery.worker.state import task_ready, task_reserved
+
+from pipeline.errors import MachineFault
+
+logger = logging.getLogger(__name__)
+
+#: A lone image waits no longer than this for company.
+FLUSH_INTERVAL_S = 0.005
+#: How long a worker rests after a fault of its machine before it takes work again.
+REST_S = 5.0
+
+
+class BatchTask(Task):  # type: ignore[misc]
+    """A task whose requests are computed in batches.
+
+    Attributes:
+        compute: takes the positional arguments of each request, returns one small constant for each.
+        batch_images: the most requests a batch.
+        on_rest: told why the worker rests, and None when it goes on.
+    """
+
+    abstract = True
+    acks_late = True
+    # The arguments of a request are checked by `compute`, not by Celery.
+    typing = False
+    compute: Callable[[list[tuple[Any, ...]]], list[str]]
+    batch_images = 1
+    on_rest: Callable[[str | None], None]
+    stopping: threading.Event
+    _outcomes: dict[str, str]
+
+    def run(self, *args: Any) -> str:
+        """Give Celery's tracer the outcome that was computed with the batch."""
+        return self._outcomes.pop(self.request.id)
+
+    def Strategy(self, task: Task, app: Any, consumer: Any) -> Callable[..., None]:  # noqa: N802 (Celery's name)
+        """Celery's hook: returns what handles each message that arrives."""
+        request_class = create_request_cls(
+            symbol_by_name(task.Request), task, consumer.pool, consumer.hostname, consumer.event_dispatcher, app=app
+        )
+        buffer: list[Any] = []
+        timer: list[Any] = []
+
+        def flush() -> None:
+            while timer:
+                timer.pop().cancel()
+            if buffer:
+                requests = buffer[:]
+                buffer.clear()
+                consumer.pool.apply_async(_run_batch, (task, requests))
+
+        def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
+            request = request_class(
+                message,
+                on_ack=ack,
+                on_reject=reject,
+                app=app,
+                hostname=consumer.hostname,
+                eventer=consumer.event_dispatcher,
+                task=task,
+                connection_errors=consumer.connection_errors,
+                body=message.body,
+                headers=message.headers,
+                decoded=False,
+                utc=True,
+            )
+            task_reserved(request)
+            buffer.append(request)
+            if len(buffer) >= task.batch_images:
+                flush()
+            elif not timer:
+                timer.append(consumer.timer.call_after(FLUSH_INTERVAL_S, flush))
+
+        return handle
+
+
+def _run_batch(task: BatchTask, requests: list[Any]) -> None:
+    # Whatever fails outside a task's body (a chord part that cannot be stored, Redis away) must give the
+    # messages back: else they stay in the prefetch window for ever and the worker silently stops.
+    try:
+        _compute_and_trace(task, requests)
+    except Exception as error:
+        if isinstance(error, MachineFault):
+            logger.error("%s; the work is given back", error, extra={"event": "machine_fault"})
+        else:
+            logger.exception("a batch failed and is given back", extra={"event": "batch_failed"})
+        # Rest before giving back: the window stays full meanwhile, so nothing more is taken.
+        task.on_rest(str(error))
+        task.stopping.wait(REST_S)
+        for request in requests:
+            if not request.acknowledged:
+                try:
+                    request.reject(requeue=True)
+                except Exception:
+                    # Redis is away too; its visibility timeout brings the message back.
+                    logger.warning("could not give a message back", extra={"event": "give_back_failed"})
+            task_ready(request)
+        task.on_rest(None)
+
+
+def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
+    now, pid = time.monotonic(), os.getpid()
+    live = []
+    for request in requests:
+        try:
+            payload = request._payload
+            request.on_accepted(pid, now)
+            live.append((request, payload))
+        except Exception:  # Any undecodable message; it can never be worked on.
+            logger.exception("a message cannot be read and is dropped", extra={"event": "bad_message"})
+            request.reject(requeue=False)
+            task_ready(request)
+    outcomes = task.compute([tuple(args) for _, (args, _, _) in live])
+    traced = []
+    for (request, payload), outcome in zip(live, outcomes, strict=True):
+        task._outcomes[request.id] = outcome
+        traced.append((request, trace.fast_trace_task(task.name, request.id, request.request_dict, payload, None, None)))
+    for request, result in traced:
+        # Acknowledged only now, when the chord parts of the whole batch are stored.
+        request.on_success(result)

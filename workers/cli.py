@@ -1,0 +1,115 @@
+"""`ruiji worker`: the processes that embed and reduce."""
+
+import os
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from pipeline import settings
+from pipeline.settings import Device
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    embed = "embed"
+    reduce = "reduce"
+    all = "all"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to the root command."""
+    app.command()(worker)
+    app.command("worker-process", hidden=True)(worker_process)
+
+
+def worker(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    redis_url: settings.RedisUrl = None,
+    redis_password_file: settings.RedisPasswordFile = None,
+    role: Annotated[Role, typer.Option(help="embed, reduce, or both kinds of processes.")] = Role.all,
+    processes: settings.Processes = None,
+    device: settings.WorkerDevice = Device.auto,
+    batch_images: settings.BatchImages = None,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
+    state_dir: settings.StateDir = None,
+    log_format: settings.LogFormatOption = settings.LogFormat.text,
+) -> None:
+    """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
+    from pipeline.errors import UsageError
+    from pipeline.logs import set_up
+    from workers.supervisor import Supervisor
+
+    set_up(log_format)
+    if not media_dir.is_dir():
+        raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
+    if not model.is_file():
+        raise UsageError(f"no model at {model}; give an .onnx file with --model or RUIJI_MODEL")
+    url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
+    cores = len(os.sched_getaffinity(0))
+    embed_processes = processes or (1 if _uses_cuda(device) else cores)
+    roles = ["embed"] * embed_processes if role is not Role.reduce else []
+    roles += ["reduce"] if role is not Role.embed else []
+    environment = {
+        "RUIJI_MEDIA_DIR": str(media_dir),
+        "RUIJI_FEATURE_DIR": str(feature_dir),
+        "RUIJI_MODEL": str(model),
+        "RUIJI_REDIS_URL": url,
+        "RUIJI_DEVICE": device.value,
+        "RUIJI_WINDOW_SEGMENTS": str(window_segments),
+        "RUIJI_VISIBILITY_TIMEOUT_S": str(visibility_timeout_s),
+        "RUIJI_STALL_TIMEOUT_S": str(stall_timeout_s),
+        "RUIJI_LOG_FORMAT": log_format.value,
+        "RUIJI_THREADS": str(max(1, cores // embed_processes)),
+    }
+    if batch_images is not None:
+        environment["RUIJI_BATCH_IMAGES"] = str(batch_images)
+    raise typer.Exit(Supervisor(roles, environment).run())
+
+
+def _uses_cuda(device: Device) -> bool:
+    if device is Device.auto:
+        import onnxruntime
+
+        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return device is Device.cuda
+
+
+def worker_process(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    redis_url: settings.RedisUrl,
+    role: Annotated[Role, typer.Option()],
+    threads: settings.Threads,
+    device: settings.WorkerDevice = Device.auto,
+    batch_images: settings.BatchImages = None,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
+    log_format: settings.LogFormatOption = settings.LogFormat.text,
+) -> None:
+    """One process of `ruiji worker`, which starts it with its settings in the environment."""
+    from pipeline.logs import set_up
+    from workers.process import run_process
+
+    set_up(log_format)
+    status = run_process(
+        role.value,
+        media_dir,
+        feature_dir,
+        model,
+        settings.resolve_redis_url(redis_url, None, None),
+        device=device.value,
+        threads=threads,
+        batch_images=batch_images,
+        window_segments=window_segments,
+        visibility_timeout_s=visibility_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+    )
+    raise typer.Exit(status)

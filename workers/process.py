@@ -1,0 +1,187 @@
+"""One worker process: a Celery worker for one role, with its heartbeat and the renewal of its claims."""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import signals
+from celery.exceptions import SecurityWarning
+
+from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.errors import GalleryMismatch
+from pipeline.model import load_model
+from pipeline.plan import library_versions
+from pipeline.store import GalleryInfo, gallery_folder, read_gallery
+from pipeline.watchdog import Watchdog
+from workers.embed import DONE, FAILED
+from workers.encoder import Encoder
+from workers.tasks import register_embed, register_reduce
+
+logger = logging.getLogger(__name__)
+
+#: How often a process tells of itself; what it told is forgotten after five times as long.
+_HEARTBEAT_S = 2.0
+#: Enough to bridge a fetch from Redis; each message held longer comes back later when the process dies.
+_LEAST_PREFETCH = 16
+
+
+class Heartbeat(threading.Thread):
+    """Tells Redis how this process is doing, and that it is alive, so that its messages stay its own."""
+
+    def __init__(self, client: "redis.Redis[Any]", gallery_id: str, role: str, visibility_timeout_s: int) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._client = client
+        self._key = f"ruiji:{gallery_id}:worker:{socket.gethostname()}:{os.getpid()}"
+        self._unacked_index = unacked_keys(gallery_id)["unacked_index_key"]
+        self._renew_s = visibility_timeout_s / 4
+        self._consumer: Any = None
+        self.stopping = threading.Event()
+        self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "role": role}
+        self._state |= {"device": "cpu", "state": "working", "images": 0, "failed": 0, "images_per_s": 0.0}
+
+    def attach(self, consumer: Any) -> None:
+        """Celery's consumer, once it is there; knows which messages are held."""
+        self._consumer = consumer
+
+    def set(self, **state: Any) -> None:
+        """Change what is told."""
+        self._state.update(state)
+
+    def count(self, outcomes: list[str]) -> None:
+        """Add a batch."""
+        self._state["images"] += outcomes.count(DONE)
+        self._state["failed"] += outcomes.count(FAILED)
+
+    def rest(self, why: str | None) -> None:
+        """Say why the process rests, or that it goes on."""
+        self.set(state=f"waiting: {why}" if why else "working")
+
+    def run(self) -> None:
+        """Beat until the process ends; Redis may come and go."""
+        renewed, beaten, images = time.monotonic(), time.monotonic(), 0
+        while not self.stopping.wait(min(_HEARTBEAT_S, self._renew_s)):
+            now = time.monotonic()
+            rate = (self._state["images"] - images) / (now - beaten)
+            images, beaten = self._state["images"], now
+            self._state["images_per_s"] = round(rate, 1)
+            try:
+                self._client.set(self._key, json.dumps(self._state), ex=int(5 * _HEARTBEAT_S))
+                if now - renewed >= self._renew_s:
+                    self._renew_claims()
+                    renewed = now
+            except redis.RedisError:
+                continue  # Celery's own connection tells of it.
+
+    def _renew_claims(self) -> None:
+        # kombu gives messages back once their stamp is older than the visibility timeout, dead or alive.
+        channel = getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+        tags = list(channel.qos._delivered) if channel is not None else []
+        if tags:
+            self._client.zadd(self._unacked_index, dict.fromkeys(tags, time.time()), xx=True)
+
+    def leave(self) -> None:
+        """Take the process off the list."""
+        self.stopping.set()
+        try:
+            self._client.delete(self._key)
+        except redis.RedisError:
+            pass
+
+
+def wait_for_gallery(folder: Path) -> GalleryInfo:
+    """The gallery that a worker works for; waits until the first `ruiji enqueue` made it."""
+    told = False
+    while (gallery := read_gallery(folder)) is None:
+        if not told:
+            extra = {"event": "waiting_for_gallery", "folder": str(folder)}
+            logger.info("nothing was enqueued yet; waiting for ruiji enqueue", extra=extra)
+            told = True
+        time.sleep(1)
+    return gallery
+
+
+def run_process(
+    role: str,
+    media_dir: Path,
+    feature_dir: Path,
+    model_path: Path,
+    redis_url: str,
+    *,
+    device: str,
+    threads: int,
+    batch_images: int | None,
+    window_segments: int,
+    visibility_timeout_s: int,
+    stall_timeout_s: int,
+) -> int:
+    """Work until told to stop (SIGTERM: what is in hand is finished first); returns the exit status.
+
+    Raises:
+        GalleryMismatch: the gallery belongs to another model.
+        UsageError: there is no such device. ModelError: the model is refused.
+    """
+    client = connect(redis_url)
+    folder = gallery_folder(feature_dir, model_path)
+    gallery = wait_for_gallery(folder)
+    encoder = None
+    if role == "embed":
+        model = load_model(model_path)
+        if model.fingerprint != gallery.fingerprint:
+            raise GalleryMismatch(
+                f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}"
+            )
+        encoder = Encoder(model, device, threads, batch_images)
+    prefetch = max(_LEAST_PREFETCH, 3 * encoder.batch_images) if encoder else 1
+    app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=visibility_timeout_s, prefetch=prefetch)
+    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s)
+    watchdog = None
+    if encoder is not None:
+        heartbeat.set(device=encoder.device)
+        register_embed(
+            app, folder, media_dir, encoder, client, heartbeat.count, heartbeat.rest, heartbeat.stopping
+        )
+        queue = embed_queue(gallery.gallery_id)
+    else:
+        register_reduce(app, folder, client, window_segments)
+        queue = reduce_queue(gallery.gallery_id)
+        watchdog = Watchdog(app, client, folder, window_segments, stall_timeout_s)
+
+    @signals.worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
+    def ready(sender: Any, **_: Any) -> None:
+        heartbeat.attach(sender)
+        heartbeat.start()
+        if watchdog is not None:
+            watchdog.start()
+        extra = {"event": "worker_ready", "role": role, "device": encoder.device if encoder else "-"}
+        logger.info("ready", extra=extra | {"model": gallery.fingerprint[:12], **library_versions()})
+
+    @signals.worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
+    def stopping(**_: Any) -> None:
+        heartbeat.stopping.set()
+        if watchdog is not None:
+            watchdog.stop()
+
+    # Celery warns root because of pickle, which this app never accepts.
+    warnings.simplefilter("ignore", SecurityWarning)
+    # One thread computes, one consumes and acknowledges; CUDA does not survive a fork, threads it does.
+    worker = app.Worker(
+        hostname=f"{role}-{os.getpid()}@{socket.gethostname()}",
+        pool="threads",
+        concurrency=1,
+        queues=[queue],
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    heartbeat.leave()
+    return int(worker.exitcode or 0)

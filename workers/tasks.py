@@ -1,0 +1,176 @@
+"""The Celery tasks: thin coats around `embed_batch` and `reduce_segment`."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.exceptions import Reject
+from redis.exceptions import LockError
+
+from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
+from pipeline.broker.chords import Chords
+from pipeline.errors import MachineFault, RuijiError
+from pipeline.plan import Plan, is_closed, library_versions, open_plan, plan_file
+from pipeline.produce import Producer
+from pipeline.reduce import missing_after_reread, reduce_segment
+from pipeline.watchdog import advance
+from workers.batching import BatchTask
+from workers.embed import FAILED, LATE, Job, embed_batch
+from workers.encoder import Encoder
+
+logger = logging.getLogger(__name__)
+
+#: A reducer's lease; renewed before each file it renames.
+_REDUCE_LEASE_S = 60.0
+#: Another host's file may show late on a network folder.
+_LATE_FILE_WAIT_S = 1.0
+#: A segment whose features vanish is published again this often at once, then only by the watchdog.
+_QUICK_HEALS = 3
+
+
+class OpenPlan:
+    """The open plan, read again only when its file changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stamp: tuple[int, int] | None = None
+        self._plan: Plan | None = None
+
+    def get(self, plan_id: str) -> Plan | None:
+        """The plan if it is open, or None if it was finished or cancelled.
+
+        Raises:
+            MachineFault: it is neither; its file may show late here, or the folder is another one.
+        """
+        try:
+            stat = plan_file(self._folder).stat()
+            stamp = (stat.st_ino, stat.st_mtime_ns)
+        except OSError:
+            stamp = None
+        if stamp is None or stamp != self._stamp:
+            self._plan, self._stamp = open_plan(self._folder), stamp
+        if self._plan is not None and self._plan.plan_id == plan_id:
+            return self._plan
+        if self._plan is not None or is_closed(self._folder, plan_id):
+            return None
+        raise MachineFault(f"{self._folder} does not show the plan {plan_id}; is it the same folder on all machines?")
+
+
+def check_versions(plan: Plan) -> None:
+    """Raise MachineFault where other library versions than the plan's would give other bits."""
+    ours = library_versions()
+    differing = [f"{name} {ours[name]} (plan: {plan.versions[name]})" for name in ours if ours[name] != plan.versions[name]]
+    if differing:
+        raise MachineFault(f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}")
+
+
+def register_embed(
+    app: Celery,
+    folder: Path,
+    media_dir: Path,
+    encoder: Encoder,
+    client: "redis.Redis[Any]",
+    on_batch: Callable[[list[str]], None],
+    on_rest: Callable[[str | None], None],
+    stopping: threading.Event,
+) -> None:
+    """Register the embed task: `(plan id, segment, path)`, one image.
+
+    Args:
+        on_batch: told the outcomes of each batch.
+    """
+    plans = OpenPlan(folder)
+
+    def compute(calls: list[tuple[Any, ...]]) -> list[str]:
+        outcomes = [LATE] * len(calls)
+        by_plan: dict[str, list[int]] = {}
+        for number, (plan_id, _, _) in enumerate(calls):
+            by_plan.setdefault(str(plan_id), []).append(number)
+        for plan_id, numbers in by_plan.items():
+            plan = plans.get(plan_id)
+            if plan is None:
+                continue
+            check_versions(plan)
+            jobs = [Job(plan.segments[int(calls[n][1])], str(calls[n][2])) for n in numbers]
+            for number, outcome in zip(numbers, embed_batch(plan, jobs, encoder, media_dir), strict=True):
+                outcomes[number] = outcome
+            _note_failures(client, plan, jobs, [outcomes[n] for n in numbers])
+        on_batch(outcomes)
+        return outcomes
+
+    class Embed(BatchTask):
+        name = EMBED_TASK
+
+    task = Embed()
+    task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
+    task.stopping, task._outcomes = stopping, {}
+    app.register_task(task)
+
+
+def _note_failures(client: "redis.Redis[Any]", plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
+    failed: dict[int, list[str]] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome == FAILED:
+            failed.setdefault(job.segment.index, []).append(plan.scheme.object_id(job.path))
+    for index, object_ids in failed.items():
+        Chords(client, plan).note_failed(plan.segments[index], object_ids)
+
+
+def register_reduce(app: Celery, folder: Path, client: "redis.Redis[Any]", window_segments: int) -> None:
+    """Register the reduce task: `(plan id, segment)`, the body of the segment's chord."""
+    plans = OpenPlan(folder)
+
+    # Faults are given back to the queue; what else goes wrong is logged, and the watchdog tries again.
+    @app.task(name=REDUCE_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
+    def reduce(self: Any, plan_id: str, index: int) -> None:
+        try:
+            plan = plans.get(plan_id)
+            if plan is not None:
+                reduce_and_advance(app, client, plan, index, window_segments)
+        except (MachineFault, redis.RedisError, LockError, OSError) as error:
+            logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
+            time.sleep(_LATE_FILE_WAIT_S)
+            raise Reject(str(error), requeue=True) from error
+
+
+def reduce_and_advance(app: Celery, client: "redis.Redis[Any]", plan: Plan, index: int, window_segments: int) -> None:
+    """Reduce one segment under a lease; arm what is missing, or what comes next.
+
+    Raises:
+        MachineFault: the disk failed. LockError: another reducer holds the segment.
+    """
+    segment, chords = plan.segments[index], Chords(client, plan)
+    started = time.monotonic()
+    with chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_LEASE_S) as lease:
+        reduced = reduce_segment(plan, segment, lambda: _still_ours(lease))
+    if reduced.missing:
+        time.sleep(_LATE_FILE_WAIT_S)
+        missing = missing_after_reread(plan, reduced.missing)
+        heals = chords.armed()[index].heals if index in chords.armed() else 0
+        extra = {"event": "segment_incomplete", "shard": segment.shard, "images": len(missing), "heals": heals}
+        logger.warning("features are missing", extra=extra)
+        if heals < _QUICK_HEALS:
+            Producer(app, chords, plan).arm_again(segment)
+        return
+    chords.forget(segment)
+    extra = {
+        "event": "shard_published",
+        "shard": segment.shard,
+        "rows": reduced.rows,
+        "failed": reduced.failed,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    logger.info("shard published", extra=extra)
+    advance(app, client, plan, window_segments)
+
+
+def _still_ours(lease: Any) -> None:
+    try:
+        lease.reacquire()
+    except LockError as error:
+        raise RuijiError("another reducer took over the segment") from error
