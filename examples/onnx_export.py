@@ -1,0 +1,111 @@
+"""From a torch module to one ONNX file with chosen names, and the proof that both compute the same.
+
+Made with the exporter that torch 2.13 calls "dynamo"; it needs onnxscript.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+#: Written by every ONNX Runtime since 1.14, read by all later ones.
+OPSET = 18
+
+
+class ExportError(Exception):
+    """The exported file is not what the module was."""
+
+
+def export_onnx(
+    module: torch.nn.Module, example: torch.Tensor, path: Path, *, input_name: str, output_name: str
+) -> None:
+    """Export a module as one file whose first dimension, the batch, is open.
+
+    The same module gives the same bytes: what the exporter notes about this machine (source
+    paths, stack traces) is taken out.
+
+    Args:
+        module: one float32 tensor in, float32[b, d] out.
+        example: float32[2 or more, …], an input to trace with.
+        input_name, output_name: names in the graph; any text, also such as `inputs:0`.
+    """
+    module.eval()
+    program = torch.onnx.export(
+        module,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=["feature"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    # The exporter takes its names for identifiers of a program; ONNX itself allows any text.
+    _rename(model.graph, {model.graph.input[0].name: input_name, model.graph.output[0].name: output_name})
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def check_export(
+    module: torch.nn.Module, path: Path, batches: Iterable[torch.Tensor], *, tolerance: float = 1e-4
+) -> float:
+    """Compare a file with the module that it was made from.
+
+    Args:
+        batches: float32 inputs, for instance of several batch sizes.
+        tolerance: how far one value may be off, absolute.
+
+    Returns:
+        The largest absolute difference seen.
+
+    Raises:
+        ExportError: a shape is another, a value is not finite, or a difference is above the tolerance.
+    """
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (source,), (target,) = session.get_inputs(), session.get_outputs()
+    worst = 0.0
+    module.eval()
+    for batch in batches:
+        with torch.inference_mode():
+            expected: NDArray[np.float32] = module(batch).numpy()
+        found = np.asarray(session.run([target.name], {source.name: batch.numpy()})[0])
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise ExportError(
+                f"{path} gives {found.dtype}{list(found.shape)}, torch gives {expected.dtype}{list(expected.shape)}"
+            )
+        difference = float(np.abs(found - expected).max())
+        # Written so that a NaN, which compares as false, is refused too.
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{path} differs from torch by {difference:.3g} in a batch of {len(batch)}; allowed are {tolerance:.3g}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+
+
+def _strip(model: Any) -> None:
+    """Remove notes for debugging from a model: they name files of the machine that exported it."""
+    graph = model.graph
+    for part in [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    del graph.value_info[:]
