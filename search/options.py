@@ -1,0 +1,28 @@
+"""The words that search takes as options; free of heavy imports, because the command line needs them."""
+
+from enum import StrEnum
+
+
+class Metric(StrEnum):
+    """What neighbours are ordered by, and what their distance means.
+
+    `cosine` and `angle` have the same order and the same distance, the angle in radians. `euclidean` is the
+    article's: between raw features, lower is closer.
+    """
+
+    cosine = "cosine"
+    angle = "angle"
+    euclidean = "euclidean"
+
+
+class OutputFormat(StrEnum):
+    """How hits are written to stdout."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+    paths = "paths"
+
+
+TOP_K = 10

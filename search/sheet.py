@@ -1,0 +1,155 @@
+"""Contact sheets: one line for each query, its picture at the left, then its hits in order."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.errors import RuijiError, UsageError
+from search.queries import open_picture
+
+ENDINGS = (".jpg", ".jpeg", ".png")
+#: JPEG cannot be larger, and no viewer shows more.
+_MAX_SIDE = 65_000
+_MAX_SHEET_PIXELS = 300_000_000
+
+_TILE = 176
+_GAP = 12
+_BORDER = 4
+_CAPTION = 42
+_MARGIN = 24
+#: Between the query and its hits, with a rule in its middle.
+_DIVIDE = 36
+_CELL_HEIGHT = _TILE + _CAPTION
+#: Pictures up to this size (digits, icons) are enlarged in whole steps, so that each pixel stays a square.
+_SMALL = _TILE // 2
+
+_PAPER, _INK, _FAINT, _RULE, _EMPTY = "#ffffff", "#1c1c1e", "#6e6e73", "#d2d2d7", "#e5e5ea"
+_RIGHT, _WRONG = "#1f9d4d", "#d1342f"
+
+
+@dataclass(frozen=True)
+class SheetHit:
+    """One hit of a line.
+
+    Attributes:
+        picture: its image file, or None where that is not known.
+        label: what it shows, where labels are known.
+    """
+
+    object_id: str
+    picture: Path | None
+    similarity: float
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class SheetLine:
+    """One query and its hits, best first."""
+
+    query: Path
+    hits: tuple[SheetHit, ...]
+    label: str | None = None
+
+
+def check_target(target: Path, queries: int, top_k: int) -> None:
+    """Check, before any work, that a sheet can be written.
+
+    Raises:
+        UsageError: its ending is not that of a JPEG or PNG, or it would be too large.
+    """
+    if target.suffix.lower() not in ENDINGS:
+        raise UsageError(f"cannot write a sheet to {target}: its name must end in {', '.join(ENDINGS)}")
+    width, height = _size(queries, top_k)
+    if max(width, height) > _MAX_SIDE or width * height > _MAX_SHEET_PIXELS:
+        raise UsageError(
+            f"a sheet of {queries} queries with {top_k} hits would have {width} x {height} pixels; "
+            "search with fewer queries, or a smaller --top-k"
+        )
+
+
+def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int) -> int:
+    """Draw a sheet and write it, as JPEG or PNG by its ending.
+
+    Hits have a green border where their label is the query's and a red one where it is another; none without labels.
+
+    Args:
+        max_pixels: pictures with more pixels are not decoded.
+
+    Returns:
+        How many pictures could not be opened and are grey.
+
+    Raises:
+        RuijiError: the file cannot be written.
+    """
+    sheet = Image.new("RGB", _size(len(lines), max((len(line.hits) for line in lines), default=0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    missing = 0
+    for index, line in enumerate(lines):
+        top = _MARGIN + index * (_CELL_HEIGHT + _GAP)
+        missing += _picture(sheet, line.query, _MARGIN, top, max_pixels)
+        _caption(draw, _MARGIN, top, line.query.name, "query" if line.label is None else f"query · {line.label}")
+        rule = _MARGIN + _TILE + _DIVIDE // 2
+        draw.line([(rule, top), (rule, top + _TILE)], fill=_RULE, width=2)
+        for rank, hit in enumerate(line.hits, 1):
+            left = _MARGIN + _TILE + _DIVIDE + (rank - 1) * (_TILE + _GAP)
+            missing += _picture(sheet, hit.picture, left, top, max_pixels)
+            label = "" if hit.label is None else f" · {hit.label}"
+            _caption(draw, left, top, hit.object_id, f"{rank} · {hit.similarity:.4f}{label}")
+            if hit.label is not None and line.label is not None:
+                color = _RIGHT if hit.label == line.label else _WRONG
+                box = [left - _BORDER, top - _BORDER, left + _TILE + _BORDER - 1, top + _TILE + _BORDER - 1]
+                draw.rectangle(box, outline=color, width=_BORDER)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(target, quality=90)
+    except OSError as error:
+        raise RuijiError(f"cannot write the sheet {target}: {error.strerror}") from None
+    return missing
+
+
+def _size(lines: int, hits: int) -> tuple[int, int]:
+    width = 2 * _MARGIN + _TILE + _DIVIDE + hits * (_TILE + _GAP) - _GAP
+    return width, 2 * _MARGIN + lines * (_CELL_HEIGHT + _GAP) - _GAP
+
+
+def _picture(sheet: Image.Image, path: Path | None, left: int, top: int, max_pixels: int) -> bool:
+    """Paste a picture into its tile; True where there is none and the tile is grey."""
+    picture = None if path is None else open_picture(path, max_pixels, _TILE)
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle([left, top, left + _TILE - 1, top + _TILE - 1], fill=_EMPTY if picture is None else "#f5f5f7")
+    if picture is None:
+        draw.text((left + _TILE // 2, top + _TILE // 2), "no picture", fill=_FAINT, font=_font(13), anchor="mm")
+        return True
+    longest = max(picture.size)
+    if longest <= _SMALL:
+        step = _TILE // longest
+        picture = picture.resize((picture.width * step, picture.height * step), Image.Resampling.NEAREST)
+    else:
+        scale = _TILE / longest
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
+    return False
+
+
+def _caption(draw: ImageDraw.ImageDraw, left: int, top: int, name: str, fact: str) -> None:
+    """Two lines below a tile: the fact in ink, the name below it, shortened in its middle."""
+    bold, small = _font(15), _font(12)
+    draw.text((left, top + _TILE + 6), fact, fill=_INK, font=bold)
+    draw.text((left, top + _TILE + 25), _shortened(name, small), fill=_FAINT, font=small)
+
+
+def _shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    # The ending tells formats apart and the beginning tells ids apart, so the middle goes.
+    name = name.encode("utf-8", "replace").decode()
+    if font.getlength(name) <= _TILE:
+        return name
+    kept = len(name)
+    while kept > 8 and font.getlength(short := f"{name[: kept - 8]}…{name[-8:]}") > _TILE:
+        kept -= 1
+    return short
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
