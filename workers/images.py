@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 #: Formats that are decoded. Pillow knows more, but some of those start other programs (EPS) or are
 #: no photographs, and each one is another decoder that a hostile file can reach.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# Pillow registers most decoders late, and fails oddly when asked for one that it has not registered.
+Image.init()
 
 # Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None

@@ -1,0 +1,158 @@
+"""Processes killed, Redis emptied: the run ends unattended, with the same bytes as an undisturbed one."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.broker.app import connect
+from tests.conftest import ROOT
+from tests.factories import Ruiji, pictures, wait_until
+
+#: Short, so that what a dead worker held comes back soon; both are documented settings.
+FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": "50"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Ruiji:
+    """A finished run over 200 pictures that take some 15 ms each."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    pictures(folder / "media", 200, size=(640, 480))
+    shutil.copy(model_path, folder)
+    command = Ruiji(folder / "media", folder / "features", folder / model_path.name, folder / "state", ROOT)
+    command("run", "--shard-rows", "50")
+    return command
+
+
+@pytest.fixture
+def expected(ruiji: Ruiji, undisturbed: Ruiji) -> dict[str, str]:
+    """The undisturbed shards, of the same pictures that this test's command works on."""
+    ruiji.media = undisturbed.media
+    return undisturbed.shard_digests()
+
+
+def processes(role: str) -> list[psutil.Process]:
+    """Living worker processes of a role that this test started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "worker-process" in (command := process.cmdline()) and command[-1] == role:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def done(ruiji: Ruiji) -> int:
+    return int(json.loads(ruiji("status", "--json", code=None).stdout)["done"])
+
+
+def finish(ruiji: Ruiji, expected: dict[str, str]) -> None:
+    ruiji("enqueue", "--wait")
+    assert ruiji.shard_digests() == expected
+    status = json.loads(ruiji("status", "--json").stdout)
+    assert (status["done"], status["failed"], status["pending"], status["running"]) == (200, 0, 0, 0)
+
+
+def test_embed_processes_killed_again_and_again_lose_nothing(
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str]
+) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    ruiji.start("worker", "--processes", "2")
+    for round_number in range(3):
+        wait_until(lambda: len(processes("embed")) == 2, what="two embed processes")
+        reached = done(ruiji)
+        wait_until(lambda n=reached: done(ruiji) > n or done(ruiji) == 200, what="progress")
+        for process in processes("embed")[: 1 + round_number % 2]:
+            process.kill()
+    finish(ruiji, expected)
+
+
+def test_a_whole_worker_killed_is_replaced_by_another(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    worker = ruiji.start("worker", "--processes", "2")
+    wait_until(lambda: done(ruiji) > 5, what="progress")
+    worker.kill()
+    # Its processes notice that their parent died, and end too.
+    wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
+    ruiji.start("worker", "--processes", "2")
+    finish(ruiji, expected)
+
+
+def test_a_killed_reducer_leaves_no_partial_shard(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    ruiji.start("worker", "--role", "embed", "--processes", "2")
+    for _ in range(3):
+        reducer = ruiji.start("worker", "--role", "reduce")
+        before = len(list(ruiji.gallery.glob("000?.json")))
+        wait_until(lambda n=before: len(list(ruiji.gallery.glob("000?.json"))) > n, what="a shard")
+        for process in processes("reduce"):
+            process.kill()
+        reducer.terminate()
+        reducer.wait(timeout=60)
+    ruiji.start("worker", "--role", "reduce")
+    finish(ruiji, expected)
+
+
+def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    ruiji.start("worker", "--processes", "2")
+    for _ in range(2):
+        reached = done(ruiji)
+        wait_until(lambda n=reached: done(ruiji) > n or done(ruiji) == 200, what="progress")
+        connect(redis_url).flushall()
+    finish(ruiji, expected)
+
+
+def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str]
+) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_VISIBILITY_TIMEOUT_S": "3600"}
+    ruiji("enqueue")
+    worker = ruiji.start("worker", "--processes", "2")
+    wait_until(lambda: done(ruiji) > 5, what="progress")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=30) == 0
+    client = connect(redis_url)
+    held = [key for key in client.keys("ruiji:*:unacked")]
+    assert held == [], "nothing waits for the visibility timeout"
+    assert not list(ruiji.gallery.rglob(".tmp-*"))
+    ruiji.start("worker", "--processes", "2")
+    finish(ruiji, expected)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(ruiji: Ruiji, expected: dict[str, str]) -> None:
+    ruiji.environment = dict(FAST)
+    started = ruiji.start("run", "--workers", "2")
+    wait_until(lambda: list(ruiji.gallery.glob("0000.json")), what="the first shard")
+    os.kill(started.pid, signal.SIGINT)
+    assert started.wait(timeout=60) == 130
+    wait_until(lambda: not processes("embed"), timeout_s=10, what="the end of the workers")
+    first = (ruiji.gallery / "0000.json").stat().st_mtime_ns
+    ruiji("run", "--workers", "2")
+    assert ruiji.shard_digests() == expected
+    assert (ruiji.gallery / "0000.json").stat().st_mtime_ns == first
+
+
+@pytest.mark.slow
+def test_with_shipped_settings_a_dead_workers_images_run_again_within_75_seconds(
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str]
+) -> None:
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "50"}
+    ruiji("enqueue")
+    worker = ruiji.start("worker", "--processes", "2")
+    wait_until(lambda: done(ruiji) > 5, what="progress")
+    worker.kill()
+    killed = time.monotonic()
+    ruiji.start("worker", "--processes", "2")
+    finish(ruiji, expected)
+    assert time.monotonic() - killed < 75 + 45, "75 s, and what the rest of the run takes here"
