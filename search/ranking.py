@@ -278,6 +278,7 @@ class _Best:
         self._gallery, self._query, self._top_k, self._metric = gallery, query, top_k, metric
         self._values: Float64 = np.empty(0)
         self._rows: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._ids: NDArray[np.str_] = np.empty(0, dtype=np.str_)
 
     @property
     def threshold(self) -> float:
@@ -308,29 +309,32 @@ class _Best:
 
     def _keep(self, values: Float64, rows: NDArray[np.int64]) -> None:
         reached = values >= self.threshold
-        values = np.concatenate([self._values, values[reached]])
-        rows = np.concatenate([self._rows, rows[reached]])
+        values, rows = values[reached], rows[reached]
         if len(values) > self._top_k:
             # Ties at the k-th value all stay until the ids decide.
             tied = values >= np.partition(values, -self._top_k)[-self._top_k]
             values, rows = values[tied], rows[tied]
+        if not len(values):
+            return
         ids = np.array([self._gallery.object_id(row) for row in rows.tolist()], dtype=np.str_)
+        values, rows = np.concatenate([self._values, values]), np.concatenate([self._rows, rows])
+        ids = np.concatenate([self._ids, ids])
         order = np.lexsort((rows, ids, -values))[: self._top_k]
-        self._values, self._rows = values[order], rows[order]
+        self._values, self._rows, self._ids = values[order], rows[order], ids[order]
 
     def hits(self) -> tuple[Hit, ...]:
         """The best rows, best first."""
         return tuple(self._hits())
 
     def _hits(self) -> Iterator[Hit]:
-        for row in self._rows.tolist():
+        for row, object_id in zip(self._rows.tolist(), self._ids.tolist(), strict=True):
             feature = self._gallery.feature(row)[np.newaxis]
             if self._metric is Metric.euclidean:
                 distance = float(np.sqrt(exact_squared_distances(self._query, feature)[0]))
             else:
                 distance = float(exact_angles(self._query, feature)[0])
             similarity = float(exact_similarities(self._query, feature)[0])
-            yield Hit(row, self._gallery.object_id(row), self._gallery.path(row), similarity, distance)
+            yield Hit(row, object_id, self._gallery.path(row), similarity, distance)
 
 
 def _offer(best: list[_Best], block: Block, scan: _Scan) -> None:

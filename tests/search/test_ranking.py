@@ -22,19 +22,19 @@ KINDS = ("random", "positive", "clustered", "near_duplicates", "duplicates", "ti
 
 def features_of(kind: str, n: int = 400, d: int = D) -> NDArray[np.float32]:
     rng = np.random.default_rng(7)
-    x = rng.normal(size=(n, d)).astype(np.float32)
+    x: NDArray[np.float32] = rng.normal(size=(n, d)).astype(np.float32)
     if kind == "positive":
-        return np.abs(x)
+        x = np.abs(x)
     if kind == "clustered":
-        return (rng.normal(size=(5, d))[rng.integers(0, 5, n)] + 1e-2 * x).astype(np.float32)
+        x = (rng.normal(size=(5, d))[rng.integers(0, 5, n)] + 1e-2 * x).astype(np.float32)
     if kind == "near_duplicates":
         # Differences of a few units in the last place: float32 cannot order them.
-        return (x[0] * (1 + rng.integers(-2, 3, size=(n, d)) * 2.0**-23)).astype(np.float32)
+        x = (x[0] * (1 + rng.integers(-2, 3, size=(n, d)) * 2.0**-23)).astype(np.float32)
     if kind == "duplicates":
-        return x[rng.integers(0, 7, n)]
+        x = x[rng.integers(0, 7, n)]
     if kind == "ties":
         # Integers: many rows have exactly the same cosine without being the same.
-        return rng.integers(-1, 2, size=(n, d)).astype(np.float32)
+        x = rng.integers(-1, 2, size=(n, d)).astype(np.float32)
     if kind == "bad_rows":
         x[::5] = 0
         x[1::7, 3] = np.nan
@@ -76,7 +76,7 @@ def test_every_prefix_equals_the_brute_force(kind: str, metric: Metric) -> None:
     euclidean = metric is Metric.euclidean
     expected = [brute_force(features, ids, query, euclidean) for query in queries]
     for k in (1, 10, 100, n, n + 50):
-        for block_rows in (1, 37, n) if k in (10, n) else (61,):
+        for block_rows in {10: (1, 37, n), n: (37, n)}.get(k, (61,)):
             ranking = rank(gallery, queries, k, metric, block_rows=block_rows)
             for hits, want in zip(ranking.hits, expected, strict=True):
                 assert [hit.object_id for hit in hits] == [object_id for object_id, _ in want[:k]]

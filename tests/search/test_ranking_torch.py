@@ -25,7 +25,7 @@ def test_torch_and_numpy_give_the_same_ranking(kind: str, device: str) -> None:
     gallery = in_memory(features, ids_of(len(features)), cuts=(100, 300))
     queries = queries_of(features)
     for metric in Metric:
-        for k in (1, 10, 100, 1000):
+        for k in (10, 1000):
             expected = rank(gallery, queries, k, metric)
             assert rank_torch(gallery, queries, k, metric, device=device, block_rows=73) == expected
 

@@ -1,0 +1,271 @@
+"""`ruiji search` as a user meets it: formats, exit codes, messages, and what it imports."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from pipeline.errors import GalleryMismatch, QueryError, RuijiError, UsageError
+from pipeline.model import Model, load_model
+from pipeline.settings import MAX_PIXELS
+from pipeline.store import gallery_folder
+from search.cli import register
+from search.queries import embed_images
+from tests.factories import pictures, tiny_model
+from tests.search.galleries import write_article_shard, write_gallery, write_shard
+
+COUNT = 12
+
+
+@dataclass
+class World:
+    """A media folder with its gallery, and the command on it."""
+
+    media: Path
+    features: Path
+    model: Model
+    paths: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return gallery_folder(self.features, self.model.path)
+
+    def search(self, *arguments: str | Path) -> Result:
+        app = typer.Typer()
+        register(app)
+        given = ["--feature-dir", self.features, "--model", self.model.path, *arguments]
+        return CliRunner().invoke(app, [str(argument) for argument in given])
+
+    def refused(self, kind: type[RuijiError], *arguments: str | Path) -> str:
+        result = self.search(*arguments)
+        assert isinstance(result.exception, kind), result.output
+        assert not result.stdout
+        return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = tmp_path_factory.mktemp("world")
+    paths = pictures(base / "media", COUNT)
+    model = load_model(tiny_model(base / "tiny.onnx"))
+    queries = embed_images([base / "media" / path for path in paths], model, "cpu", MAX_PIXELS)
+    world = World(base / "media", base / "features", model, paths)
+    write_gallery(world.folder, model, queries.features, paths, 5)
+    return world
+
+
+@pytest.fixture
+def world(made: World) -> World:
+    return made
+
+
+@pytest.fixture
+def own_world(made: World, tmp_path: Path) -> World:
+    """The same, in a feature folder that the test may change."""
+    world = World(made.media, tmp_path / "features", made.model, made.paths)
+    queries = embed_images([made.media / path for path in made.paths], made.model, "cpu", MAX_PIXELS)
+    write_gallery(world.folder, made.model, queries.features, made.paths, 5)
+    return world
+
+
+@pytest.mark.parametrize("metric", ["cosine", "angle", "euclidean"])
+def test_a_gallery_photo_finds_itself_first(world: World, metric: str) -> None:
+    for path in world.paths:
+        result = world.search(world.media / path, "--format", "json", "--metric", metric)
+        assert result.exit_code == 0
+        (found,) = json.loads(result.stdout)
+        assert list(found) == ["query", "hits"]
+        assert found["query"] == str(world.media / path)
+        best = found["hits"][0]
+        assert list(best) == ["rank", "object_id", "path", "similarity", "distance"]
+        assert best == {
+            "rank": 1,
+            "object_id": path.rpartition("/")[2],
+            "path": path,
+            "similarity": 1.0,
+            "distance": 0.0,
+        }
+        assert [hit["rank"] for hit in found["hits"]] == list(range(1, 11))
+
+
+def test_all_formats_tell_the_same_hits_with_every_digit(world: World) -> None:
+    images = [world.media / world.paths[3], world.media / world.paths[7]]
+    results = {
+        name: world.search(*images, "-k", "4", "--format", name).stdout
+        for name in ("json", "jsonl", "csv", "paths", "table")
+    }
+    flat = [{"query": one["query"], **hit} for one in json.loads(results["json"]) for hit in one["hits"]]
+    assert [json.loads(line) for line in results["jsonl"].splitlines()] == flat
+    rows = list(csv.DictReader(io.StringIO(results["csv"])))
+    assert [{key: str(value) for key, value in hit.items()} for hit in flat] == rows
+    assert results["csv"].startswith("query,rank,object_id,path,similarity,distance\n")
+    assert results["paths"].splitlines() == [hit["path"] for hit in flat]
+    assert any(len(row["similarity"]) > 12 for row in rows)
+    assert "\x1b" not in "".join(results.values())
+
+
+def test_a_table_has_the_columns_in_order_and_names_queries_only_where_there_are_several(world: World) -> None:
+    image, other = world.media / world.paths[0], world.media / world.paths[1]
+    lines = world.search(image, "-k", "2").stdout.splitlines()
+    assert lines[0].split() == ["rank", "object_id", "path", "similarity", "distance"]
+    assert lines[1].split() == ["1", world.paths[0].rpartition("/")[2], world.paths[0], "1.000000", "0.000000"]
+    assert len(lines) == 3
+    lines = world.search(image, other, "-k", "2").stdout.splitlines()
+    assert (lines[0], lines[4], lines[5]) == (f"query: {image}", "", f"query: {other}")
+
+
+def test_paths_are_joined_with_a_media_folder_that_is_given(world: World) -> None:
+    result = world.search(world.media / world.paths[0], "-k", "3", "--format", "paths", "--media-dir", world.media)
+    assert Path(result.stdout.splitlines()[0]) == world.media / world.paths[0]
+    assert all(Path(line).is_file() for line in result.stdout.splitlines())
+
+
+def test_a_scaled_and_reencoded_copy_finds_its_original_first(world: World, tmp_path: Path) -> None:
+    with Image.open(world.media / world.paths[4]) as picture:
+        picture.resize((48, 36), Image.Resampling.BICUBIC).save(tmp_path / "copy.jpg", quality=85)
+    found = json.loads(world.search(tmp_path / "copy.jpg", "--format", "json").stdout)
+    assert found[0]["hits"][0]["path"] == world.paths[4]
+
+
+def test_an_unreadable_query_is_reported_and_the_others_are_answered(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    result = world.search(broken, world.media / world.paths[0], tmp_path / "none.jpg", "--format", "json")
+    assert result.exit_code == 3
+    assert [found["query"] for found in json.loads(result.stdout)] == [str(world.media / world.paths[0])]
+    assert f"{broken}: it is not an image in a known format; left out" in result.stderr
+    assert f"{tmp_path / 'none.jpg'}: there is no such file; left out" in result.stderr
+
+
+def test_only_unreadable_queries_are_bad_input(world: World, tmp_path: Path) -> None:
+    message = world.refused(QueryError, tmp_path / "none.jpg", tmp_path)
+    assert "there is no such file" in message
+    assert "not a regular file" in message
+    assert QueryError.exit_code == 2
+
+
+def test_a_query_with_a_zero_feature_cannot_be_ranked(world: World, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "black").save(tmp_path / "black.png")
+    assert "all zero" in world.refused(QueryError, tmp_path / "black.png")
+
+
+def test_a_changed_model_is_refused(own_world: World) -> None:
+    changed = own_world.model.path.parent / "changed" / "tiny.onnx"
+    model = load_model(tiny_model(changed, seed=1))
+    own_world.model = model
+    message = own_world.refused(GalleryMismatch, own_world.media / own_world.paths[0])
+    assert model.fingerprint[:12] in message
+    assert GalleryMismatch.exit_code == 4
+
+
+def test_a_missing_gallery_says_what_to_run(world: World, tmp_path: Path) -> None:
+    empty = World(world.media, tmp_path, world.model, world.paths)
+    assert "ruiji enqueue" in empty.refused(UsageError, world.media / world.paths[0])
+
+
+def test_an_articles_gallery_is_searched_and_said_to_be_unverified(world: World, tmp_path: Path) -> None:
+    article = World(world.media, tmp_path, world.model, world.paths)
+    images = [world.media / path for path in world.paths]
+    features = embed_images(images, world.model, "cpu", MAX_PIXELS).features
+    write_article_shard(article.folder, 0, features, [image.name for image in images])
+    result = article.search(images[2], "--format", "json")
+    assert result.stderr.count("unverified") == 1
+    assert result.stderr.count("\n") == 1
+    best = json.loads(result.stdout)[0]["hits"][0]
+    assert (best["object_id"], best["path"], best["similarity"]) == (images[2].name, None, 1.0)
+    assert "  -  " in article.search(images[2]).stdout
+    assert "does not know paths" in article.refused(UsageError, images[2], "--format", "paths")
+
+
+def test_an_articles_gallery_of_another_length_is_refused(world: World, tmp_path: Path) -> None:
+    article = World(world.media, tmp_path, world.model, world.paths)
+    write_article_shard(article.folder, 0, np.ones((2, 13), np.float32), ["a.jpg", "b.jpg"])
+    assert "length 13" in article.refused(GalleryMismatch, world.media / world.paths[0])
+
+
+def test_unusable_features_are_counted_on_stderr_and_never_ranked(own_world: World) -> None:
+    bad = np.ones((3, 12), np.float32)
+    bad[0], bad[1, 1], bad[2, 2] = 0, np.nan, np.inf
+    write_shard(own_world.folder, 9, bad, ["x0.jpg", "x1.jpg", "x2.jpg"], own_world.model.fingerprint)
+    result = own_world.search(own_world.media / own_world.paths[0], "-k", "100", "--format", "jsonl")
+    assert "1 objects whose feature is all zero and 2 whose feature has NaN or infinite values" in result.stderr
+    assert len(result.stdout.splitlines()) == COUNT
+
+
+def test_stale_objects_are_left_out_unless_asked_for(own_world: World) -> None:
+    mask = np.array([True, False, False, False, False])
+    bits = own_world.folder / "run" / "stale" / "0000.bits"
+    bits.parent.mkdir(parents=True)
+    bits.write_bytes(np.packbits(mask).tobytes())
+    image = own_world.media / own_world.paths[0]
+    without = own_world.search(image, "-k", "100", "--format", "paths").stdout.splitlines()
+    assert own_world.paths[0] not in without
+    assert len(without) == COUNT - 1
+    assert own_world.search(image, "--include-stale", "--format", "paths").stdout.startswith(own_world.paths[0])
+
+
+def test_a_sheet_is_drawn_as_jpeg_or_png_by_its_name(world: World, tmp_path: Path) -> None:
+    for name, form in (("out.jpg", "JPEG"), ("out.PNG", "PNG")):
+        result = world.search(
+            world.media / world.paths[0], "-k", "3", "--sheet", tmp_path / name, "--media-dir", world.media
+        )
+        assert result.exit_code == 0
+        assert f"sheet: {tmp_path / name}" in result.stderr
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.format == form
+
+
+def test_a_sheet_that_cannot_be_made_is_refused_before_any_work(world: World, tmp_path: Path) -> None:
+    image = world.media / world.paths[0]
+    assert "must end in" in world.refused(UsageError, image, "--sheet", "out.gif", "--media-dir", world.media)
+    assert "--media-dir" in world.refused(UsageError, image, "--sheet", tmp_path / "out.jpg")
+    message = world.refused(UsageError, image, "-k", "100000", "--sheet", "out.png", "--media-dir", world.media)
+    assert "smaller --top-k" in message
+
+
+def test_a_file_name_that_is_not_utf8_is_still_answered(world: World, tmp_path: Path) -> None:
+    image = tmp_path / "caf\udce9.png"
+    image.write_bytes((world.media / world.paths[0]).read_bytes())
+    result = world.search(image, "--format", "json")
+    assert json.loads(result.stdout)[0]["query"].endswith("caf\\udce9.png")
+
+
+def imported_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_command_line_module_imports_nothing_heavy() -> None:
+    heavy = {"numpy", "PIL", "onnx", "onnxruntime", "torch", "workers", "celery", "redis"}
+    assert not imported_by("import search.cli") & heavy
+
+
+def test_a_search_on_the_cpu_imports_no_torch(world: World) -> None:
+    arguments = ["--feature-dir", world.features, "--model", world.model.path, world.media / world.paths[0]]
+    code = (
+        "import typer, search.cli\n"
+        "app = typer.Typer()\n"
+        "search.cli.register(app)\n"
+        f"app({[str(argument) for argument in arguments]!r}, standalone_mode=False)"
+    )
+    modules = imported_by(code)
+    assert "workers.encoder" in modules
+    assert not modules & {"torch", "search.ranking_torch", "search.sheet", "celery"}
+
+
+def test_cuda_that_does_not_work_is_an_error_and_no_fallback(world: World) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime offers CUDA here")
+    assert "--device cuda" in world.refused(UsageError, world.media / world.paths[0], "--device", "cuda")
