@@ -12,16 +12,18 @@ from onnx import numpy_helper
 
 from pipeline.model import load_model
 
-torch = pytest.importorskip("torch", reason="the export is made with torch, which is not installed")
+pytest.importorskip("torch", reason="the export is made with torch, which is not installed")
 pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript, which is not installed")
 
-from examples import export_mobilenet, onnx_export  # noqa: E402, after the check that they can be used
+import torch
+
+from examples import export_mobilenet, onnx_export
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 16
 
 
-def small_module(length: int = 12) -> Any:
+def small_module(length: int = 12) -> torch.nn.Module:
     """float32[n, 3, h, w] to float32[n, length], with the kinds of layers that a MobileNetV3 has."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(
@@ -113,7 +115,7 @@ def test_a_graph_of_another_shape_is_refused(exported: Path) -> None:
 def pretend_timm(monkeypatch: pytest.MonkeyPatch, length: int = export_mobilenet.FEATURE_LENGTH) -> None:
     """A stand-in with the two functions of timm that are called."""
 
-    def create_model(name: str, *, pretrained: bool, num_classes: int) -> Any:
+    def create_model(name: str, *, pretrained: bool, num_classes: int) -> torch.nn.Module:
         assert (name, pretrained, num_classes) == ("mobilenetv3_large_100", True, 0)
         return small_module(length)
 
