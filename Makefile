@@ -1,0 +1,124 @@
+# Everything runs in .venv, which these targets fill from locks with hashes.
+# `make` alone explains the targets.
+
+ACCEL ?= cpu
+PYTHON_MESSAGE = "ruiji needs Python 3.11 or 3.12 with venv: on Debian or Ubuntu run  apt-get install python3 python3-venv"
+# The first of these that is 3.11 or 3.12 and can make a virtual environment.
+PYTHON := $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
+RUIJI = .venv/bin/ruiji
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint types format redis list enqueue worker status search run lock clean up down logs
+
+help: ## Explain the targets
+	@echo "ruiji: from a sorted list of images to ranked look-alikes. Settings come from options, RUIJI_* variables, .env"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/made:
+	@[ -n "$(PYTHON)" ] || { echo $(PYTHON_MESSAGE) >&2; exit 1; }
+	@echo "making .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# One stamp per lock; each lock contains the smaller ones.
+.venv/cpu: requirements/cpu.lock pyproject.toml .venv/made
+.venv/demo: requirements/demo.lock pyproject.toml .venv/made
+.venv/dev: requirements/dev.lock pyproject.toml .venv/made
+.venv/cpu .venv/demo .venv/dev:
+	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
+	@echo "installing $<"
+	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml .venv/made
+	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
+		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
+	@echo "installing $< and torch (several GB)"
+	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install -r requirements/torch.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/torch: requirements/torch.txt .venv/dev
+	@echo "installing torch"
+	@$(PIP) install -r $<
+	@touch $@
+
+setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu: onnxruntime-gpu and torch)
+
+demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU
+	@.venv/bin/python -m examples.digits.demo
+
+test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying so
+	.venv/bin/python -m pytest -m "not slow and not compose" $(ARGS)
+
+test-all: .venv/torch ## All tests that can run here, torch and shipped timeouts included
+	.venv/bin/python -m pytest -m "not compose" $(ARGS)
+
+lint: .venv/dev ## Style
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/dev ## Types, strictly
+	.venv/bin/mypy
+
+format: .venv/dev ## Rewrite the code in the house style
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# What is installed already serves; else the light set-up.
+$(RUIJI):
+	@$(MAKE) --no-print-directory setup
+
+run: $(RUIJI) ## Everything on this machine: Redis, workers, enqueue, wait
+	$(RUIJI) run $(ARGS)
+
+redis: $(RUIJI) ## The embedded Redis, until Ctrl-C
+	$(RUIJI) redis $(ARGS)
+
+list: $(RUIJI) ## Write the object list of RUIJI_MEDIA_DIR (or DIR=...)
+	$(RUIJI) list "$(or $(DIR),$(RUIJI_MEDIA_DIR))" $(ARGS)
+
+enqueue: $(RUIJI) ## Publish one task per image of the list
+	$(RUIJI) enqueue $(ARGS)
+
+worker: $(RUIJI) ## Embed and reduce until Ctrl-C
+	$(RUIJI) worker $(ARGS)
+
+status: $(RUIJI) ## How every object stands
+	$(RUIJI) status $(ARGS)
+
+search: $(RUIJI) ## Look-alikes of QUERY=photo.jpg
+	$(RUIJI) search "$(QUERY)" $(ARGS)
+
+secrets/redis_password:
+	@mkdir -p secrets && umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > $@
+
+up: secrets/redis_password ## Redis, WORKERS=2 workers and a reducer with docker compose
+	docker compose up -d --build --wait --scale worker=$(or $(WORKERS),2)
+
+down: ## Stop what `make up` started; nothing is lost
+	docker compose down
+
+logs: ## Follow the containers' logs
+	docker compose logs -f
+
+lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
+	@$(PIP) install uv
+	@for set in "dev cpu demo dev" "demo cpu demo" "cpu cpu"; do \
+		set -- $$set; name=$$1; shift; \
+		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
+			$$([ $$name = dev ] || echo "-c requirements/dev.lock") \
+			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
+	done
+	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/dev.lock \
+		--custom-compile-command "make lock" -o requirements/gpu.lock
+
+clean: ## Remove .venv and what was built; no features, no data
+	rm -rf .venv build demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
