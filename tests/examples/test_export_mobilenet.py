@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -36,7 +35,10 @@ def small_module(length: int = 12) -> torch.nn.Module:
         torch.nn.Conv2d(8, length, 1),
         torch.nn.Flatten(),
     )
-    module[1].running_mean.normal_()
+    norm = module[1]
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    norm.running_mean.normal_()
     return module
 
 
