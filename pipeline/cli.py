@@ -1,4 +1,4 @@
-"""The command `ruiji`, and the sub-commands that need no model run: list, enqueue, run, status, …"""
+"""The command `ruiji`, and the sub-commands that need no model run: list, enqueue, run, status and the like."""
 
 import importlib
 import json
@@ -195,7 +195,8 @@ def _print_status(now: "Status") -> None:
     print(f"plan {now.plan} is open" if now.plan else "no plan is open")
     for worker in now.workers:
         rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
-        print(f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}: {worker['state']} {rate}".rstrip())
+        name = f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}"
+        print(f"{name}: {worker['state']} {rate}".rstrip())
 
 
 @app.command()

@@ -64,11 +64,11 @@ def _escaped(object_id: str) -> str:
 
 @dataclass(frozen=True)
 class ObjectList:
-    """A checked list on disk.
+    r"""A checked list on disk.
 
     Attributes:
         path: one relative path a line, sorted by bytes, without duplicates.
-        by_id: `<id>\\t<path>` a line, sorted by bytes of the id, then of the path.
+        by_id: `<id>\t<path>` a line, sorted by bytes of the id, then of the path.
         lines: how many objects.
         digest: sha256 of the file at `path`, hex.
         notes: what was changed on the way, for people.

@@ -5,6 +5,7 @@
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -228,7 +229,9 @@ class Settings:
     max_pixels: int
 
 
-def make_plan(folder: Path, media_dir: Path, gallery: GalleryInfo, objects: ObjectList, settings: Settings) -> Plan | None:
+def make_plan(
+    folder: Path, media_dir: Path, gallery: GalleryInfo, objects: ObjectList, settings: Settings
+) -> Plan | None:
     """Find out what is to do, and commit it as the open plan.
 
     Shards that a closed plan had published and that are gone are made again under their numbers; objects
@@ -355,7 +358,7 @@ def _copy_lost(folder: Path, lost: list[Segment], todo: Path) -> list[Segment]:
 
 
 def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], todo: Path, scratch: Path) -> Path:
-    """Lines `<id>\\t<shard>\\t<row>` of all that needs no planning, by id; row -1: failed or being made again."""
+    r"""Lines `<id>\t<shard>\t<row>` of all that needs no planning, by id; row -1: failed or being made again."""
     raw, by_id = scratch / "done", scratch / "done-by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         for shard in recorded_shards(folder):
@@ -446,10 +449,8 @@ def close_plan(plan: Plan) -> None:
     target.mkdir(parents=True, exist_ok=True)
     # In this order a crash leaves either an open plan with its list, or a closed one with its list.
     if not (target / "todo.txt").exists():
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(open_todo, target / "todo.txt")
-        except FileExistsError:
-            pass
     write_atomic(target / "plan.json", [_to_json(plan, published=published)], sync=True)
     sync_folder(target)
     current = open_plan(plan.folder)

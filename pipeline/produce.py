@@ -63,9 +63,7 @@ class Producer:
     def _arm(self, segment: Segment, renew: Any, heals: int) -> int:
         plan = self._plan
         rows = [
-            (segment.first + number, path)
-            for number, path in enumerate(plan.paths(segment))
-            if not is_done(plan, path)
+            (segment.first + number, path) for number, path in enumerate(plan.paths(segment)) if not is_done(plan, path)
         ]
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import redis
 
@@ -106,7 +105,7 @@ def cancel(folder: Path) -> Plan | None:
     return plan
 
 
-def follow(folder: Path, client: "redis.Redis[Any]", check: Callable[[], None] = lambda: None) -> Status:
+def follow(folder: Path, client: redis.Redis, check: Callable[[], None] = lambda: None) -> Status:
     """Show progress on stderr until no plan is open; returns the final status.
 
     Args:
@@ -149,17 +148,21 @@ def run_here(work: Work, list_path: Path | None, workers: int | None, device: st
     name = hashlib.sha256(os.fsencode(work.folder.resolve())).hexdigest()[:16]
     private = state_dir / "runs" / name
     private.mkdir(parents=True, exist_ok=True)
-    with _locked(private / "lock", work.folder), tempfile.TemporaryDirectory(dir=private) as data:
-        # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
-        with embedded_redis(Path(data)) as url:
-            client = connect(url)
-            first = _enqueue_listed(work, list_path, url)
+    # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
+    with (
+        _locked(private / "lock", work.folder),
+        tempfile.TemporaryDirectory(dir=private) as data,
+        embedded_redis(Path(data)) as url,
+    ):
+        client = connect(url)
+        enqueued = _enqueue_listed(work, list_path, url)
+        if enqueued.plan is not None:
             with _worker_processes(work, url, workers, device) as check:
-                while first.plan is not None:
+                while enqueued.plan is not None:
                     follow(work.folder, client, check)
                     # What was taken up first may have been an older plan; then there may be more.
-                    first = _enqueue_listed(work, list_path, url)
-            return StatusReader(work.folder, None).read()
+                    enqueued = _enqueue_listed(work, list_path, url)
+    return StatusReader(work.folder, None).read()
 
 
 def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:

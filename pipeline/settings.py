@@ -48,11 +48,15 @@ OptionalMediaDir = Annotated[
 ]
 FeatureDir = Annotated[
     Path,
-    typer.Option("--feature-dir", envvar="RUIJI_FEATURE_DIR", help="Folder of the features; one gallery per model in it."),
+    typer.Option(
+        "--feature-dir", envvar="RUIJI_FEATURE_DIR", help="Folder of the features; one gallery per model in it."
+    ),
 ]
 ModelFile = Annotated[
     Path,
-    typer.Option("--model", envvar="RUIJI_MODEL", help="The ONNX model; a <model>.toml beside it says what it expects."),
+    typer.Option(
+        "--model", envvar="RUIJI_MODEL", help="The ONNX model; a <model>.toml beside it says what it expects."
+    ),
 ]
 ListFile = Annotated[
     Path | None,
@@ -61,7 +65,9 @@ ListFile = Annotated[
 RedisUrl = Annotated[
     str | None,
     typer.Option(
-        "--redis-url", envvar="RUIJI_REDIS_URL", help="redis:// or rediss://.  [default: the Redis that ruiji redis started]"
+        "--redis-url",
+        envvar="RUIJI_REDIS_URL",
+        help="redis:// or rediss://.  [default: the Redis that ruiji redis started]",
     ),
 ]
 RedisPasswordFile = Annotated[
@@ -78,7 +84,11 @@ ShardRows = Annotated[
 Window = Annotated[
     int,
     typer.Option(
-        "--window-segments", envvar="RUIJI_WINDOW_SEGMENTS", min=1, max=64, help="Segments that are in the queue at once."
+        "--window-segments",
+        envvar="RUIJI_WINDOW_SEGMENTS",
+        min=1,
+        max=64,
+        help="Segments that are in the queue at once.",
     ),
 ]
 ObjectId = Annotated[
@@ -101,12 +111,18 @@ MaxPixels = Annotated[
 WorkerDevice = Annotated[Device, typer.Option("--device", envvar="RUIJI_DEVICE", help="Where the model runs.")]
 Processes = Annotated[
     int | None,
-    typer.Option("--processes", envvar="RUIJI_PROCESSES", min=1, help="Embed processes.  [default: one per core; 1 on CUDA]"),
+    typer.Option(
+        "--processes", envvar="RUIJI_PROCESSES", min=1, help="Embed processes.  [default: one per core; 1 on CUDA]"
+    ),
 ]
 BatchImages = Annotated[
     int | None,
     typer.Option(
-        "--batch-images", envvar="RUIJI_BATCH_IMAGES", min=1, max=4096, help="Images a batch.  [default: 1 on a CPU, 64 on CUDA]"
+        "--batch-images",
+        envvar="RUIJI_BATCH_IMAGES",
+        min=1,
+        max=4096,
+        help="Images a batch.  [default: 1 on a CPU, 64 on CUDA]",
     ),
 ]
 Threads = Annotated[
@@ -124,16 +140,23 @@ VisibilityTimeout = Annotated[
 StallTimeout = Annotated[
     int,
     typer.Option(
-        "--stall-timeout-s", envvar="RUIJI_STALL_TIMEOUT_S", min=1, help="Seconds without progress before lost tasks are looked for."
+        "--stall-timeout-s",
+        envvar="RUIJI_STALL_TIMEOUT_S",
+        min=1,
+        help="Seconds without progress before lost tasks are looked for.",
     ),
 ]
 StateDir = Annotated[
     Path | None,
     typer.Option(
-        "--state-dir", envvar="RUIJI_STATE_DIR", help="Host-local folder of the embedded Redis.  [default: ~/.local/state/ruiji]"
+        "--state-dir",
+        envvar="RUIJI_STATE_DIR",
+        help="Host-local folder of the embedded Redis.  [default: ~/.local/state/ruiji]",
     ),
 ]
-LogFormatOption = Annotated[LogFormat, typer.Option("--log-format", envvar="RUIJI_LOG_FORMAT", help="Events on stderr.")]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", envvar="RUIJI_LOG_FORMAT", help="Events on stderr.")
+]
 
 #: The article's shard: 10,000 rows x 1280 float32 = 51 MB, one read.
 SHARD_ROWS = 10_000
@@ -185,7 +208,7 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
             return redis_url_file(state_dir).read_text(encoding="utf-8").strip()
         except OSError:
             raise UsageError(
-                "no Redis: start the embedded one with `ruiji redis` (make redis), or give --redis-url (RUIJI_REDIS_URL)"
+                "no Redis: start the embedded one with `ruiji redis` (make redis), or set RUIJI_REDIS_URL (--redis-url)"
             ) from None
     parts = urlsplit(redis_url)
     if parts.scheme not in ("redis", "rediss") or not parts.netloc:

@@ -57,7 +57,7 @@ class Status:
 class StatusReader:
     """Reads the status again and again; remembers the records, which never change."""
 
-    def __init__(self, folder: Path, client: "redis.Redis[Any] | None") -> None:
+    def __init__(self, folder: Path, client: redis.Redis | None) -> None:
         """Watch a gallery folder; without a client all comes from the disk.
 
         Raises:

@@ -49,7 +49,9 @@ def machine_faults(doing: str) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False) -> bool:
+def write_atomic(
+    path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False
+) -> bool:
     """Write a file so that it appears whole under its name, or not at all.
 
     Args:
@@ -358,4 +360,6 @@ def check_shard(folder: Path, record: Record) -> None:
         except FileNotFoundError:
             raise ShardCorrupt(f"shard {record.shard:04d} has a record but no {path.name}") from None
         if digest != record.sha256[ending]:
-            raise ShardCorrupt(f"{path} differs from its record: sha256 {digest[:12]}, not {record.sha256[ending][:12]}")
+            raise ShardCorrupt(
+                f"{path} differs from its record: sha256 {digest[:12]}, not {record.sha256[ending][:12]}"
+            )

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CHECK_INTERVAL_S = 2.0
 
 
-def advance(app: Celery, client: "redis.Redis[Any]", plan: Plan, window_segments: int) -> bool:
+def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) -> bool:
     """Do what comes after a shard: arm the next segment, or close the plan; True when it was closed."""
     if plan.unpublished():
         Producer(app, Chords(client, plan), plan).fill_window(window_segments)
@@ -38,7 +38,7 @@ class Watchdog(threading.Thread):
     """Runs in every reducer process; a lease lets one of them look at a time."""
 
     def __init__(
-        self, app: Celery, client: "redis.Redis[Any]", folder: Any, window_segments: int, stall_timeout_s: float
+        self, app: Celery, client: redis.Redis, folder: Any, window_segments: int, stall_timeout_s: float
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._app = app

@@ -104,7 +104,9 @@ class Ruiji:
             **self.environment,
         }
 
-    def __call__(self, *arguments: str, code: int | None = 0, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    def __call__(
+        self, *arguments: str, code: int | None = 0, stdin: str | None = None
+    ) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end and check its exit code."""
         done = subprocess.run(
             [sys.executable, "-m", "pipeline", *arguments],

@@ -131,7 +131,9 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
     traced = []
     for (request, payload), outcome in zip(live, outcomes, strict=True):
         task._outcomes[request.id] = outcome
-        traced.append((request, trace.fast_trace_task(task.name, request.id, request.request_dict, payload, None, None)))
+        traced.append(
+            (request, trace.fast_trace_task(task.name, request.id, request.request_dict, payload, None, None))
+        )
     for request, result in traced:
         # Acknowledged only now, when the chord parts of the whole batch are stored.
         request.on_success(result)

@@ -112,11 +112,13 @@ def check_media(plan: Plan, media_dir: Path) -> None:
         MachineFault: none of the plan's probes, readable when it was made, can be read.
     """
     if not any(os.access(media_dir / probe, os.R_OK) for probe in plan.probes):
-        raise MachineFault(f"the media folder {media_dir} is gone, or not what it was: none of its known images is there")
+        raise MachineFault(
+            f"the media folder {media_dir} is gone, or not what it was: none of its known images is there"
+        )
 
 
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
     write_error(plan.error_file(plan.scheme.object_id(job.path)), error.reason, str(error))
     extra = {"event": "object_failed", "path": job.path, "reason": error.reason}
-    logger.warning("%s", error, extra=extra, exc_info=error.__cause__ is not None and error.__cause__ or None)
+    logger.warning("%s", error, extra=extra, exc_info=(error.__cause__ is not None and error.__cause__) or None)
     return FAILED

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
@@ -96,7 +96,7 @@ def _open(path: Path) -> io.BufferedReader:
 def _decode(file: io.BufferedReader, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError("it is not an image in a known format", "undecodable") from None
     with image:
         width, height = image.size

@@ -1,5 +1,6 @@
 """One worker process: a Celery worker for one role, with its heartbeat and the renewal of its claims."""
 
+import contextlib
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ _LEAST_PREFETCH = 16
 class Heartbeat(threading.Thread):
     """Tells Redis how this process is doing, and that it is alive, so that its messages stay its own."""
 
-    def __init__(self, client: "redis.Redis[Any]", gallery_id: str, role: str, visibility_timeout_s: int) -> None:
+    def __init__(self, client: redis.Redis, gallery_id: str, role: str, visibility_timeout_s: int) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._client = client
         self._key = f"ruiji:{gallery_id}:worker:{socket.gethostname()}:{os.getpid()}"
@@ -89,10 +90,8 @@ class Heartbeat(threading.Thread):
     def leave(self) -> None:
         """Take the process off the list."""
         self.stopping.set()
-        try:
+        with contextlib.suppress(redis.RedisError):
             self._client.delete(self._key)
-        except redis.RedisError:
-            pass
 
 
 def wait_for_gallery(folder: Path) -> GalleryInfo:
@@ -144,9 +143,7 @@ def run_process(
     watchdog = None
     if encoder is not None:
         heartbeat.set(device=encoder.device)
-        register_embed(
-            app, folder, media_dir, encoder, client, heartbeat.count, heartbeat.rest, heartbeat.stopping
-        )
+        register_embed(app, folder, media_dir, encoder, client, heartbeat.count, heartbeat.rest, heartbeat.stopping)
         queue = embed_queue(gallery.gallery_id)
     else:
         register_reduce(app, folder, client, window_segments)

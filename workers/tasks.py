@@ -64,7 +64,9 @@ class OpenPlan:
 def check_versions(plan: Plan) -> None:
     """Raise MachineFault where other library versions than the plan's would give other bits."""
     ours = library_versions()
-    differing = [f"{name} {ours[name]} (plan: {plan.versions[name]})" for name in ours if ours[name] != plan.versions[name]]
+    differing = [
+        f"{name} {ours[name]} (plan: {plan.versions[name]})" for name in ours if ours[name] != plan.versions[name]
+    ]
     if differing:
         raise MachineFault(f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}")
 
@@ -74,7 +76,7 @@ def register_embed(
     folder: Path,
     media_dir: Path,
     encoder: Encoder,
-    client: "redis.Redis[Any]",
+    client: redis.Redis,
     on_batch: Callable[[list[str]], None],
     on_rest: Callable[[str | None], None],
     stopping: threading.Event,
@@ -112,7 +114,7 @@ def register_embed(
     app.register_task(task)
 
 
-def _note_failures(client: "redis.Redis[Any]", plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
+def _note_failures(client: redis.Redis, plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
     failed: dict[int, list[str]] = {}
     for job, outcome in zip(jobs, outcomes, strict=True):
         if outcome == FAILED:
@@ -121,7 +123,7 @@ def _note_failures(client: "redis.Redis[Any]", plan: Plan, jobs: list[Job], outc
         Chords(client, plan).note_failed(plan.segments[index], object_ids)
 
 
-def register_reduce(app: Celery, folder: Path, client: "redis.Redis[Any]", window_segments: int) -> None:
+def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segments: int) -> None:
     """Register the reduce task: `(plan id, segment)`, the body of the segment's chord."""
     plans = OpenPlan(folder)
 
@@ -138,7 +140,7 @@ def register_reduce(app: Celery, folder: Path, client: "redis.Redis[Any]", windo
             raise Reject(str(error), requeue=True) from error
 
 
-def reduce_and_advance(app: Celery, client: "redis.Redis[Any]", plan: Plan, index: int, window_segments: int) -> None:
+def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int, window_segments: int) -> None:
     """Reduce one segment under a lease; arm what is missing, or what comes next.
 
     Raises:

@@ -1,6 +1,5 @@
 """The Celery app: queues, settings with their reasons, and the connection to Redis."""
 
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -28,7 +27,7 @@ def reduce_queue(gallery_id: str) -> str:
 
 
 def unacked_keys(gallery_id: str) -> dict[str, str]:
-    """kombu's names for its hash, index and mutex of messages that a worker holds; one set a gallery."""
+    """Kombu's names for its hash, index and mutex of messages that a worker holds; one set a gallery."""
     return {f"unacked{part}_key": f"ruiji:{gallery_id}:unacked{part}" for part in ("", "_index", "_mutex")}
 
 
@@ -78,7 +77,7 @@ def make_app(redis_url: str, gallery_id: str, *, visibility_timeout_s: int, pref
     return app
 
 
-def connect(redis_url: str) -> "redis.Redis[Any]":
+def connect(redis_url: str) -> redis.Redis:
     """A connected client of its own, answering in text.
 
     Raises:
@@ -105,4 +104,3 @@ def public_url(redis_url: str) -> str:
     """The URL without its user and password, for messages."""
     parts = urlsplit(redis_url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-

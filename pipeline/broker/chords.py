@@ -41,7 +41,7 @@ class Armed:
 class Chords:
     """The Redis side of one plan."""
 
-    def __init__(self, client: "redis.Redis[Any]", plan: Plan) -> None:
+    def __init__(self, client: redis.Redis, plan: Plan) -> None:
         self.client = client
         self._plan = plan
         self._prefix = f"ruiji:{plan.gallery_id}"
@@ -137,6 +137,5 @@ class Chords:
 
     def lease(self, what: str, timeout_s: float, wait_s: float) -> Lock:
         """A lease that runs out by itself; use it as a context manager, which raises where it cannot be had."""
-        return self.client.lock(
-            f"{self._prefix}:lease:{what}", timeout=timeout_s, blocking_timeout=wait_s, thread_local=False
-        )
+        name = f"{self._prefix}:lease:{what}"
+        return Lock(self.client, name, timeout=timeout_s, blocking_timeout=wait_s, thread_local=False)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.broker.app import connect
@@ -112,7 +112,6 @@ def _free_port() -> int:
 def die_with_parent() -> None:
     """Ask Linux to end this process when its parent dies, however that dies; to be called in a new child."""
     pr_set_pdeathsig = 1
-    try:
+    # Not on Linux: an orphan stays until it is stopped by hand.
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    except (OSError, AttributeError):
-        pass  # Not Linux: an orphan stays until it is stopped by hand.

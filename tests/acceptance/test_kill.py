@@ -123,7 +123,7 @@ def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=30) == 0
     client = connect(redis_url)
-    held = [key for key in client.keys("ruiji:*:unacked")]
+    held = list(client.keys("ruiji:*:unacked"))
     assert held == [], "nothing waits for the visibility timeout"
     assert not list(ruiji.gallery.rglob(".tmp-*"))
     ruiji.start("worker", "--processes", "2")

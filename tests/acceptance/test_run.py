@@ -19,7 +19,7 @@ def test_run_makes_shards_in_list_order_and_a_second_run_embeds_nothing(ruiji: R
     run(ruiji)
     ids = [np.load(ruiji.gallery / f"000{n}.object_ids.npy", allow_pickle=False).tolist() for n in range(3)]
     assert [len(part) for part in ids] == [10, 10, 5]
-    assert sum(ids, []) == [path.rsplit("/")[-1] for path in paths]
+    assert [object_id for part in ids for object_id in part] == [path.rsplit("/")[-1] for path in paths]
     assert np.load(ruiji.gallery / "0002.features.npy", allow_pickle=False).shape == (5, 12)
     assert not list(ruiji.gallery.glob("??")), "the per-image files and their folders are gone"
 

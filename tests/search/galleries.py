@@ -1,6 +1,7 @@
 """Galleries for tests: in memory, as recorded shards on disk, and as an article's."""
 
 import hashlib
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def in_memory(features: NDArray[np.float32], ids: list[str] | None = None, cuts:
     bounds = [0, *cuts, len(features)]
     shards = [
         Shard(f"{number:04d}", features[start:end], names[start:end])
-        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for number, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
     return Gallery(features.shape[1], tuple(shards))
 

@@ -78,7 +78,7 @@ def test_a_shard_of_another_model_is_refused_by_name_and_fingerprint(folder: Pat
 
 def test_a_shard_of_another_length_is_refused(folder: Path, model: Model) -> None:
     write_shard(folder, 3, some_features(4, 13), some_paths(4), model.fingerprint)
-    with pytest.raises(GalleryMismatch, match="shard 0003 .* length 13"):
+    with pytest.raises(GalleryMismatch, match=r"shard 0003 .* length 13"):
         open_gallery(folder)
 
 
@@ -167,7 +167,7 @@ def test_an_articles_shards_are_read_as_they_are(tmp_path: Path) -> None:
 def test_an_articles_shards_of_two_lengths_are_refused_by_name(tmp_path: Path) -> None:
     write_article_shard(tmp_path, 0, some_features(1, 12), ["a.jpg"])
     write_article_shard(tmp_path, 7, some_features(1, 13), ["b.jpg"])
-    with pytest.raises(GalleryMismatch, match="shard 0007 .* length 13") as caught:
+    with pytest.raises(GalleryMismatch, match=r"shard 0007 .* length 13") as caught:
         open_gallery(tmp_path)
     assert caught.value.exit_code == 4
 

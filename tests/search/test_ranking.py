@@ -11,9 +11,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
+from search.exact import exact_angles, exact_similarities, exact_squared_distances
 from search.gallery import Gallery, Shard
 from search.options import Metric
-from search.ranking import exact_angles, exact_similarities, exact_squared_distances, numpy_products, rank
+from search.ranking import _error_bound, numpy_products, rank, unit_queries
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory
 
 D = 33
@@ -150,8 +151,6 @@ def test_a_row_decides_the_same_alone_and_among_others() -> None:
 
 
 def test_the_scan_stays_within_its_error_bound() -> None:
-    from search.ranking import _error_bound, unit_queries
-
     for d in (3, 64, 1280):
         rows, queries = features_of("random", 500, d), features_of("positive", 20, d)
         dots, squares = numpy_products(unit_queries(queries))(rows)
