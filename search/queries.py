@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import GalleryMismatch, ImageError, QueryError
 from pipeline.model import Model
+from search.exact import unusable
 from search.gallery import Gallery
-from search.ranking import unusable
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The contract of every search, and the numpy way to keep it.
 
 **Exact** means: the k usable rows that come first when the whole gallery is ordered by the value that
-`exact_similarities` (or `exact_squared_distances`) gives for each row, then by object id. Those two routines
-compute in float64, row by row, so that no block size, batch, thread count, device or shard order changes a bit.
+`search.exact` gives for each row, then by object id. It computes in float64, row by row, so that no block size, batch,
+thread count, device or shard order changes a bit.
 
 A scan in float32 only finds candidates. Each of its values comes with a bound on its error that holds for any order
 of summation, and every row that could still be among the first k by that bound is decided in float64.
@@ -16,11 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
+from search.exact import (
+    Float32,
+    Float64,
+    exact_angles,
+    exact_similarities,
+    exact_squared_distances,
+    row_sums,
+    units_of,
+    unusable,
+)
 from search.gallery import Block, Gallery
 from search.options import Metric
-
-Float32: TypeAlias = NDArray[np.float32]
-Float64: TypeAlias = NDArray[np.float64]
 
 #: float32[b, d] -> (float32[q, b] dot products with the unit queries, float32[b] squared norms), each summed in
 #: float32 or better, in any order.
@@ -120,74 +127,12 @@ def _check_queries(queries: Float32, length: int) -> None:
             raise QueryError(f"query {number} cannot be ranked: {problem}")
 
 
-def unusable(feature: Float32) -> str | None:
-    """Why a feature, float32[d], has no direction to compare, or None."""
-    if not np.isfinite(feature).all():
-        return "its feature has NaN or infinite values"
-    return None if feature.any() else "its feature is all zero"
-
-
-# Deciding, in float64
-
-
-def _row_sums(products: Float64) -> Float64:
-    # Along the contiguous axis numpy sums each row by itself, pairwise, in an order fixed by d alone.
-    sums: Float64 = np.ascontiguousarray(products).sum(axis=1)
-    return sums
-
-
-def exact_similarities(query: Float32, rows: Float32) -> Float64:
-    """The cosine that decides, for each row by itself; 1.0 for a row equal to the query.
-
-    Args:
-        query: float32[d]; rows: float32[c, d]; none zero, all finite.
-
-    Returns:
-        float64[c], from -1 to 1. Products of two float32 are exact in float64 and cannot overflow.
-    """
-    q, x = query.astype(np.float64), rows.astype(np.float64)
-    # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
-    cosines = _row_sums(x * q) / np.sqrt(_row_sums(x * x) * _row_sums((q * q)[np.newaxis]))
-    return np.clip(cosines, -1.0, 1.0)
-
-
-def exact_squared_distances(query: Float32, rows: Float32) -> Float64:
-    """The squared Euclidean distance that decides, for each row by itself.
-
-    Args:
-        query: float32[d]; rows: float32[c, d].
-
-    Returns:
-        float64[c], 0.0 for a row equal to the query.
-    """
-    differences = rows.astype(np.float64) - query.astype(np.float64)
-    return _row_sums(differences * differences)
-
-
-def exact_angles(query: Float32, rows: Float32) -> Float64:
-    """The angle to each row, exact near 0 and near pi, where the arc cosine is not.
-
-    Returns:
-        float64[c], radians from 0 to pi, error far below 1e-7; 0.0 for a row equal to the query.
-    """
-    a, b = _units(query[np.newaxis]), _units(rows)
-    apart, along = a - b, a + b
-    angles: Float64 = 2 * np.arctan2(np.sqrt(_row_sums(apart * apart)), np.sqrt(_row_sums(along * along)))
-    return angles
-
-
-def _units(rows: Float32) -> Float64:
-    x = rows.astype(np.float64)
-    units: Float64 = x / np.sqrt(_row_sums(x * x))[:, np.newaxis]
-    return units
-
-
 # Scanning, in float32
 
 
 def unit_queries(queries: Float32) -> Float32:
     """Queries of length 1, float32[q, d], divided in float64."""
-    return _units(queries).astype(np.float32)
+    return units_of(queries).astype(np.float32)
 
 
 def numpy_products(units: Float32) -> Products:
@@ -242,13 +187,13 @@ def _scan(block: Block, queries: Float32, products: Products, metric: Metric) ->
     zero_rows = nonfinite_rows = 0
     if len(odd):
         dots, squares = dots.astype(np.float64), squares.astype(np.float64)
-        units = _units(queries)
+        units = units_of(queries)
         for start in range(0, len(odd), _DECIDED_AT_ONCE):
             some = odd[start : start + _DECIDED_AT_ONCE]
             rows = block.features[some].astype(np.float64)
             finite = np.isfinite(rows).all(axis=1)
             rows[~finite] = 0
-            squares[some] = _row_sums(rows * rows)
+            squares[some] = row_sums(rows * rows)
             dots[:, some] = units @ rows.T
             counted = usable[some]
             nonfinite_rows += int((counted & ~finite).sum())
@@ -258,7 +203,7 @@ def _scan(block: Block, queries: Float32, products: Products, metric: Metric) ->
         squares[squares == 0] = 1
     error: float | Float64 = _error_bound(block.features.shape[1])
     if metric is Metric.euclidean:
-        own = _row_sums(queries.astype(np.float64) ** 2)[:, np.newaxis]
+        own = row_sums(queries.astype(np.float64) ** 2)[:, np.newaxis]
         sums = own + squares.astype(np.float64)
         values = 2 * np.sqrt(own) * dots - sums
         # 2 |q| |x| <= |q|^2 + |x|^2, so dot product and square together are off by less than 2 * error times the sum.

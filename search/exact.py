@@ -1,0 +1,73 @@
+"""The float64 routines that decide: similarity, distance and angle of a query to each row, by that row alone.
+
+No block, batch, thread count, device or shard order changes a bit of what they give.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
+
+
+def unusable(feature: Float32) -> str | None:
+    """Why a feature, float32[d], has no direction to compare, or None."""
+    if not np.isfinite(feature).all():
+        return "its feature has NaN or infinite values"
+    return None if feature.any() else "its feature is all zero"
+
+
+def row_sums(products: Float64) -> Float64:
+    """The sum of each row, float64[rows, d] to float64[rows], by the row alone."""
+    # Along the contiguous axis numpy sums each row by itself, pairwise, in an order fixed by d alone.
+    sums: Float64 = np.ascontiguousarray(products).sum(axis=1)
+    return sums
+
+
+def exact_similarities(query: Float32, rows: Float32) -> Float64:
+    """The cosine that decides, for each row by itself; 1.0 for a row equal to the query.
+
+    Args:
+        query: float32[d]; rows: float32[c, d]; none zero, all finite.
+
+    Returns:
+        float64[c], from -1 to 1. Products of two float32 are exact in float64 and cannot overflow.
+    """
+    q, x = query.astype(np.float64), rows.astype(np.float64)
+    # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
+    cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums((q * q)[np.newaxis]))
+    return np.clip(cosines, -1.0, 1.0)
+
+
+def exact_squared_distances(query: Float32, rows: Float32) -> Float64:
+    """The squared Euclidean distance that decides, for each row by itself.
+
+    Args:
+        query: float32[d]; rows: float32[c, d].
+
+    Returns:
+        float64[c], 0.0 for a row equal to the query.
+    """
+    differences = rows.astype(np.float64) - query.astype(np.float64)
+    return row_sums(differences * differences)
+
+
+def exact_angles(query: Float32, rows: Float32) -> Float64:
+    """The angle to each row, exact near 0 and near pi, where the arc cosine is not.
+
+    Returns:
+        float64[c], radians from 0 to pi, error far below 1e-7; 0.0 for a row equal to the query.
+    """
+    a, b = units_of(query[np.newaxis]), units_of(rows)
+    apart, along = a - b, a + b
+    angles: Float64 = 2 * np.arctan2(np.sqrt(row_sums(apart * apart)), np.sqrt(row_sums(along * along)))
+    return angles
+
+
+def units_of(rows: Float32) -> Float64:
+    """Rows divided by their norm, float32[rows, d] to float64[rows, d]; none zero."""
+    x = rows.astype(np.float64)
+    units: Float64 = x / np.sqrt(row_sums(x * x))[:, np.newaxis]
+    return units
