@@ -3,6 +3,7 @@
 Made with the exporter that torch 2.13 calls "dynamo"; it needs onnxscript.
 """
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,20 @@ def export_onnx(
         input_name, output_name: names in the graph; any text, also such as `inputs:0`.
     """
     module.eval()
-    program = torch.onnx.export(
-        module,
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["feature"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # The exporter uses what torch itself has deprecated; nothing that a caller could change.
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["feature"],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     # The exporter takes its names for identifiers of a program; ONNX itself allows any text.

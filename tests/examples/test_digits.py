@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,34 @@ def test_demo_clears_only_what_it_made(tmp_path: Path) -> None:
     demo.prepare_folder(output)
     assert not (output / "features").exists()
     assert (output / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("wrong", "code"), [(10, 0), (11, 1)])
+def test_demo_exits_1_below_rank_1_of_095(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: int, code: int
+) -> None:
+    def pretend(folder: Path, arguments: Sequence[str], shorten: int = 0) -> str:
+        if arguments[0] == "run":
+            shard = folder / "features" / MODEL.stem / "0000.features.npy"
+            shard.parent.mkdir(parents=True)
+            shard.touch()
+            return ""
+        labels, queries = demo.read_labels(folder / "media" / "labels.csv")
+        gallery = [path for path in labels if path.startswith("gallery/")]
+        answers = []
+        for number, query in enumerate(queries):
+            label = labels[query.removeprefix("media/")]
+            same = [path for path in gallery if labels[path] == label]
+            other = [path for path in gallery if labels[path] != label]
+            answers.append(ranking(query, (other if number < wrong else same)[:10]))
+        return "".join(answers)
+
+    monkeypatch.setattr(demo, "ruiji", pretend)
+    monkeypatch.setattr("sys.argv", ["demo", "--output", str(tmp_path / "out")])
+    if code:
+        with pytest.raises(SystemExit) as raised:
+            demo.main()
+        assert raised.value.code == code
+    else:
+        demo.main()
+    assert f"({200 - wrong} of 200)" in capsys.readouterr().out

@@ -144,8 +144,8 @@ def test_command_line_exits_1_and_writes_nothing_when_the_check_fails(
 ) -> None:
     pretend_timm(monkeypatch)
 
-    def export_badly(module: object, example: object, path: Path, **names: str) -> None:
-        onnx_export.export_onnx(module, example, path, **names)  # type: ignore[arg-type]
+    def export_badly(module: torch.nn.Module, example: torch.Tensor, path: Path, **names: str) -> None:
+        onnx_export.export_onnx(module, example, path, **names)
         tamper(path, 0.01)
 
     monkeypatch.setattr(export_mobilenet, "export_onnx", export_badly)
