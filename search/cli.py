@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("rank", "object_id", "path", "similarity", "distance")
 
-Images = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="The pictures to find look-alikes of.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Hits a query.")]
+Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="The pictures to find look-alikes of.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Hits per query.")]
 MetricOption = Annotated[
     Metric,
     typer.Option(
@@ -36,7 +36,7 @@ SearchDevice = Annotated[
         "--device",
         envvar="RUIJI_DEVICE",
         help="cuda: embed and rank on CUDA, the ranking with torch; cpu: numpy. auto is cpu for now. "
-        "The hits are the same.",
+        "The ranking is the same.",
     ),
 ]
 Format = Annotated[

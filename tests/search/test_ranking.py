@@ -21,7 +21,7 @@ D = 33
 KINDS = ("random", "positive", "clustered", "near_duplicates", "duplicates", "ties", "bad_rows", "extremes", "rising")
 
 
-def features_of(kind: str, n: int = 400, d: int = D) -> NDArray[np.float32]:
+def features_of(kind: str, n: int = 250, d: int = D) -> NDArray[np.float32]:
     rng = np.random.default_rng(7)
     x: NDArray[np.float32] = rng.normal(size=(n, d)).astype(np.float32)
     if kind == "positive":
@@ -214,7 +214,7 @@ def test_cosine_and_angle_differ_in_nothing() -> None:
 def test_distances_rise_with_rank() -> None:
     features = features_of("random")
     for metric in Metric:
-        distances = [hit.distance for hit in rank(in_memory(features), features[:1], 400, metric).hits[0]]
+        distances = [hit.distance for hit in rank(in_memory(features), features[:1], 250, metric).hits[0]]
         assert all(a <= b + 1e-9 for a, b in pairwise(distances))
 
 

@@ -22,7 +22,7 @@ DEVICES = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_and_numpy_give_the_same_ranking(kind: str, device: str) -> None:
     features = features_of(kind)
-    gallery = in_memory(features, ids_of(len(features)), cuts=(100, 300))
+    gallery = in_memory(features, ids_of(len(features)), cuts=(100, 200))
     queries = queries_of(features)
     for metric in Metric:
         for k in (10, 1000):
