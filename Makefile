@@ -98,7 +98,7 @@ search: $(RUIJI) ## Look-alikes of QUERY=photo.jpg
 secrets/redis_password:
 	@mkdir -p secrets && umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > $@
 
-up: secrets/redis_password ## Redis, WORKERS=2 workers and a reducer with docker compose
+up: secrets/redis_password ## Redis, a reducer and WORKERS=2 workers with docker compose
 	docker compose up -d --build --wait --scale worker=$(or $(WORKERS),2)
 
 down: ## Stop what `make up` started; nothing is lost

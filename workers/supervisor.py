@@ -68,9 +68,9 @@ class Supervisor:
     def _start(self, role: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "pipeline", "worker-process", "--role", role]
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
-        # Celery says good-bye on stdout, which is for answers.
+        # Celery says good-bye on stdout, which is for answers; events go to stderr.
         return subprocess.Popen(
-            command, env=self._environment, stdout=sys.stderr, start_new_session=True, preexec_fn=die_with_parent
+            command, env=self._environment, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
         )
 
     def _tend(self, child: _Child) -> int:

@@ -56,6 +56,7 @@ def embedded_redis(data_dir: Path) -> Iterator[str]:
     Raises:
         RuijiError: there is no redis-server, or it does not start (with the end of its log).
     """
+    data_dir = data_dir.resolve()  # Redis changes into it before it opens its log.
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = data_dir / "redis.log"
     password, port = secrets.token_urlsafe(24), _free_port()
