@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,8 @@ app.add_typer(model_app, name="model")
 def main() -> None:
     """Run the command line: errors go to stderr as one line, exit codes are those of `pipeline.errors`."""
     settings.load_dotenv()
+    # A SIGTERM ends a command as Ctrl-C does, in order; workers have handlers of their own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # By name, because the arrows between the packages point the other way.
     for package in ("workers.cli", "search.cli"):
         importlib.import_module(package).register(app)
@@ -213,7 +216,6 @@ def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
 def redis(state_dir: settings.StateDir = None) -> None:
     """Run the embedded Redis until stopped; the other commands of this user find it by themselves."""
     import os
-    import signal
     import threading
 
     from pipeline.broker.app import public_url

@@ -35,9 +35,17 @@ class EventFormatter(logging.Formatter):
         return " ".join(words) + (f"\n{trace}" if trace else "")
 
 
+class EventHandler(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the time, so that a progress bar can take the lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, or several where there is a traceback."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def set_up(log_format: str, level: int = logging.INFO) -> None:
     """Send ruiji's events to stderr as `text` or `json`; keep Celery and kombu to warnings."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = EventHandler()
     handler.setFormatter(EventFormatter(as_json=log_format == "json"))
     root = logging.getLogger()
     root.handlers[:] = [handler]

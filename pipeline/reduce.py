@@ -36,7 +36,7 @@ class Reduced:
     failed: int = 0
 
 
-def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], None]) -> Reduced:
+def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object]) -> Reduced:
     """Publish a segment's shard, then delete its per-image files; running it again changes nothing.
 
     Every file is written beside and renamed, read back, fsynced, and only then is the record linked,
@@ -89,7 +89,7 @@ def _publish(
     paths: list[str],
     features: NDArray[np.float32],
     failures: list[Failure],
-    still_ours: Callable[[], None],
+    still_ours: Callable[[], object],
 ) -> Record:
     contents = shard_contents(features, ids, paths)
     record = Record(

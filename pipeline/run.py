@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +202,16 @@ def _worker_processes(work: Work, url: str, workers: int | None, device: str) ->
     command += ["--processes", str(workers)] if workers else []
     # The URL holds a password, and a command line is everybody's to read.
     environment = {**os.environ, "RUIJI_REDIS_URL": url}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=die_with_parent
+    )
+    # Through this process, so that their lines and the progress bar do not write over each other.
+    relay = threading.Thread(target=_relay, args=(process.stderr,), daemon=True)
+    relay.start()
 
     def check() -> None:
         if process.poll() is not None:
+            relay.join(timeout=5)
             raise RuijiError(f"the workers ended with exit code {process.returncode}; see above for the reason")
 
     try:
@@ -212,3 +219,9 @@ def _worker_processes(work: Work, url: str, workers: int | None, device: str) ->
     finally:
         process.terminate()
         process.wait()
+        relay.join(timeout=5)
+
+
+def _relay(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stderr.write(line)

@@ -70,7 +70,11 @@ class Supervisor:
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
         return subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+            command,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
 
     def _tend(self, child: _Child) -> int:

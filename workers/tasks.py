@@ -14,7 +14,7 @@ from redis.exceptions import LockError
 
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords
-from pipeline.errors import MachineFault, RuijiError
+from pipeline.errors import MachineFault
 from pipeline.plan import Plan, is_closed, library_versions, open_plan, plan_file
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
@@ -144,12 +144,12 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     """Reduce one segment under a lease; arm what is missing, or what comes next.
 
     Raises:
-        MachineFault: the disk failed. LockError: another reducer holds the segment.
+        MachineFault: the disk failed. LockError: another reducer holds the segment, or took it over.
     """
     segment, chords = plan.segments[index], Chords(client, plan)
     started = time.monotonic()
     with chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_LEASE_S) as lease:
-        reduced = reduce_segment(plan, segment, lambda: _still_ours(lease))
+        reduced = reduce_segment(plan, segment, lease.reacquire)
     if reduced.missing:
         time.sleep(_LATE_FILE_WAIT_S)
         missing = missing_after_reread(plan, reduced.missing)
@@ -169,10 +169,3 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     }
     logger.info("shard published", extra=extra)
     advance(app, client, plan, window_segments)
-
-
-def _still_ours(lease: Any) -> None:
-    try:
-        lease.reacquire()
-    except LockError as error:
-        raise RuijiError("another reducer took over the segment") from error

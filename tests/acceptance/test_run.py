@@ -1,11 +1,15 @@
 """`ruiji run` and its parts as a user types them, in processes of their own, on real files."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
@@ -212,3 +216,62 @@ def test_golden_features_come_out_of_the_whole_pipeline(ruiji: Ruiji, shared_dat
         assert ids.tolist() == np.load(shared_data / "golden" / f"{golden}.object_ids.npy", allow_pickle=False).tolist()
         expected = np.load(shared_data / "golden" / f"{golden}.features.npy", allow_pickle=False)
         assert np.abs(features - expected).max() <= 1e-4
+
+
+def test_the_embedded_redis_is_found_by_the_other_commands(ruiji: Ruiji) -> None:
+    pictures(ruiji.media, 5)
+    server = ruiji.start("redis")
+    wait_until((ruiji.state / "redis.url").exists, what="the address of the embedded Redis")
+    assert (ruiji.state / "redis.url").stat().st_mode & 0o077 == 0
+    ruiji("enqueue")
+    ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait")
+    ruiji.stop_all()
+    assert server.returncode == 0
+    assert not (ruiji.state / "redis.url").exists()
+
+
+def test_a_photo_and_a_scaled_copy_of_it_find_it_first(ruiji: Ruiji, shared_data: Path, tmp_path: Path) -> None:
+    ruiji.media = shared_data / "photos"
+    ruiji.model = tmp_path / "mobilenet.onnx"
+    shutil.copy(shared_data / "models" / "mobilenet_v3_large_100_224_feature_vector.onnx", ruiji.model)
+    ruiji("run", "--shard-rows", "100")
+    for line in (shared_data / "photos" / "objects.txt").read_text().splitlines()[::60]:
+        photo = shared_data / "photos" / line
+        with Image.open(photo) as image:
+            image.convert("RGB").resize((image.width // 2, image.height // 2)).save(tmp_path / "copy.jpg", quality=85)
+        answers = json.loads(
+            ruiji("search", str(photo), str(tmp_path / "copy.jpg"), "-k", "3", "--format", "json").stdout
+        )
+        assert [answer["hits"][0]["object_id"] for answer in answers] == [photo.name, photo.name]
+        assert answers[0]["hits"][0]["similarity"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs, which only root may")
+def test_a_full_disk_pauses_the_run_and_nothing_half_written_counts(ruiji: Ruiji, redis_url: str) -> None:
+    pictures(ruiji.media, 30)
+    run(ruiji)
+    expected = ruiji.shard_digests()
+    ruiji.features = ruiji.features.with_name("small")
+    ruiji.features.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(ruiji.features)]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "10"}
+        ruiji("enqueue")
+        filler = ruiji.features / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        ruiji.start("worker", "--processes", "1")
+
+        def waiting() -> bool:
+            return "waiting" in str(json.loads(ruiji("status", "--json", code=None).stdout)["workers"])
+
+        wait_until(waiting, what="a worker that waits for space")
+        filler.unlink()
+        ruiji("enqueue", "--wait")
+        assert ruiji.shard_digests() == expected
+    finally:
+        ruiji.stop_all()
+        subprocess.run(["umount", "-l", str(ruiji.features)], check=True)
