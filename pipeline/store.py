@@ -4,7 +4,6 @@ Every write is a temporary file in the same folder and a rename (or a hard link,
 win), so that a half-written file never has a final name. The layout is specified in `docs/format.md`.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -31,22 +30,15 @@ TEMPORARY_PREFIX = ".tmp-"
 
 _SHARD_RECORD = re.compile(r"(\d{4,})\.json")
 _SHARD_FEATURES = re.compile(r"(\d{4,})\.features\.npy")
-#: What a machine does wrong, as opposed to a file: full, broken, gone, or too busy.
-_MACHINE_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-    | {errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EACCES, errno.EPERM}
-)
 
 
 @contextmanager
 def machine_faults(doing: str) -> Iterator[None]:
-    """Turn an `OSError` of the machine's (disk full, I/O error, read-only, …) into `MachineFault`."""
+    """Turn an `OSError` of writing (disk full, I/O error, no permission, …) into `MachineFault`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _MACHINE_ERRNOS:
-            raise MachineFault(f"{doing}: {error.strerror}") from error
-        raise
+        raise MachineFault(f"{doing}: {error.strerror}") from error
 
 
 def write_atomic(

@@ -145,5 +145,5 @@ class Ruiji:
         return {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(self.gallery.iterdir())
-            if path.name[:4].isdigit()
+            if path.is_file() and path.name[:4].isdigit()
         }

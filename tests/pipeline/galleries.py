@@ -1,0 +1,55 @@
+"""A gallery folder with a plan, and features in it, without any worker."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.model import load_model
+from pipeline.objects import IdScheme, prepare
+from pipeline.plan import Plan, Settings, make_plan
+from pipeline.store import claim_gallery, gallery_folder, write_error, write_feature
+from tests.factories import pictures
+
+SCHEME = IdScheme("basename")
+
+
+def plan_for(
+    tmp_path: Path, model_path: Path, paths: list[str], shard_rows: int = 4, keep_features: bool = False
+) -> Plan | None:
+    """Make (or find) the open plan for a list, as enqueue does."""
+    model = load_model(model_path)
+    folder = gallery_folder(tmp_path / "features", model_path)
+    gallery = claim_gallery(folder, model, SCHEME)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    (scratch / "list").write_text("".join(f"{path}\n" for path in paths))
+    objects = prepare(scratch / "list", scratch, SCHEME)
+    return make_plan(folder, tmp_path / "media", gallery, objects, Settings(shard_rows, keep_features, 10**8))
+
+
+def new_plan(tmp_path: Path, model_path: Path, count: int, shard_rows: int = 4, keep_features: bool = False) -> Plan:
+    """Pictures, and a plan over all of them."""
+    plan = plan_for(tmp_path, model_path, pictures(tmp_path / "media", count), shard_rows, keep_features)
+    assert plan is not None
+    return plan
+
+
+def feature_of(path: str) -> np.ndarray:
+    """float32[12] that only this path has."""
+    return np.random.default_rng(list(path.encode())).normal(size=12).astype(np.float32)
+
+
+def embed(plan: Plan, paths: list[str]) -> None:
+    """Write the features of some objects."""
+    for path in paths:
+        write_feature(plan.feature_file(plan.scheme.object_id(path)), feature_of(path))
+
+
+def fail(plan: Plan, path: str, reason: str = "undecodable") -> None:
+    """Record one object as failed."""
+    write_error(plan.error_file(plan.scheme.object_id(path)), reason, "in our words")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder's top level that belongs to a shard, with its bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[:4].isdigit()}

@@ -1,0 +1,144 @@
+"""Planning: what is still to do, in which shards, whatever the disk holds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import PlanMismatch, RuijiError
+from pipeline.model import load_model
+from pipeline.objects import ObjectList
+from pipeline.plan import Settings, check_matches, close_plan, is_closed, make_plan, open_plan
+from pipeline.reduce import reduce_segment
+from pipeline.store import claim_gallery, read_gallery, read_json
+from tests.factories import picture, pictures
+from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
+
+
+def finish(plan) -> None:  # type: ignore[no-untyped-def]
+    """Embed and reduce everything that is missing, and close the plan."""
+    for segment in plan.unpublished():
+        embed(plan, plan.paths(segment))
+        assert not reduce_segment(plan, segment, lambda: None).missing
+    close_plan(plan)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 4), (4, 4), (5, 4), (9, 2), (3, 1)])
+def test_segments_cover_every_line_once_in_order(tmp_path: Path, model_path: Path, count: int, rows: int) -> None:
+    plan = new_plan(tmp_path, model_path, count, rows)
+    parts = [plan.paths(segment) for segment in plan.segments]
+    assert sum(parts, []) == (tmp_path / "media" / "objects.txt").read_text().splitlines()  # noqa: RUF017
+    assert [len(part) for part in parts[:-1]] == [rows] * (len(parts) - 1)
+    assert [segment.shard for segment in plan.segments] == list(range(len(parts)))
+    assert plan.lines == count
+    assert [plan.segment_of(row).index for row in range(count)] == [row // rows for row in range(count)]
+
+
+def test_the_open_plan_reads_back_and_the_same_work_has_the_same_id(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path / "a", model_path, 5)
+    assert open_plan(plan.folder) == plan
+    assert new_plan(tmp_path / "b", model_path, 5).plan_id == plan.plan_id
+    assert new_plan(tmp_path / "c", model_path, 6).plan_id != plan.plan_id
+    # Whoever enqueues second gets the plan of the first.
+    assert plan_for(tmp_path / "a", model_path, pictures(tmp_path / "a" / "media", 5)) == plan
+
+
+def test_after_a_finished_plan_nothing_is_to_do_and_failures_stay_failures(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    paths = plan.paths(plan.segments[0])
+    fail(plan, paths[1])
+    embed(plan, [path for path in paths if path != paths[1]])
+    reduce_segment(plan, plan.segments[0], lambda: None)
+    finish(plan)
+    assert is_closed(plan.folder, plan.plan_id)
+    assert open_plan(plan.folder) is None
+    assert plan_for(tmp_path, model_path, pictures(tmp_path / "media", 6)) is None
+
+
+def test_new_objects_become_new_shards_after_the_old_ones(tmp_path: Path, model_path: Path) -> None:
+    finish(new_plan(tmp_path, model_path, 6))
+    picture(tmp_path / "media" / "new.png")
+    again = plan_for(tmp_path, model_path, [*pictures(tmp_path / "media", 6), "new.png"])
+    assert again is not None
+    assert [(segment.shard, again.paths(segment)) for segment in again.segments] == [(2, ["new.png"])]
+
+
+def test_a_lost_shard_is_planned_again_under_its_number_beside_new_objects(tmp_path: Path, model_path: Path) -> None:
+    first = new_plan(tmp_path, model_path, 10)
+    finish(first)
+    before = files(first.folder)
+    for path in first.folder.glob("0001.*"):
+        path.unlink()
+    picture(tmp_path / "media" / "new.png")
+    again = plan_for(tmp_path, model_path, [*pictures(tmp_path / "media", 10), "new.png"])
+    assert again is not None
+    assert [segment.shard for segment in again.segments] == [1, 3]
+    assert again.paths(again.segments[0]) == first.paths(first.segments[1])
+    finish(again)
+    after = files(first.folder)
+    assert {name: after[name] for name in before} == before, "the record too comes out with the same bytes"
+    # And a second time, through the closed plan of the first making.
+    for path in first.folder.glob("0001.*"):
+        path.unlink()
+    third = plan_for(tmp_path, model_path, [*pictures(tmp_path / "media", 10), "new.png"])
+    assert third is not None
+    finish(third)
+    assert files(first.folder) == after
+
+
+def test_a_cancelled_plan_keeps_its_numbers_and_its_features(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 10)
+    embed(plan, plan.paths(plan.segments[0]) + plan.paths(plan.segments[1]))
+    reduce_segment(plan, plan.segments[0], lambda: None)
+    close_plan(plan)
+    again = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 10))
+    assert again is not None
+    assert [segment.shard for segment in again.segments] == [3, 4]
+    assert again.paths(again.segments[0]) == plan.paths(plan.segments[1])
+    assert not reduce_segment(again, again.segments[0], lambda: None).missing, "its features are taken up"
+
+
+def test_objects_that_left_the_list_are_stale(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    finish(plan)
+    paths = pictures(tmp_path / "media", 6)
+    assert plan_for(tmp_path, model_path, [paths[0], *paths[2:5]]) is None
+    bits = np.fromfile(plan.folder / "run" / "stale" / "0000.bits", dtype=np.uint8)
+    assert np.unpackbits(bits, count=4).tolist() == [0, 1, 0, 0]
+    assert read_json(plan.folder / "run" / "list.json")["stale"] == 2
+    assert plan_for(tmp_path, model_path, paths) is None
+    assert not (plan.folder / "run" / "stale").exists(), "they are back"
+
+
+def test_an_open_plan_is_only_carried_on_with_the_same_work(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 3)
+    gallery = read_gallery(plan.folder)
+    assert gallery is not None
+    same = ObjectList(tmp_path, tmp_path, 3, plan.list_digest, ())
+    check_matches(plan, same, gallery, 4)
+    with pytest.raises(PlanMismatch, match=r"shards of 4 rows.*ruiji cancel"):
+        check_matches(plan, same, gallery, 5)
+    with pytest.raises(PlanMismatch, match="another object list"):
+        check_matches(plan, ObjectList(tmp_path, tmp_path, 3, "other", ()), gallery, 4)
+
+
+def test_probes_are_objects_that_can_be_read_and_none_at_all_is_an_error(tmp_path: Path, model_path: Path) -> None:
+    paths = pictures(tmp_path / "media", 20)
+    for path in paths[:15]:
+        (tmp_path / "media" / path).unlink()
+    plan = plan_for(tmp_path, model_path, paths)
+    assert plan is not None
+    assert plan.probes
+    assert set(plan.probes) <= set(paths[15:])
+    with pytest.raises(RuijiError, match="is it mounted"):
+        plan_for(tmp_path / "other", model_path, paths)
+
+
+def test_an_empty_folder_is_not_claimed_twice(tmp_path: Path, model_path: Path) -> None:
+    gallery = claim_gallery(tmp_path, load_model(model_path), SCHEME)
+    (tmp_path / "list").write_text("none.png\n")
+    objects = ObjectList(tmp_path / "list", tmp_path / "by-id", 1, "d", ())
+    (tmp_path / "by-id").write_text("none.png\tnone.png\n")
+    with pytest.raises(RuijiError, match="none of the 1 objects"):
+        make_plan(tmp_path, tmp_path / "media", gallery, objects, Settings(10, False, 10**8))
+    assert open_plan(tmp_path) is None

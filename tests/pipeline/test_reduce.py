@@ -1,0 +1,113 @@
+"""The reducer: one segment, one shard, whenever and however often it runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.reduce import missing_after_reread, reduce_segment, remove_empty_folders
+from pipeline.store import check_shard, read_record
+from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan
+
+
+def ours() -> None:
+    """Nobody else takes the segment."""
+
+
+def stops_at(call: int) -> Callable[[], None]:
+    """Raises at a call, as a kill or a lost lease would end the reducer there."""
+    calls = iter(range(call))
+
+    def check() -> None:
+        if next(calls, None) is None:
+            raise RuntimeError("stopped here")
+
+    return check
+
+
+def test_rows_are_in_list_order_and_failures_move_no_other(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6, shard_rows=6)
+    paths = plan.paths(plan.segments[0])
+    embed(plan, [paths[0], paths[1], paths[4], paths[5]])
+    fail(plan, paths[2], "missing")
+    fail(plan, paths[3])
+    reduced = reduce_segment(plan, plan.segments[0], ours)
+    assert (reduced.rows, reduced.failed, reduced.missing) == (4, 2, ())
+    kept = [paths[0], paths[1], paths[4], paths[5]]
+    features = np.load(plan.folder / "0000.features.npy", allow_pickle=False)
+    assert features.dtype == np.float32
+    assert (features == np.stack([feature_of(path) for path in kept])).all()
+    ids = np.load(plan.folder / "0000.object_ids.npy", allow_pickle=False)
+    assert ids.tolist() == [path.rsplit("/")[-1] for path in kept]
+    record = read_record(plan.folder, 0)
+    assert [(failure.path, failure.reason) for failure in record.failed] == [
+        (paths[2], "missing"),
+        (paths[3], "undecodable"),
+    ]
+    check_shard(plan.folder, record)
+
+
+def test_running_it_again_changes_nothing(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 3)
+    embed(plan, plan.paths(plan.segments[0]))
+    reduce_segment(plan, plan.segments[0], ours)
+    before = files(plan.folder)
+    assert reduce_segment(plan, plan.segments[0], ours).rows == 3
+    assert files(plan.folder) == before
+
+
+def test_missing_features_are_named_and_nothing_is_written(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 4)
+    paths = plan.paths(plan.segments[0])
+    embed(plan, paths[:2])
+    plan.feature_file(plan.scheme.object_id(paths[2])).parent.mkdir(parents=True, exist_ok=True)
+    plan.feature_file(plan.scheme.object_id(paths[2])).write_bytes(b"half")
+    assert reduce_segment(plan, plan.segments[0], ours).missing == (paths[2], paths[3])
+    assert files(plan.folder) == {}
+    embed(plan, [paths[3]])
+    assert missing_after_reread(plan, (paths[2], paths[3])) == [paths[2]]
+
+
+def test_a_segment_of_failures_only_has_arrays_of_no_rows(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 2)
+    for path in plan.paths(plan.segments[0]):
+        fail(plan, path)
+    assert reduce_segment(plan, plan.segments[0], ours).failed == 2
+    assert np.load(plan.folder / "0000.features.npy", allow_pickle=False).shape == (0, 12)
+    assert np.load(plan.folder / "0000.object_ids.npy", allow_pickle=False).shape == (0,)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_stopped_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(
+    tmp_path: Path, model_path: Path, call: int
+) -> None:
+    plan = new_plan(tmp_path, model_path, 3)
+    embed(plan, plan.paths(plan.segments[0]))
+    with pytest.raises(RuntimeError, match="stopped here"):
+        reduce_segment(plan, plan.segments[0], stops_at(call))
+    assert not (plan.folder / "0000.json").exists()
+    assert len(list(plan.folder.glob("??/??/*.npy"))) == 3, "no input goes before the record"
+    reduce_segment(plan, plan.segments[0], ours)
+    undisturbed = new_plan(tmp_path / "other", model_path, 3)
+    embed(undisturbed, undisturbed.paths(undisturbed.segments[0]))
+    reduce_segment(undisturbed, undisturbed.segments[0], ours)
+    assert files(plan.folder) == files(undisturbed.folder)
+
+
+def test_leftovers_of_another_reducer_are_overwritten(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 3)
+    embed(plan, plan.paths(plan.segments[0]))
+    (plan.folder / "0000.features.npy").write_bytes(b"half of it")
+    reduce_segment(plan, plan.segments[0], ours)
+    check_shard(plan.folder, read_record(plan.folder, 0))
+
+
+def test_inputs_and_their_folders_go_unless_they_are_kept(tmp_path: Path, model_path: Path) -> None:
+    for keep in (False, True):
+        plan = new_plan(tmp_path / str(keep), model_path, 3, keep_features=keep)
+        embed(plan, plan.paths(plan.segments[0]))
+        reduce_segment(plan, plan.segments[0], ours)
+        remove_empty_folders(plan)
+        assert len(list(plan.folder.glob("??/??/*.npy"))) == (3 if keep else 0)
+        assert bool(list(plan.folder.glob("??"))) is keep

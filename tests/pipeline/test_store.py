@@ -1,0 +1,223 @@
+"""Files on disk, byte by byte: what is here literally is the format, and a change is a change of format."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt
+from pipeline.model import load_model
+from pipeline.objects import IdScheme
+from pipeline.store import (
+    SHARD_ENDINGS,
+    Failure,
+    Record,
+    check_shard,
+    claim_gallery,
+    read_error,
+    read_feature,
+    read_record,
+    recorded_shards,
+    shard_contents,
+    shard_file,
+    write_atomic,
+    write_error,
+    write_feature,
+    write_record,
+)
+from tests.factories import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+BASENAME = IdScheme("basename")
+
+
+def npy(header: str, data: bytes) -> bytes:
+    """An `.npy` file of version 1.0: the header padded with spaces to a multiple of 64."""
+    length = -(len(header) + 11) % 64 + len(header) + 1
+    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + header.ljust(length - 1).encode() + b"\n" + data
+
+
+FEATURE = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", bytes.fromhex("0000803f000000c00000003f"))
+
+
+def test_a_feature_file_is_these_bytes(tmp_path: Path) -> None:
+    write_feature(tmp_path / "aa" / "bb" / "f.npy", np.array([1, -2, 0.5], np.float32))
+    assert (tmp_path / "aa" / "bb" / "f.npy").read_bytes() == FEATURE
+    assert np.load(tmp_path / "aa" / "bb" / "f.npy", allow_pickle=False).tolist() == [1, -2, 0.5]
+
+
+def test_a_shard_is_these_bytes(tmp_path: Path) -> None:
+    contents = shard_contents(np.array([[1], [2]], np.float32), ["a", "é1"], ["x/a", "x/é1"])
+    assert contents["features.npy"] == npy(
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 1), }", bytes.fromhex("0000803f00000040")
+    )
+    assert contents["object_ids.npy"] == npy(
+        "{'descr': '<U2', 'fortran_order': False, 'shape': (2,), }", "a\0é1".encode("utf-32-le")
+    )
+    assert contents["paths.txt"] == "x/a\nx/é1\n".encode()
+
+
+def test_a_record_is_these_bytes(tmp_path: Path) -> None:
+    failure = Failure("b", "x/b", "missing", "there is no such file")
+    digests = {"features.npy": "f", "object_ids.npy": "o", "paths.txt": "p"}
+    record = Record(7, 2, 1, "float32", digests, "fp", "plan", 3, {"numpy": "2"}, (failure,))
+    assert write_record(tmp_path, record)
+    assert (tmp_path / "0007.json").read_text() == (
+        "{\n"
+        ' "dtype": "float32",\n'
+        ' "failed": [\n'
+        "  {\n"
+        '   "message": "there is no such file",\n'
+        '   "object_id": "b",\n'
+        '   "path": "x/b",\n'
+        '   "reason": "missing"\n'
+        "  }\n"
+        " ],\n"
+        ' "fingerprint": "fp",\n'
+        ' "format": 1,\n'
+        ' "length": 1,\n'
+        ' "plan": "plan",\n'
+        ' "rows": 2,\n'
+        ' "segment": 3,\n'
+        ' "sha256": {\n'
+        '  "features.npy": "f",\n'
+        '  "object_ids.npy": "o",\n'
+        '  "paths.txt": "p"\n'
+        " },\n"
+        ' "shard": 7,\n'
+        ' "versions": {\n'
+        '  "numpy": "2"\n'
+        " }\n"
+        "}\n"
+    )
+    assert read_record(tmp_path, 7) == record
+    assert not write_record(tmp_path, record), "the first record stays"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        FEATURE[:-1],
+        FEATURE + b"\0",
+        FEATURE[:-4] + bytes.fromhex("0000c07f"),
+        FEATURE[:-4] + bytes.fromhex("0000807f"),
+        FEATURE.replace(b"<f4", b"<i4"),
+        FEATURE.replace(b"(3,)", b"(2,)"),
+    ],
+    ids=["empty", "truncated", "longer", "NaN", "infinite", "dtype", "shape"],
+)
+def test_a_feature_file_that_is_not_whole_does_not_count(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "f.npy").write_bytes(FEATURE)
+    assert read_feature(tmp_path / "f.npy", 3) is not None
+    (tmp_path / "f.npy").write_bytes(data)
+    assert read_feature(tmp_path / "f.npy", 3) is None
+
+
+def test_what_is_no_file_is_no_feature(tmp_path: Path) -> None:
+    assert read_feature(tmp_path / "none.npy", 3) is None
+    assert read_feature(tmp_path, 3) is None
+    (tmp_path / "f.npy").write_bytes(FEATURE)
+    assert read_feature(tmp_path / "f.npy", 4) is None
+
+
+def test_error_files_come_back_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    write_error(tmp_path / "e.json", "missing", "there is no such file")
+    assert read_error(tmp_path / "e.json") == ("missing", "there is no such file")
+    (tmp_path / "e.json").write_text("{")
+    assert read_error(tmp_path / "e.json") is None
+
+
+def test_a_write_that_fails_leaves_nothing_and_is_the_machines_fault(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.store import write_atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_atomic(Path(sys.argv[1]), [bytes(999), bytes(999)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "f")], cwd=ROOT, capture_output=True, text=True)
+    assert "MachineFault" in done.stderr
+    assert os.listdir(tmp_path) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_an_exclusive_write_leaves_the_first_file(tmp_path: Path) -> None:
+    assert write_atomic(tmp_path / "f", [b"first"], exclusive=True)
+    assert not write_atomic(tmp_path / "f", [b"second"], exclusive=True)
+    assert (tmp_path / "f").read_bytes() == b"first"
+    assert write_atomic(tmp_path / "f", [b"third"])
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("ending", SHARD_ENDINGS)
+def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> None:
+    import hashlib
+
+    contents = shard_contents(np.ones((1, 2), np.float32), ["a"], ["a"])
+    for name, data in contents.items():
+        shard_file(tmp_path, 0, name).write_bytes(data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    record = Record(0, 1, 2, "float32", digests, "fp", "plan", 0, {}, ())
+    check_shard(tmp_path, record)
+    path = shard_file(tmp_path, 0, ending)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardCorrupt, match=path.name):
+        check_shard(tmp_path, record)
+    path.unlink()
+    with pytest.raises(ShardCorrupt, match=f"no {path.name}"):
+        check_shard(tmp_path, record)
+
+
+def test_shards_are_listed_by_number_also_above_9999(tmp_path: Path) -> None:
+    for number in (2, 10000, 999):
+        shard_file(tmp_path, number, "json").write_text("{}")
+    (tmp_path / "gallery.json").write_text("{}")
+    assert recorded_shards(tmp_path) == [2, 999, 10000]
+
+
+def test_a_gallery_belongs_to_one_model_and_one_kind_of_id(tmp_path: Path, model_path: Path) -> None:
+    model = load_model(model_path)
+    first = claim_gallery(tmp_path / "g", model, BASENAME)
+    assert claim_gallery(tmp_path / "g", model, BASENAME) == first
+    with pytest.raises(GalleryMismatch, match="another --feature-dir"):
+        claim_gallery(tmp_path / "g", load_model(tiny_model(tmp_path / "o.onnx", seed=1)), BASENAME)
+    with pytest.raises(GalleryMismatch, match="--object-id basename"):
+        claim_gallery(tmp_path / "g", model, IdScheme("path"))
+
+
+def test_a_damaged_or_newer_gallery_is_refused(tmp_path: Path, model_path: Path) -> None:
+    model = load_model(model_path)
+    claim_gallery(tmp_path, model, BASENAME)
+    value = json.loads((tmp_path / "gallery.json").read_text())
+    (tmp_path / "gallery.json").write_text(json.dumps({**value, "format": 2}))
+    with pytest.raises(GalleryMismatch, match="update ruiji"):
+        claim_gallery(tmp_path, model, BASENAME)
+    (tmp_path / "gallery.json").write_text("{")
+    with pytest.raises(GalleryMismatch, match="damaged"):
+        claim_gallery(tmp_path, model, BASENAME)
+
+
+def test_foreign_shards_and_a_folder_that_cannot_be_made_are_refused(tmp_path: Path, model_path: Path) -> None:
+    model = load_model(model_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuijiError, match="cannot write"):
+        claim_gallery(tmp_path / "file" / "g", model, BASENAME)
+    (tmp_path / "0000.features.npy").write_bytes(b"")
+    with pytest.raises(GalleryMismatch, match="did not make"):
+        claim_gallery(tmp_path, model, BASENAME)
+
+
+def test_a_folder_in_the_way_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    with pytest.raises(MachineFault, match="directory"):
+        write_atomic(tmp_path / "f", [b"x"])
+    assert os.listdir(tmp_path) == ["f"]
