@@ -19,7 +19,7 @@ from workers.images import load_pixels
 logger = logging.getLogger(__name__)
 
 #: What became of one object: a feature was written, a failure was recorded, it was done before, or
-#: its shard is published already.
+#: nothing is wanted of it (its shard is published already).
 DONE, FAILED, SKIPPED, LATE = "done", "failed", "skipped", "late"
 
 
@@ -50,7 +50,7 @@ def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: Encoder, media_dir: Pa
     waiting: list[tuple[int, NDArray[np.uint8]]] = []
     for number, job in enumerate(jobs):
         object_id = plan.scheme.object_id(job.path)
-        if _published(plan, job):
+        if _refused(job) or _published(plan, job):
             outcomes[number] = LATE
         elif (
             read_feature(plan.feature_file(object_id), plan.length) is None
@@ -81,15 +81,21 @@ def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: Encoder, media_dir: Pa
     return outcomes
 
 
+def _refused(job: Job) -> bool:
+    try:
+        check_path(job.path)
+    except ObjectListError as error:
+        # No list holds such a path, so the task is not the producer's; it may not even fail an object.
+        logger.warning("task refused: %s", error, extra={"event": "task_refused"})
+        return True
+    return False
+
+
 def _published(plan: Plan, job: Job) -> bool:
     return shard_file(plan.folder, job.segment.shard, "json").exists()
 
 
 def _load(plan: Plan, path: str, media_dir: Path, encoder: Encoder) -> NDArray[np.uint8]:
-    try:
-        check_path(path)
-    except ObjectListError as error:
-        raise ImageError("the task names a path that no list may have", "refused") from error
     try:
         if not _inside(media_dir, path):
             raise ImageError("a link leads out of the media folder", "outside-media")

@@ -1,0 +1,153 @@
+"""From files to pixels: bit-identical to the article's steps, and a reason for every bad file."""
+
+import io
+import os
+import resource
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from pipeline.errors import ImageError
+from pipeline.model import ModelSpec, load_model
+from tests.factories import picture, tiny_model
+from workers.images import load_pixels, to_input
+
+LIMIT = 89_478_485
+SPEC = ModelSpec(
+    "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, 12
+)
+
+
+def article(path: Path) -> np.ndarray:
+    """The article's preprocessing, word for word."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        image = image.resize((224, 224))
+        return np.array(image, dtype=np.float32) / 255
+
+
+@pytest.mark.parametrize(
+    ("ending", "mode"),
+    [("jpg", mode) for mode in ("RGB", "L", "1", "CMYK")]
+    + [("png", mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "1", "I;16")]
+    + [("tiff", mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16")]
+    + [("webp", "RGB"), ("webp", "RGBA"), ("bmp", "RGB"), ("bmp", "P"), ("gif", "P"), ("gif", "L")],
+)
+def test_preprocessing_is_bit_identical_to_the_articles(tmp_path: Path, ending: str, mode: str) -> None:
+    with Image.open(picture(tmp_path / "source.png", 3, (67, 45))) as source:
+        source.convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / f"x.{ending}")
+    ours = to_input(load_pixels(tmp_path / f"x.{ending}", SPEC, LIMIT)[np.newaxis], SPEC)
+    assert (ours[0] == article(tmp_path / f"x.{ending}")).all()
+
+
+def test_real_photos_come_out_bit_identical(shared_data: Path) -> None:
+    for line in (shared_data / "photos" / "objects.txt").read_text().splitlines()[::10]:
+        path = shared_data / "photos" / line
+        spec = replace(SPEC, exif_orientation=False)
+        assert (to_input(load_pixels(path, spec, LIMIT)[np.newaxis], spec)[0] == article(path)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_picture_is_turned_upright_unless_the_spec_says_no(tmp_path: Path, orientation: int) -> None:
+    with Image.open(picture(tmp_path / "source.png", 3, (40, 20))) as source:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        source.save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((224, 224)))
+        as_stored = np.asarray(image.convert("RGB").resize((224, 224)))
+    assert (load_pixels(tmp_path / "turned.jpg", SPEC, LIMIT) == upright).all()
+    assert (load_pixels(tmp_path / "turned.jpg", replace(SPEC, exif_orientation=False), LIMIT) == as_stored).all()
+
+
+def test_grey_mean_std_and_layout_follow_the_spec(tmp_path: Path) -> None:
+    spec = replace(SPEC, color="L", layout="NCHW", height=5, width=7, mean=(0.5,), std=(0.25,), resize="bilinear")
+    pixels = load_pixels(picture(tmp_path / "p.png"), spec, LIMIT)
+    assert pixels.shape == (5, 7, 1)
+    values = to_input(pixels[np.newaxis], spec)
+    assert values.shape == (1, 1, 5, 7)
+    assert values.dtype == np.float32
+    assert np.allclose(values[0, 0], (pixels[:, :, 0] / 255 - 0.5) / 0.25, atol=1e-6)
+
+
+def reason(path: Path, limit: int = LIMIT) -> str:
+    with pytest.raises(ImageError) as caught:
+        load_pixels(path, SPEC, limit)
+    assert str(caught.value)
+    assert str(path) not in str(caught.value), "the message ends in a record and may not name this machine's folders"
+    return caught.value.reason
+
+
+def test_every_kind_of_bad_file_has_its_reason(tmp_path: Path) -> None:
+    whole = picture(tmp_path / "whole.png", 1, (300, 300)).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("<html>")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "dangling.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "ghost.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert reason(tmp_path / "none.jpg") == "missing"
+    assert reason(tmp_path / "dangling.jpg") == "missing"
+    assert reason(tmp_path / "whole.png" / "below.jpg") == "missing"
+    assert reason(tmp_path / "loop.jpg") == "not-a-file"
+    assert reason(tmp_path / "folder.jpg") == "not-a-file"
+    assert reason(tmp_path / "pipe.jpg") == "not-a-file"
+    assert reason(tmp_path / "half.png") == "truncated"
+    assert reason(tmp_path / "text.jpg") == "undecodable"
+    assert reason(tmp_path / "empty.jpg") == "undecodable"
+    assert reason(tmp_path / "ghost.eps") == "undecodable"
+    assert reason(tmp_path / "whole.png", limit=300 * 300 - 1) == "too-large"
+
+
+def test_a_bomb_is_refused_by_its_header_without_decoding_it(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason(tmp_path / "bomb.png") == "too-large"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "kB"
+
+
+def test_the_nasty_set_ends_as_pixels_or_reasons(shared_data: Path) -> None:
+    outcomes = set()
+    for path in sorted((shared_data / "nasty").rglob("*")):
+        if path.is_file():
+            try:
+                assert load_pixels(path, SPEC, LIMIT).shape == (224, 224, 3)
+                outcomes.add("pixels")
+            except ImageError as error:
+                outcomes.add(error.reason)
+    assert {"pixels", "too-large", "truncated", "undecodable"} <= outcomes
+    assert threading.active_count() < 10
+
+
+def _valid(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]), data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_never_raise_anything_else(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    content = bytearray(_valid(kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x").write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    reasons = set()
+    try:
+        load_pixels(tmp_path / "x", SPEC, 10**6)
+    except ImageError as error:
+        reasons.add(error.reason)
+    assert reasons <= {"truncated", "undecodable", "too-large", "memory"}
+
+
+def test_the_spec_of_a_graph_without_words_is_used(tmp_path: Path) -> None:
+    spec = load_model(tiny_model(tmp_path / "m.onnx", size=8)).spec
+    assert load_pixels(picture(tmp_path / "p.png"), spec, LIMIT).shape == (8, 8, 3)
