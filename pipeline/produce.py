@@ -54,11 +54,18 @@ class Producer:
                 published += self._arm(segment, lease.reacquire, heals=0)
         return published
 
-    def arm_again(self, segment: Segment) -> int:
-        """Publish what a segment still lacks, as a new, smaller chord; returns the number of tasks."""
+    def arm_again(self, segment: Segment, seen: Armed | None) -> int:
+        """Publish what a segment still lacks, as a new, smaller chord; returns the number of tasks.
+
+        Args:
+            seen: how the segment was armed when the lack was noticed; where it has been armed anew
+                since, somebody else noticed too, and nothing is done.
+        """
         with self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S) as lease:
-            before = self._chords.armed().get(segment.index)
-            return self._arm(segment, lease.reacquire, heals=before.heals + 1 if before else 0)
+            now = self._chords.armed().get(segment.index)
+            if now != seen:
+                return 0
+            return self._arm(segment, lease.reacquire, heals=now.heals + 1 if now else 0)
 
     def _arm(self, segment: Segment, renew: Any, heals: int) -> int:
         plan = self._plan

@@ -35,7 +35,7 @@ def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) 
 
 
 class Watchdog(threading.Thread):
-    """Runs in every reducer process; a lease lets one of them look at a time."""
+    """Runs in every reducer process; what several of them notice at once, one of them mends."""
 
     def __init__(
         self, app: Celery, client: redis.Redis, folder: Any, window_segments: int, stall_timeout_s: float
@@ -46,17 +46,17 @@ class Watchdog(threading.Thread):
         self._folder = folder
         self._window = window_segments
         self._stall_timeout_s = stall_timeout_s
-        # (group, members through) of each armed segment, and since when it stands there.
-        self._seen: dict[tuple[str, int], tuple[tuple[str, int], float]] = {}
-        self._stop = threading.Event()
+        # How far each armed segment is, and since when it stands there.
+        self._seen: dict[tuple[str, int], tuple[tuple[Armed, int], float]] = {}
+        self._ended = threading.Event()
 
     def stop(self) -> None:
         """End the thread at its next look."""
-        self._stop.set()
+        self._ended.set()
 
     def run(self) -> None:
         """Look every few seconds, through every failure of Redis or the disk."""
-        while not self._stop.wait(CHECK_INTERVAL_S):
+        while not self._ended.wait(CHECK_INTERVAL_S):
             try:
                 self._look()
             except (redis.RedisError, LockError, OperationalError, OSError, RuijiError) as error:
@@ -79,23 +79,23 @@ class Watchdog(threading.Thread):
         queued = chords.queued_segments()
         for segment in plan.unpublished():
             if segment.index in stalled and segment.index not in queued:
-                count = Producer(self._app, chords, plan).arm_again(segment)
+                count = Producer(self._app, chords, plan).arm_again(segment, stalled[segment.index])
                 extra = {"event": "segment_rebuilt", "shard": segment.shard, "images": count}
                 logger.warning("lost tasks published again", extra=extra)
 
-    def _stalled(self, plan: Plan, chords: Chords) -> set[int]:
-        """Armed segments, not published, whose counters have not moved for the stall timeout."""
+    def _stalled(self, plan: Plan, chords: Chords) -> dict[int, Armed]:
+        """Armed segments, not published, whose counters have not moved for the stall timeout, by index."""
         armed = chords.armed()
         unpublished = [s for s in plan.unpublished() if s.index in armed]
-        entries: list[Armed] = [armed[s.index] for s in unpublished]
+        entries = [armed[s.index] for s in unpublished]
         now = time.monotonic()
         seen = {}
-        stalled = set()
+        stalled = {}
         for segment, entry, through in zip(unpublished, entries, chords.finished_members(entries), strict=True):
-            key, place = (plan.plan_id, segment.index), (f"{entry.group}@{entry.at}", through)
+            key, place = (plan.plan_id, segment.index), (entry, through)
             before = self._seen.get(key)
             seen[key] = before if before is not None and before[0] == place else (place, now)
             if now - seen[key][1] >= self._stall_timeout_s:
-                stalled.add(segment.index)
+                stalled[segment.index] = entry
         self._seen = seen
         return stalled

@@ -153,11 +153,14 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     if reduced.missing:
         time.sleep(_LATE_FILE_WAIT_S)
         missing = missing_after_reread(plan, reduced.missing)
-        heals = chords.armed()[index].heals if index in chords.armed() else 0
+        seen = chords.armed().get(index)
+        if seen is not None and chords.finished_members([seen]) < [seen.size]:
+            return  # The body of an older arming; the present one's will come.
+        heals = seen.heals if seen else 0
         extra = {"event": "segment_incomplete", "shard": segment.shard, "images": len(missing), "heals": heals}
         logger.warning("features are missing", extra=extra)
         if heals < _QUICK_HEALS:
-            Producer(app, chords, plan).arm_again(segment)
+            Producer(app, chords, plan).arm_again(segment, seen)
         return
     chords.forget(segment)
     extra = {
