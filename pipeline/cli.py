@@ -82,7 +82,7 @@ def enqueue(
     """Check the list, freeze the plan and publish one task per image; run it again to go on."""
     from pipeline.broker.app import connect
     from pipeline.logs import set_up
-    from pipeline.plan import Settings
+    from pipeline.planning import Settings
     from pipeline.run import Work, follow
     from pipeline.run import enqueue as enqueue_list
 
@@ -132,7 +132,7 @@ def run(
 ) -> None:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
     from pipeline.logs import set_up
-    from pipeline.plan import Settings
+    from pipeline.planning import Settings
     from pipeline.run import Work, run_here
 
     set_up(log_format)

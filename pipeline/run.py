@@ -22,7 +22,8 @@ from pipeline.broker.embedded import die_with_parent, embedded_redis
 from pipeline.errors import RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
-from pipeline.plan import Plan, Settings, check_matches, close_plan, make_plan, open_plan
+from pipeline.plan import Plan, check_matches, close_plan, open_plan
+from pipeline.planning import Settings, make_plan
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
 from pipeline.store import claim_gallery, gallery_folder, machine_faults
@@ -203,7 +204,13 @@ def _worker_processes(work: Work, url: str, workers: int | None, device: str) ->
     # The URL holds a password, and a command line is everybody's to read.
     environment = {**os.environ, "RUIJI_REDIS_URL": url}
     process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=die_with_parent
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="backslashreplace",
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     # Through this process, so that their lines and the progress bar do not write over each other.
     relay = threading.Thread(target=_relay, args=(process.stderr,), daemon=True)

@@ -6,7 +6,8 @@ import numpy as np
 
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
-from pipeline.plan import Plan, Settings, make_plan
+from pipeline.plan import Plan
+from pipeline.planning import Settings, make_plan
 from pipeline.store import claim_gallery, gallery_folder, write_error, write_feature
 from tests.factories import pictures
 

@@ -8,7 +8,8 @@ import pytest
 from pipeline.errors import PlanMismatch, RuijiError
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
-from pipeline.plan import Settings, check_matches, close_plan, is_closed, make_plan, open_plan
+from pipeline.plan import check_matches, close_plan, is_closed, open_plan
+from pipeline.planning import Settings, make_plan
 from pipeline.reduce import reduce_segment
 from pipeline.store import claim_gallery, read_gallery, read_json
 from tests.factories import picture, pictures
