@@ -15,6 +15,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from pipeline.broker.app import connect
+from pipeline.status import Status, StatusReader
+
 
 def tiny_model(
     path: Path,
@@ -56,13 +59,20 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (16, 12)) -> Path
     return path
 
 
-def pictures(media_dir: Path, count: int, size: tuple[int, int] = (16, 12)) -> list[str]:
-    """Write pictures in the article's nested layout and their sorted `objects.txt`; returns the paths."""
+def pictures(media_dir: Path, count: int, size: tuple[int, int] = (16, 12), distinct: int | None = None) -> list[str]:
+    """Write pictures in the article's nested layout and their sorted `objects.txt`; returns the paths.
+
+    With `distinct` only so many are drawn; the others are links to them, which is quicker for large ones.
+    """
     paths = []
     for number in range(count):
         name = hashlib.sha1(str(number).encode()).hexdigest() + ".png"
         paths.append(f"object/{name[0:2]}/{name[2:4]}/{name}")
-        picture(media_dir / paths[-1], number, size)
+        if distinct is None or number < distinct:
+            picture(media_dir / paths[-1], number, size)
+        else:
+            (media_dir / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
+            os.link(media_dir / paths[number % distinct], media_dir / paths[-1])
     paths.sort()
     (media_dir / "objects.txt").write_text("".join(f"{path}\n" for path in paths))
     return paths
@@ -139,6 +149,14 @@ class Ruiji:
                 process.send_signal(signal.SIGTERM)
         for process in self._started:
             process.wait(timeout=90)
+
+    def status(self) -> Status:
+        """The accounting, read in this process: quick enough to poll while workers work."""
+        client = connect(self.environment["RUIJI_REDIS_URL"])
+        try:
+            return StatusReader(self.gallery, client).read()
+        finally:
+            client.close()
 
     def shard_digests(self) -> dict[str, str]:
         """sha256 of every file of every shard, records included, by name."""

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from pipeline.errors import ImageError, MachineFault, ObjectListError
 from pipeline.objects import check_path
 from pipeline.plan import Plan, Segment
 from pipeline.store import read_error, read_feature, shard_file, write_error, write_feature
-from workers.encoder import Encoder
 from workers.images import load_pixels
+
+if TYPE_CHECKING:
+    from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class Job:
     path: str
 
 
-def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: Encoder, media_dir: Path) -> list[str]:
+def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: "Encoder", media_dir: Path) -> list[str]:
     """Embed a batch; afterwards every object has a feature file, an error file or a published shard.
 
     Args:
@@ -95,7 +98,7 @@ def _published(plan: Plan, job: Job) -> bool:
     return shard_file(plan.folder, job.segment.shard, "json").exists()
 
 
-def _load(plan: Plan, path: str, media_dir: Path, encoder: Encoder) -> NDArray[np.uint8]:
+def _load(plan: Plan, path: str, media_dir: Path, encoder: "Encoder") -> NDArray[np.uint8]:
     try:
         if not _inside(media_dir, path):
             raise ImageError("a link leads out of the media folder", "outside-media")

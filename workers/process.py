@@ -17,12 +17,10 @@ from celery.exceptions import SecurityWarning
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.errors import GalleryMismatch
-from pipeline.model import load_model
 from pipeline.plan import library_versions
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.watchdog import Watchdog
 from workers.embed import DONE, FAILED
-from workers.encoder import Encoder
 from workers.tasks import register_embed, register_reduce
 
 logger = logging.getLogger(__name__)
@@ -131,6 +129,10 @@ def run_process(
     gallery = wait_for_gallery(folder)
     encoder = None
     if role == "embed":
+        # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
+        from pipeline.model import load_model
+        from workers.encoder import Encoder
+
         model = load_model(model_path)
         if model.fingerprint != gallery.fingerprint:
             raise GalleryMismatch(

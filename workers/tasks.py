@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from celery import Celery
@@ -13,7 +13,7 @@ from celery.exceptions import Reject
 from redis.exceptions import LockError
 
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
-from pipeline.broker.chords import Chords
+from pipeline.broker.chords import Chords, renewed
 from pipeline.errors import MachineFault
 from pipeline.plan import Plan, is_closed, library_versions, open_plan, plan_file
 from pipeline.produce import Producer
@@ -21,12 +21,16 @@ from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.watchdog import advance
 from workers.batching import BatchTask
 from workers.embed import FAILED, LATE, Job, embed_batch
-from workers.encoder import Encoder
+
+if TYPE_CHECKING:
+    from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
-#: A reducer's lease; renewed before each file it renames.
-_REDUCE_LEASE_S = 60.0
+#: A dead reducer's segment goes to another after this long; a live one renews its lease.
+_REDUCE_LEASE_S = 10.0
+#: How long to wait for a segment that another reducer holds, before its task goes back to the queue.
+_REDUCE_WAIT_S = 30.0
 #: Another host's file may show late on a network folder.
 _LATE_FILE_WAIT_S = 1.0
 #: A segment whose features vanish is published again this often at once, then only by the watchdog.
@@ -75,7 +79,7 @@ def register_embed(
     app: Celery,
     folder: Path,
     media_dir: Path,
-    encoder: Encoder,
+    encoder: "Encoder",
     client: redis.Redis,
     on_batch: Callable[[list[str]], None],
     on_rest: Callable[[str | None], None],
@@ -148,7 +152,8 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     """
     segment, chords = plan.segments[index], Chords(client, plan)
     started = time.monotonic()
-    with chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_LEASE_S) as lease:
+    lease = chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
+    with renewed(lease):
         reduced = reduce_segment(plan, segment, lease.reacquire)
     if reduced.missing:
         time.sleep(_LATE_FILE_WAIT_S)

@@ -4,6 +4,9 @@ All of it can be lost at any time; the disk is the truth. The chord keys are Cel
 """
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,3 +142,30 @@ class Chords:
         """A lease that runs out by itself; use it as a context manager, which raises where it cannot be had."""
         name = f"{self._prefix}:lease:{what}"
         return Lock(self.client, name, timeout=timeout_s, blocking_timeout=wait_s, thread_local=False)
+
+
+@contextmanager
+def renewed(lease: Lock) -> Iterator[None]:
+    """Hold a lease for as long as the block takes, by renewing it in a thread.
+
+    A process that was stopped for longer than the lease may find it gone: `lease.reacquire` tells.
+
+    Raises:
+        LockError: somebody else holds it, or it was lost meanwhile.
+    """
+    done = threading.Event()
+
+    def renew() -> None:
+        assert lease.timeout is not None
+        while not done.wait(lease.timeout / 3):
+            with suppress(redis.RedisError):
+                lease.reacquire()
+
+    with lease:
+        thread = threading.Thread(target=renew, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -14,18 +14,20 @@ from pipeline.broker.app import connect
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
 
+#: Four shards of pictures that take some 40 ms each: enough to be killed in the middle.
+COUNT, ROWS = 120, "30"
 #: Short, so that what a dead worker held comes back soon; both are documented settings.
-FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": "50"}
+FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": ROWS}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Ruiji:
-    """A finished run over 200 pictures that take some 15 ms each."""
+    """A finished run over all pictures."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    pictures(folder / "media", 200, size=(640, 480))
+    pictures(folder / "media", COUNT, size=(1600, 1200), distinct=10)
     shutil.copy(model_path, folder)
     command = Ruiji(folder / "media", folder / "features", folder / model_path.name, folder / "state", ROOT)
-    command("run", "--shard-rows", "50")
+    command("run", "--shard-rows", ROWS)
     return command
 
 
@@ -48,15 +50,18 @@ def processes(role: str) -> list[psutil.Process]:
     return found
 
 
-def done(ruiji: Ruiji) -> int:
-    return int(json.loads(ruiji("status", "--json", code=None).stdout)["done"])
+def wait_for_progress(ruiji: Ruiji) -> None:
+    """Wait until more objects are done than now; the run may not be over by then."""
+    before = ruiji.status().done
+    wait_until(lambda: ruiji.status().done > before, what="progress")
+    assert ruiji.status().plan is not None, "there is still something to disturb"
 
 
 def finish(ruiji: Ruiji, expected: dict[str, str]) -> None:
     ruiji("enqueue", "--wait")
     assert ruiji.shard_digests() == expected
     status = json.loads(ruiji("status", "--json").stdout)
-    assert (status["done"], status["failed"], status["pending"], status["running"]) == (200, 0, 0, 0)
+    assert (status["done"], status["failed"], status["pending"], status["running"]) == (COUNT, 0, 0, 0)
 
 
 def test_embed_processes_killed_again_and_again_lose_nothing(
@@ -67,8 +72,7 @@ def test_embed_processes_killed_again_and_again_lose_nothing(
     ruiji.start("worker", "--processes", "2")
     for round_number in range(3):
         wait_until(lambda: len(processes("embed")) == 2, what="two embed processes")
-        reached = done(ruiji)
-        wait_until(lambda n=reached: done(ruiji) > n or done(ruiji) == 200, what="progress")
+        wait_for_progress(ruiji)
         for process in processes("embed")[: 1 + round_number % 2]:
             process.kill()
     finish(ruiji, expected)
@@ -78,7 +82,7 @@ def test_a_whole_worker_killed_is_replaced_by_another(ruiji: Ruiji, redis_url: s
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
     worker = ruiji.start("worker", "--processes", "2")
-    wait_until(lambda: done(ruiji) > 5, what="progress")
+    wait_for_progress(ruiji)
     worker.kill()
     # Its processes notice that their parent died, and end too.
     wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
@@ -107,8 +111,7 @@ def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected
     ruiji("enqueue")
     ruiji.start("worker", "--processes", "2")
     for _ in range(2):
-        reached = done(ruiji)
-        wait_until(lambda n=reached: done(ruiji) > n or done(ruiji) == 200, what="progress")
+        wait_for_progress(ruiji)
         connect(redis_url).flushall()
     finish(ruiji, expected)
 
@@ -119,7 +122,7 @@ def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_VISIBILITY_TIMEOUT_S": "3600"}
     ruiji("enqueue")
     worker = ruiji.start("worker", "--processes", "2")
-    wait_until(lambda: done(ruiji) > 5, what="progress")
+    wait_for_progress(ruiji)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=30) == 0
     client = connect(redis_url)
@@ -147,10 +150,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(ruiji: Ruiji, expected: dic
 def test_with_shipped_settings_a_dead_workers_images_run_again_within_75_seconds(
     ruiji: Ruiji, redis_url: str, expected: dict[str, str]
 ) -> None:
-    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "50"}
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": ROWS}
     ruiji("enqueue")
     worker = ruiji.start("worker", "--processes", "2")
-    wait_until(lambda: done(ruiji) > 5, what="progress")
+    wait_for_progress(ruiji)
     worker.kill()
     killed = time.monotonic()
     ruiji.start("worker", "--processes", "2")

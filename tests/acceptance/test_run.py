@@ -15,7 +15,7 @@ from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 
 def run(ruiji: Ruiji, *arguments: str, code: int = 0) -> str:
-    return ruiji("run", "--workers", "2", "--shard-rows", "10", *arguments, code=code).stderr
+    return ruiji("run", "--workers", "1", "--shard-rows", "10", *arguments, code=code).stderr
 
 
 def test_run_makes_shards_in_list_order_and_a_second_run_embeds_nothing(ruiji: Ruiji) -> None:
@@ -139,15 +139,11 @@ def test_an_unmounted_media_folder_pauses_the_run_and_fails_no_image(ruiji: Ruij
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
     away = ruiji.media.with_name("away")
-    ruiji.start("worker", "--processes", "1")
-    ruiji.media.mkdir(exist_ok=True)
     ruiji.media.rename(away)
     ruiji.media.mkdir()
+    ruiji.start("worker", "--processes", "1")
 
-    def states() -> str:
-        return str(json.loads(ruiji("status", "--json", code=None).stdout)["workers"])
-
-    wait_until(lambda: "waiting" in states() or json.loads(ruiji("status", "--json", code=None).stdout)["done"] == 10)
+    wait_until(lambda: "waiting" in str(ruiji.status().workers), what="a worker that waits for its folder")
     ruiji.media.rmdir()
     away.rename(ruiji.media)
     ruiji("enqueue", "--wait")
@@ -265,10 +261,7 @@ def test_a_full_disk_pauses_the_run_and_nothing_half_written_counts(ruiji: Ruiji
                 file.write(bytes(4096))
         ruiji.start("worker", "--processes", "1")
 
-        def waiting() -> bool:
-            return "waiting" in str(json.loads(ruiji("status", "--json", code=None).stdout)["workers"])
-
-        wait_until(waiting, what="a worker that waits for space")
+        wait_until(lambda: "waiting" in str(ruiji.status().workers), what="a worker that waits for space")
         filler.unlink()
         ruiji("enqueue", "--wait")
         assert ruiji.shard_digests() == expected
