@@ -9,6 +9,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
+# Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint types format redis list enqueue worker status search run lock clean up down logs
@@ -54,10 +56,10 @@ demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis a
 	@.venv/bin/python -m examples.digits.demo
 
 test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying so
-	.venv/bin/python -m pytest -m "not slow and not compose" $(ARGS)
+	$(PYTEST) -m "not slow and not compose" $(ARGS)
 
 test-all: .venv/torch ## All tests that can run here, torch and shipped timeouts included
-	.venv/bin/python -m pytest -m "not compose" $(ARGS)
+	$(PYTEST) -m "not compose" $(ARGS)
 
 lint: .venv/dev ## Style
 	.venv/bin/ruff check .
