@@ -18,7 +18,19 @@ RESIZE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 #: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
 _FINGERPRINT_FORMAT = 1
 _TOML_KEYS = {
-    "input": {"name", "layout", "color", "height", "width", "resize", "divisor", "mean", "std", "exif_orientation"},
+    "input": {
+        "name",
+        "layout",
+        "color",
+        "height",
+        "width",
+        "resize",
+        "divisor",
+        "mean",
+        "std",
+        "exif_orientation",
+        "jpeg_draft",
+    },
     "output": {"name", "length"},
 }
 
@@ -33,6 +45,8 @@ class ModelSpec:
         resize: name of Pillow's filter; the aspect ratio is not kept, as in the article.
         divisor, mean, std: the input is `(pixel / divisor - mean) / std`, one mean and std a channel.
         exif_orientation: whether a picture is turned upright before it is resized.
+        jpeg_draft: whether a large JPEG may be decoded at a half, quarter or eighth of its size: faster, and not quite
+            the same pixels.
         length: d, the number of float32 values of one feature.
     """
 
@@ -47,6 +61,7 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     exif_orientation: bool
+    jpeg_draft: bool
     length: int
 
     @property
@@ -116,6 +131,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("image", f"{spec.color} {spec.width} x {spec.height} (width x height), resized {spec.resize}"),
         ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
         ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
+        ("large JPEGs", "decoded at reduced size" if spec.jpeg_draft else "decoded whole"),
         ("feature", f"{spec.output_name}, d = {spec.length}"),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
         ("fingerprint", model.fingerprint),
@@ -209,6 +225,7 @@ def _resolve(
         mean=_per_channel("mean", given.get("mean", 0.0), expected),
         std=_per_channel("std", given.get("std", 1.0), expected),
         exif_orientation=bool(given.get("exif_orientation", True)),
+        jpeg_draft=bool(given.get("jpeg_draft", False)),
         length=_length(target, wanted.get("length")),
     )
     if spec.resize not in RESIZE_FILTERS:

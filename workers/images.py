@@ -9,9 +9,12 @@ import logging
 import os
 import stat
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -30,6 +33,11 @@ Image.init()
 # Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None
 
+# Its warnings are about oddities of single files; what matters is whether they decode.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+#: Larger files are read by their decoder, so that memory stays bounded by the pixels, not by the file.
+_READ_WHOLE_BYTES = 64 << 20
 _ORIENTATION_TAG = 0x0112
 #: EXIF orientation to the turn that makes the picture upright.
 _UPRIGHT = {
@@ -46,7 +54,8 @@ _UPRIGHT = {
 def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
     """Read, decode, turn upright (where the spec says so), convert and resize one image.
 
-    Bit-identical to the article's preprocessing before its division, for images without EXIF rotation.
+    Bit-identical to the article's preprocessing before its division, for images without EXIF rotation, unless the spec
+    asks for `jpeg_draft`.
 
     Returns:
         uint8[h, w, c] in the spec's size and color.
@@ -55,27 +64,20 @@ def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint
         ImageError: with reason `missing`, `unreadable`, `not-a-file`, `too-large`, `truncated` or `undecodable`.
         MachineFault: the disk or network below the file failed.
     """
-    with _open(path) as file:
-        try:
-            with warnings.catch_warnings():
-                # Warnings are about oddities of single files; what matters is whether they decode.
-                warnings.simplefilter("ignore")
-                return _decode(file, spec, max_pixels)
-        except (ImageError, MachineFault):
-            raise
-        except Exception as error:
-            # Decoders raise anything from SyntaxError to struct.error on broken files.
-            if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
-                raise MachineFault(f"cannot read {path}: {error.strerror}") from error
-            logger.debug("cannot decode %s", path, exc_info=True)
-            if isinstance(error, MemoryError):
-                raise ImageError("decoding it takes more memory than there is", "memory") from error
-            if "truncated" in str(error).lower() or isinstance(error, EOFError):
-                raise ImageError("the file ends before the image does", "truncated") from error
-            raise ImageError("the image data is broken", "undecodable") from error
+    with open_image(path) as file:
+        return decode(file, spec, max_pixels)
 
 
-def _open(path: Path) -> io.BufferedReader:
+def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:
+    """Open an image file and read it, unless it is so large that its decoder had better read it piece by piece.
+
+    Args:
+        inside: a folder, resolved, which the file must lie in once all links are followed.
+
+    Raises:
+        ImageError: with reason `missing`, `unreadable`, `not-a-file` or `outside-media`.
+        MachineFault: the disk or network below the file failed.
+    """
     try:
         # O_NONBLOCK: a FIFO would otherwise block here for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -87,13 +89,59 @@ def _open(path: Path) -> io.BufferedReader:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
             raise ImageError("the path does not lead to a file", "not-a-file") from None
         raise MachineFault(f"cannot open {path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    # A folder can be opened like a file, but not made a file object of.
+    status = os.fstat(descriptor)
+    regular = stat.S_ISREG(status.st_mode)
+    if not regular or (inside is not None and not _opened_path(descriptor, path).startswith(inside.rstrip("/") + "/")):
         os.close(descriptor)
+        if regular:
+            raise ImageError("a link leads out of the media folder", "outside-media")
         raise ImageError("it is not a regular file", "not-a-file")
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    if status.st_size > _READ_WHOLE_BYTES:
+        return file
+    with file:
+        try:
+            return io.BytesIO(file.read())
+        except OSError as error:
+            raise MachineFault(f"cannot read {path}: {error.strerror}") from error
 
 
-def _decode(file: io.BufferedReader, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+def _opened_path(descriptor: int, path: str | Path) -> str:
+    # Asked of the file that is open: a link cannot be exchanged between the look and the reading.
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # Not on Linux.
+        return os.path.realpath(path)
+
+
+def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    """Decode an open image file and bring it to the spec's orientation, color and size.
+
+    Returns:
+        uint8[h, w, c].
+
+    Raises:
+        ImageError: with reason `too-large`, `truncated`, `undecodable` or `memory`.
+        MachineFault: the disk or network below the file failed.
+    """
+    try:
+        return _decode(file, spec, max_pixels)
+    except (ImageError, MachineFault):
+        raise
+    except Exception as error:
+        # Decoders raise anything from SyntaxError to struct.error on broken files.
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+            raise MachineFault(f"cannot read an image: {error.strerror}") from error
+        logger.debug("an image cannot be decoded", exc_info=True)
+        if isinstance(error, MemoryError):
+            raise ImageError("decoding it takes more memory than there is", "memory") from error
+        if "truncated" in str(error).lower() or isinstance(error, EOFError):
+            raise ImageError("the file ends before the image does", "truncated") from error
+        raise ImageError("the image data is broken", "undecodable") from error
+
+
+def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -102,12 +150,29 @@ def _decode(file: io.BufferedReader, spec: ModelSpec, max_pixels: int) -> NDArra
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
-        if spec.exif_orientation and (turn := _UPRIGHT.get(_orientation(image))) is not None:
+        orientation = _orientation(image) if spec.exif_orientation else 1
+        if spec.jpeg_draft:
+            # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
+            side = 2 * max(spec.width, spec.height)
+            image.draft(None, (side, side))
+        elif image.format == "JPEG":
+            image = _decoded_jpeg(image, file)
+        if (turn := _UPRIGHT.get(orientation)) is not None:
             image = image.transpose(turn)
-        image = image.convert(spec.color)
+        if image.mode != spec.color:
+            image = image.convert(spec.color)
         image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
         pixels = np.asarray(image, dtype=np.uint8)
     return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+
+
+def _decoded_jpeg(image: Image.Image, file: BinaryIO) -> Image.Image:
+    """A color JPEG through simplejpeg: the same pixels a little sooner. Else, and where in doubt, as it is."""
+    if image.mode == "RGB" and isinstance(file, io.BytesIO):
+        # Strict: at the least oddity of the data Pillow decides what becomes of it.
+        with suppress(ValueError):
+            return Image.fromarray(simplejpeg.decode_jpeg(file.getbuffer(), "RGB", strict=True))
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

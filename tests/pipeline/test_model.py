@@ -14,7 +14,7 @@ from tests.factories import tiny_model
 def test_the_articles_names_need_no_further_word(tmp_path: Path) -> None:
     model = load_model(tiny_model(tmp_path / "m.onnx", size=224, length=3))
     assert model.spec == ModelSpec(
-        "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, 3
+        "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 3
     )
     assert model.batch is None
 

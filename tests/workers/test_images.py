@@ -6,6 +6,7 @@ import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from PIL import Image, ImageOps
 from pipeline.errors import ImageError
 from pipeline.model import ModelSpec, load_model
 from tests.factories import picture, tiny_model
-from workers.images import load_pixels, to_input
+from workers.images import decode, load_pixels, open_image, to_input
 
 LIMIT = 89_478_485
 SPEC = ModelSpec(
-    "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, 12
+    "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 12
 )
 
 
@@ -151,3 +152,37 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path, kind: str, data
 def test_the_spec_of_a_graph_without_words_is_used(tmp_path: Path) -> None:
     spec = load_model(tiny_model(tmp_path / "m.onnx", size=8)).spec
     assert load_pixels(picture(tmp_path / "p.png"), spec, LIMIT).shape == (8, 8, 3)
+
+
+def outcome(file: BinaryIO) -> bytes | str:
+    """The pixels, or the reason why there are none."""
+    try:
+        return decode(file, SPEC, LIMIT).tobytes()
+    except ImageError as error:
+        return error.reason
+
+
+@given(subsampling=st.sampled_from([0, 1, 2]), progressive=st.booleans(), data=st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_faster_jpeg_decoder_agrees_with_pillow_also_on_damaged_files(
+    tmp_path: Path, subsampling: int, progressive: bool, data: st.DataObject
+) -> None:
+    noise = np.random.default_rng(subsampling).integers(0, 256, (41, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", subsampling=subsampling, progressive=progressive)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.jpg").write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    with open_image(tmp_path / "x.jpg") as read, (tmp_path / "x.jpg").open("rb") as unread:
+        assert isinstance(read, io.BytesIO), "read whole, so decoded by simplejpeg where that is sure"
+        assert outcome(read) == outcome(unread)
+
+
+def test_a_jpeg_draft_is_near_the_whole_and_only_on_request(tmp_path: Path) -> None:
+    picture(tmp_path / "large.jpg", 5, (3000, 2000))
+    whole = load_pixels(tmp_path / "large.jpg", SPEC, LIMIT).astype(int)
+    draft = load_pixels(tmp_path / "large.jpg", replace(SPEC, jpeg_draft=True), LIMIT).astype(int)
+    difference = np.abs(whole - draft)
+    assert 0 < difference.max() <= 8
+    assert difference.mean() < 1
