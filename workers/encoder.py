@@ -1,6 +1,8 @@
 """The model as a function: pixels in, features out, through one ONNX Runtime session."""
 
 import logging
+import threading
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,44 +14,62 @@ from workers.images import to_input
 
 logger = logging.getLogger(__name__)
 
+#: Requests that are worth fusing on a CPU, where the model runs them one by one all the same: they share the cost of
+#: the queue, and at some 10 ms an image a batch is done soon.
+CPU_BATCH_IMAGES = 16
 #: Padded batches of one size keep CUDA's arena and its choice of kernels fixed.
 CUDA_BATCH_IMAGES = 64
 
 
 class Encoder:
-    """One ONNX Runtime session, made once per process and used by one thread at a time.
+    """One ONNX Runtime session, made once per process.
 
     Attributes:
         model: what is computed.
         device: `cpu` or `cuda`: what the session really uses, as it reports it.
-        batch_images: how many images are worth collecting for one call of `encode`.
+        batch_images: how many images are worth collecting before `encode` is called.
+        run_images: how many of them one run of the session computes.
+        turn: to be held while `encode` is called, which one thread may do at a time.
     """
 
-    def __init__(self, model: Model, device: str = "auto", threads: int = 1, batch_images: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str = "auto",
+        threads: int = 1,
+        batch_images: int | None = None,
+        gpu_memory_mb: int | None = None,
+    ) -> None:
         """Load the model.
 
         Args:
             device: `cuda` refuses to start without one; `auto` takes CUDA where it works, and logs its choice.
             threads: of one run on the CPU.
-            batch_images: images a batch; by default 1 on the CPU and 64 on CUDA.
+            batch_images: images a batch; by default 16 on the CPU and 64 on CUDA.
+            gpu_memory_mb: limit of the session's arena on CUDA; None: what the device has.
 
         Raises:
             UsageError: `cuda` was asked for and the session runs on the CPU.
             ModelError: ONNX Runtime refuses the model.
         """
         self.model = model
-        self._session = _session(model, device, threads)
-        providers = self._session.get_providers()
+        self.turn = threading.Lock()
+        cuda = device != "cpu" and _cuda_is_offered()
+        session = _session(model, threads, _cuda_options(gpu_memory_mb) if cuda else None)
+        providers = session.get_providers()
         self.device = "cuda" if providers and providers[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise UsageError(
                 f"--device cuda: ONNX Runtime offers {', '.join(providers)}, not CUDA. Set up with "
                 "`make setup ACCEL=gpu` on a machine with an NVIDIA driver, or use --device cpu"
             )
-        self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if self.device == "cuda" else 1)
+        on_cuda = self.device == "cuda"
+        self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if on_cuda else CPU_BATCH_IMAGES)
         # One image a run on the CPU: the fastest there, and the bits of a feature cannot depend on its
         # company. CUDA, and a graph that fixes its batch, get one padded shape.
-        self._run_images = model.batch or (self.batch_images if self.device == "cuda" else 1)
+        self.run_images = model.batch or (self.batch_images if on_cuda else 1)
+        self._session = session
+        self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features.
@@ -63,17 +83,20 @@ class Encoder:
         Raises:
             MachineFault: the device failed, for instance because its memory is full.
         """
-        parts = [self._run(pixels[i : i + self._run_images]) for i in range(0, len(pixels), self._run_images)]
+        parts = [self._run(pixels[i : i + self.run_images]) for i in range(0, len(pixels), self.run_images)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         count = len(pixels)
-        if count < self._run_images:
-            padding = np.zeros((self._run_images - count, *pixels.shape[1:]), dtype=np.uint8)
+        if count < self.run_images:
+            padding = np.zeros((self.run_images - count, *pixels.shape[1:]), dtype=np.uint8)
             pixels = np.concatenate([pixels, padding])
         spec = self.model.spec
         try:
-            (output,) = self._session.run([spec.output_name], {spec.input_name: to_input(pixels, spec)})
+            if self._bound is not None:
+                output = self._bound.run(pixels)
+            else:
+                (output,) = self._session.run([spec.output_name], {spec.input_name: to_input(pixels, spec)})
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
             raise MachineFault(f"the model failed on {self.device}: {error}") from error
         features = np.asarray(output, dtype=np.float32).reshape(len(pixels), -1)[:count]
@@ -84,17 +107,117 @@ class Encoder:
         return features
 
 
-def _session(model: Model, device: str, threads: int) -> ort.InferenceSession:
+class BoundSession:
+    """A session whose input stays in the device's memory; runs batches of one size."""
+
+    def __init__(self, session: ort.InferenceSession, model: Model, run_images: int, device: str) -> None:
+        """Allocate the input, and run once, so that kernels are chosen before work is taken.
+
+        Args:
+            session: of `scaled_on_device(model)`, or of the model itself where that cannot be had.
+            device: of ONNX Runtime's memory, `cuda` or `cpu`.
+        """
+        spec = model.spec
+        self._session, self._spec = session, spec
+        self._binding = session.io_binding()
+        self._takes_pixels = session.get_inputs()[0].name == PIXELS_INPUT
+        pixels = np.zeros((run_images, spec.height, spec.width, spec.channels), dtype=np.uint8)
+        self._input = ort.OrtValue.ortvalue_from_numpy(self._values(pixels), device, 0)
+        self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._input)
+        self._binding.bind_output(spec.output_name, device)
+        self.run(pixels)
+
+    def _values(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | NDArray[np.float32]:
+        return pixels if self._takes_pixels else to_input(pixels, self._spec)
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Compute uint8[b, h, w, c], b as bound, to the model's output on the host."""
+        self._input.update_inplace(self._values(pixels))
+        self._session.run_with_iobinding(self._binding)
+        output: NDArray[np.float32] = self._binding.copy_outputs_to_cpu()[0]
+        return output
+
+
+#: Name of the input that `scaled_on_device` adds.
+PIXELS_INPUT = "ruiji_pixels"
+
+
+def scaled_on_device(model: Model) -> bytes | None:
+    """The model with `to_input` as its first nodes, so that a quarter of the bytes crosses to the device.
+
+    Returns:
+        The ONNX file; its input is uint8[b, h, w, c]. None for weights outside the file, which are too large to copy.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    whole = onnx.load_model(model.path, load_external_data=False)
+    graph, spec = whole.graph, model.spec
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
+        return None
+    nodes: list[Any] = []
+    name = PIXELS_INPUT
+
+    def add(operator: str, constant: NDArray[np.float32] | None = None, **attributes: object) -> None:
+        nonlocal name
+        inputs, name = [name], f"ruiji_scaled_{len(nodes)}"
+        if constant is not None:
+            inputs.append(f"{name}_by")
+            graph.initializer.append(numpy_helper.from_array(constant, inputs[1]))
+        nodes.append(helper.make_node(operator, inputs, [name], **attributes))
+
+    # Step by step as `to_input`: IEEE arithmetic then gives the same bits.
+    add("Cast", to=TensorProto.FLOAT)
+    add("Div", np.asarray(spec.divisor, dtype=np.float32))
+    if any(spec.mean):
+        add("Sub", np.asarray(spec.mean, dtype=np.float32))
+    if any(std != 1 for std in spec.std):
+        add("Div", np.asarray(spec.std, dtype=np.float32))
+    if spec.layout == "NCHW":
+        add("Transpose", perm=[0, 3, 1, 2])
+    nodes[-1].output[0] = spec.input_name
+    (old,) = [value for value in graph.input if value.name == spec.input_name]
+    graph.input.remove(old)
+    shape = [model.batch or "n", spec.height, spec.width, spec.channels]
+    graph.input.insert(0, helper.make_tensor_value_info(PIXELS_INPUT, TensorProto.UINT8, shape))
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    return bytes(whole.SerializeToString())
+
+
+def _cuda_is_offered() -> bool:
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
+    options = {
+        # The arena grows by what is asked for, not to the next power of two: batches have one size.
+        "arena_extend_strategy": "kSameAsRequested",
+        # Tried out once, at the run that warms up, for the one shape that follows.
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        # TensorFloat-32 has 10 bits of mantissa; features of CPU and GPU workers stand in one gallery.
+        "use_tf32": "0",
+    }
+    return options | ({"gpu_mem_limit": str(gpu_memory_mb << 20)} if gpu_memory_mb else {})
+
+
+def _session(model: Model, threads: int, cuda: dict[str, str] | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
+    source: str | bytes = str(model.path)
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if cuda is not None:
         # Finds the CUDA libraries that came with torch.
         ort.preload_dlls()
-        providers.insert(0, "CUDAExecutionProvider")
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+        source = scaled_on_device(model) or source
     try:
-        return ort.InferenceSession(str(model.path), sess_options=options, providers=providers)
+        session = ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
         raise ModelError(f"ONNX Runtime refuses the model {model.path}: {error}") from error
+    if cuda is not None and session.get_providers()[0] != "CUDAExecutionProvider":
+        # CUDA is offered and does not work, for want of a driver or a library: the plain model, as on any CPU.
+        return _session(model, threads, None)
+    return session

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from tests.factories import tiny_model
-from workers.encoder import Encoder
+from workers.encoder import PIXELS_INPUT, BoundSession, Encoder, scaled_on_device
 from workers.images import load_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
@@ -92,3 +92,33 @@ def test_golden_features_come_out(shared_data: Path, name: str, golden: str) -> 
     for row in range(0, len(ids), 25):
         pixels = load_pixels(shared_data / "photos" / paths[ids[row]], model.spec, 10**8)
         assert np.abs(encoder.encode(pixels[np.newaxis])[0] - expected[row]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_scaling_in_the_graph_gives_the_same_bits_as_scaling_before_it(tmp_path: Path, layout: str) -> None:
+    path = tiny_model(tmp_path / "m.onnx", layout=layout)
+    scaling = "mean = [0.1, 0.2, 0.3]\nstd = [0.5, 0.6, 0.7]\n"
+    path.with_suffix(".toml").write_text(f'[input]\nlayout = "{layout}"\n{scaling}')
+    model = load_model(path)
+    source = scaled_on_device(model)
+    assert source is not None
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    (scaled,) = session.run(None, {PIXELS_INPUT: PIXELS[:1]})
+    assert (scaled == Encoder(model, "cpu").encode(PIXELS[:1])).all()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_bound_session_computes_each_batch_anew(model_path: Path, scaled: bool) -> None:
+    model = load_model(model_path)
+    source = scaled_on_device(model) if scaled else str(model_path)
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    bound = BoundSession(session, model, 4, "cpu")
+    expected = Encoder(model, "cpu").encode(PIXELS)
+    for start in (0, 4, 7):
+        assert np.allclose(bound.run(PIXELS[start : start + 4]), expected[start : start + 4], atol=1e-5)
+
+
+def test_weights_outside_the_file_are_not_copied_into_it(tmp_path: Path) -> None:
+    whole = onnx.load(tiny_model(tmp_path / "m.onnx"))
+    onnx.save(whole, tmp_path / "split.onnx", save_as_external_data=True, size_threshold=0)
+    assert scaled_on_device(load_model(tmp_path / "split.onnx")) is None
