@@ -31,15 +31,21 @@ def unacked_keys(gallery_id: str) -> dict[str, str]:
     return {f"unacked{part}_key": f"ruiji:{gallery_id}:unacked{part}" for part in ("", "_index", "_mutex")}
 
 
-def make_app(redis_url: str, gallery_id: str, *, visibility_timeout_s: int, prefetch: int = 1) -> Celery:
+def make_app(
+    redis_url: str, gallery_id: str, *, visibility_timeout_s: int, prefetch: int = 1, transport: str = "stock"
+) -> Celery:
     """One gallery's Celery app.
 
     Args:
-        prefetch: messages that a worker holds at most, done ones not counted.
+        prefetch: messages that a thread of a worker holds at most, done ones not counted.
+        transport: `fast` for a worker's own transport and backend, which serve batches; `stock` for Celery's.
     """
     queues = (embed_queue(gallery_id), reduce_queue(gallery_id))
-    app = Celery("ruiji", broker=redis_url, backend=redis_url, set_as_current=False)
+    fast = transport == "fast"
+    backend = f"pipeline.broker.results:Backend+{redis_url}" if fast else redis_url
+    app = Celery("ruiji", broker=redis_url, backend=backend, set_as_current=False)
     app.conf.update(
+        broker_transport="pipeline.broker.transport:Transport" if fast else None,
         # The message outlives a killed worker.
         task_acks_late=True,
         # The files are the result; chords still count.

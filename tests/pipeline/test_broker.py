@@ -1,0 +1,152 @@
+"""The workers' own transport and chord backend, against a real Redis and beside the stock ones."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+
+from pipeline.broker.app import EMBED_TASK, connect, embed_queue, make_app, reduce_queue, unacked_keys
+from tests.conftest import ROOT
+
+GALLERY = "g"
+QUEUE = embed_queue(GALLERY)
+UNACKED, INDEX = unacked_keys(GALLERY)["unacked_key"], unacked_keys(GALLERY)["unacked_index_key"]
+
+
+def app_for(redis_url: str, transport: str, visibility_timeout_s: int = 60) -> Celery:
+    return make_app(redis_url, GALLERY, visibility_timeout_s=visibility_timeout_s, transport=transport)
+
+
+def publish(redis_url: str, count: int, transport: str = "stock") -> None:
+    app = app_for(redis_url, transport)
+    for number in range(count):
+        app.send_task(EMBED_TASK, args=(number,), task_id=f"t{number}", queue=QUEUE)
+
+
+@contextmanager
+def consumer(app: Celery, prefetch: int, received: list[Any]) -> Iterator[Any]:
+    """A consumer that acknowledges nothing by itself; yields its connection."""
+    with app.connection_for_read() as connection:
+        channel = connection.channel()
+        channel.basic_qos(0, prefetch, False)
+        taken = app.amqp.TaskConsumer(channel, queues=[app.amqp.queues[QUEUE]], on_message=received.append)
+        taken.consume()
+        yield connection
+
+
+def drain(connection: Any, received: list[Any], count: int) -> None:
+    while len(received) < count:
+        connection.drain_events(timeout=5)
+
+
+def test_many_messages_are_taken_at_once_and_booked_as_the_stock_transport_books_them(redis_url: str) -> None:
+    publish(redis_url, 10)
+    client = connect(redis_url)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 6, received) as connection:
+        connection.drain_events(timeout=5)
+        assert [message.payload[0][0] for message in received] == [0, 1, 2, 3, 4, 5], "no more than the window holds"
+        assert client.llen(QUEUE) == 4
+        assert client.hlen(UNACKED) == client.zcard(INDEX) == 6
+        message, exchange, key = json.loads(client.hget(UNACKED, received[0].delivery_tag) or "")
+        assert (exchange, key, message["headers"]["id"]) == (QUEUE, QUEUE, "t0")
+
+
+def test_acknowledgements_go_together_and_the_rest_goes_back_in_order(redis_url: str) -> None:
+    publish(redis_url, 5)
+    client = connect(redis_url)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 4, received) as connection:
+        drain(connection, received, 4)
+        received[1].ack()
+        received[0].ack()
+        assert client.hlen(UNACKED) == 4, "not sent yet"
+        received[0].channel.qos.flush_acks()
+        assert client.hlen(UNACKED) == client.zcard(INDEX) == 2
+        received[2].ack()
+    assert client.hlen(UNACKED) == client.zcard(INDEX) == 0, "the end sends what was acknowledged, gives back the rest"
+    assert [json.loads(raw)["headers"]["id"] for raw in reversed(client.lrange(QUEUE, 0, -1))] == ["t3", "t4"]
+
+
+def test_a_message_acknowledged_after_its_connection_was_lost_does_not_come_back(redis_url: str) -> None:
+    publish(redis_url, 1)
+    client = connect(redis_url)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 4, received) as connection:
+        drain(connection, received, 1)
+        qos = received[0].channel.qos
+        qos._delivered.clear()  # What a lost connection leaves: a closed channel, and the message in Redis.
+    assert client.hlen(UNACKED) == 1
+    received[0].ack()
+    assert client.hlen(UNACKED) == client.zcard(INDEX) == 0
+
+
+@pytest.mark.parametrize(("dead", "heir"), [("fast", "stock"), ("stock", "fast"), ("fast", "fast")])
+def test_what_a_dead_worker_held_goes_to_a_worker_with_either_transport(redis_url: str, dead: str, heir: str) -> None:
+    publish(redis_url, 3)
+    take_and_die = (
+        "import os, sys; from tests.pipeline.test_broker import *\n"
+        "received = []\n"
+        "with consumer(app_for(sys.argv[1], sys.argv[2]), 3, received) as connection:\n"
+        "    drain(connection, received, 3)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", take_and_die, redis_url, dead], cwd=ROOT, env={**os.environ})
+    client = connect(redis_url)
+    assert (client.llen(QUEUE), client.hlen(UNACKED)) == (0, 3)
+    # As if a minute had passed.
+    client.zadd(INDEX, {tag: time.time() - 61 for tag in client.hkeys(UNACKED)})
+    received: list[Any] = []
+    with consumer(app_for(redis_url, heir), 3, received) as connection:
+        connection.connection.cycle.maybe_restore_messages()
+        drain(connection, received, 3)
+        for message in received:
+            message.ack()
+    assert sorted(message.headers["id"] for message in received) == ["t0", "t1", "t2"]
+    assert client.hlen(UNACKED) == client.zcard(INDEX) == client.llen(QUEUE) == 0
+
+
+def member(number: int, app: Celery) -> Context:
+    body = app.signature("ruiji.reduce", args=("plan", 0), immutable=True, task_id="body", queue=reduce_queue(GALLERY))
+    return Context({"id": f"m{number}", "group": "group", "group_index": number, "chord": dict(body)})
+
+
+def store(app: Celery, numbers: list[int]) -> None:
+    with app.backend.collected_parts() as parts:
+        for number in numbers:
+            app.backend.on_chord_part_return(member(number, app), "SUCCESS", "done")
+    app.backend.store_parts(parts)
+
+
+def test_a_batch_of_chord_parts_counts_each_member_once_and_sends_the_body_once(redis_url: str) -> None:
+    app, client = app_for(redis_url, "fast"), connect(redis_url)
+    app.backend.set_chord_size("group", 6)
+    store(app, [0, 1, 2])
+    store(app, [2, 1, 3])
+    assert client.scard("celery-taskset-meta-group.d") == 4
+    assert client.llen(reduce_queue(GALLERY)) == 0
+    # The last part of this batch was counted before: the body goes all the same.
+    store(app, [4, 5, 3])
+    assert client.llen(reduce_queue(GALLERY)) == 1
+    store(app, [0, 1])
+    assert client.llen(reduce_queue(GALLERY)) == 1
+    assert not client.exists("celery-taskset-meta-group.d"), "a late duplicate does not begin the count anew"
+
+
+def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
+    fast, stock, client = app_for(redis_url, "fast"), app_for(redis_url, "stock"), connect(redis_url)
+    fast.backend.set_chord_size("group", 4)
+    store(fast, [0, 1])
+    stock.backend.on_chord_part_return(member(2, stock), "SUCCESS", "done")
+    stock.backend.on_chord_part_return(member(1, stock), "SUCCESS", "done")
+    assert client.llen(reduce_queue(GALLERY)) == 0
+    store(fast, [3])
+    assert client.llen(reduce_queue(GALLERY)) == 1
