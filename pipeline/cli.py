@@ -200,6 +200,9 @@ def _print_status(now: "Status") -> None:
         rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
         name = f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}"
         print(f"{name}: {worker['state']} {rate}".rstrip())
+        if worker["images"]:
+            split = "  ".join(f"{stage} {ms:g}" for stage, ms in worker["ms_per_image"].items())
+            print(f"    ms an image: {split}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
     FORMAT,
     GalleryInfo,
+    read_error,
+    read_feature,
     read_json,
     recorded_shards,
     sync_folder,
@@ -113,6 +115,20 @@ class Plan:
         """Where an object's failure is recorded until its shard tells it."""
         return self.folder / self.scheme.nested(object_id, ".error.json")
 
+    def is_done(self, path: str) -> bool:
+        """Whether an object has a valid feature file or an error file."""
+        object_id = self.scheme.object_id(path)
+        return (
+            read_feature(self.feature_file(object_id), self.length) is not None
+            or read_error(self.error_file(object_id)) is not None
+        )
+
+    def forget(self, path: str) -> None:
+        """Delete an object's feature and error file."""
+        object_id = self.scheme.object_id(path)
+        self.feature_file(object_id).unlink(missing_ok=True)
+        self.error_file(object_id).unlink(missing_ok=True)
+
     def unpublished(self) -> list[Segment]:
         """Segments whose shard has no record yet; one listing of the gallery folder."""
         recorded = set(recorded_shards(self.folder))
@@ -139,6 +155,7 @@ def is_closed(folder: Path, plan_id: str) -> bool:
     return (_closed_folder(folder, plan_id) / "plan.json").exists()
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that can change a feature's bits.
 

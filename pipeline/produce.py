@@ -10,7 +10,6 @@ from celery import Celery
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK, embed_queue, reduce_queue
 from pipeline.broker.chords import Armed, Chords
 from pipeline.plan import Plan, Segment
-from pipeline.store import read_error, read_feature
 
 logger = logging.getLogger(__name__)
 
@@ -18,15 +17,6 @@ logger = logging.getLogger(__name__)
 PUBLISH_BATCH = 500
 #: Publishing 10,000 messages takes 2 s; the lease is renewed after each batch.
 _ARM_LEASE_S = 30.0
-
-
-def is_done(plan: Plan, path: str) -> bool:
-    """Whether an object has a valid feature file or an error file."""
-    object_id = plan.scheme.object_id(path)
-    return (
-        read_feature(plan.feature_file(object_id), plan.length) is not None
-        or read_error(plan.error_file(object_id)) is not None
-    )
 
 
 class Producer:
@@ -70,7 +60,7 @@ class Producer:
     def _arm(self, segment: Segment, renew: Any, heals: int) -> int:
         plan = self._plan
         rows = [
-            (segment.first + number, path) for number, path in enumerate(plan.paths(segment)) if not is_done(plan, path)
+            (segment.first + number, path) for number, path in enumerate(plan.paths(segment)) if not plan.is_done(path)
         ]
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.

@@ -60,7 +60,7 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
         record = _publish(plan, segment, ids, kept, features, failures, still_ours)
     if not plan.keep_features:
         for path in paths:
-            _forget(plan, path)
+            plan.forget(path)
     return Reduced(rows=record.rows, failed=len(record.failed))
 
 
@@ -119,12 +119,6 @@ def _publish(
     other = read_record(plan.folder, segment.shard)
     check_shard(plan.folder, other)
     return other
-
-
-def _forget(plan: Plan, path: str) -> None:
-    object_id = plan.scheme.object_id(path)
-    plan.feature_file(object_id).unlink(missing_ok=True)
-    plan.error_file(object_id).unlink(missing_ok=True)
 
 
 def remove_empty_folders(plan: Plan) -> None:

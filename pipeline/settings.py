@@ -38,6 +38,13 @@ class LogFormat(StrEnum):
     json = "json"
 
 
+class TransportKind(StrEnum):
+    """How a worker takes messages from Redis."""
+
+    fast = "fast"
+    stock = "stock"
+
+
 MediaDir = Annotated[
     Path,
     typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images; never written to."),
@@ -122,7 +129,24 @@ BatchImages = Annotated[
         envvar="RUIJI_BATCH_IMAGES",
         min=1,
         max=4096,
-        help="Images a batch.  [default: 1 on a CPU, 64 on CUDA]",
+        help="Requests a batch; a CPU runs their images one by one all the same.  [default: 16 on a CPU, 64 on CUDA]",
+    ),
+]
+Transport = Annotated[
+    TransportKind,
+    typer.Option(
+        "--transport",
+        envvar="RUIJI_TRANSPORT",
+        help="fast: many messages at once, none lost when a worker is killed; stock: kombu's own way.",
+    ),
+]
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory-mb",
+        envvar="RUIJI_GPU_MEMORY_MB",
+        min=1,
+        help="Limit of one process' memory on CUDA.  [default: none]",
     ),
 ]
 Threads = Annotated[

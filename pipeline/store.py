@@ -6,6 +6,7 @@ win), so that a half-written file never has a final name. The layout is specifie
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,10 @@ from pipeline.objects import IdScheme
 #: Version of everything on disk; a newer one is refused.
 FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
+
+# Names of temporary files: of this process and no other on any host, then counted.
+_WRITER = secrets.token_hex(8)
+_writes = itertools.count()
 
 _SHARD_RECORD = re.compile(r"(\d{4,})\.json")
 _SHARD_FEATURES = re.compile(r"(\d{4,})\.features\.npy")
@@ -56,10 +61,12 @@ def write_atomic(
     Raises:
         MachineFault: no space, no permission, I/O error.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    # Plain strings: this runs once an image, and paths as objects would cost as much as the writing.
+    folder = os.path.dirname(path) or "."
+    temporary = f"{folder}/{TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
     with machine_faults(f"cannot write {path}"):
         try:
-            with _create(temporary) as file:
+            with _create(temporary, folder) as file:
                 for chunk in chunks:
                     _write_all(file, chunk)
                 if sync:
@@ -71,17 +78,21 @@ def write_atomic(
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            finally:
+                os.unlink(temporary)
             return True
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
-def _create(path: Path) -> io.FileIO:
+def _create(path: str, folder: str) -> io.FileIO:
     # Twice, because a plan that ends removes empty folders.
     for _ in range(2):
         with suppress(FileNotFoundError):
             return open(path, "xb", buffering=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     return open(path, "xb", buffering=0)
 
 

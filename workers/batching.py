@@ -9,8 +9,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import redis
 from celery import Task
 from celery.app import trace
 from celery.utils.imports import symbol_by_name
@@ -18,6 +20,7 @@ from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
 
 from pipeline.errors import MachineFault
+from workers.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 FLUSH_INTERVAL_S = 0.005
 #: How long a worker rests after a fault of its machine before it takes work again.
 REST_S = 5.0
+#: How often chord parts are offered again to a Redis that is away.
+_STORE_AGAIN_S = 0.5
 
 
 class BatchTask(Task):  # type: ignore[misc]
@@ -34,6 +39,8 @@ class BatchTask(Task):  # type: ignore[misc]
         compute: takes the positional arguments of each request, returns one small constant for each.
         batch_images: the most requests a batch.
         on_rest: told why the worker rests, and None when it goes on.
+        stopping: set once the process is told to stop.
+        ledger: told the time that requests take besides computing.
     """
 
     abstract = True
@@ -44,6 +51,7 @@ class BatchTask(Task):  # type: ignore[misc]
     batch_images = 1
     on_rest: Callable[[str | None], None]
     stopping: threading.Event
+    ledger: Ledger
     _outcomes: dict[str, str]
 
     def run(self, *args: Any) -> str:
@@ -64,24 +72,30 @@ class BatchTask(Task):  # type: ignore[misc]
             if buffer:
                 requests = buffer[:]
                 buffer.clear()
-                consumer.pool.apply_async(_run_batch, (task, requests))
+                consumer.pool.apply_async(_run_batch, (task, requests, wake))
+
+        def wake() -> None:
+            # The event loop sleeps while the window is full; a batch that ends makes room in it.
+            if consumer.hub is not None:
+                consumer.hub.call_soon(_nothing)
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
-            request = request_class(
-                message,
-                on_ack=ack,
-                on_reject=reject,
-                app=app,
-                hostname=consumer.hostname,
-                eventer=consumer.event_dispatcher,
-                task=task,
-                connection_errors=consumer.connection_errors,
-                body=message.body,
-                headers=message.headers,
-                decoded=False,
-                utc=True,
-            )
-            task_reserved(request)
+            with task.ledger.busy("queue"):
+                request = request_class(
+                    message,
+                    on_ack=ack,
+                    on_reject=reject,
+                    app=app,
+                    hostname=consumer.hostname,
+                    eventer=consumer.event_dispatcher,
+                    task=task,
+                    connection_errors=consumer.connection_errors,
+                    body=message.body,
+                    headers=message.headers,
+                    decoded=False,
+                    utc=True,
+                )
+                task_reserved(request)
             buffer.append(request)
             if len(buffer) >= task.batch_images:
                 flush()
@@ -91,7 +105,11 @@ class BatchTask(Task):  # type: ignore[misc]
         return handle
 
 
-def _run_batch(task: BatchTask, requests: list[Any]) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -> None:
     # Whatever fails outside a task's body (a chord part that cannot be stored, Redis away) must give the
     # messages back: else they stay in the prefetch window for ever and the worker silently stops.
     try:
@@ -113,6 +131,7 @@ def _run_batch(task: BatchTask, requests: list[Any]) -> None:
                     logger.warning("could not give a message back", extra={"event": "give_back_failed"})
             task_ready(request)
         task.on_rest(None)
+    wake()
 
 
 def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
@@ -128,12 +147,33 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
             request.reject(requeue=False)
             task_ready(request)
     outcomes = task.compute([tuple(args) for _, (args, _, _) in live])
-    traced = []
-    for (request, payload), outcome in zip(live, outcomes, strict=True):
-        task._outcomes[request.id] = outcome
-        traced.append(
-            (request, trace.fast_trace_task(task.name, request.id, request.request_dict, payload, None, None))
-        )
-    for request, result in traced:
-        # Acknowledged only now, when the chord parts of the whole batch are stored.
-        request.on_success(result)
+    with task.ledger.busy("queue"):
+        traced = []
+        backend = task.backend
+        # The stock backend stores the part of each member within its trace.
+        batched = hasattr(backend, "store_parts")
+        with backend.collected_parts() if batched else nullcontext([]) as parts:
+            for (request, payload), outcome in zip(live, outcomes, strict=True):
+                task._outcomes[request.id] = outcome
+                arguments = (task.name, request.id, request.request_dict, payload, None, None)
+                traced.append((request, trace.fast_trace_task(*arguments)))
+        if batched:
+            _store_parts(task, backend, parts)
+        for request, result in traced:
+            # Acknowledged only now, when the chord parts of the whole batch are stored.
+            request.on_success(result)
+
+
+def _store_parts(task: BatchTask, backend: Any, parts: list[Any]) -> None:
+    """Store a batch's chord parts. The features are on disk: with Redis away there is nothing better than to wait."""
+    told = False
+    while True:
+        try:
+            backend.store_parts(parts)
+            return
+        except redis.RedisError as error:
+            if not told:
+                logger.warning("chord parts wait for Redis: %s", error, extra={"event": "redis_away"})
+                told = True
+            if task.stopping.wait(_STORE_AGAIN_S):
+                raise

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline import settings
-from pipeline.settings import Device
+from pipeline.settings import Device, TransportKind
 
 
 class Role(StrEnum):
@@ -34,6 +34,8 @@ def worker(
     processes: settings.Processes = None,
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
+    gpu_memory_mb: settings.GpuMemory = None,
+    transport: settings.Transport = TransportKind.fast,
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
@@ -61,14 +63,16 @@ def worker(
         "RUIJI_MODEL": str(model),
         "RUIJI_REDIS_URL": url,
         "RUIJI_DEVICE": device.value,
+        "RUIJI_TRANSPORT": transport.value,
         "RUIJI_WINDOW_SEGMENTS": str(window_segments),
         "RUIJI_VISIBILITY_TIMEOUT_S": str(visibility_timeout_s),
         "RUIJI_STALL_TIMEOUT_S": str(stall_timeout_s),
         "RUIJI_LOG_FORMAT": log_format.value,
         "RUIJI_THREADS": str(max(1, cores // embed_processes)),
     }
-    if batch_images is not None:
-        environment["RUIJI_BATCH_IMAGES"] = str(batch_images)
+    for name, value in (("RUIJI_BATCH_IMAGES", batch_images), ("RUIJI_GPU_MEMORY_MB", gpu_memory_mb)):
+        if value is not None:
+            environment[name] = str(value)
     raise typer.Exit(Supervisor(roles, environment).run())
 
 
@@ -89,6 +93,8 @@ def worker_process(
     threads: settings.Threads,
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
+    gpu_memory_mb: settings.GpuMemory = None,
+    transport: settings.Transport = TransportKind.fast,
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
@@ -108,6 +114,8 @@ def worker_process(
         device=device.value,
         threads=threads,
         batch_images=batch_images,
+        gpu_memory_mb=gpu_memory_mb,
+        transport=transport.value,
         window_segments=window_segments,
         visibility_timeout_s=visibility_timeout_s,
         stall_timeout_s=stall_timeout_s,

@@ -2,8 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +15,9 @@ from numpy.typing import NDArray
 from pipeline.errors import ImageError, MachineFault, ObjectListError
 from pipeline.objects import check_path
 from pipeline.plan import Plan, Segment
-from pipeline.store import read_error, read_feature, shard_file, write_error, write_feature
-from workers.images import load_pixels
+from pipeline.store import shard_file, write_error, write_feature
+from workers.images import decode, open_image
+from workers.ledger import Ledger
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -34,12 +37,21 @@ class Job:
     path: str
 
 
-def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: "Encoder", media_dir: Path) -> list[str]:
+def embed_batch(
+    plan: Plan,
+    jobs: Sequence[Job],
+    encoder: "Encoder",
+    media_dir: Path,
+    ledger: Ledger | None = None,
+    decoders: Executor | None = None,
+) -> list[str]:
     """Embed a batch; afterwards every object has a feature file, an error file or a published shard.
 
     Args:
         jobs: of one plan.
         encoder: of the plan's model.
+        ledger: told where the time goes.
+        decoders: threads that decode the whole batch ahead of the encoder; None: one image after the other, here.
 
     Returns:
         One of DONE, FAILED, SKIPPED, LATE for each job, in order.
@@ -48,40 +60,58 @@ def embed_batch(plan: Plan, jobs: Iterable[Job], encoder: "Encoder", media_dir: 
         MachineFault: media folder gone, disk full, device failed. Some objects of the batch may be
             done; running it again does the rest.
     """
-    jobs = list(jobs)
-    outcomes = [SKIPPED] * len(jobs)
-    waiting: list[tuple[int, NDArray[np.uint8]]] = []
-    for number, job in enumerate(jobs):
-        object_id = plan.scheme.object_id(job.path)
-        if _refused(job) or _published(plan, job):
-            outcomes[number] = LATE
-        elif (
-            read_feature(plan.feature_file(object_id), plan.length) is None
-            and read_error(plan.error_file(object_id)) is None
-        ):
-            try:
-                waiting.append((number, _load(plan, job.path, media_dir, encoder)))
-            except ImageError as error:
-                outcomes[number] = _fail(plan, job, error)
-    if not waiting:
-        return outcomes
-    features = encoder.encode(np.stack([pixels for _, pixels in waiting]))
-    for (number, _), feature in zip(waiting, features, strict=True):
-        job = jobs[number]
-        if np.isfinite(feature).all():
-            write_feature(plan.feature_file(plan.scheme.object_id(job.path)), feature)
-            outcomes[number] = DONE
-        else:
-            outcomes[number] = _fail(plan, job, ImageError("the model gives values that are not finite", "not-finite"))
-    if not plan.keep_features:
-        for number, job in enumerate(jobs):
+    ledger = ledger or Ledger()
+    published = _published(plan, jobs)
+    outcomes = [
+        LATE if job.segment.shard in published or _refused(job) else SKIPPED if plan.is_done(job.path) else DONE
+        for job in jobs
+    ]
+    waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
+    load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger)
+    loaded = (decoders.map if decoders else map)(load, (job.path for _, job in waiting))
+    # As many at once as the encoder runs at once, so that a feature is on disk as soon as it can be.
+    for start in range(0, len(waiting), encoder.run_images):
+        part = waiting[start : start + encoder.run_images]
+        for number, outcome in _embed(plan, part, loaded, encoder, ledger):
+            outcomes[number] = outcome
+    if waiting and not plan.keep_features:
+        published = _published(plan, jobs)
+        for number, job in waiting:
             # A task that came twice and late: its shard was published between the two looks.
-            if outcomes[number] in (DONE, FAILED) and _published(plan, job):
-                object_id = plan.scheme.object_id(job.path)
-                plan.feature_file(object_id).unlink(missing_ok=True)
-                plan.error_file(object_id).unlink(missing_ok=True)
+            if job.segment.shard in published:
+                plan.forget(job.path)
                 outcomes[number] = LATE
     return outcomes
+
+
+def _embed(
+    plan: Plan,
+    part: list[tuple[int, Job]],
+    loaded: "Iterator[NDArray[np.uint8] | ImageError]",
+    encoder: "Encoder",
+    ledger: Ledger,
+) -> Iterator[tuple[int, str]]:
+    """Take the pixels of some jobs, encode and write them; yields the jobs' numbers and outcomes."""
+    ready: list[tuple[int, Job, NDArray[np.uint8]]] = []
+    for number, job in part:
+        pixels = next(loaded)
+        if isinstance(pixels, ImageError):
+            yield number, _fail(plan, job, pixels)
+        else:
+            ready.append((number, job, pixels))
+    if not ready:
+        return
+    batch = np.stack([pixels for _, _, pixels in ready])
+    with encoder.turn, ledger.encoding():
+        features = encoder.encode(batch)
+    for (number, job, _), feature in zip(ready, features, strict=True):
+        if np.isfinite(feature).all():
+            with ledger.busy("write"):
+                write_feature(plan.feature_file(plan.scheme.object_id(job.path)), feature)
+            yield number, DONE
+        else:
+            error = ImageError("the model gives values that are not finite", "not-finite")
+            yield number, _fail(plan, job, error)
 
 
 def _refused(job: Job) -> bool:
@@ -94,24 +124,25 @@ def _refused(job: Job) -> bool:
     return False
 
 
-def _published(plan: Plan, job: Job) -> bool:
-    return shard_file(plan.folder, job.segment.shard, "json").exists()
+def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
+    """Those of the jobs' shards that exist."""
+    shards = {job.segment.shard for job in jobs}
+    return {shard for shard in shards if shard_file(plan.folder, shard, "json").exists()}
 
 
-def _load(plan: Plan, path: str, media_dir: Path, encoder: "Encoder") -> NDArray[np.uint8]:
+def _load(
+    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, path: str
+) -> NDArray[np.uint8] | ImageError:
+    """The pixels of one object, or why it has none."""
     try:
-        if not _inside(media_dir, path):
-            raise ImageError("a link leads out of the media folder", "outside-media")
-        return load_pixels(media_dir / path, encoder.model.spec, plan.limits.max_pixels)
+        with ledger.busy("read"):
+            file = open_image(f"{media_dir}/{path}", media_root)
+        with file, ledger.busy("decode"):
+            return decode(file, encoder.model.spec, plan.limits.max_pixels)
     except ImageError as error:
         if error.reason in ("missing", "unreadable", "outside-media"):
             check_media(plan, media_dir)
-        raise
-
-
-def _inside(media_dir: Path, path: str) -> bool:
-    root = os.path.realpath(media_dir)
-    return os.path.realpath(os.path.join(root, path)).startswith(root.rstrip("/") + "/")
+        return error
 
 
 def check_media(plan: Plan, media_dir: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,24 @@ from pipeline.plan import library_versions
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.watchdog import Watchdog
 from workers.embed import DONE, FAILED
+from workers.ledger import STAGES, Ledger
 from workers.tasks import register_embed, register_reduce
 
 logger = logging.getLogger(__name__)
 
 #: How often a process tells of itself; what it told is forgotten after five times as long.
 _HEARTBEAT_S = 2.0
-#: Enough to bridge a fetch from Redis; each message held longer comes back later when the process dies.
-_LEAST_PREFETCH = 16
 
 
 class Heartbeat(threading.Thread):
     """Tells Redis how this process is doing, and that it is alive, so that its messages stay its own."""
 
-    def __init__(self, client: redis.Redis, gallery_id: str, role: str, visibility_timeout_s: int) -> None:
+    def __init__(
+        self, client: redis.Redis, gallery_id: str, role: str, visibility_timeout_s: int, ledger: Ledger
+    ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._client = client
+        self._ledger = ledger
         self._key = f"ruiji:{gallery_id}:worker:{socket.gethostname()}:{os.getpid()}"
         self._unacked_index = unacked_keys(gallery_id)["unacked_index_key"]
         self._renew_s = visibility_timeout_s / 4
@@ -44,6 +47,8 @@ class Heartbeat(threading.Thread):
         self.stopping = threading.Event()
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "role": role}
         self._state |= {"device": "cpu", "state": "working", "images": 0, "failed": 0, "images_per_s": 0.0}
+        # Milliseconds an image, of the last beat in which there were any; see `workers.ledger`.
+        self._state["ms_per_image"] = dict.fromkeys(STAGES, 0.0)
 
     def attach(self, consumer: Any) -> None:
         """Celery's consumer, once it is there; knows which messages are held."""
@@ -64,12 +69,16 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         """Beat until the process ends; Redis may come and go."""
-        renewed, beaten, images = time.monotonic(), time.monotonic(), 0
+        renewed, beaten, images, seconds = time.monotonic(), time.monotonic(), 0, self._ledger.seconds()
         while not self.stopping.wait(min(_HEARTBEAT_S, self._renew_s)):
             now = time.monotonic()
-            rate = (self._state["images"] - images) / (now - beaten)
+            done = self._state["images"] - images
+            self._state["images_per_s"] = round(done / (now - beaten), 1)
+            if done:
+                before, seconds = seconds, self._ledger.seconds()
+                split = {stage: round(1000 * (seconds[stage] - before[stage]) / done, 2) for stage in STAGES}
+                self._state["ms_per_image"] = split
             images, beaten = self._state["images"], now
-            self._state["images_per_s"] = round(rate, 1)
             try:
                 self._client.set(self._key, json.dumps(self._state), ex=int(5 * _HEARTBEAT_S))
                 if now - renewed >= self._renew_s:
@@ -114,6 +123,8 @@ def run_process(
     device: str,
     threads: int,
     batch_images: int | None,
+    gpu_memory_mb: int | None,
+    transport: str,
     window_segments: int,
     visibility_timeout_s: int,
     stall_timeout_s: int,
@@ -138,14 +149,35 @@ def run_process(
             raise GalleryMismatch(
                 f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}"
             )
-        encoder = Encoder(model, device, threads, batch_images)
-    prefetch = max(_LEAST_PREFETCH, 3 * encoder.batch_images) if encoder else 1
-    app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=visibility_timeout_s, prefetch=prefetch)
-    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s)
+        encoder = Encoder(model, device, threads, batch_images, gpu_memory_mb)
+    # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
+    batches = 3 if encoder is not None and encoder.device == "cuda" else 1
+    app = make_app(
+        redis_url,
+        gallery.gallery_id,
+        visibility_timeout_s=visibility_timeout_s,
+        # Celery multiplies by the threads: two batches wait while `batches` are in hand.
+        prefetch=-(-(batches + 2) * encoder.batch_images // batches) if encoder else 1,
+        transport=transport,
+    )
+    ledger = Ledger()
+    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s, ledger)
     watchdog = None
     if encoder is not None:
         heartbeat.set(device=encoder.device)
-        register_embed(app, folder, media_dir, encoder, client, heartbeat.count, heartbeat.rest, heartbeat.stopping)
+        decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode") if batches > 1 else None
+        register_embed(
+            app,
+            folder,
+            media_dir,
+            encoder,
+            client,
+            heartbeat.count,
+            heartbeat.rest,
+            heartbeat.stopping,
+            ledger,
+            decoders,
+        )
         queue = embed_queue(gallery.gallery_id)
     else:
         register_reduce(app, folder, client, window_segments)
@@ -169,11 +201,11 @@ def run_process(
 
     # Celery warns root because of pickle, which this app never accepts.
     warnings.simplefilter("ignore", SecurityWarning)
-    # One thread computes, one consumes and acknowledges; CUDA does not survive a fork, threads it does.
+    # Threads: CUDA does not survive a fork. One thread a batch in hand; another consumes and acknowledges.
     worker = app.Worker(
         hostname=f"{role}-{os.getpid()}@{socket.gethostname()}",
         pool="threads",
-        concurrency=1,
+        concurrency=batches,
         queues=[queue],
         loglevel="WARNING",
         without_gossip=True,

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.watchdog import advance
 from workers.batching import BatchTask
 from workers.embed import FAILED, LATE, Job, embed_batch
+from workers.ledger import Ledger
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -84,11 +86,14 @@ def register_embed(
     on_batch: Callable[[list[str]], None],
     on_rest: Callable[[str | None], None],
     stopping: threading.Event,
+    ledger: Ledger,
+    decoders: Executor | None = None,
 ) -> None:
     """Register the embed task: `(plan id, segment, path)`, one image.
 
     Args:
         on_batch: told the outcomes of each batch.
+        decoders: threads that decode ahead of the encoder, where several batches are in hand at once.
     """
     plans = OpenPlan(folder)
 
@@ -103,7 +108,8 @@ def register_embed(
                 continue
             check_versions(plan)
             jobs = [Job(plan.segments[int(calls[n][1])], str(calls[n][2])) for n in numbers]
-            for number, outcome in zip(numbers, embed_batch(plan, jobs, encoder, media_dir), strict=True):
+            done = embed_batch(plan, jobs, encoder, media_dir, ledger, decoders)
+            for number, outcome in zip(numbers, done, strict=True):
                 outcomes[number] = outcome
             _note_failures(client, plan, jobs, [outcomes[n] for n in numbers])
         on_batch(outcomes)
@@ -114,7 +120,7 @@ def register_embed(
 
     task = Embed()
     task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
-    task.stopping, task._outcomes = stopping, {}
+    task.stopping, task.ledger, task._outcomes = stopping, ledger, {}
     app.register_task(task)
 
 

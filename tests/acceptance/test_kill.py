@@ -4,13 +4,17 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from pipeline.broker.app import connect
+from pipeline.broker.embedded import embedded_redis, find_server
+from pipeline.errors import BrokerUnavailable
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
 
@@ -64,10 +68,15 @@ def finish(ruiji: Ruiji, expected: dict[str, str]) -> None:
     assert (status["done"], status["failed"], status["pending"], status["running"]) == (COUNT, 0, 0, 0)
 
 
+#: The workers' own transport, and Celery's, which is one setting away.
+TRANSPORTS = pytest.mark.parametrize("transport", ["fast", pytest.param("stock", marks=pytest.mark.slow)])
+
+
+@TRANSPORTS
 def test_embed_processes_killed_again_and_again_lose_nothing(
-    ruiji: Ruiji, redis_url: str, expected: dict[str, str]
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str], transport: str
 ) -> None:
-    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_TRANSPORT": transport}
     ruiji("enqueue")
     ruiji.start("worker", "--processes", "2")
     for round_number in range(3):
@@ -116,10 +125,58 @@ def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected
     finish(ruiji, expected)
 
 
+@TRANSPORTS
+def test_a_redis_that_is_killed_and_restarted_costs_only_time(
+    ruiji: Ruiji, tmp_path: Path, expected: dict[str, str], transport: str
+) -> None:
+    (tmp_path / "redis").mkdir()
+    with embedded_redis(tmp_path / "unused") as other:
+        port = int(urlsplit(other).port or 0)  # Free again when the block ends.
+    command = [
+        find_server(),
+        "--port",
+        str(port),
+        "--dir",
+        str(tmp_path / "redis"),
+        "--appendonly",
+        "yes",
+        "--save",
+        "",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        url = f"redis://127.0.0.1:{port}/0"
+        wait_until(lambda: answers(url), what="Redis")
+        ruiji.environment = {**FAST, "RUIJI_REDIS_URL": url, "RUIJI_TRANSPORT": transport}
+        ruiji("enqueue")
+        ruiji.start("worker", "--processes", "2")
+        wait_for_progress(ruiji)
+        server.kill()
+        server.wait()
+        time.sleep(2)
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: answers(url), what="Redis again")
+        finish(ruiji, expected)
+    finally:
+        ruiji.stop_all()
+        server.terminate()
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        connect(url).close()
+    except BrokerUnavailable:
+        return False
+    return True
+
+
+@TRANSPORTS
 def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
-    ruiji: Ruiji, redis_url: str, expected: dict[str, str]
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str], transport: str
 ) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_VISIBILITY_TIMEOUT_S": "3600"}
+    ruiji.environment["RUIJI_TRANSPORT"] = transport
     ruiji("enqueue")
     worker = ruiji.start("worker", "--processes", "2")
     wait_for_progress(ruiji)

@@ -1,5 +1,6 @@
 """One batch, paths to files: what every object ends as, and what is not its fault."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.store import read_error, read_feature
 from tests.pipeline.galleries import new_plan
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch
 from workers.encoder import Encoder
+from workers.ledger import Ledger
 
 
 @pytest.fixture
@@ -114,3 +116,22 @@ def test_features_that_are_not_finite_are_a_failure(tmp_path: Path, plan: Plan, 
     encoder = Encoder(load_model(tmp_path / "broken.onnx"), "cpu")
     assert embed_batch(plan, jobs(plan), encoder, tmp_path / "media") == [FAILED] * 4
     assert failure(plan, jobs(plan)[0]) == "not-finite"
+
+
+def test_decoding_ahead_in_threads_changes_no_outcome_and_no_bit(
+    tmp_path: Path, plan: Plan, model_path: Path, encoder: Encoder
+) -> None:
+    batch = jobs(plan)
+    (tmp_path / "media" / batch[1].path).write_text("no image")
+    ledger = Ledger()
+    fused = Encoder(load_model(model_path), "cpu", batch_images=4)
+    with ThreadPoolExecutor(3) as decoders:
+        outcomes = embed_batch(plan, batch, fused, tmp_path / "media", ledger, decoders)
+    assert outcomes == [DONE, FAILED, DONE, DONE]
+    ahead = [plan.feature_file(plan.scheme.object_id(job.path)) for job in batch if outcomes[batch.index(job)] == DONE]
+    bits = [path.read_bytes() for path in ahead]
+    for path in ahead:
+        path.unlink()
+    embed_batch(plan, batch, encoder, tmp_path / "media")
+    assert [path.read_bytes() for path in ahead] == bits
+    assert all(ledger.seconds()[stage] > 0 for stage in ("read", "decode", "wait", "encode", "write"))
