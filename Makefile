@@ -13,7 +13,7 @@ RUIJI = .venv/bin/ruiji
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types format redis list enqueue worker status search run lock clean up down logs
+.PHONY: help setup demo test test-all bench lint types format redis list enqueue worker status search run lock clean up down logs
 
 help: ## Explain the targets
 	@echo "ruiji: from a sorted list of images to ranked look-alikes. Settings come from options, RUIJI_* variables, .env"
@@ -50,6 +50,12 @@ help: ## Explain the targets
 	@$(PIP) install -r $<
 	@touch $@
 
+# Beside dev, whose versions it is locked to; torch is there for the peer that loads with it.
+.venv/bench: requirements/bench.lock .venv/torch
+	@echo "installing $<"
+	@$(PIP) install --require-hashes -r $<
+	@touch $@
+
 setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu: onnxruntime-gpu and torch)
 
 demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU
@@ -60,6 +66,9 @@ test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying s
 
 test-all: .venv/torch ## All tests that can run here, torch and shipped timeouts included
 	$(PYTEST) -m "not compose" $(ARGS)
+
+bench: .venv/bench ## Measure against peers, for half an hour (PART=pipeline|queue|memory: one part)
+	.venv/bin/python -m benchmarks.extraction $(PART)
 
 lint: .venv/dev ## Style
 	.venv/bin/ruff check .
@@ -111,7 +120,7 @@ logs: ## Follow the containers' logs
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu demo dev" "demo cpu demo" "cpu cpu"; do \
+	@for set in "dev cpu demo dev" "demo cpu demo" "cpu cpu" "bench cpu bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \

@@ -1,0 +1,493 @@
+"""`make bench`: extraction against its peers, one part after the other; `docs/performance.md` tells the story.
+
+`python -m benchmarks.extraction [PART] [--quick]`. Exit code 1 where a judged figure falls short, 2 where
+the photos and models are not at hand.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import data
+from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, SMALL, media_folder, no_op_model, object_list, scratch
+from benchmarks.pipeline import Ruiji, ruiji, wait_until
+from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
+from benchmarks.results import FOLDER, Figure, save, show
+from pipeline.broker.app import embed_queue, make_app, unacked_keys
+from pipeline.broker.chords import Chords
+from pipeline.errors import UsageError
+from pipeline.objects import IdScheme, prepare
+from pipeline.plan import open_plan
+from pipeline.planning import Settings, make_plan
+from pipeline.produce import Producer
+from pipeline.reduce import reduce_segment
+from pipeline.settings import MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
+from pipeline.store import GalleryInfo, shard_file, write_feature
+
+RESULTS = FOLDER / "extraction.json"
+LIBRARIES = ("celery", "kombu", "redis", "hiredis", "numpy", "pillow", "onnxruntime", "simplejpeg", "ray", "torch")
+ROUNDS = 3
+#: By how much the ratio of wall rates may fall short of the bound on CPU time: the cores are shared.
+WALL_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to make features of a list.
+
+    Attributes:
+        name: for the table.
+        images: a round; 60 s worth of them on two cores.
+        command: of `benchmarks.peers`; None: ruiji. copies: processes of it at once.
+    """
+
+    name: str
+    images: int
+    command: str | None = None
+    copies: int = 1
+
+
+RUIJI = Peer("ruiji", 13_500)
+BARE = Peer("best bare loop", 13_500, "bare")
+ARTICLE = Peer("article's script, 2 processes", 7_000, "article", 2)
+TUNED = Peer("article's script, 2 processes of 1 thread", 11_500, "article-tuned", 2)
+RAY = Peer("Ray Data", 9_000, "ray")
+# Reported only, so shorter.
+ARTICLE_1 = Peer("article's script, 1 process", 2_500, "article", 1)
+ARTICLE_8 = Peer("article's script, 8 processes", 2_500, "article", 8)
+LOADER = Peer("torch DataLoader", 2_500, "data-loader")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done; the quick ones only show that everything runs, and are never saved.
+
+    Attributes:
+        share: of each peer's images.
+        queue_tasks, stock_tasks: published and worked off, by ruiji and by stock Celery.
+        memory: images of the shorter and the longer run with a no-op encoder.
+        worker_images: for the workers' memory; bulk: for the run of small images; lines: of the long list.
+    """
+
+    share: float = 1.0
+    rounds: int = ROUNDS
+    queue_tasks: int = 2 * SHARD_ROWS
+    stock_tasks: int = 5_000
+    memory: tuple[int, int] = (20_000, 200_000)
+    worker_images: int = 20_000
+    bulk: int = 120_000
+    lines: int = 10_000_000
+
+
+QUICK = Sizes(0.05, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000)
+
+
+@dataclass
+class Measured:
+    """The windows of each peer, a round each, and what bytes came out of those that make shards."""
+
+    windows: dict[str, list[Window]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, faster: Peer, slower: Peer, bound: float) -> list[Figure]:
+        """How much less CPU time one takes for an image than the other, and how much faster it is."""
+        pairs = list(zip(self.windows[faster.name], self.windows[slower.name], strict=True))
+        name = f"{faster.name} / {slower.name}"
+        return [
+            Figure(f"{name}: CPU", "x", tuple(b.cpu_ms / a.cpu_ms for a, b in pairs), at_least=bound),
+            Figure(
+                f"{name}: wall",
+                "x",
+                tuple(a.images_per_s / b.images_per_s for a, b in pairs),
+                at_least=bound - WALL_SLACK,
+            ),
+        ]
+
+    def absolute(self) -> list[Figure]:
+        """Rate, CPU time and start-up of every peer, as reported figures."""
+        figures = []
+        for name, windows in self.windows.items():
+            figures += [
+                Figure(f"{name}: rate", "images/s", tuple(w.images_per_s for w in windows)),
+                Figure(f"{name}: CPU", "ms/image", tuple(w.cpu_ms for w in windows)),
+                Figure(f"{name}: window", "s", tuple(w.wall_s for w in windows)),
+                Figure(f"{name}: start-up", "s", tuple(w.start_wall_s for w in windows)),
+                Figure(f"{name}: start-up CPU", "s", tuple(w.start_cpu_s for w in windows)),
+            ]
+        return figures
+
+
+def _measure(peers: list[Peer], sizes: Sizes) -> Measured:
+    """Let the peers take turns, on the same images, all read before."""
+    counts = {peer: max(300, int(peer.images * sizes.share)) for peer in peers}
+    media = media_folder(LARGE, max(counts.values()))
+    data.warm(media, object_list(max(counts.values())))
+    measured = Measured()
+    for number in range(sizes.rounds):
+        # The other way round every second time, so that none always follows the same one.
+        for peer in peers if number % 2 == 0 else peers[::-1]:
+            with scratch("peer") as work:
+                listed, count = object_list(counts[peer]), counts[peer]
+                if peer.command is None:
+                    output, window = _run_ruiji(media, listed, count, work)
+                else:
+                    output, window = work / "features", _run_peer(peer, media, listed, count, work / "features")
+                measured.windows.setdefault(peer.name, []).append(window)
+                measured.digests[peer.name] = _digest(output)
+            print(f"  {peer.name}: {window.images_per_s:.0f} images/s, {window.cpu_ms:.2f} ms CPU", file=sys.stderr)
+    return measured
+
+
+def _run_peer(peer: Peer, media: Path, listed: Path, count: int, output: Path) -> Window:
+    assert peer.command is not None
+    watch = Watch()
+    command = [sys.executable, "-m", "benchmarks.peers", peer.command, str(media), str(listed), str(output)]
+    processes = [
+        subprocess.Popen(command, cwd=data.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(peer.copies)
+    ]
+    window = watch.follow(output, count, lambda: all(process.poll() is not None for process in processes))
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"{peer.name} failed: run  {' '.join(command)}  to see why")
+    return window
+
+
+def _run_ruiji(
+    media: Path, listed: Path, count: int, work: Path, look: Callable[[], None] = lambda: None
+) -> tuple[Path, Window]:
+    watch = Watch()
+    with ruiji(media, MODEL, work) as running:
+        client = running.start_redis()
+        running.start_workers(client, len(os.sched_getaffinity(0)) + 1)
+        running.start("enqueue", "--list", str(listed))
+        wait_until(lambda: open_plan(running.gallery), "the plan")
+        return running.gallery, watch.follow(running.gallery, count, running.finished, look)
+
+
+def _digest(output: Path) -> str:
+    """Of all features in shards; empty where a peer makes none."""
+    total = hashlib.sha256()
+    for path in sorted(output.glob("*.features.npy")):
+        total.update(path.read_bytes())
+    return total.hexdigest() if any(output.glob("*.features.npy")) else ""
+
+
+def pipeline(sizes: Sizes) -> list[Figure]:
+    """The whole pipeline, the best bare loop, and the article's script."""
+    measured = _measure([BARE, RUIJI, ARTICLE], sizes)
+    same = measured.digests[BARE.name] == measured.digests[RUIJI.name] != ""
+    return [
+        *measured.ratio(BARE, ARTICLE, 1.9),
+        *measured.ratio(RUIJI, BARE, 0.92),
+        *measured.ratio(RUIJI, ARTICLE, 1.8),
+        Figure("ruiji's features have the bare loop's bytes", "of 1", (float(same),), at_least=1),
+        *measured.absolute(),
+    ]
+
+
+def peers(sizes: Sizes) -> list[Figure]:
+    """The whole pipeline, the article's script tuned to one thread a process, and Ray Data."""
+    measured = _measure([RUIJI, TUNED, RAY], sizes)
+    return [*measured.ratio(RUIJI, TUNED, 1.1), *measured.ratio(RUIJI, RAY, 1.3), *measured.absolute()]
+
+
+def others(sizes: Sizes) -> list[Figure]:
+    """Peers that nothing is judged by."""
+    return _measure([ARTICLE_1, ARTICLE_8, LOADER], sizes).absolute()
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What working off a queue cost, a task, in microseconds of CPU."""
+
+    worker_us: float
+    redis_us: float
+    tasks_per_s: float
+
+
+def queue(sizes: Sizes) -> list[Figure]:
+    """Publishing, and what one image costs a worker and Redis where nothing is computed, against stock Celery."""
+    from benchmarks import stock
+
+    published: list[float] = []
+    plain: list[float] = []
+    ours: list[Drained] = []
+    theirs: list[Drained] = []
+    media = data.BUILD / "media-empty"
+    listed = object_list(sizes.queue_tasks)
+    paths = listed.read_text().splitlines()
+    # One object is there: it tells that the folder is mounted. No image is opened below.
+    (media / paths[0]).parent.mkdir(parents=True, exist_ok=True)
+    (media / paths[0]).touch()
+    with scratch("queue") as work, ruiji(media, no_op_model(), work) as running:
+        client = running.start_redis()
+        stock.app.conf.update(broker_url=running.redis_url, result_backend=running.redis_url)
+        producer = _producer(running, client, media, listed)
+        for _ in range(sizes.rounds):
+            plain.append(_rate(sizes.stock_tasks, lambda: stock.publish_plainly(paths[: sizes.stock_tasks])))
+            client.flushall()
+            published.append(
+                _rate(sizes.queue_tasks, lambda: producer.fill_window(sizes.queue_tasks // SHARD_ROWS + 1))
+            )
+            ours.append(_drain_ruiji(running, client, sizes.queue_tasks))
+            client.flushall()
+            stock.publish_chord(paths[: sizes.stock_tasks])
+            theirs.append(_drain_stock(running.redis_url, client, sizes.stock_tasks))
+            client.flushall()
+    pairs = list(zip(ours, theirs, strict=True))
+    return [
+        Figure(
+            "publishing with chord fields / plain apply_async loop",
+            "x",
+            tuple(a / b for a, b in zip(published, plain, strict=True)),
+            at_least=3.5,
+        ),
+        Figure("publishing with chord fields", "tasks/s", tuple(published), at_least=5000, judged=False),
+        Figure("plain apply_async loop", "tasks/s", tuple(plain)),
+        Figure("worker's queue CPU / stock", "x", tuple(a.worker_us / b.worker_us for a, b in pairs), at_most=1 / 6),
+        Figure("worker's queue CPU", "us/image", tuple(a.worker_us for a in ours), at_most=200, judged=False),
+        Figure("stock worker's CPU", "us/image", tuple(b.worker_us for b in theirs)),
+        Figure("Redis CPU / stock", "x", tuple(a.redis_us / b.redis_us for a, b in pairs), at_most=1 / 5),
+        Figure("Redis CPU", "us/image", tuple(a.redis_us for a in ours), at_most=40, judged=False),
+        Figure("Redis CPU, stock worker", "us/image", tuple(b.redis_us for b in theirs)),
+        Figure("one worker process, nothing to compute", "images/s", tuple(a.tasks_per_s for a in ours)),
+        Figure("stock worker, nothing to compute", "images/s", tuple(b.tasks_per_s for b in theirs)),
+    ]
+
+
+def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Producer:
+    run = running.gallery / "run"
+    run.mkdir()
+    objects = prepare(listed, run, IdScheme("basename"))
+    plan = make_plan(running.gallery, media, running.gallery_info, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
+    assert plan is not None
+    app = make_app(running.redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
+    return Producer(app, Chords(client, plan), plan)
+
+
+def _rate(count: int, publish: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    publish()
+    return count / (time.perf_counter() - started)
+
+
+def _drain_ruiji(running: Ruiji, client: Any, tasks: int) -> Drained:
+    """A real worker finds every task late, its shard being there: all of the queue, nothing of the work."""
+    plan = open_plan(running.gallery)
+    assert plan is not None
+    records = [shard_file(running.gallery, segment.shard, "json") for segment in plan.segments]
+    for record in records:
+        record.write_text("{}")
+    queue, unacked = embed_queue(plan.gallery_id), unacked_keys(plan.gallery_id)["unacked_key"]
+    supervisor = running.start("worker", "--role", "embed", "--processes", "1")
+    wait_until(lambda: _workers(supervisor.pid), "the worker")
+    drained = _drain(client, queue, unacked, tasks, _workers(supervisor.pid)[0])
+    supervisor.terminate()
+    supervisor.wait()
+    for record in records:
+        record.unlink()
+    return drained
+
+
+def _workers(supervisor: int | None = None) -> list[int]:
+    """Process ids of the embed processes."""
+    return [
+        pid for pid in descendants(supervisor) if "embed" in command_line(pid) and "worker-process" in command_line(pid)
+    ]
+
+
+def _drain_stock(url: str, client: Any, tasks: int) -> Drained:
+    command = ["-m", "celery", "-A", "benchmarks.stock", "worker", "-P", "threads", "-c", "8", "-l", "ERROR"]
+    command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    environment = {**os.environ, "BENCH_REDIS_URL": url}
+    worker = subprocess.Popen(
+        [sys.executable, *command], cwd=data.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    drained = _drain(client, "stock", "unacked", tasks, worker.pid)
+    worker.terminate()
+    worker.wait()
+    return drained
+
+
+def _drain(client: Any, queue: str, unacked: str, tasks: int, pid: int) -> Drained:
+    def left() -> int:
+        return int(client.llen(queue)) + int(client.hlen(unacked))
+
+    def sample() -> tuple[float, float, float, int]:
+        cpu = client.info("cpu")
+        redis_s = float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
+        return time.perf_counter(), process_cpu_s(pid), redis_s, left()
+
+    # From the first acknowledgements on, so that no start-up is counted.
+    wait_until(lambda: left() < tasks, "the first task")
+    first = sample()
+    wait_until(lambda: left() == 0, "the last task")
+    last = sample()
+    done = first[3] - last[3]
+    return Drained(1e6 * (last[1] - first[1]) / done, 1e6 * (last[2] - first[2]) / done, done / (last[0] - first[0]))
+
+
+def memory(sizes: Sizes) -> list[Figure]:
+    """Redis with short and long lists, and the worker processes over a long time."""
+    rows = 2_000
+    media = media_folder(SMALL, max(sizes.memory))
+    peaks, empty = [], 0
+    for count in sizes.memory:
+        with scratch("memory") as work, ruiji(media, no_op_model(), work, shard_rows=str(rows)) as running:
+            client = running.start_redis()
+            empty = int(client.info("memory")["used_memory"])
+            running.start_workers(client, len(os.sched_getaffinity(0)) + 1)
+            running.run("enqueue", "--list", str(object_list(count)))
+            wait_until(running.finished, "the last shard")
+            peaks.append(int(client.info("memory")["used_memory_peak"]))
+    in_flight = WINDOW_SEGMENTS * rows
+    short, long = sizes.memory
+    return [
+        Figure(f"Redis peak memory, {long} / {short} images", "x", (peaks[1] / peaks[0],), 0.9, 1.1),
+        Figure("Redis memory for a row in flight", "bytes", ((peaks[1] - empty) / in_flight,), at_most=1600),
+        Figure("Redis peak memory", "bytes", (peaks[1],)),
+        *_worker_memory(sizes.worker_images),
+    ]
+
+
+def _worker_memory(count: int) -> list[Figure]:
+    looks: list[int] = []
+
+    def look() -> None:
+        table = descendants()
+        looks.append(max(table[pid].rss_bytes for pid in _workers() if pid in table))
+
+    media, listed = media_folder(LARGE, count), object_list(count)
+    data.warm(media, listed)
+    with scratch("memory") as work:
+        _run_ruiji(media, listed, count, work, look)
+    # The first tenth of the run still warms allocators up.
+    early = max(looks[: max(1, len(looks) // 10)])
+    return [
+        Figure("worker memory, a CPU process, peak", "bytes", (max(looks),), at_most=400e6),
+        Figure(f"worker memory over {count} images, peak / first tenth", "x", (max(looks) / early,), at_most=1.1),
+    ]
+
+
+def enqueue(sizes: Sizes) -> list[Figure]:
+    """The enqueuer's memory for a long list in no order: `ruiji enqueue` itself, `sort` included."""
+    media, peak = data.BUILD / "media-empty", 0
+    with scratch("enqueue") as work, ruiji(media, no_op_model(), work) as running:
+        listed = work / "objects.txt"
+        with listed.open("w") as out:
+            for number in range(sizes.lines):
+                # An odd multiplier visits every value once, in no order.
+                name = f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" + "0" * 24
+                out.write(f"object/{name[0:2]}/{name[2:4]}/{name}.jpg\n")
+        probe = media / f"object/00/00/{'0' * 40}.jpg"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        running.start_redis()
+        started = time.perf_counter()
+        process = running.start("enqueue", "--list", str(listed))
+        while process.poll() is None:
+            own = descendants()
+            below = descendants(process.pid)
+            peak = max(peak, sum(p.rss_bytes for p in below.values()) + own[process.pid].rss_bytes)
+            time.sleep(0.1)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            raise RuntimeError("ruiji enqueue failed")
+    name = f"enqueuer, {sizes.lines} lines"
+    return [Figure(f"{name}: peak memory", "bytes", (peak,), at_most=1e9), Figure(f"{name}: time", "s", (seconds,))]
+
+
+def bulk(sizes: Sizes) -> list[Figure]:
+    """`ruiji run` over many small images, everything but the encoder included, from the list to the last shard."""
+    media, listed = media_folder(SMALL, sizes.bulk), object_list(sizes.bulk)
+    data.warm(media, listed)
+    with scratch("bulk") as work, ruiji(media, no_op_model(), work) as running:
+        started = time.perf_counter()
+        running.run("run", "--list", str(listed))
+        rate = sizes.bulk / (time.perf_counter() - started)
+    return [Figure(f"{sizes.bulk} small JPEGs, list to last shard", "images/s", (rate,), at_least=1000, judged=False)]
+
+
+def reduce(sizes: Sizes) -> list[Figure]:
+    """Reducing one full shard, against reading its inputs and writing its bytes and nothing else."""
+    ratios, raw, reduced = [], [], []
+    listed = object_list(SHARD_ROWS)
+    features = np.random.default_rng(0).normal(size=(SHARD_ROWS, FEATURE_LENGTH)).astype(np.float32)
+    media = data.BUILD / "media-empty"
+    for _ in range(sizes.rounds):
+        with scratch("reduce") as work:
+            (work / "run").mkdir()
+            objects = prepare(listed, work / "run", IdScheme("basename"))
+            path = media / object_list(SHARD_ROWS).read_text().splitlines()[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", "basename")
+            plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
+            assert plan is not None
+            files = [plan.feature_file(plan.scheme.object_id(path)) for path in plan.paths(plan.segments[0])]
+            for file, feature in zip(files, features, strict=True):
+                write_feature(file, feature)
+            os.sync()
+            raw.append(_raw(files, work / "raw"))
+            started = time.perf_counter()
+            reduce_segment(plan, plan.segments[0], lambda: None)
+            reduced.append(time.perf_counter() - started)
+            ratios.append(reduced[-1] / raw[-1])
+    name = f"reducing {SHARD_ROWS} x {FEATURE_LENGTH}"
+    return [
+        Figure(f"{name} / raw read, write and fsync", "x", tuple(ratios), at_most=3),
+        Figure(name, "s", tuple(reduced)),
+        Figure("raw read, write and fsync", "s", tuple(raw)),
+    ]
+
+
+def _raw(files: list[Path], target: Path) -> float:
+    names = [str(file) for file in files]
+    started = time.perf_counter()
+    chunks = []
+    for name in names:
+        descriptor = os.open(name, os.O_RDONLY)
+        chunks.append(os.read(descriptor, 1 << 20))
+        os.close(descriptor)
+    with target.open("wb", buffering=0) as file:
+        file.write(b"".join(chunks))
+        os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce)}
+
+
+def main() -> int:
+    """Run one part or all; save and show their figures."""
+    parser = argparse.ArgumentParser(prog="benchmarks.extraction", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=PARTS, help="one part; default: all")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; nothing is saved")
+    options = parser.parse_args()
+    adopt_orphans()
+    code = 0
+    try:
+        for name, part in PARTS.items():
+            if options.part in (None, name):
+                print(f"{name} …", file=sys.stderr)
+                figures = part(QUICK if options.quick else Sizes())
+                code |= show(name, figures)
+                if not options.quick:
+                    save(RESULTS, name, figures, LIBRARIES)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""ruiji as a user starts it on one machine: `ruiji redis`, `ruiji worker`, `ruiji enqueue`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from benchmarks.data import ROOT
+from pipeline.broker.app import connect
+from pipeline.model import load_model
+from pipeline.objects import IdScheme
+from pipeline.plan import plan_file
+from pipeline.status import StatusReader
+from pipeline.store import claim_gallery, gallery_folder
+
+_TIMEOUT_S = 900.0
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Poll until the condition holds.
+
+    Raises:
+        RuntimeError: it did not within 15 minutes.
+    """
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited in vain for {what}")
+        time.sleep(0.05)
+
+
+class Ruiji:
+    """Starts `ruiji` commands on one media folder, model and working folder."""
+
+    def __init__(self, media: Path, model: Path, work: Path, **settings: str) -> None:
+        """Make the gallery, as an earlier enqueue would have.
+
+        Args:
+            work: an empty folder for features and state.
+            settings: further `RUIJI_…` variables, lower case, without the prefix.
+        """
+        self.state = work / "state"
+        self.gallery = gallery_folder(work / "features", model)
+        values = {"media_dir": media, "feature_dir": work / "features", "model": model, "state_dir": self.state}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RUIJI_")}
+        named = {f"RUIJI_{name.upper()}": str(value) for name, value in (values | settings).items()}
+        # The commands' own defaults, whatever stands in a .env here.
+        self._environment = {**clean, "PYTHONPATH": str(ROOT), **named}
+        self._work = work
+        self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme("basename"))
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Start a command that stays; its stderr goes to a log in the working folder."""
+        with (self._work / f"{arguments[0]}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", *arguments], env=self._environment, cwd=self._work, stderr=log
+            )
+        self._running.append(process)
+        return process
+
+    def run(self, *arguments: str) -> None:
+        """Run a command to its end.
+
+        Raises:
+            RuntimeError: it failed; with its last words.
+        """
+        process = self.start(*arguments)
+        if process.wait():
+            told = (self._work / f"{arguments[0]}.log").read_text().splitlines()[-5:]
+            raise RuntimeError(f"ruiji {arguments[0]} failed: {told}")
+
+    def start_redis(self) -> redis.Redis:
+        """Start the embedded Redis; returns a client."""
+        self.start("redis")
+        wait_until(lambda: (self.state / "redis.url").exists() and self.redis_url, "the embedded Redis")
+        return connect(self.redis_url)
+
+    @property
+    def redis_url(self) -> str:
+        """The embedded Redis."""
+        return (self.state / "redis.url").read_text().strip()
+
+    def start_workers(self, client: redis.Redis, processes: int, *arguments: str) -> None:
+        """Start `ruiji worker` and wait until so many of its processes have told that they are ready."""
+        self.start("worker", *arguments)
+        reader = StatusReader(self.gallery, client)
+        wait_until(lambda: len(reader.read().workers) >= processes, "the workers")
+
+    def finished(self) -> bool:
+        """Whether the plan is closed and its per-image files and their folders are gone."""
+        return not plan_file(self.gallery).exists() and not any(self.gallery.glob("[0-9a-f][0-9a-f]"))
+
+    def stop(self) -> None:
+        """Stop everything, in order."""
+        for process in reversed(self._running):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+
+
+@contextmanager
+def ruiji(media: Path, model: Path, work: Path, **settings: str) -> Iterator[Ruiji]:
+    """A `Ruiji` whose processes end with the block."""
+    running = Ruiji(media, model, work, **settings)
+    try:
+        yield running
+    finally:
+        running.stop()
