@@ -11,14 +11,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import data
-from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, SMALL, media_folder, no_op_model, object_list, scratch
+from benchmarks.data import (
+    FEATURE_LENGTH,
+    LARGE,
+    MODEL,
+    SMALL,
+    media_folder,
+    no_op_model,
+    object_list,
+    object_path,
+    scratch,
+)
 from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
@@ -26,7 +36,7 @@ from pipeline.broker.app import embed_queue, make_app, unacked_keys
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
 from pipeline.objects import IdScheme, prepare
-from pipeline.plan import open_plan
+from pipeline.plan import Plan, open_plan
 from pipeline.planning import Settings, make_plan
 from pipeline.produce import Producer
 from pipeline.reduce import reduce_segment
@@ -222,22 +232,16 @@ def queue(sizes: Sizes) -> list[Figure]:
     plain: list[float] = []
     ours: list[Drained] = []
     theirs: list[Drained] = []
-    media = data.BUILD / "media-empty"
-    listed = object_list(sizes.queue_tasks)
+    media, listed = _empty_media(object_path(0)), object_list(sizes.queue_tasks)
     paths = listed.read_text().splitlines()
-    # One object is there: it tells that the folder is mounted. No image is opened below.
-    (media / paths[0]).parent.mkdir(parents=True, exist_ok=True)
-    (media / paths[0]).touch()
     with scratch("queue") as work, ruiji(media, no_op_model(), work) as running:
         client = running.start_redis()
         stock.app.conf.update(broker_url=running.redis_url, result_backend=running.redis_url)
         producer = _producer(running, client, media, listed)
         for _ in range(sizes.rounds):
-            plain.append(_rate(sizes.stock_tasks, lambda: stock.publish_plainly(paths[: sizes.stock_tasks])))
+            plain.append(sizes.stock_tasks / _seconds(stock.publish_plainly, paths[: sizes.stock_tasks]))
             client.flushall()
-            published.append(
-                _rate(sizes.queue_tasks, lambda: producer.fill_window(sizes.queue_tasks // SHARD_ROWS + 1))
-            )
+            published.append(sizes.queue_tasks / _seconds(producer.fill_window, sizes.queue_tasks // SHARD_ROWS + 1))
             ours.append(_drain_ruiji(running, client, sizes.queue_tasks))
             client.flushall()
             stock.publish_chord(paths[: sizes.stock_tasks])
@@ -272,12 +276,6 @@ def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Produce
     assert plan is not None
     app = make_app(running.redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
     return Producer(app, Chords(client, plan), plan)
-
-
-def _rate(count: int, publish: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    publish()
-    return count / (time.perf_counter() - started)
 
 
 def _drain_ruiji(running: Ruiji, client: Any, tasks: int) -> Drained:
@@ -378,19 +376,20 @@ def _worker_memory(count: int) -> list[Figure]:
     ]
 
 
+def _long_list_path(number: int) -> str:
+    name = f"{number:016x}" + "0" * 24
+    return f"object/{name[0:2]}/{name[2:4]}/{name}.jpg"
+
+
 def enqueue(sizes: Sizes) -> list[Figure]:
     """The enqueuer's memory for a long list in no order: `ruiji enqueue` itself, `sort` included."""
-    media, peak = data.BUILD / "media-empty", 0
+    media, peak = _empty_media(_long_list_path(0)), 0
     with scratch("enqueue") as work, ruiji(media, no_op_model(), work) as running:
         listed = work / "objects.txt"
         with listed.open("w") as out:
             for number in range(sizes.lines):
                 # An odd multiplier visits every value once, in no order.
-                name = f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" + "0" * 24
-                out.write(f"object/{name[0:2]}/{name[2:4]}/{name}.jpg\n")
-        probe = media / f"object/00/00/{'0' * 40}.jpg"
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+                out.write(_long_list_path(number * 0x9E3779B97F4A7C15 % 2**64) + "\n")
         running.start_redis()
         started = time.perf_counter()
         process = running.start("enqueue", "--list", str(listed))
@@ -411,57 +410,81 @@ def bulk(sizes: Sizes) -> list[Figure]:
     media, listed = media_folder(SMALL, sizes.bulk), object_list(sizes.bulk)
     data.warm(media, listed)
     with scratch("bulk") as work, ruiji(media, no_op_model(), work) as running:
-        started = time.perf_counter()
-        running.run("run", "--list", str(listed))
-        rate = sizes.bulk / (time.perf_counter() - started)
+        rate = sizes.bulk / _seconds(running.run, "run", "--list", str(listed))
     return [Figure(f"{sizes.bulk} small JPEGs, list to last shard", "images/s", (rate,), at_least=1000, judged=False)]
 
 
 def reduce(sizes: Sizes) -> list[Figure]:
     """Reducing one full shard, against reading its inputs and writing its bytes and nothing else."""
-    ratios, raw, reduced = [], [], []
-    listed = object_list(SHARD_ROWS)
+    figures = []
+    name = f"reducing {SHARD_ROWS} x {FEATURE_LENGTH}"
+    # Deleting 10,000 files takes the disk longer than all the rest, so once without it and once with.
+    for keep, words in ((True, "read, write, fsync"), (False, "read, write, fsync, unlink")):
+        pairs = [_reduce_round(keep) for _ in range(sizes.rounds)]
+        figures += [
+            Figure(f"{name} / raw {words}", "x", tuple(ours / raw for ours, raw in pairs), at_most=3),
+            Figure(f"{name}{'' if keep else ', inputs deleted'}", "s", tuple(ours for ours, _ in pairs)),
+            Figure(f"raw {words}", "s", tuple(raw for _, raw in pairs)),
+        ]
+    return figures
+
+
+def _reduce_round(keep: bool) -> tuple[float, float]:
+    """Seconds for the reducer and for the raw way, each on inputs of its own that were written just before."""
     features = np.random.default_rng(0).normal(size=(SHARD_ROWS, FEATURE_LENGTH)).astype(np.float32)
-    media = data.BUILD / "media-empty"
-    for _ in range(sizes.rounds):
+    seconds = []
+    for raw in (False, True):
         with scratch("reduce") as work:
-            (work / "run").mkdir()
-            objects = prepare(listed, work / "run", IdScheme("basename"))
-            path = media / object_list(SHARD_ROWS).read_text().splitlines()[0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", "basename")
-            plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
-            assert plan is not None
-            files = [plan.feature_file(plan.scheme.object_id(path)) for path in plan.paths(plan.segments[0])]
+            plan = replace(_one_shard_plan(work), keep_features=keep)
+            segment = plan.segments[0]
+            files = [plan.feature_file(plan.scheme.object_id(path)) for path in plan.paths(segment)]
             for file, feature in zip(files, features, strict=True):
                 write_feature(file, feature)
             os.sync()
-            raw.append(_raw(files, work / "raw"))
-            started = time.perf_counter()
-            reduce_segment(plan, plan.segments[0], lambda: None)
-            reduced.append(time.perf_counter() - started)
-            ratios.append(reduced[-1] / raw[-1])
-    name = f"reducing {SHARD_ROWS} x {FEATURE_LENGTH}"
-    return [
-        Figure(f"{name} / raw read, write and fsync", "x", tuple(ratios), at_most=3),
-        Figure(name, "s", tuple(reduced)),
-        Figure("raw read, write and fsync", "s", tuple(raw)),
-    ]
+            if raw:
+                seconds.append(_seconds(_read_and_write, files, work / "raw", keep))
+            else:
+                seconds.append(_seconds(reduce_segment, plan, segment, lambda: None))
+    return seconds[0], seconds[1]
 
 
-def _raw(files: list[Path], target: Path) -> float:
-    names = [str(file) for file in files]
+def _one_shard_plan(work: Path) -> Plan:
+    listed = object_list(SHARD_ROWS)
+    media = _empty_media(object_path(0))
+    (work / "run").mkdir()
+    objects = prepare(listed, work / "run", IdScheme("basename"))
+    gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", "basename")
+    plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
+    assert plan is not None
+    return plan
+
+
+def _empty_media(path: str) -> Path:
+    """A media folder for what opens no image: one object is there, and tells that the folder is mounted."""
+    media = data.BUILD / "media-empty"
+    (media / path).parent.mkdir(parents=True, exist_ok=True)
+    (media / path).touch()
+    return media
+
+
+def _seconds(work: Callable[..., object], *arguments: Any) -> float:
     started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
+
+
+def _read_and_write(files: list[Path], target: Path, keep: bool) -> None:
     chunks = []
-    for name in names:
-        descriptor = os.open(name, os.O_RDONLY)
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
         chunks.append(os.read(descriptor, 1 << 20))
         os.close(descriptor)
-    with target.open("wb", buffering=0) as file:
-        file.write(b"".join(chunks))
-        os.fsync(file.fileno())
-    return time.perf_counter() - started
+    with target.open("wb", buffering=0) as out:
+        out.write(b"".join(chunks))
+        os.fsync(out.fileno())
+    if not keep:
+        for file in files:
+            os.unlink(file)
 
 
 PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce)}
