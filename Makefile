@@ -67,7 +67,7 @@ test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying s
 test-all: .venv/torch ## All tests that can run here, torch and shipped timeouts included
 	$(PYTEST) -m "not compose" $(ARGS)
 
-bench: .venv/bench ## Measure against peers, about 40 minutes (PART=pipeline|peers|queue|memory|...: one part)
+bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one part; docs/performance.md)
 	.venv/bin/python -m benchmarks.extraction $(PART)
 
 lint: .venv/dev ## Style
