@@ -185,8 +185,7 @@ def _run_ruiji(
     with ruiji(media, MODEL, work) as running:
         client = running.start_redis()
         running.start_workers(client, len(os.sched_getaffinity(0)) + 1)
-        running.start("enqueue", "--list", str(listed))
-        wait_until(lambda: open_plan(running.gallery), "the plan")
+        running.enqueue(listed)
         return running.gallery, watch.follow(running.gallery, count, running.finished, look)
 
 
@@ -305,9 +304,7 @@ def _drain_ruiji(running: Ruiji, client: Any, tasks: int) -> Drained:
 
 def _workers(supervisor: int | None = None) -> list[int]:
     """Process ids of the embed processes."""
-    return [
-        pid for pid in descendants(supervisor) if "embed" in command_line(pid) and "worker-process" in command_line(pid)
-    ]
+    return [pid for pid in descendants(supervisor) if "worker-process --role embed" in command_line(pid)]
 
 
 def _drain_stock(url: str, client: Any, tasks: int) -> Drained:

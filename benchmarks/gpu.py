@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, media_folder, need_shared, object_list, scratch, warm
-from benchmarks.pipeline import ruiji, wait_until
+from benchmarks.pipeline import ruiji
 from benchmarks.processes import Watch, adopt_orphans
 from benchmarks.results import FOLDER, Figure, save, show
 from pipeline.errors import UsageError
 from pipeline.model import load_model
-from pipeline.plan import open_plan
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import write_feature
 from workers.encoder import Encoder
@@ -129,8 +128,7 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
         client = running.start_redis()
         running.start_workers(client, 2)
         started = time.perf_counter()
-        running.start("enqueue", "--list", str(listed))
-        wait_until(lambda: open_plan(running.gallery), "the plan")
+        running.enqueue(listed)
         window = watch.follow(running.gallery, count, running.finished, lambda: memory.extend(_gpu_memory_bytes()))
         seconds = time.perf_counter() - started
         features = np.load(running.gallery / "0000.features.npy", mmap_mode="r")[:256].astype(np.float64)

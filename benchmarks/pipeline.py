@@ -19,6 +19,7 @@ from pipeline.plan import plan_file
 from pipeline.status import StatusReader
 from pipeline.store import claim_gallery, gallery_folder
 
+#: Nothing here takes as long.
 _TIMEOUT_S = 900.0
 
 
@@ -92,6 +93,17 @@ class Ruiji:
         self.start("worker", *arguments)
         reader = StatusReader(self.gallery, client)
         wait_until(lambda: len(reader.read().workers) >= processes, "the workers")
+
+    def enqueue(self, listed: Path) -> None:
+        """Start an enqueue, which goes on publishing, and wait for its plan.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        process = self.start("enqueue", "--list", str(listed))
+        wait_until(lambda: plan_file(self.gallery).exists() or process.poll(), "the plan")
+        if process.poll():
+            raise RuntimeError("ruiji enqueue failed")
 
     def finished(self) -> bool:
         """Whether the plan is closed and its per-image files and their folders are gone."""

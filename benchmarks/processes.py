@@ -14,6 +14,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 #: A look through /proc costs a few ms of CPU; what lies between two looks is interpolated.
 _LOOK_INTERVAL_S = 0.5
 _POLL_INTERVAL_S = 0.02
+#: Nothing here takes as long.
+_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Watch:
             look: called at each look at the process tree.
 
         Raises:
-            RuntimeError: all ended without a feature.
+            RuntimeError: all ended without a feature, or did not end within 15 minutes.
         """
         launched = self._samples[0]
         while not (seen := len(_features(output))):
@@ -130,6 +132,8 @@ class Watch:
             time.sleep(_POLL_INTERVAL_S)
         first = self._sample()
         while not done():
+            if time.time() - first[0] > _TIMEOUT_S:
+                raise RuntimeError(f"{output} is not complete after {_TIMEOUT_S} s")
             if time.time() - self._samples[-1][0] >= _LOOK_INTERVAL_S:
                 self._sample()
                 look()
