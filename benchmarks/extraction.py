@@ -40,7 +40,14 @@ from pipeline.plan import Plan, open_plan
 from pipeline.planning import Settings, make_plan
 from pipeline.produce import Producer
 from pipeline.reduce import reduce_segment
-from pipeline.settings import MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
+from pipeline.settings import (
+    MAX_IMAGE_MB,
+    MAX_IMAGE_S,
+    MAX_PIXELS,
+    SHARD_ROWS,
+    VISIBILITY_TIMEOUT_S,
+    WINDOW_SEGMENTS,
+)
 from pipeline.store import GalleryInfo, shard_file, write_feature
 
 RESULTS = FOLDER / "extraction.json"
@@ -284,7 +291,13 @@ def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Produce
     run = running.gallery / "run"
     run.mkdir()
     objects = prepare(listed, run, IdScheme("basename"))
-    plan = make_plan(running.gallery, media, running.gallery_info, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
+    plan = make_plan(
+        running.gallery,
+        media,
+        running.gallery_info,
+        objects,
+        Settings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB),
+    )
     assert plan is not None
     app = make_app(running.redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
     return Producer(app, Chords(client, plan), plan)
@@ -464,7 +477,7 @@ def _one_shard_plan(work: Path) -> Plan:
     (work / "run").mkdir()
     objects = prepare(listed, work / "run", IdScheme("basename"))
     gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", "basename")
-    plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS))
+    plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB))
     assert plan is not None
     return plan
 

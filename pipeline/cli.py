@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import settings
-from pipeline.errors import EXIT_INCOMPLETE, RuijiError
-from pipeline.settings import Device, LogFormat, ObjectIds
+from pipeline.errors import EXIT_INCOMPLETE, RuijiError, UsageError
+from pipeline.settings import Device, ListFormat, LogFormat, ObjectIds, Reason
 
 if TYPE_CHECKING:
+    from pipeline.run import Enqueued
     from pipeline.status import Status
 
 app = typer.Typer(
@@ -75,6 +76,8 @@ def enqueue(
     object_id: settings.ObjectId = ObjectIds.basename,
     keep_features: settings.KeepFeatures = False,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
+    max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
@@ -93,24 +96,124 @@ def enqueue(
         feature_dir,
         model,
         object_id.value,
-        Settings(shard_rows, keep_features, max_pixels),
+        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
         window_segments,
         visibility_timeout_s,
     )
     done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
+    _tell_enqueued(done, "all {} objects are in shards")
+    if wait:
+        raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
+
+
+def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
     for note in done.notes:
         print(note, file=sys.stderr)
     if done.plan is None:
-        print(f"nothing to do: all {done.objects} objects are in shards", file=sys.stderr)
-    else:
-        verb = "carries on" if done.resumed else "opened"
-        print(
-            f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
-            f"{len(done.plan.segments)} shards, {done.published} tasks published now",
-            file=sys.stderr,
-        )
-    if wait:
+        print(f"nothing to do: {nothing.format(done.objects)}", file=sys.stderr)
+        return
+    verb = "carries on" if done.resumed else "opened"
+    print(
+        f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
+        f"{len(done.plan.segments)} shards, {done.published} tasks published now",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def retry(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    list_path: settings.ListFile = None,
+    redis_url: settings.RedisUrl = None,
+    redis_password_file: settings.RedisPasswordFile = None,
+    reason: Annotated[Reason | None, typer.Option(help="Only objects that last failed for this.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
+    shard_rows: settings.ShardRows = settings.SHARD_ROWS,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    object_id: settings.ObjectId = ObjectIds.basename,
+    keep_features: settings.KeepFeatures = False,
+    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
+    max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    state_dir: settings.StateDir = None,
+    log_format: settings.LogFormatOption = LogFormat.text,
+) -> None:
+    """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
+    from pipeline.broker.app import connect
+    from pipeline.logs import set_up
+    from pipeline.planning import Retry, Settings
+    from pipeline.run import Work, enqueue, follow
+
+    set_up(log_format)
+    url = None
+    try:
+        url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
+    except UsageError:
+        # On one machine `ruiji run` has a Redis of its own, and takes up the plan that this leaves on the disk.
+        if redis_url is not None or wait:
+            raise
+    work = Work(
+        media_dir,
+        feature_dir,
+        model,
+        object_id.value,
+        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
+        window_segments,
+        visibility_timeout_s,
+    )
+    wanted = Retry(reason.value if reason else None)
+    done = enqueue(work, settings.list_file(list_path, media_dir), url, wanted)
+    _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
+    if done.plan is not None and url is None:
+        print("no Redis is running: ruiji run does it", file=sys.stderr)
+    if wait and url is not None:
         raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
+
+
+@app.command()
+def failures(
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    form: Annotated[ListFormat, typer.Option("--format", help="How they are written to stdout.")] = ListFormat.table,
+) -> None:
+    """List the failed objects with their reasons; exit code 3 where there are any."""
+    from pipeline.failures import failed_objects, write_failures
+    from pipeline.store import gallery_folder
+
+    count = write_failures(failed_objects(gallery_folder(feature_dir, model)), form.value, sys.stdout)
+    raise typer.Exit(EXIT_INCOMPLETE if count else 0)
+
+
+@app.command()
+def verify(
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove leftovers, and plan what is broken or lost again.")
+    ] = False,
+) -> None:
+    """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
+    from pipeline.errors import GalleryMismatch
+    from pipeline.store import gallery_folder
+    from pipeline.verify import repair as repair_findings
+    from pipeline.verify import verify as verify_gallery
+
+    folder = gallery_folder(feature_dir, model)
+    findings = verify_gallery(folder)
+    for finding in findings:
+        print(finding)
+    broken = [finding for finding in findings if finding.broken]
+    if repair:
+        for note in repair_findings(folder, findings):
+            print(note, file=sys.stderr)
+        broken = [finding for finding in broken if not finding.repairable]
+    elif any(finding.repairable for finding in findings):
+        print("ruiji verify --repair mends what can be mended", file=sys.stderr)
+    print(f"{len(findings)} findings, {len(broken)} of them broken{' still' if repair else ''}", file=sys.stderr)
+    raise typer.Exit(GalleryMismatch.exit_code if broken else 0)
 
 
 @app.command()
@@ -126,6 +229,8 @@ def run(
     object_id: settings.ObjectId = ObjectIds.basename,
     keep_features: settings.KeepFeatures = False,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
+    max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
@@ -141,7 +246,7 @@ def run(
         feature_dir,
         model,
         object_id.value,
-        Settings(shard_rows, keep_features, max_pixels),
+        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
         window_segments,
         visibility_timeout_s,
     )

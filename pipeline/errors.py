@@ -76,10 +76,12 @@ class ImageError(RuijiError):
         message: our own words, free of host names, times and foreign exception texts, because
             it ends in a shard's record.
         reason: one of the classes of `docs/format.md`, e.g. ``missing`` or ``undecodable``.
+        attempts: how often it was tried; for the log.
     """
 
-    def __init__(self, message: str = "", reason: str = "undecodable") -> None:
+    def __init__(self, message: str = "", reason: str = "undecodable", attempts: int = 1) -> None:
         super().__init__(message, reason)
+        self.attempts = attempts
 
     @property
     def reason(self) -> str:

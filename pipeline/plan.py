@@ -7,6 +7,8 @@ import bisect
 import contextlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -19,13 +21,19 @@ from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
     FORMAT,
     GalleryInfo,
+    Record,
+    fruitless_folder,
     read_error,
     read_feature,
     read_json,
+    read_record,
     recorded_shards,
+    shard_file,
     sync_folder,
     write_atomic,
 )
+
+_PLAN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Segment:
         shard: the number of the shard that it becomes.
         first: number of its first line, from 0; lines: how many; offset: byte at which they start.
         plan, plan_segment: the plan and segment that first reserved the shard's number, told by its record.
+        retry: whether all its objects failed in earlier shards.
     """
 
     index: int
@@ -46,13 +55,21 @@ class Segment:
     offset: int
     plan: str
     plan_segment: int
+    retry: bool = False
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the plan decides about decoding, because it decides which objects fail."""
+    """What the plan decides about decoding, because it decides which objects fail.
+
+    Attributes:
+        max_pixels: by the header, before anything is decoded.
+        max_image_s: seconds for one image; max_image_mb: MB for one that is suspected of killing workers.
+    """
 
     max_pixels: int
+    max_image_s: int
+    max_image_mb: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,11 @@ class Plan:
         return [segment.first for segment in self.segments]
 
     @property
+    def retry(self) -> bool:
+        """Whether any of its segments is a retry of failed objects."""
+        return any(segment.retry for segment in self.segments)
+
+    @property
     def lines(self) -> int:
         """How many objects the plan is to do."""
         return self.segments[-1].first + self.segments[-1].lines
@@ -115,6 +137,20 @@ class Plan:
         """Where an object's failure is recorded until its shard tells it."""
         return self.folder / self.scheme.nested(object_id, ".error.json")
 
+    def record(self, segment: Segment) -> Record | None:
+        """The segment's record, or None while it is not published."""
+        folders = [self.folder, fruitless_folder(self.folder)] if segment.retry else [self.folder]
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                return read_record(folder, segment.shard)
+        return None
+
+    def published(self, segment: Segment) -> bool:
+        """Whether the segment has its record: nothing more is wanted of its objects."""
+        if shard_file(self.folder, segment.shard, "json").exists():
+            return True
+        return segment.retry and shard_file(fruitless_folder(self.folder), segment.shard, "json").exists()
+
     def is_done(self, path: str) -> bool:
         """Whether an object has a valid feature file or an error file."""
         object_id = self.scheme.object_id(path)
@@ -130,8 +166,10 @@ class Plan:
         self.error_file(object_id).unlink(missing_ok=True)
 
     def unpublished(self) -> list[Segment]:
-        """Segments whose shard has no record yet; one listing of the gallery folder."""
+        """Segments that have no record yet; one listing of the gallery folder."""
         recorded = set(recorded_shards(self.folder))
+        if self.retry:
+            recorded |= set(recorded_shards(fruitless_folder(self.folder)))
         return [segment for segment in self.segments if segment.shard not in recorded]
 
 
@@ -148,6 +186,16 @@ def todo_file(folder: Path, plan_id: str) -> Path:
 
 def _closed_folder(folder: Path, plan_id: str) -> Path:
     return folder / "run" / "done" / plan_id
+
+
+def suspects_folder(folder: Path, plan_id: str) -> Path:
+    """Where a plan's objects are noted that were in hand when a worker died."""
+    return folder / "run" / "suspects" / plan_id
+
+
+def is_plan_id(value: object) -> bool:
+    """Whether this can be a plan's id; nothing else may become part of a file name."""
+    return isinstance(value, str) and _PLAN_ID.fullmatch(value) is not None
 
 
 def is_closed(folder: Path, plan_id: str) -> bool:
@@ -250,7 +298,7 @@ def close_plan(plan: Plan) -> None:
 
     What it has published until now is what later counts as lost when it is gone.
     """
-    published = sorted({s.shard for s in plan.segments} - {s.shard for s in plan.unpublished()})
+    published = sorted({s.shard for s in plan.segments} & set(recorded_shards(plan.folder)))
     target = _closed_folder(plan.folder, plan.plan_id)
     open_todo = plan.folder / "run" / f"{plan.plan_id}.todo.txt"
     target.mkdir(parents=True, exist_ok=True)
@@ -264,4 +312,5 @@ def close_plan(plan: Plan) -> None:
     if current is not None and current.plan_id == plan.plan_id:
         plan_file(plan.folder).unlink(missing_ok=True)
     open_todo.unlink(missing_ok=True)
+    shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
     sync_folder(plan.folder / "run")

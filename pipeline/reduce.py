@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plan import Plan, Segment
 from pipeline.store import (
-    SHARD_ENDINGS,
     Failure,
     Record,
     check_shard,
+    fruitless_folder,
     read_error,
     read_feature,
     read_record,
@@ -49,9 +49,8 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
         MachineFault: the disk failed; nothing is lost, the segment can be reduced again.
     """
     paths = plan.paths(segment)
-    try:
-        record = read_record(plan.folder, segment.shard)
-    except FileNotFoundError:
+    record = plan.record(segment)
+    if record is None:
         ids, features, failures, missing = _collect(plan, paths)
         if missing:
             return Reduced(missing=tuple(missing))
@@ -91,22 +90,29 @@ def _publish(
     failures: list[Failure],
     still_ours: Callable[[], object],
 ) -> Record:
-    contents = shard_contents(features, ids, paths)
+    # A retry of which all failed again makes no shard: its record alone says so, elsewhere.
+    fruitless = segment.retry and not ids
+    contents = {} if fruitless else shard_contents(features, ids, paths)
     record = Record(
         shard=segment.shard,
         rows=len(ids),
         length=plan.length,
         dtype="float32",
-        sha256={ending: hashlib.sha256(contents[ending]).hexdigest() for ending in SHARD_ENDINGS},
+        sha256={ending: hashlib.sha256(content).hexdigest() for ending, content in contents.items()},
         fingerprint=plan.fingerprint,
         plan=segment.plan,
         segment=segment.plan_segment,
         versions=plan.versions,
         failed=tuple(failures),
+        retry=segment.retry,
     )
-    for ending in SHARD_ENDINGS:
+    if fruitless:
         still_ours()
-        write_atomic(shard_file(plan.folder, segment.shard, ending), [contents[ending]], sync=True)
+        write_record(fruitless_folder(plan.folder), record)
+        return record
+    for ending, content in contents.items():
+        still_ours()
+        write_atomic(shard_file(plan.folder, segment.shard, ending), [content], sync=True)
     try:
         check_shard(plan.folder, record)
     except ShardCorrupt as error:

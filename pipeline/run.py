@@ -19,11 +19,11 @@ import redis
 from pipeline.broker.app import connect, make_app
 from pipeline.broker.chords import Chords
 from pipeline.broker.embedded import die_with_parent, embedded_redis
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import PlanMismatch, RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
 from pipeline.plan import Plan, check_matches, close_plan, open_plan
-from pipeline.planning import Settings, make_plan
+from pipeline.planning import Retry, Settings, make_plan
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
 from pipeline.store import claim_gallery, gallery_folder, machine_faults
@@ -69,8 +69,12 @@ class Work:
         return gallery_folder(self.feature_dir, self.model)
 
 
-def enqueue(work: Work, list_path: Path, redis_url: str) -> Enqueued:
+def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | None = None) -> Enqueued:
     """Check the list, open a plan or take up the open one, and publish its first segments.
+
+    Args:
+        redis_url: None: publish nothing; whoever works later finds the open plan on the disk.
+        retry: plan failed objects again, and nothing else.
 
     Raises:
         ObjectListError, ModelError: bad input. BrokerUnavailable: no Redis.
@@ -79,7 +83,7 @@ def enqueue(work: Work, list_path: Path, redis_url: str) -> Enqueued:
     if not work.media_dir.is_dir():
         raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
     model, scheme = load_model(work.model), IdScheme(work.object_id)
-    client = connect(redis_url)
+    client = connect(redis_url) if redis_url is not None else None
     gallery = claim_gallery(work.folder, model, scheme)
     run = work.folder / "run"
     with machine_faults(f"cannot write {run}"):
@@ -89,11 +93,16 @@ def enqueue(work: Work, list_path: Path, redis_url: str) -> Enqueued:
             plan = open_plan(work.folder)
             resumed = plan is not None
             if plan is None:
-                plan = make_plan(work.folder, work.media_dir, gallery, objects, work.settings)
+                plan = make_plan(work.folder, work.media_dir, gallery, objects, work.settings, retry)
             if plan is not None:
+                if retry is not None and not plan.retry:
+                    raise PlanMismatch(
+                        f"the plan {plan.plan_id} is open in {work.folder}, with objects that were never tried; let it "
+                        "finish, or close it with ruiji cancel, before failed ones are tried again"
+                    )
                 check_matches(plan, objects, gallery, work.settings.shard_rows)
     published = 0
-    if plan is not None:
+    if plan is not None and client is not None and redis_url is not None:
         app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
         published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
     return Enqueued(plan, resumed, published, objects.lines, objects.notes)
@@ -159,7 +168,7 @@ def run_here(work: Work, list_path: Path | None, workers: int | None, device: st
         client = connect(url)
         enqueued = _enqueue_listed(work, list_path, url)
         if enqueued.plan is not None:
-            with _worker_processes(work, url, workers, device) as check:
+            with _worker_processes(work, url, workers, device, state_dir) as check:
                 while enqueued.plan is not None:
                     follow(work.folder, client, check)
                     # What was taken up first may have been an older plan; then there may be more.
@@ -195,11 +204,14 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _worker_processes(work: Work, url: str, workers: int | None, device: str) -> Iterator[Callable[[], None]]:
+def _worker_processes(
+    work: Work, url: str, workers: int | None, device: str, state_dir: Path
+) -> Iterator[Callable[[], None]]:
     command = [sys.executable, "-m", "pipeline", "worker", "--device", device]
     command += ["--media-dir", str(work.media_dir), "--feature-dir", str(work.feature_dir), "--model", str(work.model)]
     command += ["--window-segments", str(work.window_segments)]
     command += ["--visibility-timeout-s", str(work.visibility_timeout_s)]
+    command += ["--state-dir", str(state_dir)]
     command += ["--processes", str(workers)] if workers else []
     # The URL holds a password, and a command line is everybody's to read.
     environment = {**os.environ, "RUIJI_REDIS_URL": url}

@@ -38,6 +38,30 @@ class LogFormat(StrEnum):
     json = "json"
 
 
+class ListFormat(StrEnum):
+    """How a list is written to stdout."""
+
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+class Reason(StrEnum):
+    """Why an object failed; `docs/format.md` explains each."""
+
+    missing = "missing"
+    unreadable = "unreadable"
+    not_a_file = "not-a-file"
+    outside_media = "outside-media"
+    too_large = "too-large"
+    truncated = "truncated"
+    undecodable = "undecodable"
+    memory = "memory"
+    timeout = "timeout"
+    crashed_worker = "crashed-worker"
+    not_finite = "not-finite"
+
+
 class TransportKind(StrEnum):
     """How a worker takes messages from Redis."""
 
@@ -115,6 +139,21 @@ MaxPixels = Annotated[
         "--max-pixels", envvar="RUIJI_MAX_PIXELS", min=1, help="Images with more pixels than this fail as too-large."
     ),
 ]
+MaxImageSeconds = Annotated[
+    int,
+    typer.Option(
+        "--max-image-s", envvar="RUIJI_MAX_IMAGE_S", min=1, help="Seconds after which decoding an image is given up."
+    ),
+]
+MaxImageMegabytes = Annotated[
+    int,
+    typer.Option(
+        "--max-image-mb",
+        envvar="RUIJI_MAX_IMAGE_MB",
+        min=16,
+        help="Memory (MB) that decoding an image may take, where it is suspected of having killed a worker.",
+    ),
+]
 WorkerDevice = Annotated[Device, typer.Option("--device", envvar="RUIJI_DEVICE", help="Where the model runs.")]
 Processes = Annotated[
     int | None,
@@ -152,6 +191,9 @@ GpuMemory = Annotated[
 Threads = Annotated[
     int, typer.Option("--threads", envvar="RUIJI_THREADS", min=1, help="Set by ruiji worker for its processes.")
 ]
+InHandFile = Annotated[
+    Path | None, typer.Option("--in-hand", envvar="RUIJI_IN_HAND", help="Set by ruiji worker for its processes.")
+]
 VisibilityTimeout = Annotated[
     int,
     typer.Option(
@@ -175,7 +217,7 @@ StateDir = Annotated[
     typer.Option(
         "--state-dir",
         envvar="RUIJI_STATE_DIR",
-        help="Host-local folder of the embedded Redis.  [default: ~/.local/state/ruiji]",
+        help="Host-local folder: the embedded Redis, and what workers have in hand.  [default: ~/.local/state/ruiji]",
     ),
 ]
 LogFormatOption = Annotated[
@@ -186,8 +228,12 @@ LogFormatOption = Annotated[
 SHARD_ROWS = 10_000
 #: Two segments keep workers busy while one is reduced; each more only costs Redis 12 MB.
 WINDOW_SEGMENTS = 2
-#: The size from which Pillow itself warns; while it is decoded such an image takes up to 0.7 GB.
+#: The size from which Pillow itself warns; while it is decoded such an image takes up to 1 GB.
 MAX_PIXELS = 89_478_485
+#: The largest allowed image takes a few seconds, also on a slow disk; an endless one is given up after this.
+MAX_IMAGE_S = 60
+#: Twice what the largest allowed image needs.
+MAX_IMAGE_MB = 2048
 #: Live workers renew their claims every few seconds, so this only has to outlast a pause, not a batch.
 VISIBILITY_TIMEOUT_S = 60
 #: Looking for lost tasks reads the whole queue; 30 s without any progress is rare enough.

@@ -10,18 +10,31 @@ import redis
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
 from pipeline.plan import Plan, Segment, open_plan
-from pipeline.store import read_error, read_feature, read_gallery, read_json, read_record, recorded_shards
+from pipeline.store import (
+    fruitless_folder,
+    read_error,
+    read_feature,
+    read_gallery,
+    read_json,
+    read_record,
+    recorded_shards,
+)
 
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard, published or to come: how many objects it is made of, and how they stand."""
+    """One shard, published or to come: how many objects it is made of, and how they stand.
+
+    Attributes:
+        retry: whether all its objects stand as failed in earlier shards too, and count here instead.
+    """
 
     shard: int
     state: str
     objects: int
     done: int
     failed: int
+    retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ class StatusReader:
             shards += coming
         objects = int(latest["lines"])
         done = min(objects, max(0, sum(s.done for s in shards) - int(latest["stale"])))
-        failed = min(objects - done, max(0, sum(s.failed for s in shards) - int(latest["stale_failed"])))
+        failed = sum(s.failed for s in shards) - sum(s.objects for s in shards if s.retry)
+        failed = min(objects - done, max(0, failed - int(latest["stale_failed"])))
         running = min(in_hand, objects - done - failed)
         return Status(
             objects=objects,
@@ -109,11 +123,15 @@ class StatusReader:
         if number not in self._published:
             record = read_record(self._folder, number)
             objects = record.rows + len(record.failed)
-            self._published[number] = ShardStatus(number, "done", objects, record.rows, len(record.failed))
+            self._published[number] = ShardStatus(
+                number, "done", objects, record.rows, len(record.failed), record.retry
+            )
         return self._published[number]
 
     def _coming(self, plan: Plan, published: set[int], exact: bool) -> tuple[list[ShardStatus], int]:
-        segments = [s for s in plan.segments if s.shard not in published]
+        # A retry's segment of which all failed again is settled too, and changes no sum.
+        settled = published | set(recorded_shards(fruitless_folder(self._folder)) if plan.retry else ())
+        segments = [s for s in plan.segments if s.shard not in settled]
         chords = Chords(self._client, plan) if self._client is not None else None
         if chords is None or exact or not chords.known():
             return [self._walk(plan, segment) for segment in segments], 0
@@ -121,11 +139,11 @@ class StatusReader:
         flying = [s for s in segments if s.index in armed]
         finished = chords.finished_members([armed[s.index] for s in flying])
         failed = chords.failed(flying)
-        coming = [ShardStatus(s.shard, "pending", s.lines, 0, 0) for s in segments if s.index not in armed]
+        coming = [ShardStatus(s.shard, "pending", s.lines, 0, 0, s.retry) for s in segments if s.index not in armed]
         for segment, through, failures in zip(flying, finished, failed, strict=True):
             # What was not published with the group had been done before.
             done = segment.lines - armed[segment.index].size + through - failures
-            coming.append(ShardStatus(segment.shard, "running", segment.lines, max(0, done), failures))
+            coming.append(ShardStatus(segment.shard, "running", segment.lines, max(0, done), failures, segment.retry))
         return coming, chords.in_hand()
 
     def _walk(self, plan: Plan, segment: Segment) -> ShardStatus:
@@ -136,7 +154,8 @@ class StatusReader:
                 done += 1
             elif read_error(plan.error_file(object_id)) is not None:
                 failed += 1
-        return ShardStatus(segment.shard, "running" if done + failed else "pending", segment.lines, done, failed)
+        state = "running" if done + failed else "pending"
+        return ShardStatus(segment.shard, state, segment.lines, done, failed, segment.retry)
 
     def _workers(self) -> list[dict[str, Any]]:
         if self._client is None:

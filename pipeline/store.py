@@ -275,6 +275,7 @@ class Record:
         plan, segment: which plan made it, and which of its segments it is.
         versions: of the libraries that can change a feature's bits.
         failed: the segment's objects that have no row.
+        retry: whether all its objects had failed in earlier shards, whose failures it replaces.
     """
 
     shard: int
@@ -287,6 +288,7 @@ class Record:
     segment: int
     versions: dict[str, str]
     failed: tuple[Failure, ...]
+    retry: bool = False
 
 
 #: The three data files of a shard. The ids are not `NNNN.npy`, but a tool that globs `*.npy` still meets them.
@@ -298,11 +300,16 @@ def shard_file(folder: Path, shard: int, ending: str) -> Path:
     return folder / f"{shard:04d}.{ending}"
 
 
+def fruitless_folder(folder: Path) -> Path:
+    """Where the records of retries lie of which every object failed again: shards without rows are not made of them."""
+    return folder / "run" / "fruitless"
+
+
 def recorded_shards(folder: Path) -> list[int]:
     """Numbers of all shards that have a record, ascending."""
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(match[1]) for name in names if (match := _SHARD_RECORD.fullmatch(name)))
 

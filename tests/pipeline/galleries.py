@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan
-from pipeline.planning import Settings, make_plan
+from pipeline.planning import Retry, Settings, make_plan
 from pipeline.store import claim_gallery, gallery_folder, write_error, write_feature
 from tests.factories import pictures
 
@@ -15,7 +15,12 @@ SCHEME = IdScheme("basename")
 
 
 def plan_for(
-    tmp_path: Path, model_path: Path, paths: list[str], shard_rows: int = 4, keep_features: bool = False
+    tmp_path: Path,
+    model_path: Path,
+    paths: list[str],
+    shard_rows: int = 4,
+    keep_features: bool = False,
+    retry: Retry | None = None,
 ) -> Plan | None:
     """Make (or find) the open plan for a list, as enqueue does."""
     model = load_model(model_path)
@@ -25,7 +30,8 @@ def plan_for(
     scratch.mkdir(exist_ok=True)
     (scratch / "list").write_text("".join(f"{path}\n" for path in paths))
     objects = prepare(scratch / "list", scratch, SCHEME)
-    return make_plan(folder, tmp_path / "media", gallery, objects, Settings(shard_rows, keep_features, 10**8))
+    settings = Settings(shard_rows, keep_features, 10**8, max_image_s=2, max_image_mb=256)
+    return make_plan(folder, tmp_path / "media", gallery, objects, settings, retry)
 
 
 def new_plan(tmp_path: Path, model_path: Path, count: int, shard_rows: int = 4, keep_features: bool = False) -> Plan:

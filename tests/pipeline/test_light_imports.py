@@ -21,7 +21,19 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
-    for command in ("list", "enqueue", "run", "worker", "status", "search", "cancel", "redis", "model"):
+    for command in (
+        "list",
+        "enqueue",
+        "run",
+        "worker",
+        "status",
+        "search",
+        "cancel",
+        "redis",
+        "model",
+        "retry",
+        "doctor",
+    ):
         assert command in done.stdout
     assert "worker-process" not in done.stdout
 

@@ -141,5 +141,5 @@ def test_an_empty_folder_is_not_claimed_twice(tmp_path: Path, model_path: Path) 
     objects = ObjectList(tmp_path / "list", tmp_path / "by-id", 1, "d", ())
     (tmp_path / "by-id").write_text("none.png\tnone.png\n")
     with pytest.raises(RuijiError, match="none of the 1 objects"):
-        make_plan(tmp_path, tmp_path / "media", gallery, objects, Settings(10, False, 10**8))
+        make_plan(tmp_path, tmp_path / "media", gallery, objects, Settings(10, False, 10**8, 60, 2048))
     assert open_plan(tmp_path) is None

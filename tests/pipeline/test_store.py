@@ -82,6 +82,7 @@ def test_a_record_is_these_bytes(tmp_path: Path) -> None:
         ' "format": 1,\n'
         ' "length": 1,\n'
         ' "plan": "plan",\n'
+        ' "retry": false,\n'
         ' "rows": 2,\n'
         ' "segment": 3,\n'
         ' "sha256": {\n'

@@ -1,0 +1,95 @@
+"""The failed objects: which, why, and where that is recorded."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.errors import UsageError
+from pipeline.objects import IdScheme, read_lines
+from pipeline.plan import Plan, open_plan
+from pipeline.planning import stale_failed_file
+from pipeline.store import fruitless_folder, read_error, read_gallery, read_record, recorded_shards, shard_file
+
+
+@dataclass(frozen=True)
+class FailedObject:
+    """One object that cannot be embedded, as it failed last.
+
+    Attributes:
+        shard: the shard whose segment it belongs to, published or to come.
+    """
+
+    object_id: str
+    path: str
+    reason: str
+    message: str
+    shard: int
+
+
+def failed_objects(folder: Path) -> Iterator[FailedObject]:
+    """The failed objects of the latest list, each once: those of published shards first, then those of the open plan.
+
+    Raises:
+        UsageError: nothing was ever enqueued into this folder.
+    """
+    gallery = read_gallery(folder)
+    if gallery is None:
+        raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
+    recorded = _recorded(folder, IdScheme(gallery.object_id))
+    if stale_failed_file(folder).exists():
+        for object_id in read_lines(stale_failed_file(folder)):
+            recorded.pop(object_id, None)
+    plan = open_plan(folder)
+    if plan is not None and plan.retry:
+        # What is being tried again is no failure until it fails again.
+        for segment in plan.unpublished():
+            for path in plan.paths(segment):
+                recorded.pop(plan.scheme.object_id(path), None)
+    yield from recorded.values()
+    if plan is not None:
+        yield from _coming(plan)
+
+
+def _recorded(folder: Path, scheme: IdScheme) -> dict[str, FailedObject]:
+    """By object id; a later record replaces an earlier one, and a row from a retry removes it."""
+    found: dict[str, FailedObject] = {}
+    settled = [(shard, folder) for shard in recorded_shards(folder)]
+    settled += [(shard, fruitless_folder(folder)) for shard in recorded_shards(fruitless_folder(folder))]
+    for shard, place in sorted(settled):
+        record = read_record(place, shard)
+        for failure in record.failed:
+            found[failure.object_id] = FailedObject(**asdict(failure), shard=shard)
+        if record.retry and record.rows:
+            for path in read_lines(shard_file(folder, shard, "paths.txt")):
+                found.pop(scheme.object_id(path), None)
+    return found
+
+
+def _coming(plan: Plan) -> Iterator[FailedObject]:
+    for segment in plan.unpublished():
+        for path in plan.paths(segment):
+            object_id = plan.scheme.object_id(path)
+            error = read_error(plan.error_file(object_id))
+            if error is not None:
+                yield FailedObject(object_id, path, *error, shard=segment.shard)
+
+
+def write_failures(failed: Iterable[FailedObject], form: str, out: TextIO) -> int:
+    """Write failed objects as `table` (for people), `csv` (with a header) or `jsonl`; returns how many there were."""
+    names = [field.name for field in fields(FailedObject)]
+    rows = csv.writer(out, lineterminator="\n")
+    if form == "csv":
+        rows.writerow(names)
+    count = 0
+    for entry in failed:
+        count += 1
+        if form == "csv":
+            rows.writerow(asdict(entry).values())
+        elif form == "jsonl":
+            out.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+        else:
+            out.write(f"{entry.reason:<14} {entry.path}: {entry.message}\n")
+    return count

@@ -1,0 +1,161 @@
+"""Verifying and repairing a gallery that was damaged on purpose."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.plan import Plan, close_plan, open_plan
+from pipeline.reduce import reduce_segment, remove_empty_folders
+from pipeline.store import shard_contents
+from pipeline.verify import repair, verify
+from tests.pipeline.galleries import embed, feature_of, files, new_plan
+
+
+@pytest.fixture
+def plan(tmp_path: Path, model_path: Path) -> Plan:
+    """A finished gallery of ten objects in three shards."""
+    plan = new_plan(tmp_path, model_path, 10)
+    finish(plan)
+    return plan
+
+
+def finish(plan: Plan) -> None:
+    for segment in plan.unpublished():
+        embed(plan, plan.paths(segment))
+        reduce_segment(plan, segment, lambda: None)
+    close_plan(plan)
+    remove_empty_folders(plan)
+
+
+def kinds(folder: Path) -> list[tuple[str, str]]:
+    return [(finding.kind, finding.name) for finding in verify(folder)]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def record_anew(plan: Plan, shard: int, features: np.ndarray, ids: list[str], paths: list[str]) -> None:
+    """Write a shard whose record fits its bytes, whatever they say."""
+    record = json.loads((plan.folder / f"{shard:04d}.json").read_text())
+    for ending, content in shard_contents(features, ids, paths).items():
+        (plan.folder / f"{shard:04d}.{ending}").write_bytes(content)
+        record["sha256"][ending] = hashlib.sha256(content).hexdigest()
+    (plan.folder / f"{shard:04d}.json").write_text(json.dumps(record))
+
+
+def test_a_sound_gallery_has_no_findings(plan: Plan) -> None:
+    assert verify(plan.folder) == []
+    assert repair(plan.folder, []) == []
+
+
+def test_no_gallery_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy", "paths.txt", "json"])
+@pytest.mark.parametrize("damage", ["flip", "delete", "truncate"])
+def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, ending: str, damage: str) -> None:
+    before = files(plan.folder)
+    path = plan.folder / f"0001.{ending}"
+    if damage == "flip":
+        flip(path)
+    elif damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    findings = verify(plan.folder)
+    gone = ending == "json" and damage == "delete"
+    assert [(finding.kind, finding.name) for finding in findings if finding.broken] == [
+        ("lost-shard" if gone else "broken-shard", "0001")
+    ]
+    repair(plan.folder, findings)
+    again = open_plan(plan.folder)
+    if ending in ("object_ids.npy", "paths.txt"):
+        assert again is None, "these follow from the plan: nothing is embedded"
+    else:
+        assert again is not None
+        assert [segment.shard for segment in again.segments] == [1]
+        finish(again)
+    assert files(plan.folder) == before
+    assert verify(plan.folder) == []
+
+
+def test_bytes_that_fit_the_record_must_also_mean_something(plan: Plan) -> None:
+    paths = plan.paths(plan.segments[0])
+    ids = [plan.scheme.object_id(path) for path in paths]
+    features = np.stack([feature_of(path) for path in paths])
+    record_anew(plan, 0, features, ids, paths)
+    assert verify(plan.folder) == []
+    infinite = features.copy()
+    infinite[2, 3] = np.inf
+    for content, words in (
+        ((infinite, ids, paths), "row 2"),
+        ((features, [ids[1], ids[0], *ids[2:]], paths), "not those of its paths"),
+        ((features[:3], ids, paths), "not as recorded"),
+        ((features, ids[:3], paths[:3]), "3 ids for 4 rows"),
+    ):
+        record_anew(plan, 0, *content)
+        (finding,) = verify(plan.folder)
+        assert (finding.kind, finding.shard) == ("broken-shard", 0)
+        assert words in finding.message
+
+
+def test_an_object_with_two_rows_is_found(plan: Plan) -> None:
+    first = plan.paths(plan.segments[0])
+    ids = [plan.scheme.object_id(path) for path in first]
+    record_anew(plan, 1, np.stack([feature_of(path) for path in first]), ids, first)
+    assert kinds(plan.folder) == [("twice", object_id) for object_id in sorted(ids)]
+
+
+def test_leftovers_go_and_foreign_files_stay(plan: Plan) -> None:
+    nested = plan.folder / "aa" / "bb"
+    nested.mkdir(parents=True)
+    for name in (".tmp-1-x", "0009.features.npy", "aa/bb/.tmp-2-y", "aa/bb/notes.txt", "notes.txt"):
+        (plan.folder / name).write_text("x")
+    for age_s in (0, 10**6):
+        (plan.folder / "run" / f".tmp-list-{age_s}").mkdir()
+        os.utime(plan.folder / "run" / f".tmp-list-{age_s}", (time.time() - age_s,) * 2)
+    findings = verify(plan.folder)
+    assert sorted((finding.kind, finding.name) for finding in findings) == [
+        ("foreign", "aa/bb/notes.txt"),
+        ("foreign", "notes.txt"),
+        ("leftover", ".tmp-1-x"),
+        ("leftover", "0009.features.npy"),
+        ("leftover", "aa/bb/.tmp-2-y"),
+        ("leftover", "run/.tmp-list-1000000"),
+    ]
+    assert not any(finding.broken for finding in findings)
+    repair(plan.folder, findings)
+    assert [kind for kind, _ in kinds(plan.folder)] == ["foreign", "foreign"]
+
+
+def test_a_shard_that_no_plan_tells_of_is_left_alone(plan: Plan) -> None:
+    for ending in ("features.npy", "object_ids.npy", "paths.txt", "json"):
+        (plan.folder / f"0002.{ending}").rename(plan.folder / f"0007.{ending}")
+    record = json.loads((plan.folder / "0007.json").read_text())
+    (plan.folder / "0007.json").write_text(json.dumps({**record, "shard": 7}))
+    found = kinds(plan.folder)
+    assert ("unknown-gap", "0005") in found
+    assert ("lost-shard", "0002") in found
+    flip(plan.folder / "0007.features.npy")
+    (finding,) = [finding for finding in verify(plan.folder) if finding.shard == 7]
+    assert not finding.repairable
+    repair(plan.folder, [finding])
+    assert (plan.folder / "0007.json").exists()
+
+
+def test_an_open_plan_has_no_leftovers(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 4)
+    embed(plan, plan.paths(plan.segments[0]))
+    (plan.folder / ".tmp-1-x").write_text("a writer's")
+    assert verify(plan.folder) == []
