@@ -1,23 +1,28 @@
 """One batch of objects, from paths to feature or error files, as a plain function without Celery."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ImageError, MachineFault, ObjectListError
+from pipeline.model import ModelSpec
 from pipeline.objects import check_path
 from pipeline.plan import Plan, Segment
-from pipeline.store import shard_file, write_error, write_feature
+from pipeline.store import write_error, write_feature
+from workers.alone import ChildDied, decode_alone
 from workers.images import decode, open_image
+from workers.in_hand import InHand
 from workers.ledger import Ledger
+from workers.suspects import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_name, suspect_names
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -37,6 +42,71 @@ class Job:
     path: str
 
 
+#: From an open image file to pixels, as `workers.images.decode`.
+Decode = Callable[[BinaryIO, ModelSpec, int], NDArray[np.uint8]]
+
+
+def embed_guarded(
+    plan: Plan,
+    jobs: Sequence[Job],
+    encoder: "Encoder",
+    media_dir: Path,
+    hand: InHand,
+    ledger: Ledger | None = None,
+    decoders: Executor | None = None,
+) -> list[str]:
+    """As `embed_batch`; suspects run alone, and what runs is told, in case this process dies of it."""
+    names = suspect_names(plan)
+    suspects = {n for n, job in enumerate(jobs) if suspect_name(job.path) in names} if names else set()
+    outcomes = [SKIPPED] * len(jobs)
+    ordinary = [n for n in range(len(jobs)) if n not in suspects]
+    if ordinary:
+        batch = [jobs[n] for n in ordinary]
+        with hand.hold(plan.plan_id, [job.path for job in batch], plan.limits.max_image_s):
+            done = embed_batch(plan, batch, encoder, media_dir, ledger, decoders)
+        for n, outcome in zip(ordinary, done, strict=True):
+            outcomes[n] = outcome
+    for n in sorted(suspects):
+        outcomes[n] = _embed_suspect(plan, jobs[n], encoder, media_dir, hand)
+    return outcomes
+
+
+def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, hand: InHand) -> str:
+    """Decode in a disposable child, encode with nothing else in hand; the last death makes it a failed object."""
+    while True:
+        suspect = read_suspect(plan, job.path)
+        try:
+            with contextlib.ExitStack() as stack:
+                alone = partial(_decode_suspect, plan, suspect, hand, stack, media_dir / job.path)
+                (outcome,) = embed_batch(plan, [job], encoder, media_dir, decode_file=alone)
+        except ChildDied as death:
+            extra = {"event": "suspect_died", "path": job.path, "reason": death.reason, "deaths": suspect.deaths + 1}
+            logger.warning("an image ended the process that decoded it alone", extra=extra)
+            note_deaths(plan, [job.path], death.reason, alone=True)
+        else:
+            clear(plan, job.path)
+            return outcome
+
+
+def _decode_suspect(
+    plan: Plan,
+    suspect: Suspect,
+    hand: InHand,
+    stack: contextlib.ExitStack,
+    path: Path,
+    file: BinaryIO,
+    spec: ModelSpec,
+    max_pixels: int,
+) -> NDArray[np.uint8]:
+    """Decode from the path, not from the file that this process has open."""
+    if suspect.deaths >= MOST_DEATHS:
+        raise suspect.failure(plan)
+    pixels = decode_alone(path, spec, plan.limits)
+    # From here on, a death of this process is the death of this object alone.
+    stack.enter_context(hand.hold(plan.plan_id, [suspect.path], plan.limits.max_image_s, alone=True))
+    return pixels
+
+
 def embed_batch(
     plan: Plan,
     jobs: Sequence[Job],
@@ -44,6 +114,7 @@ def embed_batch(
     media_dir: Path,
     ledger: Ledger | None = None,
     decoders: Executor | None = None,
+    decode_file: Decode = decode,
 ) -> list[str]:
     """Embed a batch; afterwards every object has a feature file, an error file or a published shard.
 
@@ -67,7 +138,7 @@ def embed_batch(
         for job in jobs
     ]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
-    load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger)
+    load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
     loaded = (decoders.map if decoders else map)(load, (job.path for _, job in waiting))
     # As many at once as the encoder runs at once, so that a feature is on disk as soon as it can be.
     for start in range(0, len(waiting), encoder.run_images):
@@ -125,23 +196,32 @@ def _refused(job: Job) -> bool:
 
 
 def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
-    """Those of the jobs' shards that exist."""
-    shards = {job.segment.shard for job in jobs}
-    return {shard for shard in shards if shard_file(plan.folder, shard, "json").exists()}
+    """Those of the jobs' shards of which nothing more is wanted."""
+    segments = {job.segment for job in jobs}
+    return {segment.shard for segment in segments if plan.published(segment)}
 
 
 def _load(
-    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, path: str
+    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, decode_file: Decode, path: str
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
-    try:
+
+    def pixels() -> NDArray[np.uint8]:
         with ledger.busy("read"):
             file = open_image(f"{media_dir}/{path}", media_root)
         with file, ledger.busy("decode"):
-            return decode(file, encoder.model.spec, plan.limits.max_pixels)
-    except ImageError as error:
-        if error.reason in ("missing", "unreadable", "outside-media"):
+            return decode_file(file, encoder.model.spec, plan.limits.max_pixels)
+
+    try:
+        try:
+            return pixels()
+        except ImageError as error:
+            if error.reason not in ("missing", "unreadable", "outside-media"):
+                return error
             check_media(plan, media_dir)
+        # The folder is there now, but may have come back since: only a second look tells.
+        return pixels()
+    except ImageError as error:
         return error
 
 
@@ -159,9 +239,7 @@ def check_media(plan: Plan, media_dir: Path) -> None:
 
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
     write_error(plan.error_file(plan.scheme.object_id(job.path)), error.reason, str(error))
-    extra = {"event": "object_failed", "path": job.path, "reason": error.reason}
-    if error.__cause__ is not None:
-        # The decoder's own words: for the log only, they differ between releases and machines.
-        extra["cause"] = repr(error.__cause__)
-    logger.warning("%s", error, extra=extra)
+    extra = {"event": "object_failed", "path": job.path, "reason": error.reason, "attempts": error.attempts}
+    # The decoder's own words: for the log only, they differ between releases and machines.
+    logger.warning("%s", error, extra=extra, exc_info=error.__cause__)
     return FAILED

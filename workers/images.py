@@ -38,6 +38,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 #: Larger files are read by their decoder, so that memory stays bounded by the pixels, not by the file.
 _READ_WHOLE_BYTES = 64 << 20
+#: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
+_MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
 _ORIENTATION_TAG = 0x0112
 #: EXIF orientation to the turn that makes the picture upright.
 _UPRIGHT = {
@@ -131,7 +133,7 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
         raise
     except Exception as error:
         # Decoders raise anything from SyntaxError to struct.error on broken files.
-        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
             raise MachineFault(f"cannot read an image: {error.strerror}") from error
         logger.debug("an image cannot be decoded", exc_info=True)
         if isinstance(error, MemoryError):

@@ -22,6 +22,7 @@ from pipeline.plan import library_versions
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.watchdog import Watchdog
 from workers.embed import DONE, FAILED
+from workers.in_hand import InHand
 from workers.ledger import STAGES, Ledger
 from workers.tasks import register_embed, register_reduce
 
@@ -128,8 +129,12 @@ def run_process(
     window_segments: int,
     visibility_timeout_s: int,
     stall_timeout_s: int,
+    in_hand: Path | None,
 ) -> int:
     """Work until told to stop (SIGTERM: what is in hand is finished first); returns the exit status.
+
+    Args:
+        in_hand: file that tells what is being worked on; None: nobody is told.
 
     Raises:
         GalleryMismatch: the gallery belongs to another model.
@@ -175,6 +180,7 @@ def run_process(
             heartbeat.count,
             heartbeat.rest,
             heartbeat.stopping,
+            InHand(in_hand),
             ledger,
             decoders,
         )

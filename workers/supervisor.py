@@ -1,15 +1,25 @@
-"""The supervisor: keeps a machine's embed and reduce processes running, and ends them in order."""
+"""The supervisor: keeps a machine's embed and reduce processes running, and ends them in order.
 
+It also finds out which objects a process had in hand when it died, or does not get done with.
+"""
+
+import hashlib
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.broker.embedded import die_with_parent
+from pipeline.errors import RuijiError
+from pipeline.plan import open_plan
+from workers.in_hand import Hold, left_behind, read_in_hand
+from workers.suspects import note_deaths
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +31,29 @@ _LONGEST_PAUSE_S = 30.0
 _HEALTHY_S = 30.0
 #: Exit codes of a process that can never work (usage, inconsistent data): starting it again is useless.
 _HOPELESS = (2, 4)
+#: How often a process is looked at for a batch that does not end.
+_LOOK_INTERVAL_S = 1.0
 
 
 @dataclass
 class _Child:
+    """One process, or the place of one that is to be started again.
+
+    Attributes:
+        in_hand: the file in which it tells what it works on.
+        holds: what it was seen to have in hand, by number, and since when.
+        worked: whether it was seen to go from one batch to another.
+        hung: whether it was ended for a batch that took too long.
+    """
+
     role: str
     process: "subprocess.Popen[bytes]"
+    in_hand: Path
     started: float = field(default_factory=time.monotonic)
+    holds: dict[int, float] = field(default_factory=dict)
+    looked: float = 0.0
+    worked: bool = False
+    hung: bool = False
     deaths: int = 0
     due: float | None = None
 
@@ -35,15 +61,30 @@ class _Child:
 class Supervisor:
     """Runs `ruiji worker-process` children, one per role given."""
 
-    def __init__(self, roles: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, roles: list[str], environment: dict[str, str], gallery: Path, state_dir: Path) -> None:
         """Remember what to run.
 
         Args:
             roles: `embed` or `reduce`, one a process.
             environment: the children's settings, as `RUIJI_…` variables.
+            gallery: the folder in which suspects are noted.
+            state_dir: host-local.
         """
         self._roles = roles
         self._environment = {**os.environ, **environment}
+        self._gallery = gallery
+        name = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:16]
+        self._in_hand = state_dir / "in-hand" / name
+        try:
+            self._in_hand.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._in_hand.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise RuijiError(
+                f"cannot write the state folder {state_dir}: {error.strerror}; name one on this host with --state-dir "
+                "(RUIJI_STATE_DIR)"
+            ) from None
+        # Whether processes died, here or before this start, whose files were not looked at.
+        self._unread = True
         self._stopping = False
 
     def run(self) -> int:
@@ -51,49 +92,100 @@ class Supervisor:
 
         That is 0 after an orderly stop, and a child's own where that says it can never work.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        children = [_Child(role, self._start(role)) for role in self._roles]
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self._stop)
+        children = [self._start(role) for role in self._roles]
         code = 0
         while not self._stopping and not code:
             time.sleep(0.2)
-            for child in children:
+            if self._unread:
+                self._find_suspects(children)
+            for number, child in enumerate(children):
                 code = code or self._tend(child)
+                if child.due is not None and time.monotonic() >= child.due:
+                    children[number] = self._start(child.role, child.deaths)
         self._end(children)
+        self._find_suspects(children)
         return code
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
 
-    def _start(self, role: str) -> "subprocess.Popen[bytes]":
+    def _start(self, role: str, deaths: int = 0) -> _Child:
         command = [sys.executable, "-m", "pipeline", "worker-process", "--role", role]
+        in_hand = self._in_hand / secrets.token_hex(8)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
-            env=self._environment,
+            env={**self._environment, "RUIJI_IN_HAND": str(in_hand)},
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
+        return _Child(role, process, in_hand, deaths=deaths)
 
     def _tend(self, child: _Child) -> int:
-        now = time.monotonic()
         if child.due is not None:
-            if now >= child.due:
-                child.process, child.started, child.due = self._start(child.role), now, None
             return 0
         status = child.process.poll()
         if status is None:
+            self._look(child)
             return 0
         if status in _HOPELESS:
             return status
-        child.deaths = 1 if now - child.started > _HEALTHY_S else child.deaths + 1
+        now = time.monotonic()
+        healthy = child.worked or now - child.started > _HEALTHY_S
+        child.deaths = 1 if healthy else child.deaths + 1
         pause = min(_LONGEST_PAUSE_S, 2.0 ** (child.deaths - 1))
         child.due = now + pause
+        self._unread = True
         extra = {"event": "process_died", "role": child.role, "status": status, "restart_in_s": pause}
         logger.warning("a worker process died", extra=extra)
         return 0
+
+    def _look(self, child: _Child) -> None:
+        """End a process that does not get done with what it has in hand."""
+        now = time.monotonic()
+        if child.role != "embed" or now - child.looked < _LOOK_INTERVAL_S:
+            return
+        child.looked = now
+        holds = read_in_hand(child.in_hand)
+        child.worked = child.worked or any(number > 1 for number in holds)
+        child.holds = {number: child.holds.get(number, now) for number in holds}
+        for number, hold in holds.items():
+            if now - child.holds[number] > hold.limit_s:
+                extra = {"event": "process_hangs", "images": len(hold.paths), "limit_s": hold.limit_s}
+                logger.warning("a worker process takes too long for its images and is ended", extra=extra)
+                child.hung = True
+                child.process.kill()
+                return
+
+    def _find_suspects(self, children: list[_Child]) -> None:
+        """Note what dead processes of this machine had in hand, those of earlier supervisors too."""
+        hung = {child.in_hand for child in children if child.hung}
+        try:
+            for path in sorted(self._in_hand.iterdir()):
+                with left_behind(path) as holds:
+                    for hold in holds or ():
+                        self._suspect(hold, path in hung)
+        except (OSError, RuijiError) as error:
+            # The suspects stay in their files until the folder can be written again.
+            logger.warning("cannot note suspects: %s", error, extra={"event": "suspects_wait"})
+        else:
+            self._unread = False
+
+    def _suspect(self, hold: Hold, hung: bool) -> None:
+        plan = open_plan(self._gallery)
+        if plan is None or plan.plan_id != hold.plan:
+            return
+        # Alone, it was decoded already: where it hangs then, disk or device do, which is not its fault.
+        alone = hold.alone and not hung
+        note_deaths(plan, hold.paths, "timeout" if hung else "crashed-worker", alone)
+        extra = {"event": "suspects_found", "images": len(hold.paths), "alone": hold.alone}
+        if len(hold.paths) == 1:
+            extra["path"] = hold.paths[0]
+        logger.warning("images of a dead process run alone next time", extra=extra)
 
     def _end(self, children: list[_Child]) -> None:
         for child in children:

@@ -16,12 +16,13 @@ from redis.exceptions import LockError
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords, renewed
 from pipeline.errors import MachineFault
-from pipeline.plan import Plan, is_closed, library_versions, open_plan, plan_file
+from pipeline.plan import Plan, is_closed, is_plan_id, library_versions, open_plan, plan_file
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.watchdog import advance
 from workers.batching import BatchTask
-from workers.embed import FAILED, LATE, Job, embed_batch
+from workers.embed import FAILED, LATE, Job, embed_guarded
+from workers.in_hand import InHand
 from workers.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def register_embed(
     on_batch: Callable[[list[str]], None],
     on_rest: Callable[[str | None], None],
     stopping: threading.Event,
+    hand: InHand,
     ledger: Ledger,
     decoders: Executor | None = None,
 ) -> None:
@@ -93,6 +95,7 @@ def register_embed(
 
     Args:
         on_batch: told the outcomes of each batch.
+        hand: told what is being worked on.
         decoders: threads that decode ahead of the encoder, where several batches are in hand at once.
     """
     plans = OpenPlan(folder)
@@ -100,15 +103,17 @@ def register_embed(
     def compute(calls: list[tuple[Any, ...]]) -> list[str]:
         outcomes = [LATE] * len(calls)
         by_plan: dict[str, list[int]] = {}
-        for number, (plan_id, _, _) in enumerate(calls):
-            by_plan.setdefault(str(plan_id), []).append(number)
-        for plan_id, numbers in by_plan.items():
+        for number, call in enumerate(calls):
+            if _well_formed(call):
+                by_plan.setdefault(call[0], []).append(number)
+        for plan_id, candidates in by_plan.items():
             plan = plans.get(plan_id)
             if plan is None:
                 continue
             check_versions(plan)
-            jobs = [Job(plan.segments[int(calls[n][1])], str(calls[n][2])) for n in numbers]
-            done = embed_batch(plan, jobs, encoder, media_dir, ledger, decoders)
+            numbers = [n for n in candidates if _segment_exists(plan, calls[n][1])]
+            jobs = [Job(plan.segments[calls[n][1]], calls[n][2]) for n in numbers]
+            done = embed_guarded(plan, jobs, encoder, media_dir, hand, ledger, decoders)
             for number, outcome in zip(numbers, done, strict=True):
                 outcomes[number] = outcome
             _note_failures(client, plan, jobs, [outcomes[n] for n in numbers])
@@ -122,6 +127,21 @@ def register_embed(
     task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
     task.stopping, task.ledger, task._outcomes = stopping, ledger, {}
     app.register_task(task)
+
+
+def _well_formed(call: tuple[Any, ...]) -> bool:
+    """Whether these are the arguments of an embed task; others are dropped, no producer of ours sends them."""
+    if len(call) == 3 and isinstance(call[0], str) and is_plan_id(call[0]) and isinstance(call[2], str):
+        return True
+    logger.warning("task refused: its arguments are wrong", extra={"event": "task_refused"})
+    return False
+
+
+def _segment_exists(plan: Plan, index: object) -> bool:
+    if isinstance(index, int) and 0 <= index < len(plan.segments):
+        return True
+    logger.warning("task refused: the plan has no segment %r", index, extra={"event": "task_refused"})
+    return False
 
 
 def _note_failures(client: redis.Redis, plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
@@ -141,8 +161,8 @@ def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segme
     @app.task(name=REDUCE_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
     def reduce(self: Any, plan_id: str, index: int) -> None:
         try:
-            plan = plans.get(plan_id)
-            if plan is not None:
+            plan = plans.get(plan_id) if is_plan_id(plan_id) else None
+            if plan is not None and _segment_exists(plan, index):
                 reduce_and_advance(app, client, plan, index, window_segments)
         except (MachineFault, redis.RedisError, LockError, OSError) as error:
             logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})

@@ -1,0 +1,167 @@
+"""Decoding one suspect in a disposable child process, with a time and a memory limit.
+
+Only decoding meets what a file says; the model sees pixels of one fixed shape, whatever the file was.
+So the child needs no model, and its pixels are the very ones that an ordinary worker makes.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.broker.embedded import die_with_parent
+from pipeline.errors import ImageError, MachineFault
+from pipeline.model import ModelSpec
+from pipeline.plan import Limits
+
+#: Starting Python and reading one file takes a second; on a busy machine or a slow disk some more.
+_READ_TIMEOUT_S = 120.0
+_MB = 1 << 20
+
+
+class ChildDied(Exception):
+    """The child died or was ended for its time; `reason` is how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_alone(path: Path, spec: ModelSpec, limits: Limits) -> NDArray[np.uint8]:
+    """As `load_pixels`, in a child process of its own.
+
+    Returns:
+        uint8[h, w, c].
+
+    Raises:
+        ImageError: as `load_pixels`; reason `memory` where it took more than the limit.
+        ChildDied: the child crashed, or took longer than the limit.
+        MachineFault: the file could not be read at all.
+    """
+    request = {"path": os.fspath(path), "spec": asdict(spec), "limits": asdict(limits)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "workers.alone"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # So that what `select` sees is all there is.
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.close()
+        reading = time.monotonic() + _READ_TIMEOUT_S
+        started = _line(child.stdout, reading)
+        if not started:
+            why = f"its decoder ended with {child.wait()}" if started is not None else "reading takes too long"
+            raise MachineFault(f"{path} cannot be read: {why}")
+        # The clock of the image starts only now: a slow disk is not its fault.
+        answer = _line(child.stdout, time.monotonic() + limits.max_image_s)
+        if answer is None:
+            raise ChildDied("timeout")
+        if not answer:
+            # The kernel's way of ending what takes too much memory.
+            raise ChildDied("memory" if child.wait() == -signal.SIGKILL else "crashed-worker")
+        value = json.loads(answer)
+        if value.get("fault"):
+            raise MachineFault(value["message"])
+        if "reason" in value:
+            raise ImageError(value["message"], value["reason"])
+        pixels = np.empty(value["shape"], dtype=np.uint8)
+        _fill(pixels.data.cast("B"), child.stdout)
+        return pixels
+    except BrokenPipeError:
+        raise ChildDied("crashed-worker") from None
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def _line(stream: IO[bytes], deadline: float) -> bytes | None:
+    """The next line; empty where the stream has ended, None after the deadline."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        if not selector.select(max(0.0, deadline - time.monotonic())):
+            return None
+    # The child writes its lines whole.
+    return stream.readline()
+
+
+def _fill(view: memoryview, stream: IO[bytes]) -> None:
+    while view:
+        data = stream.read(len(view))
+        if not data:
+            raise ChildDied("crashed-worker")
+        view[: len(data)] = data
+        view = view[len(data) :]
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Let this process take so much more memory than it has now; beyond that `MemoryError` comes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        data_pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except OSError:
+        return  # Not Linux: the time limit and the machine's own memory remain.
+    limit = data_pages * resource.getpagesize() + megabytes * _MB
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _main() -> None:
+    from workers.images import load_pixels
+
+    request = json.loads(sys.stdin.readline())
+    path, limits = Path(request["path"]), Limits(**request["limits"])
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in request["spec"].items()
+    }
+    spec = ModelSpec(**values)
+    out = sys.stdout.buffer
+    _read_through(path)
+    out.write(b"read\n")
+    out.flush()
+    _limit_memory(limits.max_image_mb)
+    try:
+        pixels = load_pixels(path, spec, limits.max_pixels)
+    except ImageError as error:
+        message = str(error)
+        if error.reason == "memory":
+            message = f"decoding it takes more than {limits.max_image_mb} MB of memory"
+        answer: dict[str, object] = {"reason": error.reason, "message": message}
+    except MachineFault as error:
+        answer = {"fault": True, "message": str(error)}
+    else:
+        out.write(json.dumps({"shape": pixels.shape}).encode() + b"\n")
+        out.write(pixels.tobytes())
+        out.flush()
+        return
+    out.write(json.dumps(answer).encode() + b"\n")
+    out.flush()
+
+
+def _read_through(path: Path) -> None:
+    """Bring the file into the page cache, so that no disk is waited for while the image's time runs."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            while file.read(_MB):
+                pass
+    except OSError:
+        return  # `load_pixels` says what is wrong with it.
+
+
+if __name__ == "__main__":
+    _main()

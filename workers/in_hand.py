@@ -1,0 +1,115 @@
+"""What an embed process has in hand, in a host-local file: after its death the suspects are known.
+
+One small write before and after each batch, never fsynced: the file has to outlive the process, not
+the machine. Its first line is JSON; what follows is the rest of longer lines from before.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+#: A batch may take as long as this many of its images, one after the other, would: decoding runs beside it.
+_IMAGES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Some objects that a process works on.
+
+    Attributes:
+        plan: id of their plan.
+        paths: of the objects.
+        alone: whether nothing else can be the reason if the process dies.
+        limit_s: after so long the process hangs.
+    """
+
+    plan: str
+    paths: tuple[str, ...]
+    alone: bool
+    limit_s: float
+
+
+class InHand:
+    """The writing side; without a file it keeps no account."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._file = _locked(path) if path is not None else None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._holds: dict[int, Hold] = {}
+
+    @contextmanager
+    def hold(self, plan: str, paths: Sequence[str], image_s: float, alone: bool = False) -> Iterator[None]:
+        """Tell that these objects are being worked on while the block runs.
+
+        Args:
+            image_s: seconds that one image may take.
+        """
+        if self._file is None:
+            yield
+            return
+        limit_s = image_s * -(-len(paths) // _IMAGES_AT_ONCE)
+        with self._lock:
+            number = next(self._numbers)
+            self._holds[number] = Hold(plan, tuple(paths), alone, limit_s)
+            self._write()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._holds[number]
+                self._write()
+
+    def _write(self) -> None:
+        assert self._file is not None
+        line = json.dumps({number: vars(hold) for number, hold in self._holds.items()}, separators=(",", ":"))
+        os.pwrite(self._file, line.encode() + b"\n", 0)
+
+
+def _locked(path: Path) -> int:
+    """Create and lock the file; the lock ends with the process, however that ends."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        # Somebody took it for a dead process's between the two calls, and removed it.
+        os.close(descriptor)
+
+
+def read_in_hand(path: Path) -> dict[int, Hold]:
+    """What a process has in hand, by a number that is never used again; nothing where the file cannot be read."""
+    try:
+        value = json.loads(path.read_bytes().partition(b"\n")[0])
+        return {int(number): Hold(**{**hold, "paths": tuple(hold["paths"])}) for number, hold in value.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+@contextmanager
+def left_behind(path: Path) -> Iterator[list[Hold] | None]:
+    """What a dead process left in hand; its file goes when the block ends without an exception.
+
+    Yields:
+        None where the process lives, or somebody else is looking.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield None
+    else:
+        yield list(read_in_hand(path).values())
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

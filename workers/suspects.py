@@ -1,0 +1,80 @@
+"""Objects that were in hand when a worker process died, and how often: on disk, for all hosts.
+
+`run/suspects/<plan id>/<sha1 of the path>.json`; the folder goes when the plan is closed.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.errors import GalleryMismatch, ImageError
+from pipeline.plan import Plan, suspects_folder
+from pipeline.store import FORMAT, read_json, to_json, write_atomic
+
+#: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.
+MOST_DEATHS = 3
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One object that may kill its worker.
+
+    Attributes:
+        reason: how the last process died: `crashed-worker`, `memory` or `timeout`.
+    """
+
+    path: str
+    deaths: int
+    reason: str
+
+    def failure(self, plan: Plan) -> ImageError:
+        """What the object fails with after the last death."""
+        words = {
+            "timeout": f"decoding it takes longer than {plan.limits.max_image_s} s",
+            "memory": f"decoding it takes more than {plan.limits.max_image_mb} MB of memory",
+        }
+        return ImageError(words.get(self.reason, "it ended every process that worked on it"), self.reason, self.deaths)
+
+
+def suspect_names(plan: Plan) -> frozenset[str]:
+    """Names of the plan's suspects; one call to the file system, and empty nearly always."""
+    try:
+        return frozenset(os.listdir(suspects_folder(plan.folder, plan.plan_id)))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def suspect_name(path: str) -> str:
+    """The file name of an object's suspicion."""
+    return hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest() + ".json"
+
+
+def read_suspect(plan: Plan, path: str) -> Suspect:
+    """The suspicion as it stands; a damaged or missing file counts one death."""
+    try:
+        value = read_json(suspects_folder(plan.folder, plan.plan_id) / suspect_name(path))
+        return Suspect(path, int(value["deaths"]), str(value["reason"]))
+    except (FileNotFoundError, GalleryMismatch, KeyError, ValueError):
+        return Suspect(path, 1, "crashed-worker")
+
+
+def note_deaths(plan: Plan, paths: Iterable[str], reason: str, alone: bool) -> None:
+    """Suspect objects that were in hand when a process died.
+
+    Only a death with nothing else in hand counts beyond the first: no object is blamed for its batch mates.
+
+    Raises:
+        MachineFault: the folder cannot be written.
+    """
+    known = suspect_names(plan)
+    for path in paths:
+        before = read_suspect(plan, path).deaths if suspect_name(path) in known else 0
+        deaths = before + 1 if alone else max(before, 1)
+        value = {"format": FORMAT, "path": path, "deaths": deaths, "reason": reason}
+        write_atomic(suspects_folder(plan.folder, plan.plan_id) / suspect_name(path), [to_json(value)])
+
+
+def clear(plan: Plan, path: str) -> None:
+    """The object is through: nothing is held against it."""
+    (suspects_folder(plan.folder, plan.plan_id) / suspect_name(path)).unlink(missing_ok=True)
