@@ -21,6 +21,7 @@ class Role(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(worker)
+    app.command()(doctor)
     app.command("worker-process", hidden=True)(worker_process)
 
 
@@ -45,6 +46,7 @@ def worker(
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
     from pipeline.errors import UsageError
     from pipeline.logs import set_up
+    from pipeline.store import gallery_folder
     from workers.supervisor import Supervisor
 
     set_up(log_format)
@@ -73,7 +75,38 @@ def worker(
     for name, value in (("RUIJI_BATCH_IMAGES", batch_images), ("RUIJI_GPU_MEMORY_MB", gpu_memory_mb)):
         if value is not None:
             environment[name] = str(value)
-    raise typer.Exit(Supervisor(roles, environment).run())
+    raise typer.Exit(
+        Supervisor(roles, environment, gallery_folder(feature_dir, model), settings.state_folder(state_dir)).run()
+    )
+
+
+def doctor(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    redis_url: settings.RedisUrl = None,
+    redis_password_file: settings.RedisPasswordFile = None,
+    device: settings.WorkerDevice = Device.auto,
+    state_dir: settings.StateDir = None,
+) -> None:
+    """Examine Redis, folders, device, libraries and a sample of features; exit code 1: unfit, 4: features disagree."""
+    from pipeline.errors import GalleryMismatch, RuijiError, UsageError
+    from pipeline.logs import set_up
+    from workers.doctor import examine
+
+    set_up("text")
+    try:
+        url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
+    except UsageError:
+        if redis_url is not None:
+            raise
+        url = None
+    states = set()
+    for check in examine(media_dir, feature_dir, model, url, device.value):
+        print(check, flush=True)
+        states.add(check.state)
+    code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
+    raise typer.Exit(code)
 
 
 def _uses_cuda(device: Device) -> bool:
@@ -98,6 +131,7 @@ def worker_process(
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
+    in_hand: settings.InHandFile = None,
     log_format: settings.LogFormatOption = settings.LogFormat.text,
 ) -> None:
     """One process of `ruiji worker`, which starts it with its settings in the environment."""
@@ -119,5 +153,6 @@ def worker_process(
         window_segments=window_segments,
         visibility_timeout_s=visibility_timeout_s,
         stall_timeout_s=stall_timeout_s,
+        in_hand=in_hand,
     )
     raise typer.Exit(status)

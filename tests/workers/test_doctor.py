@@ -1,0 +1,100 @@
+"""The doctor's checks, on things that are well and on things made ill."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.broker.app import connect
+from pipeline.model import load_model
+from pipeline.plan import Plan, close_plan
+from pipeline.reduce import reduce_segment
+from tests.factories import picture
+from tests.pipeline.galleries import new_plan
+from workers.doctor import Check, examine
+from workers.embed import Job, embed_batch
+from workers.encoder import Encoder
+
+
+@pytest.fixture
+def plan(tmp_path: Path, model_path: Path) -> Plan:
+    """A finished gallery of ten objects."""
+    plan = new_plan(tmp_path, model_path, 10)
+    encoder = Encoder(load_model(model_path), "cpu")
+    for segment in plan.segments:
+        embed_batch(plan, [Job(segment, path) for path in plan.paths(segment)], encoder, tmp_path / "media")
+        reduce_segment(plan, segment, lambda: None)
+    close_plan(plan)
+    return plan
+
+
+def look(tmp_path: Path, model_path: Path, url: str | None) -> dict[str, Check]:
+    checks = examine(tmp_path / "media", tmp_path / "features", model_path, url, "cpu")
+    return {check.name: check for check in checks}
+
+
+def test_where_all_is_well_it_says_so(tmp_path: Path, model_path: Path, plan: Plan, redis_url: str) -> None:
+    checks = look(tmp_path, model_path, redis_url)
+    assert {check.state for check in checks.values()} == {"ok"}
+    assert set(checks) == {"redis", "media", "folder", "model", "space", "libraries", "device", "features"}
+    assert "10 objects embedded again, cosine at least 1.0000000" in checks["features"].detail
+    assert "cpu" in checks["device"].detail
+    assert redis_url.partition("@")[0].rpartition(":")[2] not in str(checks["redis"])
+
+
+def test_a_redis_that_forgets_is_reported(tmp_path: Path, model_path: Path, redis_url: str) -> None:
+    client = connect(redis_url)
+    client.config_set("appendonly", "no")
+    client.config_set("maxmemory", "100mb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        check = look(tmp_path, model_path, redis_url)["redis"]
+    finally:
+        client.config_set("maxmemory", "0")
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("appendonly", "yes")
+    assert check.state == "warn"
+    assert "append-only" in check.detail and "noeviction" in check.detail and "password" not in check.detail
+    assert look(tmp_path, model_path, None)["redis"].state == "bad"
+    assert look(tmp_path, model_path, "redis://:sesame@127.0.0.1:1/0")["redis"].state == "bad"
+
+
+def test_another_picture_under_an_old_id_is_noticed(
+    tmp_path: Path, model_path: Path, plan: Plan, redis_url: str
+) -> None:
+    path = plan.paths(plan.segments[0])[0]
+    picture(tmp_path / "media" / path, seed=1234)
+    check = look(tmp_path, model_path, redis_url)["features"]
+    assert check.state == "wrong"
+    assert path in check.detail
+
+
+def test_folders_that_are_not_there_or_damaged(tmp_path: Path, model_path: Path, plan: Plan, redis_url: str) -> None:
+    for file in (tmp_path / "media").rglob("*.png"):
+        file.unlink()
+    assert look(tmp_path, model_path, redis_url)["features"].state == "warn", "nothing to compare"
+    (tmp_path / "media").rename(tmp_path / "away")
+    assert look(tmp_path, model_path, redis_url)["media"].state == "bad"
+    np.save(plan.folder / "0000.features.npy", np.zeros(3))
+    assert look(tmp_path, model_path, redis_url)["features"].state in ("bad", "warn")
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, model_path: Path, redis_url: str) -> None:
+    (tmp_path / "features").write_text("in the way")
+    assert look(tmp_path, model_path, redis_url)["folder"].state == "bad"
+
+
+def test_a_disk_too_small_for_the_open_plan(tmp_path: Path, model_path: Path, redis_url: str) -> None:
+    import os
+
+    if os.geteuid() != 0:
+        pytest.skip("mounts a small tmpfs, which only root may")
+    (tmp_path / "features").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path / "features")]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        new_plan(tmp_path, model_path, 40, shard_rows=40)
+        assert look(tmp_path, model_path, redis_url)["space"].state == "bad"
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "features")], check=True)

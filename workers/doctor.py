@@ -1,0 +1,238 @@
+"""The doctor: whether this machine can do its part, and whether its features agree with the gallery's."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import redis
+
+from pipeline.broker.app import connect, public_url
+from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt
+from pipeline.model import Model, load_model
+from pipeline.objects import read_lines
+from pipeline.plan import library_versions, open_plan
+from pipeline.settings import WINDOW_SEGMENTS
+from pipeline.status import StatusReader
+from pipeline.store import (
+    TEMPORARY_PREFIX,
+    gallery_folder,
+    read_gallery,
+    read_record,
+    recorded_shards,
+    shard_file,
+    sync_folder,
+    write_atomic,
+)
+from workers.encoder import Encoder
+from workers.images import load_pixels
+
+#: Rows that are embedded again, spread over the gallery.
+SAMPLE_ROWS = 12
+#: The same libraries on the same device give the same bits; others must come this close.
+LEAST_COSINE = 0.99999
+#: Between a CPU and a GPU, or two GPUs.
+LEAST_COSINE_CUDA = 0.9999
+_OLDEST_REDIS = (6, 2)
+#: Smallest unit in which most file systems give out space.
+_BLOCK_BYTES = 4096
+_CLOCK_TOLERANCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one look found: `ok`, `warn` (works, but not as it should), `bad` or `wrong` (features disagree)."""
+
+    state: str
+    name: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.state:<5} {self.name:<10} {self.detail}"
+
+
+def examine(
+    media_dir: Path, feature_dir: Path, model_path: Path, redis_url: str | None, device: str
+) -> Iterator[Check]:
+    """Look at everything a run needs, one check after the other; a problem ends its check, not the doctor.
+
+    Args:
+        redis_url: None where no Redis is set or running.
+    """
+    yield _redis(redis_url)
+    yield _media(media_dir)
+    folder = gallery_folder(feature_dir, model_path)
+    yield _atomic(folder)
+    try:
+        model = load_model(model_path)
+    except RuijiError as error:
+        yield Check("bad", "model", str(error))
+        return
+    yield Check("ok", "model", f"{model_path.name}, d = {model.spec.length}, fingerprint {model.fingerprint[:12]}")
+    yield _space(folder, model)
+    yield _versions(folder)
+    try:
+        encoder = Encoder(model, device)
+    except RuijiError as error:
+        yield Check("bad", "device", str(error))
+        return
+    yield Check("ok", "device", f"{encoder.device} (asked for: {device})")
+    try:
+        yield _sample(folder, media_dir, encoder)
+    except (RuijiError, OSError, ValueError) as error:
+        yield Check("bad", "features", f"cannot be compared: {error}; see ruiji verify")
+
+
+def _redis(url: str | None) -> Check:
+    if url is None:
+        return Check("bad", "redis", "none is set or running; start one with ruiji redis, or set RUIJI_REDIS_URL")
+    try:
+        client = connect(url)
+        info = client.info()
+        seconds, micros = client.time()
+    except (RuijiError, redis.RedisError) as error:
+        return Check("bad", "redis", str(error))
+    problems = []
+    version = str(info["redis_version"])
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_REDIS:
+        problems.append("it is older than 6.2")
+    if not info.get("aof_enabled"):
+        problems.append("it keeps no append-only file: set appendonly yes, or a restart costs what was in flight")
+    if info.get("aof_last_write_status", "ok") != "ok":
+        problems.append("it cannot write its append-only file: is its disk full?")
+    if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+        problems.append("it drops messages when its memory is full: set maxmemory-policy noeviction")
+    if _answers_without_password(url):
+        problems.append("it answers without a password: set requirepass")
+    ahead = time.time() - (seconds + micros / 1e6)
+    if abs(ahead) > _CLOCK_TOLERANCE_S:
+        problems.append(f"this machine's clock differs from its by {ahead:+.0f} s: work may be done twice, or late")
+    where = f"{public_url(url)}, {version}"
+    return Check("warn", "redis", f"{where}: {'; '.join(problems)}") if problems else Check("ok", "redis", where)
+
+
+def _answers_without_password(url: str) -> bool:
+    try:
+        redis.Redis.from_url(public_url(url), socket_connect_timeout=5).ping()
+    except redis.RedisError:
+        return False
+    return True
+
+
+def _media(media_dir: Path) -> Check:
+    try:
+        with os.scandir(media_dir) as entries:
+            empty = next(entries, None) is None
+    except OSError as error:
+        return Check("bad", "media", f"{media_dir} cannot be read: {error.strerror}")
+    if empty:
+        return Check("bad", "media", f"{media_dir} is empty; is it mounted?")
+    return Check("ok", "media", str(media_dir))
+
+
+def _atomic(folder: Path) -> Check:
+    """Whether a file can be renamed over another, and linked so that the first wins, where the gallery is or comes."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=f"{TEMPORARY_PREFIX}doctor-") as name:
+            file = Path(name, "x")
+            write_atomic(file, [b"1"], sync=True)
+            write_atomic(file, [b"2"], sync=True)
+            sync_folder(file.parent)
+            again = write_atomic(file, [b"3"], exclusive=True)
+            if again or file.read_bytes() != b"2" or os.listdir(name) != ["x"]:
+                return Check(
+                    "bad", "folder", f"{place} does not keep what is renamed or linked; use another file system"
+                )
+    except (RuijiError, OSError) as error:
+        return Check("bad", "folder", f"{place} cannot be written as it must be: {error}")
+    return Check("ok", "folder", f"{place}: written, renamed and linked atomically, synced")
+
+
+def _space(folder: Path, model: Model) -> Check:
+    try:
+        status = StatusReader(folder, None).read()
+        left = status.running + status.pending
+    except RuijiError:
+        left = 0  # Nothing was enqueued yet.
+    plan = open_plan(folder)
+    row = 4 * model.spec.length
+    flying = min(left, WINDOW_SEGMENTS * plan.shard_rows) if plan is not None else 0
+    if plan is not None and plan.keep_features:
+        flying = left
+    need = left * row + flying * -(-(row + 128) // _BLOCK_BYTES) * _BLOCK_BYTES
+    place = folder
+    while not place.exists():
+        place = place.parent
+    stat = os.statvfs(place)
+    free = stat.f_bavail * stat.f_frsize
+    detail = f"{free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB needed for {left} objects"
+    if stat.f_files and stat.f_favail < flying:
+        return Check("bad", "space", f"{detail}; {stat.f_favail} files can be made, {flying} are needed at once")
+    return Check("ok" if free > need else "bad", "space", detail)
+
+
+def _versions(folder: Path) -> Check:
+    ours = library_versions()
+    told = ", ".join(f"{name} {version}" for name, version in sorted(ours.items()))
+    plan = open_plan(folder)
+    if plan is not None and plan.versions != ours:
+        return Check(
+            "bad", "libraries", f"{told}; the open plan wants {plan.versions}: this machine takes none of its tasks"
+        )
+    shards = recorded_shards(folder)
+    if shards and (made := read_record(folder, shards[-1]).versions) != ours:
+        return Check("warn", "libraries", f"{told}; the latest shard was made with {made}")
+    return Check("ok", "libraries", told)
+
+
+def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
+    gallery = read_gallery(folder)
+    shards = [shard for shard in recorded_shards(folder) if read_record(folder, shard).rows] if gallery else []
+    if gallery is None or not shards:
+        return Check("ok", "features", "no shard yet to compare with")
+    if gallery.fingerprint != encoder.model.fingerprint:
+        raise GalleryMismatch("the gallery belongs to another model")
+    worst, where, compared, skipped = 1.0, "", 0, 0
+    for shard, row in _spread(folder, shards):
+        features = np.load(shard_file(folder, shard, "features.npy"), mmap_mode="r", allow_pickle=False)
+        if features.shape != (read_record(folder, shard).rows, encoder.model.spec.length):
+            raise ShardCorrupt(f"shard {shard:04d} has the shape {list(features.shape)}, not as recorded")
+        stored = features[row]
+        path = list(read_lines(shard_file(folder, shard, "paths.txt")))[row]
+        try:
+            pixels = load_pixels(media_dir / path, encoder.model.spec, max_pixels=1 << 62)
+        except ImageError:
+            skipped += 1
+            continue
+        cosine = _cosine(encoder.encode(pixels[np.newaxis])[0], stored)
+        compared += 1
+        if cosine < worst or not where:
+            worst, where = cosine, path
+    least = LEAST_COSINE if encoder.device == "cpu" else LEAST_COSINE_CUDA
+    detail = f"{compared} objects embedded again, cosine at least {worst:.7f}"
+    detail += f", {skipped} images are gone" if skipped else ""
+    if compared and not worst >= least:
+        return Check("wrong", "features", f"{detail} ({where}): another picture, or other libraries than the gallery's")
+    return Check("ok" if compared else "warn", "features", detail)
+
+
+def _spread(folder: Path, shards: list[int]) -> Iterator[tuple[int, int]]:
+    """(shard, row) of rows spread evenly over the gallery."""
+    chosen = [shards[n * len(shards) // SAMPLE_ROWS] for n in range(SAMPLE_ROWS)]
+    for shard in dict.fromkeys(chosen):
+        rows, count = read_record(folder, shard).rows, chosen.count(shard)
+        for row in sorted({n * rows // count for n in range(count)}):
+            yield shard, row
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    norms = float(np.linalg.norm(left) * np.linalg.norm(right))
+    # Two zero features agree; one alone does not.
+    return float(left @ right) / norms if norms else float(not left.any() and not right.any())
