@@ -70,6 +70,9 @@ class Watchdog(threading.Thread):
         chords = Chords(self._client, plan)
         if not chords.known():
             logger.warning("Redis does not know the open plan; publishing it anew", extra={"event": "plan_rebuilt"})
+        if ahead := chords.settle_clocks():
+            extra = {"event": "clock_ahead", "messages": ahead}
+            logger.warning("a host's clock is ahead of Redis': its messages' stamps were set back", extra=extra)
         # Also right where nothing is wrong: it arms what is missing from the window.
         if advance(self._app, self._client, plan, self._window):
             return

@@ -18,6 +18,8 @@ from pipeline.plan import Plan, Segment
 
 #: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
 _CHORD_ENDINGS = ("j", "d", "t", "s", "c")
+#: Clocks of hosts differ by less, where they are set by the network.
+_CLOCK_TOLERANCE_S = 5.0
 #: Longer than a segment may wait for its first member.
 _KEEP_S = 14 * 24 * 3600
 
@@ -116,6 +118,23 @@ class Chords:
     def in_hand(self) -> int:
         """Messages that workers hold."""
         return int(self.client.hlen(unacked_keys(self._plan.gallery_id)["unacked_key"]))
+
+    def settle_clocks(self) -> int:
+        """Set stamps from the future to now, so that a host whose clock is ahead keeps no message for longer.
+
+        kombu compares the stamp of a message in hand, made by the clock of the host that fetched it, with the
+        clock of the host that looks for dead workers' messages; live workers renew theirs.
+
+        Returns:
+            How many stamps were set back.
+        """
+        index = unacked_keys(self._plan.gallery_id)["unacked_index_key"]
+        seconds, micros = self.client.time()
+        now = seconds + micros / 1e6
+        ahead = self.client.zrangebyscore(index, now + _CLOCK_TOLERANCE_S, "+inf")
+        if ahead:
+            self.client.zadd(index, {str(tag): now for tag in ahead}, xx=True)
+        return len(ahead)
 
     def queued_segments(self) -> set[int]:
         """Segments of which any message, embed or reduce, is queued or held by a worker.
