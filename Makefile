@@ -13,7 +13,7 @@ RUIJI = .venv/bin/ruiji
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint types format redis list enqueue worker status search run lock clean up down logs
+.PHONY: help setup demo test test-all chaos bench audit lint types format redis list enqueue worker status search run lock clean up down logs
 
 help: ## Explain the targets
 	@echo "ruiji: from a sorted list of images to ranked look-alikes. Settings come from options, RUIJI_* variables, .env"
@@ -62,10 +62,17 @@ demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis a
 	@.venv/bin/python -m examples.digits.demo
 
 test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying so
-	$(PYTEST) -m "not slow and not compose" $(ARGS)
+	$(PYTEST) -m "not slow and not compose and not chaos" $(ARGS)
 
-test-all: .venv/torch ## All tests that can run here, torch and shipped timeouts included
-	$(PYTEST) -m "not compose" $(ARGS)
+test-all: .venv/torch ## All tests that can run here, torch included; see  make chaos  for the long ones
+	$(PYTEST) -m "not compose and not chaos" $(ARGS)
+
+chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
+	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos $(ARGS)
+
+audit: .venv/dev ## Compare the locks with the published advisories (needs the network)
+	@$(PIP) install pip-audit
+	.venv/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
 
 bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one part; docs/performance.md)
 	.venv/bin/python -m benchmarks.extraction $(PART)

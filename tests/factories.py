@@ -115,7 +115,7 @@ class Ruiji:
         }
 
     def __call__(
-        self, *arguments: str, code: int | None = 0, stdin: str | None = None
+        self, *arguments: str, code: int | None = 0, stdin: str | None = None, timeout_s: float = 240
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end and check its exit code."""
         done = subprocess.run(
@@ -125,7 +125,7 @@ class Ruiji:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=timeout_s,
         )
         assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
