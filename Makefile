@@ -70,9 +70,10 @@ test-all: .venv/torch ## All tests that can run here, torch included; see  make 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
 	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos $(ARGS)
 
-audit: .venv/dev ## Compare the locks with the published advisories (needs the network)
-	@$(PIP) install pip-audit
-	.venv/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
+audit: .venv/made ## Compare a lock with the published advisories (needs the network)
+	@.venv/bin/python -m venv build/audit
+	@build/audit/bin/python -m pip -q install pip-audit
+	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
 
 bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one part; docs/performance.md)
 	.venv/bin/python -m benchmarks.extraction $(PART)
