@@ -48,8 +48,8 @@ def main() -> None:
 
 @app.command("list")
 def list_objects(
-    folder: Annotated[Path, typer.Argument(help="The media folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write.  [default: DIR/objects.txt]")] = None,
+    folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", help="The media folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write.  [default: FOLDER/objects.txt]")] = None,
 ) -> None:
     """Write the sorted object list of all images below a folder."""
     from pipeline.objects import write_list

@@ -9,7 +9,7 @@ import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import typer
 
@@ -29,6 +29,13 @@ class ObjectIds(StrEnum):
 
     basename = "basename"
     path = "path"
+
+
+class WhenNoSlot(StrEnum):
+    """What a worker does that finds no free GPU slot."""
+
+    wait = "wait"
+    exit = "exit"
 
 
 class LogFormat(StrEnum):
@@ -189,7 +196,18 @@ GpuMemory = Annotated[
     ),
 ]
 Threads = Annotated[
-    int, typer.Option("--threads", envvar="RUIJI_THREADS", min=1, help="Set by ruiji worker for its processes.")
+    int | None,
+    typer.Option(
+        "--threads", envvar="RUIJI_THREADS", min=1, help="CPU threads of one process.  [default: cores / processes]"
+    ),
+]
+SlotsPerDevice = Annotated[
+    int,
+    typer.Option("--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, help="Workers a GPU."),
+]
+NoSlot = Annotated[
+    WhenNoSlot,
+    typer.Option("--no-slot", envvar="RUIJI_NO_SLOT", help="Where all GPU slots are taken: wait for one, or exit."),
 ]
 InHandFile = Annotated[
     Path | None, typer.Option("--in-hand", envvar="RUIJI_IN_HAND", help="Set by ruiji worker for its processes.")
@@ -236,6 +254,8 @@ MAX_IMAGE_S = 60
 MAX_IMAGE_MB = 2048
 #: Live workers renew their claims every few seconds, so this only has to outlast a pause, not a batch.
 VISIBILITY_TIMEOUT_S = 60
+#: One worker with large batches keeps a GPU busy; more pay where decoding is the limit.
+SLOTS_PER_DEVICE = 1
 #: Looking for lost tasks reads the whole queue; 30 s without any progress is rare enough.
 STALL_TIMEOUT_S = 30
 
@@ -269,9 +289,13 @@ def redis_url_file(state_dir: Path | None) -> Path:
 def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_dir: Path | None) -> str:
     """The Redis to use: the given one, else the embedded one that is running.
 
+    A `rediss://` URL may name the CA that signed the server's certificate, as redis-py, kombu and Celery
+    spell it: `?ssl_ca_certs=FILE`; without it the system's CAs count. The certificate is always checked,
+    unless the URL says `ssl_cert_reqs=none`.
+
     Raises:
         UsageError: none is given and none was started, the URL has another scheme, or the password
-            file cannot be read.
+            file or the CA's file cannot be read.
     """
     if redis_url is None:
         try:
@@ -283,10 +307,21 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
     parts = urlsplit(redis_url)
     if parts.scheme not in ("redis", "rediss") or not parts.netloc:
         raise UsageError("--redis-url must be redis://HOST:PORT/DB or rediss://…")
+    if parts.scheme == "rediss":
+        parts = parts._replace(query=_tls_query(parts.query))
     if password_file is not None and "@" not in parts.netloc:
         try:
             password = password_file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UsageError(f"cannot read the password file {password_file}: {error.strerror}") from None
-        return urlunsplit(parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}"))
-    return redis_url
+        parts = parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}")
+    return urlunsplit(parts)
+
+
+def _tls_query(query: str) -> str:
+    options = dict(parse_qsl(query))
+    ca_file = options.get("ssl_ca_certs")
+    if ca_file is not None and not os.access(ca_file, os.R_OK):
+        raise UsageError(f"cannot read {ca_file}, the CA that the Redis URL names with ssl_ca_certs")
+    # Celery's backend asks for it by name.
+    return urlencode({"ssl_cert_reqs": "required", **options}, safe="/")

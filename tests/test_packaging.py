@@ -1,5 +1,7 @@
 """What a new user types is there: variables, make targets, compose files, locks."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Set by `ruiji worker` for its own processes only.
-INTERNAL = {"RUIJI_THREADS"}
+INTERNAL = {"RUIJI_IN_HAND"}
 
 
 def test_the_example_environment_names_every_variable_and_no_other() -> None:
@@ -39,11 +41,26 @@ def test_locks_have_hashes_no_torch_and_one_runtime(lock: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker command line")
-@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"]])
-def test_compose_accepts_the_files(files: list[str]) -> None:
-    command = ["docker", "compose", *(part for name in files for part in ("-f", name)), "--profile", "cli", "config"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("profile", ["", "cli"])
+@pytest.mark.parametrize("hosts", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, hosts: bool, profile: str) -> None:
+    files = ["docker-compose.yml", *["docker-compose.gpu.yml"] * gpu, *["docker-compose.hosts.yml"] * hosts]
+    settings = {
+        name: f"/somewhere/{name}" for name in ("RUIJI_MEDIA_DIR", "RUIJI_FEATURE_DIR", "RUIJI_MODEL", "MODEL_DIR")
+    }
+    settings |= {"COMPOSE_FILE": ":".join(files), "COMPOSE_PROFILES": profile, "REDIS_HOST": "gpu-a"}
+    command = ["docker", "compose", "config", "--format", "json"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **settings})
     if "unknown" in answer.stderr or "is not a docker command" in answer.stderr:
         pytest.skip("this docker has no compose")
     assert answer.returncode == 0, answer.stderr
-    assert "published" not in answer.stdout, "nothing is published to the network"
+    services = json.loads(answer.stdout)["services"]
+    assert set(services) == {"redis", "worker", "reducer"} | ({"cli", "list"} if profile else set())
+    assert {name for name, service in services.items() if "ports" in service} == ({"redis"} if hosts else set())
+    assert ("deploy" in services["worker"]) == gpu
+    for name, service in services.items():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+        if name != "redis":
+            assert service["user"] == "1000:1000"
+            assert service["image"] == ("ruiji:gpu" if gpu else "ruiji:cpu")

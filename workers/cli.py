@@ -1,13 +1,14 @@
 """`ruiji worker`: the processes that embed and reduce."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from pipeline import settings
-from pipeline.settings import Device, TransportKind
+from pipeline.settings import Device, TransportKind, WhenNoSlot
 
 
 class Role(StrEnum):
@@ -37,6 +38,9 @@ def worker(
     batch_images: settings.BatchImages = None,
     gpu_memory_mb: settings.GpuMemory = None,
     transport: settings.Transport = TransportKind.fast,
+    threads: settings.Threads = None,
+    slots_per_device: settings.SlotsPerDevice = settings.SLOTS_PER_DEVICE,
+    no_slot: settings.NoSlot = WhenNoSlot.wait,
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
@@ -47,16 +51,18 @@ def worker(
     from pipeline.errors import UsageError
     from pipeline.logs import set_up
     from pipeline.store import gallery_folder
+    from workers.slots import one_device
     from workers.supervisor import Supervisor
 
     set_up(log_format)
     if not media_dir.is_dir():
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
-    if not model.is_file():
-        raise UsageError(f"no model at {model}; give an .onnx file with --model or RUIJI_MODEL")
+    if not os.access(model, os.R_OK):
+        raise UsageError(f"no model at {model} that may be read; give an .onnx file with --model or RUIJI_MODEL")
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     cores = len(os.sched_getaffinity(0))
-    embed_processes = processes or (1 if _uses_cuda(device) else cores)
+    cuda = role is not Role.reduce and _uses_cuda(device)
+    embed_processes = processes or (1 if cuda else cores)
     roles = ["embed"] * embed_processes if role is not Role.reduce else []
     roles += ["reduce"] if role is not Role.embed else []
     environment = {
@@ -70,14 +76,18 @@ def worker(
         "RUIJI_VISIBILITY_TIMEOUT_S": str(visibility_timeout_s),
         "RUIJI_STALL_TIMEOUT_S": str(stall_timeout_s),
         "RUIJI_LOG_FORMAT": log_format.value,
-        "RUIJI_THREADS": str(max(1, cores // embed_processes)),
+        "RUIJI_THREADS": str(threads or max(1, cores // embed_processes)),
+        "RUIJI_STATE_DIR": str(settings.state_folder(state_dir)),
     }
     for name, value in (("RUIJI_BATCH_IMAGES", batch_images), ("RUIJI_GPU_MEMORY_MB", gpu_memory_mb)):
         if value is not None:
             environment[name] = str(value)
-    raise typer.Exit(
-        Supervisor(roles, environment, gallery_folder(feature_dir, model), settings.state_folder(state_dir)).run()
-    )
+    pinned: AbstractContextManager[dict[str, str]] = nullcontext({})
+    if cuda:
+        pinned = one_device(url, slots_per_device, wait=no_slot is WhenNoSlot.wait)
+    folder, state = gallery_folder(feature_dir, model), settings.state_folder(state_dir)
+    with pinned as shown:
+        raise typer.Exit(Supervisor(roles, environment | shown, folder, state).run())
 
 
 def doctor(
@@ -123,7 +133,7 @@ def worker_process(
     model: settings.ModelFile,
     redis_url: settings.RedisUrl,
     role: Annotated[Role, typer.Option()],
-    threads: settings.Threads,
+    threads: settings.Threads = None,
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
     gpu_memory_mb: settings.GpuMemory = None,
@@ -132,6 +142,7 @@ def worker_process(
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
     in_hand: settings.InHandFile = None,
+    state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = settings.LogFormat.text,
 ) -> None:
     """One process of `ruiji worker`, which starts it with its settings in the environment."""
@@ -146,7 +157,7 @@ def worker_process(
         model,
         settings.resolve_redis_url(redis_url, None, None),
         device=device.value,
-        threads=threads,
+        threads=threads or 1,
         batch_images=batch_images,
         gpu_memory_mb=gpu_memory_mb,
         transport=transport.value,
@@ -154,5 +165,6 @@ def worker_process(
         visibility_timeout_s=visibility_timeout_s,
         stall_timeout_s=stall_timeout_s,
         in_hand=in_hand,
+        state_dir=settings.state_folder(state_dir),
     )
     raise typer.Exit(status)

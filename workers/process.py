@@ -24,6 +24,7 @@ from pipeline.watchdog import Watchdog
 from workers.embed import DONE, FAILED
 from workers.in_hand import InHand
 from workers.ledger import STAGES, Ledger
+from workers.readiness import Readiness
 from workers.tasks import register_embed, register_reduce
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,18 @@ class Heartbeat(threading.Thread):
     """Tells Redis how this process is doing, and that it is alive, so that its messages stay its own."""
 
     def __init__(
-        self, client: redis.Redis, gallery_id: str, role: str, visibility_timeout_s: int, ledger: Ledger
+        self,
+        client: redis.Redis,
+        gallery_id: str,
+        role: str,
+        visibility_timeout_s: int,
+        ledger: Ledger,
+        ready: Readiness,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._client = client
         self._ledger = ledger
+        self._ready = ready
         self._key = f"ruiji:{gallery_id}:worker:{socket.gethostname()}:{os.getpid()}"
         self._unacked_index = unacked_keys(gallery_id)["unacked_index_key"]
         self._renew_s = visibility_timeout_s / 4
@@ -82,6 +90,8 @@ class Heartbeat(threading.Thread):
             images, beaten = self._state["images"], now
             try:
                 self._client.set(self._key, json.dumps(self._state), ex=int(5 * _HEARTBEAT_S))
+                if self._state["state"] == "working":
+                    self._ready.tell()
                 if now - renewed >= self._renew_s:
                     self._renew_claims()
                     renewed = now
@@ -98,11 +108,12 @@ class Heartbeat(threading.Thread):
     def leave(self) -> None:
         """Take the process off the list."""
         self.stopping.set()
+        self._ready.leave()
         with contextlib.suppress(redis.RedisError):
             self._client.delete(self._key)
 
 
-def wait_for_gallery(folder: Path) -> GalleryInfo:
+def wait_for_gallery(folder: Path, client: redis.Redis, ready: Readiness) -> GalleryInfo:
     """The gallery that a worker works for; waits until the first `ruiji enqueue` made it."""
     told = False
     while (gallery := read_gallery(folder)) is None:
@@ -110,6 +121,9 @@ def wait_for_gallery(folder: Path) -> GalleryInfo:
             extra = {"event": "waiting_for_gallery", "folder": str(folder)}
             logger.info("nothing was enqueued yet; waiting for ruiji enqueue", extra=extra)
             told = True
+        with contextlib.suppress(redis.RedisError):
+            client.ping()
+            ready.tell()
         time.sleep(1)
     return gallery
 
@@ -130,6 +144,7 @@ def run_process(
     visibility_timeout_s: int,
     stall_timeout_s: int,
     in_hand: Path | None,
+    state_dir: Path,
 ) -> int:
     """Work until told to stop (SIGTERM: what is in hand is finished first); returns the exit status.
 
@@ -142,7 +157,8 @@ def run_process(
     """
     client = connect(redis_url)
     folder = gallery_folder(feature_dir, model_path)
-    gallery = wait_for_gallery(folder)
+    ready = Readiness(state_dir)
+    gallery = wait_for_gallery(folder, client, ready)
     encoder = None
     if role == "embed":
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
@@ -166,7 +182,7 @@ def run_process(
         transport=transport,
     )
     ledger = Ledger()
-    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s, ledger)
+    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s, ledger, ready)
     watchdog = None
     if encoder is not None:
         heartbeat.set(device=encoder.device)
@@ -191,7 +207,7 @@ def run_process(
         watchdog = Watchdog(app, client, folder, window_segments, stall_timeout_s)
 
     @signals.worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
-    def ready(sender: Any, **_: Any) -> None:
+    def started(sender: Any, **_: Any) -> None:
         heartbeat.attach(sender)
         heartbeat.start()
         if watchdog is not None:

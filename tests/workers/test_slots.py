@@ -1,0 +1,125 @@
+"""GPU slots, with pretended devices: a real Redis, real workers, and an `nvidia-smi` that names devices."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from pipeline.broker.app import connect
+from pipeline.errors import NoFreeSlot, UsageError
+from tests.factories import Ruiji, wait_until
+from workers.slots import LEASE_S, cuda_devices, device_slot
+
+DEVICES = ["GPU-aaaa", "GPU-bbbb"]
+
+
+def pretend_devices(folder: Path, script: str = "printf 'GPU-aaaa\\nGPU-bbbb\\n'") -> None:
+    """Put an `nvidia-smi` into a folder, to be found first on the PATH."""
+    folder.mkdir(exist_ok=True)
+    command = folder / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+
+
+@pytest.fixture
+def client(redis_url: str) -> redis.Redis:
+    return connect(redis_url)
+
+
+@pytest.fixture
+def gpu_worker(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> Ruiji:
+    """Workers that see two devices. They wait for their first enqueue, which is before the model is loaded."""
+    pretend_devices(tmp_path / "bin")
+    ruiji.media.mkdir()
+    ruiji.environment = {
+        "RUIJI_REDIS_URL": redis_url,
+        "RUIJI_DEVICE": "cuda",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    return ruiji
+
+
+def shown_devices() -> Counter[str]:
+    """What the embed processes of this test's workers see, by device."""
+    seen: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "worker-process" in process.cmdline():
+                seen[process.environ()["CUDA_VISIBLE_DEVICES"]] += 1
+        except psutil.Error:
+            continue
+    return seen
+
+
+def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, client: redis.Redis) -> None:
+    workers = [gpu_worker.start("worker", "--role", "embed", "--slots-per-device", "2") for _ in range(4)]
+    wait_until(lambda: shown_devices() == {"GPU-aaaa": 2, "GPU-bbbb": 2}, what="two workers on each device")
+    assert all(0 < client.pttl(key) <= LEASE_S * 1000 for key in client.keys("ruiji:slot:*"))
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+    assert [worker.wait(timeout=60) for worker in workers] == [0] * 4
+    assert client.keys("ruiji:slot:*") == [], "slots are given back on exit"
+
+
+def test_a_worker_waits_for_a_slot_and_takes_a_dead_ones_when_its_lease_runs_out(
+    gpu_worker: Ruiji, client: redis.Redis
+) -> None:
+    first, second = (gpu_worker.start("worker", "--role", "embed") for _ in range(2))
+    wait_until(lambda: shown_devices() == {"GPU-aaaa": 1, "GPU-bbbb": 1}, what="a worker on each device")
+    third = gpu_worker.start("worker", "--role", "embed")
+    refused = gpu_worker("worker", "--role", "embed", "--no-slot", "exit", code=1).stderr
+    assert "all 2 GPU slots are taken" in refused and f":{first.pid}" in refused and f":{second.pid}" in refused
+    assert third.poll() is None and not psutil.Process(third.pid).children(), "it waits"
+    first.kill()
+    holders = {key: client.get(key) for key in client.keys("ruiji:slot:*")}
+    (left_behind,) = [key for key, holder in holders.items() if f":{first.pid}:" in str(holder)]
+    assert client.pttl(left_behind) > 0
+    client.pexpire(left_behind, 1)  # As if its 30 s were over.
+    wait_until(lambda: psutil.Process(third.pid).children(), what="the third worker at work")
+    assert f":{third.pid}:" in str(client.get(left_behind))
+
+
+def test_a_lost_lease_is_taken_again_or_the_worker_ends(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.slots.LEASE_S", 0.6)
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        with device_slot(client, ["GPU-aaaa"], 1, wait=False):
+            client.flushall()
+            wait_until(lambda: client.get("ruiji:slot:GPU-aaaa:0"), timeout_s=5, what="the lease, taken again")
+            assert not told
+            client.set("ruiji:slot:GPU-aaaa:0", "another:1:x", px=5000)
+            wait_until(lambda: told, timeout_s=5, what="the signal")
+        assert client.get("ruiji:slot:GPU-aaaa:0") == "another:1:x", "another's lease is left alone"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis) -> None:
+    with device_slot(client, DEVICES, 2, wait=False) as first, device_slot(client, DEVICES, 2, wait=False) as second:
+        assert (first, second) == ("GPU-aaaa", "GPU-bbbb")
+        with (
+            device_slot(client, DEVICES, 2, wait=False),
+            device_slot(client, DEVICES, 2, wait=False),
+            pytest.raises(NoFreeSlot, match="all 4 GPU slots"),
+            device_slot(client, DEVICES, 2, wait=False),
+        ):
+            pytest.fail("a fifth slot of four")
+        client.delete("ruiji:slot:GPU-bbbb:0")
+        with device_slot(client, DEVICES, 2, wait=False) as freed:
+            assert freed == "GPU-bbbb"
+
+
+def test_devices_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    pretend_devices(tmp_path)
+    assert cuda_devices() == DEVICES
+    pretend_devices(tmp_path, "echo driver not loaded >&2; exit 9")
+    with pytest.raises(UsageError, match="driver not loaded"):
+        cuda_devices()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert cuda_devices() == []

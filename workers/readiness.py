@@ -1,0 +1,28 @@
+"""Telling this machine that a process can take a task: a file that is touched as long as it can.
+
+A health check then is a look at a file's age and costs nothing, however many workers there are:
+`find STATE_DIR/ready -newermt '-10 seconds' | grep -q .`
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+class Readiness:
+    """One process' file, `STATE_DIR/ready/<pid>`."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._file = state_dir / "ready" / str(os.getpid())
+
+    def tell(self) -> None:
+        """The process can take a task now; to be told again every few seconds."""
+        # Where the state folder cannot be written, the process is only never called ready.
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+
+    def leave(self) -> None:
+        """The process ends."""
+        with contextlib.suppress(OSError):
+            self._file.unlink()

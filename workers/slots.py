@@ -1,0 +1,152 @@
+"""GPU slots: workers that all start alike spread over the devices of their machine.
+
+Every replica of a compose service sees the same devices, in the same order (docker/compose#11863), and
+would take the first. So each worker leases a slot of one device in Redis and shows only that device to its
+processes. A slot is named by the device's UUID, not by host and number: containers have host names of their
+own, and several machines share one Redis.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+
+import redis
+from redis.exceptions import LockError
+from redis.lock import Lock
+
+from pipeline.broker.app import connect
+from pipeline.errors import BrokerUnavailable, NoFreeSlot, UsageError
+
+logger = logging.getLogger(__name__)
+
+#: A dead worker's slot is free again after this long.
+LEASE_S = 30.0
+#: How often a waiting worker looks for a free slot.
+_LOOK_S = 2.0
+
+
+def cuda_devices() -> list[str]:
+    """UUIDs of the NVIDIA devices that this worker may use, in `nvidia-smi`'s order; empty where there are none.
+
+    Raises:
+        UsageError: `nvidia-smi` is there, but fails.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise UsageError("nvidia-smi does not answer: is the NVIDIA driver well?") from None
+    if answer.returncode:
+        raise UsageError(f"nvidia-smi fails: {(answer.stderr or answer.stdout).strip()}")
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+@contextmanager
+def one_device(redis_url: str, slots_per_device: int, *, wait: bool) -> Iterator[dict[str, str]]:
+    """Lease a device for a worker's processes for as long as the block takes.
+
+    Yields:
+        What to add to their environment: nothing where no NVIDIA device is seen, or where
+        `CUDA_VISIBLE_DEVICES` says already which are to be used.
+
+    Raises:
+        NoFreeSlot, UsageError, BrokerUnavailable: see `device_slot`, `cuda_devices`, `connect`.
+    """
+    devices = cuda_devices() if "CUDA_VISIBLE_DEVICES" not in os.environ else []
+    if not devices:
+        yield {}
+        return
+    with (
+        closing(connect(redis_url)) as client,
+        device_slot(client, devices, slots_per_device, wait=wait) as device,
+    ):
+        yield {"CUDA_VISIBLE_DEVICES": device}
+
+
+@contextmanager
+def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int, *, wait: bool) -> Iterator[str]:
+    """Hold a slot on the device with the fewest workers for as long as the block takes.
+
+    The lease is renewed by a thread. Where it was lost (this process stood still, or Redis was away) it is
+    taken again; where another worker has it by then, this process gets a SIGTERM, ends in order and can be
+    started again for another slot.
+
+    Args:
+        devices: UUIDs, at least one.
+        wait: for a slot to become free, else raise.
+
+    Yields:
+        The device's UUID.
+
+    Raises:
+        NoFreeSlot: all are taken; the message says by whom. BrokerUnavailable: Redis went away.
+    """
+    try:
+        lease, device = _take(client, devices, slots_per_device, wait)
+    except redis.RedisError as error:
+        raise BrokerUnavailable(f"Redis went away while a GPU slot was looked for: {error}") from None
+    logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": lease.name})
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(lease, ended), name="slot", daemon=True)
+    thread.start()
+    try:
+        yield device
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(redis.RedisError):
+            lease.release()
+
+
+def _slots(client: redis.Redis, device: str, slots_per_device: int) -> list[Lock]:
+    names = (f"ruiji:slot:{device}:{number}" for number in range(slots_per_device))
+    return [Lock(client, name, timeout=LEASE_S, blocking=False, thread_local=False) for name in names]
+
+
+def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: bool) -> tuple[Lock, str]:
+    slots = {device: _slots(client, device, slots_per_device) for device in devices}
+    # The token is what the key holds: it tells who has the slot.
+    token = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+    told = False
+    while True:
+        holders = {device: [client.get(slot.name) for slot in slots[device]] for device in devices}
+        free = [device for device in devices if None in holders[device]]
+        if free:
+            device = min(free, key=lambda name: sum(holder is not None for holder in holders[name]))
+            slot = slots[device][holders[device].index(None)]
+            if slot.acquire(token=token):
+                return slot, device
+            continue  # Another worker was faster; the counts are old.
+        held = sorted(str(holder).rpartition(":")[0] for taken in holders.values() for holder in taken)
+        words = f"all {len(held)} GPU slots are taken ({slots_per_device} a device), by {', '.join(held)}"
+        if not wait:
+            raise NoFreeSlot(f"{words}; start fewer workers, or set RUIJI_SLOTS_PER_DEVICE (--slots-per-device)")
+        if not told:
+            logger.warning("%s; waiting for one", words, extra={"event": "slot_waiting"})
+            told = True
+        time.sleep(_LOOK_S)
+
+
+def _renew(lease: Lock, ended: threading.Event) -> None:
+    while not ended.wait(LEASE_S / 3):
+        try:
+            lease.reacquire()
+        except LockError:
+            with suppress(redis.RedisError):
+                # Free: Redis was emptied, or away for longer than the lease.
+                if not lease.acquire(token=lease.local.token):
+                    logger.error("another worker took this one's GPU slot", extra={"event": "slot_lost"})
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+        except redis.RedisError:
+            continue  # The processes tell of it; the lease may outlast it.
