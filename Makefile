@@ -13,11 +13,12 @@ RUIJI = .venv/bin/ruiji
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all chaos bench audit lint types format redis list enqueue worker status search run lock clean up down logs
+.PHONY: help setup demo test test-all test-compose chaos bench audit lint types format run redis worker up join scale list \
+	enqueue status search logs down certificates lock clean
 
 help: ## Explain the targets
 	@echo "ruiji: from a sorted list of images to ranked look-alikes. Settings come from options, RUIJI_* variables, .env"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/made:
 	@[ -n "$(PYTHON)" ] || { echo $(PYTHON_MESSAGE) >&2; exit 1; }
@@ -78,6 +79,9 @@ audit: .venv/made ## Compare a lock with the published advisories (needs the net
 bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one part; docs/performance.md)
 	.venv/bin/python -m benchmarks.extraction $(PART)
 
+test-compose: .venv/dev ## The tests that start containers, one after the other
+	.venv/bin/python -m pytest -m compose tests/compose $(ARGS)
+
 lint: .venv/dev ## Style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -99,32 +103,39 @@ run: $(RUIJI) ## Everything on this machine: Redis, workers, enqueue, wait
 redis: $(RUIJI) ## The embedded Redis, until Ctrl-C
 	$(RUIJI) redis $(ARGS)
 
-list: $(RUIJI) ## Write the object list of RUIJI_MEDIA_DIR (or DIR=...)
-	$(RUIJI) list "$(or $(DIR),$(RUIJI_MEDIA_DIR))" $(ARGS)
-
-enqueue: $(RUIJI) ## Publish one task per image of the list
-	$(RUIJI) enqueue $(ARGS)
-
-worker: $(RUIJI) ## Embed and reduce until Ctrl-C
+worker: $(RUIJI) ## Embed and reduce on this machine, until Ctrl-C
 	$(RUIJI) worker $(ARGS)
 
-status: $(RUIJI) ## How every object stands
-	$(RUIJI) status $(ARGS)
+# Each of these says whether it works with docker compose or on this machine alone.
+up: ## Start Redis, a reducer, WORKERS=2 workers (GPU=1): docker compose where an engine answers, else on this machine
+	@deploy/stack.sh up $(WORKERS)
 
-search: $(RUIJI) ## Look-alikes of QUERY=photo.jpg
-	$(RUIJI) search "$(QUERY)" $(ARGS)
+join: ## Start WORKERS=2 workers for the Redis of another host (REDIS_HOST=..., GPU=1)
+	@deploy/stack.sh join $(WORKERS)
 
-secrets/redis_password:
-	@mkdir -p secrets && umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > $@
+scale: ## Change to WORKERS=5
+	@deploy/stack.sh scale $(or $(WORKERS),$(error say how many: make scale WORKERS=5))
 
-up: secrets/redis_password ## Redis, a reducer and WORKERS=2 workers with docker compose
-	docker compose up -d --build --wait --scale worker=$(or $(WORKERS),2)
+list: ## Write the object list of the media folder
+	@deploy/stack.sh ruiji list $(ARGS)
+
+enqueue: ## Publish one task per image of the list (ARGS=--wait follows to the end)
+	@deploy/stack.sh ruiji enqueue $(ARGS)
+
+status: ## How every object stands
+	@deploy/stack.sh ruiji status $(ARGS)
+
+search: ## Look-alikes of QUERY=photo.jpg
+	@deploy/stack.sh ruiji search $(if $(QUERY),"$(QUERY)") $(ARGS)
+
+logs: ## Follow what the workers say
+	@deploy/stack.sh logs
 
 down: ## Stop what `make up` started; nothing is lost
-	docker compose down
+	@deploy/stack.sh down
 
-logs: ## Follow the containers' logs
-	docker compose logs -f
+certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in secrets/
+	@deploy/stack.sh certificates $(or $(REDIS_HOST),$(error say which host: make certificates REDIS_HOST=name))
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
