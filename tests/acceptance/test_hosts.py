@@ -1,0 +1,163 @@
+"""Workers of several hosts, which share Redis and two folders: TLS, clocks that differ, files that show late.
+
+The hosts are pretended: processes with another clock, or whose view of the feature folder lags behind. Real network
+namespaces are in `tests/compose`.
+"""
+
+import contextlib
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.factories import Ruiji, pictures
+
+OTHER_HOST = Path(__file__).with_name("other_host")
+COUNT = 60
+FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": "20"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Ruiji:
+    """A finished run over all pictures."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    pictures(folder / "media", COUNT, size=(800, 600), distinct=10)
+    shutil.copy(model_path, folder)
+    command = Ruiji(folder / "media", folder / "features", folder / model_path.name, folder / "state", ROOT)
+    command("run", "--shard-rows", "20")
+    return command
+
+
+@pytest.fixture
+def expected(ruiji: Ruiji, undisturbed: Ruiji) -> dict[str, str]:
+    """The undisturbed shards, of the same pictures that this test's command works on."""
+    ruiji.media = undisturbed.media
+    return undisturbed.shard_digests()
+
+
+def other_host(ruiji: Ruiji, **how: str) -> Ruiji:
+    """The same command on a host of its own."""
+    host = Ruiji(ruiji.media, ruiji.features, ruiji.model, ruiji.state, ruiji.root)
+    host.environment = {**ruiji.environment, **how, "PYTHONPATH": f"{OTHER_HOST}:{ROOT}"}
+    return host
+
+
+@contextlib.contextmanager
+def at_work(*started: tuple[Ruiji, tuple[str, ...]]) -> Iterator[None]:
+    """Workers on their hosts while the block runs."""
+    for host, arguments in started:
+        host.start("worker", *arguments)
+    try:
+        yield
+    finally:
+        for host, _ in started:
+            host.stop_all()
+
+
+def embedded(ruiji: Ruiji) -> int:
+    """Features that the live workers wrote."""
+    return sum(int(worker["images"]) for worker in ruiji.status().workers)
+
+
+@pytest.mark.parametrize("late_s", ["0.7", pytest.param("4", marks=pytest.mark.slow)])
+def test_files_that_show_late_to_the_reducer_are_not_made_again(
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str], late_s: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    reducer = other_host(ruiji, OTHER_HOST_LATE_S=late_s)
+    with at_work((ruiji, ("--role", "embed", "--processes", "2")), (reducer, ("--role", "reduce"))):
+        ruiji("enqueue", "--wait")
+        assert embedded(ruiji) == COUNT
+    assert ruiji.shard_digests() == expected
+    called_missing = re.findall(r"segment_incomplete.* images=([1-9]\d*)", capfd.readouterr().err)
+    assert bool(called_missing) == (late_s == "4"), "within a second nothing is called missing"
+
+
+def test_clocks_that_are_hours_apart_lose_nothing(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
+    ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    behind, ahead = other_host(ruiji, OTHER_HOST_CLOCK_S="-7200"), other_host(ruiji, OTHER_HOST_CLOCK_S="7200")
+    with at_work(
+        (behind, ("--role", "embed", "--processes", "1")),
+        (ahead, ("--role", "embed", "--processes", "1")),
+        (ahead, ("--role", "reduce")),
+    ):
+        ruiji("enqueue", "--wait")
+    assert ruiji.shard_digests() == expected
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A folder with a CA and the certificate of 127.0.0.1, made as a user makes them."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command line")
+    (tmp_path / "deploy").mkdir()
+    script = shutil.copy(ROOT / "deploy" / "stack.sh", tmp_path / "deploy")
+    subprocess.run([script, "certificates", "127.0.0.1"], check=True)
+    return tmp_path / "secrets"
+
+
+@pytest.fixture
+def tls_address(certificates: Path, redis_url: str) -> Iterator[str]:
+    """`host:port` where the test's Redis is reached with TLS (the embedded one speaks none itself)."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "redis_certificate", certificates / "redis_key")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve(connection: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            context.wrap_socket(connection, server_side=True) as outside,
+            socket.create_connection(("127.0.0.1", urlsplit(redis_url).port)) as inside,
+        ):
+            back = threading.Thread(target=copy, args=(inside, outside), daemon=True)
+            back.start()
+            copy(outside, inside)
+            back.join()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def test_a_whole_run_goes_over_tls_with_a_password_and_a_ca_of_its_own(
+    ruiji: Ruiji, redis_url: str, certificates: Path, tls_address: str
+) -> None:
+    pictures(ruiji.media, 20)
+    password = certificates / "redis_password"
+    password.write_text(urlsplit(redis_url).password or "")
+    ca = f"ssl_ca_certs={certificates / 'redis_ca'}"
+    ruiji.environment = {"RUIJI_REDIS_PASSWORD_FILE": str(password), "RUIJI_SHARD_ROWS": "10"}
+
+    untrusted = ruiji("enqueue", "--redis-url", f"rediss://{tls_address}/0", code=1).stderr
+    assert "certificate verify failed" in untrusted and "Traceback" not in untrusted
+    missing = ruiji("enqueue", "--redis-url", f"rediss://{tls_address}/0?ssl_ca_certs=/nowhere", code=2).stderr
+    assert "cannot read /nowhere" in missing
+
+    ruiji.environment["RUIJI_REDIS_URL"] = f"rediss://{tls_address}/0?{ca}"
+    ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait")
+    assert len(list(ruiji.gallery.glob("000?.json"))) == 2
