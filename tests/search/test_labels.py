@@ -1,0 +1,78 @@
+"""Annotation CSVs: how lines find their objects, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from search.labels import read_annotations
+
+HEADER = "data_type,img_name,img_path,label,id\n"
+
+
+def write(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path = tmp_path / "anno.csv"
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_the_articles_columns_are_read_in_file_order(tmp_path: Path, encoding: str) -> None:
+    source = write(
+        tmp_path, HEADER + 'query,a.png,query/a.png,"cat, big",1\n\ngallery,犬.png,./gallery/犬.png,犬,2\n', encoding
+    )
+    read = read_annotations(source)
+    assert read.columns == ("data_type", "img_name", "img_path", "label", "id")
+    assert [row["data_type"] for row in read.rows] == ["query", "gallery"]
+    assert read.label("a.png", "query/a.png") == "cat, big"
+    assert read.label("犬.png", "gallery/犬.png") == "犬"
+    assert read.find("none.png", "gallery/none.png") is None
+
+
+def test_a_path_decides_before_a_name_and_a_name_serves_where_paths_are_unknown(tmp_path: Path) -> None:
+    read = read_annotations(
+        write(tmp_path, HEADER + "g,a.png,one/a.png,1,1\ng,a.png,two/a.png,2,2\ng,b.png,one/b.png,3,3\n")
+    )
+    assert read.label("a.png", "two/a.png") == "2"
+    assert read.label("b.png", None) == "3"
+    assert read.label("elsewhere/b.png", "elsewhere/b.png") == "3"
+    for path in (None, "three/a.png"):
+        with pytest.raises(UsageError, match=r"several lines for a\.png"):
+            read.label("a.png", path)
+
+
+def test_a_file_without_labels_or_names_still_serves_its_other_columns(tmp_path: Path) -> None:
+    read = read_annotations(write(tmp_path, "img_path,camera\na/b.png,7\n"))
+    row = read.find("b.png", "a/b.png")
+    assert row is not None
+    assert row["camera"] == "7"
+    assert read.label("b.png", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "begins with nothing"),
+        ("label,id\n", "img_path or img_name"),
+        ("img_path,label,label\n", "none twice"),
+        (HEADER + "g,a.png,a.png,1,1\ng,a.png\n", "record 3: 2 values for 5 columns"),
+        (HEADER + 'g,"a.png\n', "not a CSV"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_annotations(write(tmp_path, text))
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        read_annotations(tmp_path / "none.csv")
+    with pytest.raises(UsageError, match="not a CSV"):
+        read_annotations(write(tmp_path, HEADER + "g,ä,ä,ä,1\n", "latin-1"))
+
+
+def test_the_labelled_photos_are_all_found(shared_data: Path) -> None:
+    photos = shared_data / "photos-labelled"
+    read = read_annotations(photos / "anno.csv")
+    for path in (photos / "gallery.txt").read_text().splitlines():
+        assert read.label(Path(path).name, path) == Path(path).name.rpartition("_")[0]
