@@ -11,6 +11,7 @@ import typer
 
 from pipeline.errors import EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
+from search import evaluate
 from search.options import TOP_K, Metric, OutputFormat
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also search
 
 
 def register(app: typer.Typer) -> None:
-    """Add `search` to the root command."""
+    """Add `search` and `evaluate` to the root command."""
     app.command()(search)
+    evaluate.register(app)
 
 
 def search(

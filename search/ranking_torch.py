@@ -36,10 +36,15 @@ def rank_torch(
         QueryError: a query is zero, not finite, or of another length than the gallery.
     """
     with _full_float32():
-        return rank(gallery, queries, top_k, metric, block_rows=block_rows, make_products=_maker(_device(device)))
+        return rank(gallery, queries, top_k, metric, block_rows=block_rows, make_products=_maker(torch_device(device)))
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """A torch device that works.
+
+    Raises:
+        UsageError: CUDA was asked for and torch has none that works.
+    """
     if name == "cuda":
         try:
             torch.zeros(1, device="cuda")

@@ -42,7 +42,7 @@ class World:
     def search(self, *arguments: str | Path) -> Result:
         app = typer.Typer()
         register(app)
-        given = ["--feature-dir", self.features, "--model", self.model.path, *arguments]
+        given = ["search", "--feature-dir", self.features, "--model", self.model.path, *arguments]
         return CliRunner().invoke(app, [str(argument) for argument in given])
 
     def refused(self, kind: type[RuijiError], *arguments: str | Path) -> str:
@@ -251,7 +251,7 @@ def test_the_command_line_module_imports_nothing_heavy() -> None:
 
 
 def test_a_search_on_the_cpu_imports_no_torch(world: World) -> None:
-    arguments = ["--feature-dir", world.features, "--model", world.model.path, world.media / world.paths[0]]
+    arguments = ["search", "--feature-dir", world.features, "--model", world.model.path, world.media / world.paths[0]]
     code = (
         "import typer, search.cli\n"
         "app = typer.Typer()\n"
