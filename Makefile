@@ -13,7 +13,7 @@ RUIJI = .venv/bin/ruiji
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-compose chaos bench audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all test-compose chaos bench audit lint types format run redis worker up join scale list \
 	enqueue status search logs down certificates lock clean
 
 help: ## Explain the targets
@@ -57,15 +57,24 @@ help: ## Explain the targets
 	@$(PIP) install --require-hashes -r $<
 	@touch $@
 
+# The lock is whole but for torch, which is there already.
+.venv/mnist: requirements/mnist.lock .venv/torch
+	@echo "installing $<"
+	@$(PIP) install --require-hashes --no-deps -r $<
+	@touch $@
+
 setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu: onnxruntime-gpu and torch)
 
 demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU
 	@.venv/bin/python -m examples.digits.demo
 
+mnist: .venv/mnist ## Train on MNIST, search its test set, measure (half an hour; DATA=folder of the four files)
+	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(ARGS)
+
 test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying so
 	$(PYTEST) -m "not slow and not compose and not chaos" $(ARGS)
 
-test-all: .venv/torch ## All tests that can run here, torch included; see  make chaos  for the long ones
+test-all: .venv/mnist ## All tests that can run here, torch included; see  make chaos  for the long ones
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
@@ -139,13 +148,17 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu demo dev" "demo cpu demo" "cpu cpu" "bench cpu bench"; do \
+	@for set in "dev cpu demo plot dev" "demo cpu demo" "cpu cpu" "bench cpu bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
 			$$([ $$name = dev ] || echo "-c requirements/dev.lock") \
 			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
 	done
+	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+		--extra cpu --extra plot --extra mnist --excludes requirements/torch-apart.in \
+		requirements/build.in pyproject.toml -c requirements/dev.lock \
+		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock

@@ -3,6 +3,7 @@
 Made with the exporter that torch 2.13 calls "dynamo"; it needs onnxscript.
 """
 
+import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,8 @@ def export_onnx(
         input_name, output_name: names in the graph; any text, also such as `inputs:0`.
     """
     module.eval()
+    # It warns of every operator of torchvision that it does without; nothing here comes from there.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # The exporter uses what torch itself has deprecated; nothing that a caller could change.
         warnings.simplefilter("ignore", FutureWarning)

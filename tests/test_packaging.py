@@ -28,7 +28,7 @@ def test_make_alone_explains_every_target() -> None:
     assert {"demo", "test", "setup", "enqueue", "worker", "search"} <= explained
 
 
-@pytest.mark.parametrize("lock", ["bench", "cpu", "demo", "dev", "gpu"])
+@pytest.mark.parametrize("lock", ["bench", "cpu", "demo", "dev", "gpu", "mnist"])
 def test_locks_have_hashes_no_torch_and_one_runtime(lock: str) -> None:
     text = (ROOT / "requirements" / f"{lock}.lock").read_text()
     names = re.findall(r"^([a-z0-9][a-z0-9._-]*)==", text, re.MULTILINE)

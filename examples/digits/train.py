@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from examples.augment import augment
 from examples.digits.evaluate import embed, retrieval
 from examples.digits.images import Digits, load_splits
 from examples.onnx_export import check_export, export_onnx
@@ -113,29 +114,6 @@ def train(digits: Digits, recipe: Recipe) -> Embedder:
             optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def augment(images: torch.Tensor) -> torch.Tensor:
-    """Each image turned, slanted, scaled and shifted a little: another hand's way to write it.
-
-    Args:
-        images: float32[b, 1, 8, 8].
-    """
-    count = len(images)
-
-    def between(limit: float) -> torch.Tensor:
-        return (torch.rand(count) * 2 - 1) * limit
-
-    angle, slant = between(0.2), between(0.2)  # radians: about 11 degrees
-    width, height = 1 + between(0.12), 1 + between(0.12)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0], matrix[:, 0, 1] = cos * width, (slant - sin) * width
-    matrix[:, 1, 0], matrix[:, 1, 1] = sin * height, (cos + sin * slant) * height
-    # The grid spans 2 units over 8 pixels: 0.2 is 0.8 of a pixel.
-    matrix[:, 0, 2], matrix[:, 1, 2] = between(0.2), between(0.2)
-    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, align_corners=False)
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:

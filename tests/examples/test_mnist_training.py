@@ -1,0 +1,139 @@
+"""A short form of the MNIST example: both trainings, and the whole way through the real pipeline.
+
+On scikit-learn's 8 x 8 digits, enlarged and packed as MNIST's files are, so that it runs anywhere.
+"""
+
+import gzip
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.mnist import data
+from examples.mnist.__main__ import (
+    Network,
+    draw_images,
+    evaluate,
+    extract,
+    get_data,
+    model_file,
+    rank,
+    scatter,
+    train_network,
+)
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+HELD_BACK, TEST = 300, 300
+
+
+def enlarged() -> data.Digits:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    large = np.kron(np.minimum(digits.images * 16, 255).astype(np.uint8), np.ones((3, 3), dtype=np.uint8))
+    return data.Digits(np.pad(large, ((0, 0), (2, 2), (2, 2))), digits.target.astype(np.int64))
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder with the data in it."""
+    from examples.mnist import train
+
+    digits = enlarged()
+    count = len(digits.labels)
+    monkeypatch.setattr(data, "_PARTS", {"train": ("train", count - TEST), "test": ("t10k", TEST)})
+    monkeypatch.setattr(train, "VALIDATION_IMAGES", HELD_BACK)
+    monkeypatch.setattr(train, "_VALIDATION_QUERIES", 100)
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = ["mirrors = []", "[sha256]"]
+    for name, part in (("train", slice(0, count - TEST)), ("t10k", slice(count - TEST, count))):
+        for kind, array in (("images-idx3", digits.pixels[part]), ("labels-idx1", digits.labels[part])):
+            shape = np.array(array.shape, dtype=">i4").tobytes()
+            content = bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
+            (source / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+            lines.append(f'{name}-{kind}-ubyte = "{hashlib.sha256(content).hexdigest()}"')
+    (tmp_path / "mirrors.toml").write_text("\n".join(lines))
+    get_data(source, tmp_path / "mirrors.toml", tmp_path / "output")
+    return tmp_path / "output"
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
+def train_short(network: str, epochs: int, images: int | None = None) -> tuple[Any, list[Any]]:
+    from dataclasses import replace
+
+    from examples.mnist.train import RECIPES, train
+
+    shares: list[float] = []
+    recipe = replace(RECIPES[network], epochs=epochs, images=images)
+    trained = train(enlarged(), recipe, 1, lambda share, text: shares.append(share))
+    assert shares == sorted(shares) and shares[-1] == 1
+    return trained
+
+
+def test_the_articles_network_learns_in_two_dimensions(output: Path) -> None:
+    network, curve = train_short("2d", epochs=3, images=768)
+    assert [one.epoch for one in curve] == [1, 2, 3]
+    assert curve[-1].loss < curve[0].loss
+    assert curve[-1].rank_1 >= 0.4, curve
+    with torch.inference_mode():
+        assert network(torch.zeros(3, 1, 28, 28)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("network", ["2d", "64d"])
+def test_a_seed_gives_the_same_network(output: Path, network: str) -> None:
+    one, again = (train_short(network, epochs=1, images=192)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+
+
+def test_the_whole_way_from_files_to_the_articles_table_and_metrics(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_network(Network.many, epochs=4, threads=1, output=output)
+    said = capsys.readouterr().out
+    assert float(re.search(r"rank-1 ([\d.]+)", said)[1]) >= 0.9, said  # type: ignore[index]
+    model = model_file(output, Network.many)
+    assert model.stat().st_size < 2_000_000
+    assert len(model.with_suffix(".csv").read_text().splitlines()) == 5
+    assert size_of(model.with_suffix(".png")) == (960, 480)
+
+    draw_images(100, 200, 3, output)
+    extract(Network.many, 100, 200, 3, output)
+    capsys.readouterr()
+    evaluate(Network.many, 100, 200, 3, output)
+    said = capsys.readouterr().out
+    folder = output / "100-200-3"
+    assert "queries   100, 100 valid" in said
+    assert float(re.search(r"^mAP +([\d.]+)", said, re.MULTILINE)[1]) >= 0.8, said  # type: ignore[index]
+    assert {path.name for path in folder.glob("*.png")} == {"curves_64d.png", "worst_64d.png"}
+
+    rank(Network.many, 100, 200, 3, output)
+    said = capsys.readouterr().out
+    query_label = re.search(r"Query Image Label: (\d)", said)[1]  # type: ignore[index]
+    rows = re.findall(r"^(\d+) +([\d.]+) +(\d)  +gallery/(\d)_\d+\.png$", said, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(20))
+    assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
+    assert all(row[2] == row[3] for row in rows)
+    assert sum(row[2] == query_label for row in rows) >= 10
+    counts = re.findall(r"^(\d) +(\d+)(?:  # <- this)?$", said, re.MULTILINE)
+    assert sum(int(count) for _, count in counts) == 200
+    assert (folder / "ranking_64d.png").exists()
+
+
+def test_features_of_two_dimensions_are_drawn(output: Path) -> None:
+    train_network(Network.two, epochs=1, images=64, threads=1, output=output)
+    draw_images(2, 10, 0, output)
+    extract(Network.two, 2, 10, 0, output)
+    scatter(2, 10, 0, output)
+    assert size_of(output / "2-10-0" / "scatter.png") == (840, 840)
