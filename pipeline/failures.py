@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import Plan, open_plan
 from pipeline.planning import stale_failed_file
-from pipeline.store import fruitless_folder, read_error, read_gallery, read_record, recorded_shards, shard_file
+from pipeline.store import fruitless_folder, read_gallery, read_record, recorded_shards, shard_file
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _coming(plan: Plan) -> Iterator[FailedObject]:
     for segment in plan.unpublished():
         for path in plan.paths(segment):
             object_id = plan.scheme.object_id(path)
-            error = read_error(plan.error_file(object_id))
+            error = plan.error(object_id)
             if error is not None:
                 yield FailedObject(object_id, path, *error, shard=segment.shard)
 

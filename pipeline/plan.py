@@ -16,6 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
 from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
@@ -129,13 +132,40 @@ class Plan:
             file.seek(segment.offset)
             return [file.readline().decode().removesuffix("\n") for _ in range(segment.lines)]
 
+    def object_file(self, object_id: str, ending: str) -> str:
+        """The name of an object's feature (`.npy`) or error file (`.error.json`).
+
+        A plain string, for what runs once an image: a `Path` takes as long to make as the file takes to open.
+        """
+        return f"{self.folder}/{self.scheme.nested(object_id, ending)}"
+
     def feature_file(self, object_id: str) -> Path:
         """Where an object's feature goes until its shard is published."""
-        return self.folder / self.scheme.nested(object_id, ".npy")
+        return Path(self.object_file(object_id, ".npy"))
 
     def error_file(self, object_id: str) -> Path:
         """Where an object's failure is recorded until its shard tells it."""
-        return self.folder / self.scheme.nested(object_id, ".error.json")
+        return Path(self.object_file(object_id, ".error.json"))
+
+    def feature(self, object_id: str) -> NDArray[np.float32] | None:
+        """An object's feature, float32[d], or None where it has no valid feature file."""
+        return read_feature(self.object_file(object_id, ".npy"), self.length)
+
+    def error(self, object_id: str) -> tuple[str, str] | None:
+        """(reason, message) of an object that failed, or None where it has no readable error file."""
+        return read_error(self.object_file(object_id, ".error.json"))
+
+    def is_done(self, path: str) -> bool:
+        """Whether an object has a valid feature file or an error file."""
+        object_id = self.scheme.object_id(path)
+        return self.feature(object_id) is not None or self.error(object_id) is not None
+
+    def forget(self, path: str) -> None:
+        """Delete an object's feature and error file."""
+        object_id = self.scheme.object_id(path)
+        for ending in (".npy", ".error.json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.object_file(object_id, ending))
 
     def record(self, segment: Segment) -> Record | None:
         """The segment's record, or None while it is not published."""
@@ -150,20 +180,6 @@ class Plan:
         if shard_file(self.folder, segment.shard, "json").exists():
             return True
         return segment.retry and shard_file(fruitless_folder(self.folder), segment.shard, "json").exists()
-
-    def is_done(self, path: str) -> bool:
-        """Whether an object has a valid feature file or an error file."""
-        object_id = self.scheme.object_id(path)
-        return (
-            read_feature(self.feature_file(object_id), self.length) is not None
-            or read_error(self.error_file(object_id)) is not None
-        )
-
-    def forget(self, path: str) -> None:
-        """Delete an object's feature and error file."""
-        object_id = self.scheme.object_id(path)
-        self.feature_file(object_id).unlink(missing_ok=True)
-        self.error_file(object_id).unlink(missing_ok=True)
 
     def unpublished(self) -> list[Segment]:
         """Segments that have no record yet; one listing of the gallery folder."""

@@ -16,8 +16,6 @@ from pipeline.store import (
     Record,
     check_shard,
     fruitless_folder,
-    read_error,
-    read_feature,
     read_record,
     shard_contents,
     shard_file,
@@ -70,11 +68,11 @@ def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float3
     missing: list[str] = []
     for path in paths:
         object_id = plan.scheme.object_id(path)
-        feature = read_feature(plan.feature_file(object_id), plan.length)
+        feature = plan.feature(object_id)
         if feature is not None:
             features[len(ids)] = feature
             ids.append(object_id)
-        elif (error := read_error(plan.error_file(object_id))) is not None:
+        elif (error := plan.error(object_id)) is not None:
             failures.append(Failure(object_id, path, *error))
         else:
             missing.append(path)

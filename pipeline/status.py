@@ -12,8 +12,6 @@ from pipeline.errors import UsageError
 from pipeline.plan import Plan, Segment, open_plan
 from pipeline.store import (
     fruitless_folder,
-    read_error,
-    read_feature,
     read_gallery,
     read_json,
     read_record,
@@ -150,9 +148,9 @@ class StatusReader:
         done = failed = 0
         for path in plan.paths(segment):
             object_id = plan.scheme.object_id(path)
-            if read_feature(plan.feature_file(object_id), plan.length) is not None:
+            if plan.feature(object_id) is not None:
                 done += 1
-            elif read_error(plan.error_file(object_id)) is not None:
+            elif plan.error(object_id) is not None:
                 failed += 1
         state = "running" if done + failed else "pending"
         return ShardStatus(segment.shard, state, segment.lines, done, failed, segment.retry)

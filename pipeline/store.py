@@ -47,7 +47,7 @@ def machine_faults(doing: str) -> Iterator[None]:
 
 
 def write_atomic(
-    path: Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False
+    path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False
 ) -> bool:
     """Write a file so that it appears whole under its name, or not at all.
 
@@ -116,14 +116,15 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Parse one of our own JSON files.
 
     Raises:
         FileNotFoundError: it is not there.
         GalleryMismatch: it cannot be parsed, or a newer ruiji wrote it.
     """
-    text = path.read_bytes()
+    with open(path, "rb") as file:
+        text = file.read()
     try:
         value = json.loads(text)
         version = value["format"]
@@ -217,17 +218,18 @@ def _feature_header(length: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_feature(path: Path, feature: NDArray[np.float32]) -> None:
+def write_feature(path: str | Path, feature: NDArray[np.float32]) -> None:
     """Write one feature, float32[d], as `.npy`. Not fsynced: a lost feature is made again."""
     data = np.ascontiguousarray(feature, dtype="<f4")
     write_atomic(path, [_feature_header(data.size), data.data])
 
 
-def read_feature(path: Path, length: int) -> NDArray[np.float32] | None:
+def read_feature(path: str | Path, length: int) -> NDArray[np.float32] | None:
     """One feature, float32[d], or None where the file is missing, truncated, foreign or not finite."""
     header = _feature_header(length)
     try:
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     if len(data) != len(header) + 4 * length or not data.startswith(header):
@@ -241,7 +243,7 @@ def write_error(path: Path, reason: str, message: str) -> None:
     write_atomic(path, [to_json({"format": FORMAT, "message": message, "reason": reason})])
 
 
-def read_error(path: Path) -> tuple[str, str] | None:
+def read_error(path: str | Path) -> tuple[str, str] | None:
     """(reason, message) of a failed object, or None where there is no readable error file."""
     try:
         value = read_json(path)

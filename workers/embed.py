@@ -178,7 +178,7 @@ def _embed(
     for (number, job, _), feature in zip(ready, features, strict=True):
         if np.isfinite(feature).all():
             with ledger.busy("write"):
-                write_feature(plan.feature_file(plan.scheme.object_id(job.path)), feature)
+                write_feature(plan.object_file(plan.scheme.object_id(job.path), ".npy"), feature)
             yield number, DONE
         else:
             error = ImageError("the model gives values that are not finite", "not-finite")
