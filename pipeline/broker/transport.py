@@ -9,7 +9,7 @@ it mix freely:
 * one client is kept, where kombu makes a new one for each call.
 
 Leans on internals of kombu 5.7. It expects queues as `pipeline.broker.app` declares them: one a worker, without
-priorities, each with an exchange and a routing key of its own name.
+priorities.
 """
 
 import json
@@ -23,12 +23,13 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 
 #: Moves up to ARGV[1] messages from the queue KEYS[1] to the hash KEYS[2] and its index KEYS[3], at the time ARGV[2].
-#: kombu has put the delivery tag into the message's JSON; the hash holds `[message, exchange, routing key]`.
+#: kombu has put the delivery tag into the message's JSON; the hash holds `[message, exchange, routing key]`. Celery
+#: publishes to the exchange without a name, which routes by the queue's name and needs no binding.
 _FETCH = """
 local messages = redis.call('RPOP', KEYS[1], ARGV[1]) or {}
 for _, message in ipairs(messages) do
   local tag = string.match(message, '"delivery_tag": *"([^"]+)"')
-  redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "' .. KEYS[1] .. '", "' .. KEYS[1] .. '"]')
+  redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "", "' .. KEYS[1] .. '"]')
   redis.call('ZADD', KEYS[3], ARGV[2], tag)
 end
 return messages
