@@ -5,8 +5,8 @@ FROM ${BASE} AS build
 ARG ACCEL=cpu
 ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/ruiji
-# What changes rarely first: the locks, then the code.
-COPY requirements /build/requirements
+# What changes rarely first: the lock, then the code.
+COPY requirements/${ACCEL}.lock requirements/torch.txt /build/requirements/
 RUN pip install --require-hashes -r /build/requirements/${ACCEL}.lock \
     && if [ "${ACCEL}" = gpu ]; then pip install -r /build/requirements/torch.txt; fi
 COPY . /build

@@ -7,7 +7,7 @@ import pytest
 from tests.compose.stack import Stack
 from tests.factories import pictures, wait_until
 
-#: Three shards of large pictures: half a minute for two cores, so that each disturbance falls into the run.
+#: Three shards of large pictures: 20 s for two cores, so that each disturbance falls into the run.
 COUNT = 180
 SETTINGS = {"RUIJI_SHARD_ROWS": "60", "RUIJI_VISIBILITY_TIMEOUT_S": "5", "RUIJI_STALL_TIMEOUT_S": "6"}
 
@@ -16,7 +16,7 @@ SETTINGS = {"RUIJI_SHARD_ROWS": "60", "RUIJI_VISIBILITY_TIMEOUT_S": "5", "RUIJI_
 def stack(new_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> Stack:
     """Three workers with nothing to do."""
     media = tmp_path_factory.mktemp("pictures") / "media"
-    pictures(media, COUNT, size=(4000, 3000), distinct=4)
+    pictures(media, COUNT, size=(2800, 2100), distinct=4)
     stack = new_stack(media)
     stack.set(**SETTINGS)
     stack.make("up", "WORKERS=3")
