@@ -2,8 +2,11 @@
 
 import bisect
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.objects import read_lines
 from pipeline.store import (
+    SHARD_ENDINGS,
     GalleryInfo,
     Record,
     feature_shards,
@@ -21,8 +25,15 @@ from pipeline.store import (
     recorded_shards,
     shard_file,
 )
+from search.norms import CACHE_FOLDER, NormsFile, norms_of
 
 _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
+
+
+#: Read ahead of a scan: enough to keep a disk busy while a block is computed.
+_AHEAD_BYTES = 64 << 20
+#: A gallery larger than this part of the machine's memory is not taken to stay in it between scan and rescoring.
+_FITS = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class Shard:
         object_ids: `<U…`[rows].
         paths_file: one path a row; None where paths are unknown (an article's shard).
         stale: bool[rows], True for objects that are no longer on the list; None where none is left out.
+        norms_file: where the norms are kept; None: nowhere.
+        wanted: bool[rows], False for objects that a filter leaves out; None where none is.
     """
 
     name: str
@@ -42,6 +55,45 @@ class Shard:
     object_ids: NDArray[np.str_]
     paths_file: Path | None = None
     stale: NDArray[np.bool_] | None = None
+    norms_file: NormsFile | None = None
+    wanted: NDArray[np.bool_] | None = None
+
+    @cached_property
+    def norms(self) -> NDArray[np.float32]:
+        """float32[rows], as `norms_of` gives them; read from the cache, or computed and kept there."""
+        kept = None if self.norms_file is None else self.norms_file.read(len(self.features))
+        if kept is not None:
+            return kept
+        norms = norms_of(self.features)
+        if self.norms_file is not None:
+            self.norms_file.write(norms)
+        return norms
+
+    @cached_property
+    def left_out(self) -> NDArray[np.bool_] | None:
+        """bool[rows], True for rows that are not searched, stale or filtered; None where all are."""
+        if self.wanted is None:
+            return self.stale
+        return ~self.wanted if self.stale is None else self.stale | ~self.wanted
+
+    def advise(self, start: int, rows: int, advice: int) -> None:
+        """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
+        mapping = self._mapping
+        if mapping is None or rows <= 0:
+            return
+        row_bytes = 4 * self.features.shape[1]
+        # The array ends where the file does, so what lies before it is the header.
+        first = len(mapping) - self.features.nbytes + start * row_bytes
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        with suppress(OSError, ValueError):
+            mapping.madvise(advice, page, first - page + rows * row_bytes)
+
+    @cached_property
+    def _mapping(self) -> mmap.mmap | None:
+        base: object = self.features
+        while isinstance(base, np.ndarray):
+            base = base.base
+        return base if isinstance(base, mmap.mmap) else None
 
     @cached_property
     def paths(self) -> tuple[str, ...] | None:
@@ -68,12 +120,14 @@ class Block:
     Attributes:
         first: gallery row of its first row.
         features: float32[b, d].
-        stale: bool[b], or None where no row is to be left out.
+        norms: float32[b], as `norms_of` gives them.
+        left_out: bool[b], or None where no row is to be left out.
     """
 
     first: int
     features: NDArray[np.float32]
-    stale: NDArray[np.bool_] | None
+    norms: NDArray[np.float32]
+    left_out: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -106,20 +160,102 @@ class Gallery:
         """Rows that are left out, because their object is no longer on the list."""
         return sum(int(shard.stale.sum()) for shard in self.shards if shard.stale is not None)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all features."""
+        return 4 * self.rows * self.length
+
+    @cached_property
+    def unusable_rows(self) -> tuple[int, int]:
+        """How many rows cannot be ranked: (all zero, NaN or infinite); rows that are left out do not count."""
+        zero = nonfinite = 0
+        for shard in self.shards:
+            norms = shard.norms if shard.left_out is None else shard.norms[~shard.left_out]
+            zero += int((norms == 0).sum())
+            nonfinite += int(np.isnan(norms).sum())
+        return zero, nonfinite
+
+    @cached_property
+    def searched_rows(self) -> int:
+        """Rows that are neither stale nor filtered."""
+        return self.rows - sum(int(shard.left_out.sum()) for shard in self.shards if shard.left_out is not None)
+
+    def only(self, wanted: Sequence[NDArray[np.bool_]]) -> "Gallery":
+        """The same gallery with other rows left out.
+
+        Args:
+            wanted: bool[rows] for each shard.
+        """
+        shards = tuple(replace(shard, wanted=mask) for shard, mask in zip(self.shards, wanted, strict=True))
+        return replace(self, shards=shards)
+
     def blocks(self, block_rows: int) -> Iterator[Block]:
         """The gallery in pieces of at most `block_rows` rows, in row order; a block never spans two shards."""
-        first = 0
-        for shard in self.shards:
-            for start in range(0, len(shard.features), block_rows):
-                piece = slice(start, start + block_rows)
-                stale = None if shard.stale is None else shard.stale[piece]
-                yield Block(first + start, shard.features[piece], stale)
-            first += len(shard.features)
+        pieces = [
+            (shard, first, start)
+            for shard, first in zip(self.shards, self.firsts, strict=True)
+            for start in range(0, len(shard.features), block_rows)
+        ]
+        ahead = max(1, _AHEAD_BYTES // max(1, 4 * self.length * block_rows))
+        for index, (shard, first, start) in enumerate(pieces):
+            for later, _, at in pieces[index + ahead : index + ahead + 1] if index else pieces[: ahead + 1]:
+                later.advise(at, min(block_rows, len(later.features) - at), mmap.MADV_WILLNEED)
+            piece = slice(start, start + block_rows)
+            left_out = None if shard.left_out is None else shard.left_out[piece]
+            yield Block(first + start, shard.features[piece], shard.norms[piece], left_out)
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """The gallery row of each shard's first row."""
+        return list(itertools.accumulate((len(shard.features) for shard in self.shards), initial=0))[:-1]
 
     def _locate(self, row: int) -> tuple[Shard, int]:
         index = bisect.bisect_right(self._ends, row)
-        shard = self.shards[index]
-        return shard, row - (self._ends[index] - len(shard.features))
+        return self.shards[index], row - self.firsts[index]
+
+    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
+        """Gallery rows by shard: (shard, positions in `rows`, rows of the shard)."""
+        owners = np.searchsorted(self._ends, rows, side="right")
+        for index in np.unique(owners).tolist():
+            positions = np.flatnonzero(owners == index)
+            yield self.shards[index], positions, rows[positions] - self.firsts[index]
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The features of some gallery rows, float32[c, d], in the order given."""
+        taken = np.empty((len(rows), self.length), dtype=np.float32)
+        for shard, positions, local in self._split(rows):
+            taken[positions] = shard.features[local]
+        return taken
+
+    def object_ids(self, rows: NDArray[np.int64]) -> NDArray[np.str_]:
+        """The object ids of some gallery rows, `<U…`[c], in the order given."""
+        parts = [(positions, shard.object_ids[local]) for shard, positions, local in self._split(rows)]
+        # The shards' arrays differ in width; one that is too narrow would cut ids.
+        width = max((ids.dtype for _, ids in parts), key=lambda dtype: dtype.itemsize, default=np.dtype("<U1"))
+        found = np.empty(len(rows), dtype=width)
+        for positions, ids in parts:
+            found[positions] = ids
+        return found
+
+    def plan_reads(self, rows: NDArray[np.int64]) -> None:
+        """Have some rows read now, all at once and without read-ahead, where the gallery does not fit in memory.
+
+        Otherwise each row that has left the page cache since the scan costs a read-ahead of megabytes.
+        """
+        if self.size_bytes <= _FITS * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            return
+        for shard, _, local in self._split(rows):
+            shard.advise(0, len(shard.features), mmap.MADV_RANDOM)
+            for row in np.unique(local).tolist():
+                shard.advise(row, 1, mmap.MADV_WILLNEED)
+
+    def rows_of(self, object_id: str) -> NDArray[np.int64]:
+        """Every gallery row with this id, int64[…]; more than one only where shards repeat an id."""
+        found = [
+            first + np.flatnonzero(shard.object_ids == object_id)
+            for shard, first in zip(self.shards, self.firsts, strict=True)
+        ]
+        return np.concatenate(found).astype(np.int64)
 
     def object_id(self, row: int) -> str:
         """The object id of one gallery row."""
@@ -134,11 +270,6 @@ class Gallery:
         """
         shard, local = self._locate(row)
         return None if shard.paths is None else shard.paths[local]
-
-    def feature(self, row: int) -> NDArray[np.float32]:
-        """The feature of one gallery row, float32[d]."""
-        shard, local = self._locate(row)
-        return np.array(shard.features[local])
 
 
 def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
@@ -191,7 +322,8 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         if not paths_file.is_file():
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {_RESTORE}")
         stale = None if include_stale else _stale(folder, number, record.rows)
-        shards.append(Shard(name, features, object_ids, paths_file, stale))
+        norms_file = NormsFile(folder / CACHE_FOLDER, name, record.sha256[SHARD_ENDINGS[0]][:16])
+        shards.append(Shard(name, features, object_ids, paths_file, stale, norms_file))
         if record.versions not in versions:
             versions.append(record.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions))
@@ -207,7 +339,9 @@ def _open_unverified(folder: Path) -> Gallery:
                 f"shard {number:04d} in {folder} has features of length {features.shape[1]}, shard {shards[0].name} "
                 f"has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
-        shards.append(Shard(f"{number:04d}", features, object_ids))
+        file = shard_file(folder, number, "features.npy").stat()
+        norms_file = NormsFile(folder / CACHE_FOLDER, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
+        shards.append(Shard(f"{number:04d}", features, object_ids, norms_file=norms_file))
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
 
 

@@ -15,6 +15,13 @@ class Metric(StrEnum):
     euclidean = "euclidean"
 
 
+class Precision(StrEnum):
+    """What a scan multiplies. The answer is the same; the less exact, the more rows have to be decided in float64."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class OutputFormat(StrEnum):
     """How hits are written to stdout."""
 

@@ -4,18 +4,21 @@
 `search.exact` gives for each row, then by object id. It computes in float64, row by row, so that no block size, batch,
 thread count, device or shard order changes a bit.
 
-A scan in float32 only finds candidates. Each of its values comes with a bound on its error that holds for any order
-of summation, and every row that could still be among the first k by that bound is decided in float64.
+A scan in float32 or less only finds candidates. Each of its values comes with a bound on its error, and every row that
+could still be among the first k by that bound is decided in float64.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
+from search.bounds import Margin, float32_margin, margin_of, values_of
 from search.exact import (
     Float32,
     Float64,
@@ -23,26 +26,24 @@ from search.exact import (
     exact_similarities,
     exact_squared_distances,
     row_sums,
-    units_of,
     unusable,
 )
-from search.gallery import Block, Gallery
+from search.gallery import Gallery
+from search.norms import is_plain
 from search.options import Metric
 
-#: float32[b, d] -> (float32[q, b] dot products with the unit queries, float32[b] squared norms), each summed in
-#: float32 or better, in any order.
-Products: TypeAlias = Callable[[Float32], tuple[Float32, Float32]]
+Rows: TypeAlias = NDArray[np.int64]
 
 #: Of features read at once. Large enough that a matrix product is worth its start, small beside any memory.
 BLOCK_BYTES = 32 << 20
-#: Queries that share one pass over the gallery; with a block of 10^4 rows their products take 40 MB.
+#: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
 QUERIES_AT_ONCE = 1000
 #: Rows that are decided at once, so that float64 copies stay small (2048 x 1280: 21 MB).
 _DECIDED_AT_ONCE = 2048
-#: Between these squared norms no float32 product overflows, and what underflows is below the error bound.
-_PLAIN_SQUARES = (2.0**-60, 2.0**60)
-#: Unit roundoff of float32.
-_ROUNDOFF = 2.0**-24
+#: Pairs of a query and a row that are handed over at once.
+_PAIRS_AT_ONCE = 1 << 20
+#: Candidates of one query that wait for their decision; 24 bytes each.
+_WAITING = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -78,46 +79,123 @@ class Ranking:
     nonfinite_rows: int
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest rows of one query, best first.
+
+    Attributes:
+        rows: gallery rows, int64[k].
+        values: float64[k], what they are ordered by: the cosine, or minus the squared Euclidean distance.
+        object_ids: `<U…`[k].
+    """
+
+    rows: Rows
+    values: Float64
+    object_ids: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries that share one pass.
+
+    Attributes:
+        queries: float32[q, d], raw model output.
+        top_k: k.
+    """
+
+    queries: Float32
+    top_k: int
+    metric: Metric
+
+    @cached_property
+    def norms(self) -> Float64:
+        """float64[q, 1]."""
+        wide = self.queries.astype(np.float64)
+        return np.sqrt(row_sums(wide * wide))[:, np.newaxis]
+
+    @cached_property
+    def units(self) -> Float32:
+        """Queries of length 1, float32[q, d], divided in float64."""
+        return (self.queries / self.norms).astype(np.float32)
+
+    def decide(self, number: int, rows: Float32) -> Float64:
+        """The values that order rows for one query, float32[c, d] to float64[c]; higher is closer."""
+        if self.metric is Metric.euclidean:
+            return -exact_squared_distances(self.queries[number], rows)
+        return exact_similarities(self.queries[number], rows)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows of one block that could be among the best k of some queries, m pairs.
+
+    Attributes:
+        queries: int64[m], ascending.
+        rows: gallery rows, int64[m].
+        lower, upper: float64[m], bounds on the row's value for the query.
+    """
+
+    queries: Rows
+    rows: Rows
+    lower: Float64
+    upper: Float64
+
+
+#: Goes through a gallery block by block. For each query, a row whose value cannot reach the query's cut may be left
+#: out; the cuts, float64[q], rise between the blocks. Rows that are left out or unusable never come.
+Scan: TypeAlias = Callable[[Gallery, Batch, Float64], Iterator[Candidates]]
+
+
 def rank(
-    gallery: Gallery,
-    queries: Float32,
-    top_k: int,
-    metric: Metric = Metric.cosine,
-    *,
-    block_rows: int | None = None,
-    make_products: Callable[[Float32], Products] | None = None,
+    gallery: Gallery, queries: Float32, top_k: int, metric: Metric = Metric.cosine, scan: Scan | None = None
 ) -> Ranking:
     """Find the nearest rows of every query, exactly.
 
     Args:
         queries: float32[q, d], raw model output.
         top_k: k, at least 1; more than there are rows gives all of them.
-        block_rows: rows read at once; changes memory and speed, never the answer.
-        make_products: the float32 scan, given the unit queries float32[q, d]; default numpy's.
+        scan: how candidates are found, which changes memory and speed, never the answer; default numpy's.
 
     Raises:
         QueryError: a query is zero, not finite, or of another length than the gallery.
     """
-    _check_queries(queries, gallery.length)
-    if block_rows is None:
-        block_rows = max(1, BLOCK_BYTES // (4 * max(1, gallery.length)))
-    hits: list[tuple[Hit, ...]] = []
-    zero_rows = nonfinite_rows = 0
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        group = queries[start : start + QUERIES_AT_ONCE]
-        products = (make_products or numpy_products)(unit_queries(group))
-        best = [_Best(gallery, query, top_k, metric) for query in group]
-        zero_rows = nonfinite_rows = 0
-        for block in gallery.blocks(block_rows):
-            scan = _scan(block, group, products, metric)
-            zero_rows += scan.zero_rows
-            nonfinite_rows += scan.nonfinite_rows
-            _offer(best, block, scan)
-        hits += [one.hits() for one in best]
-    return Ranking(tuple(hits), zero_rows, nonfinite_rows)
+    found = nearest(gallery, queries, top_k, metric, scan)
+    hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
+    return Ranking(hits, *gallery.unusable_rows)
 
 
-def _check_queries(queries: Float32, length: int) -> None:
+def nearest(
+    gallery: Gallery,
+    queries: Float32,
+    top_k: int,
+    metric: Metric = Metric.cosine,
+    scan: Scan | None = None,
+    queries_at_once: int = QUERIES_AT_ONCE,
+) -> list[Neighbours]:
+    """The rows behind `rank`, without the rest of what a hit tells."""
+    check_queries(queries, gallery.length)
+    found: list[Neighbours] = []
+    for start in range(0, len(queries), queries_at_once):
+        batch = Batch(queries[start : start + queries_at_once], top_k, metric)
+        found += _search(gallery, batch, scan or numpy_scan())
+    return found
+
+
+def _search(gallery: Gallery, batch: Batch, scan: Scan) -> list[Neighbours]:
+    cuts = np.full(len(batch.queries), -np.inf)
+    pools = [_Pool(gallery, batch, number) for number in range(len(cuts))]
+    for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
+        _offer(pools, candidates, cuts)
+    gallery.plan_reads(np.concatenate([pool.rows for pool in pools]))
+    return [pool.decided() for pool in pools]
+
+
+def check_queries(queries: Float32, length: int) -> None:
+    """Check that queries can be ranked.
+
+    Raises:
+        QueryError: one is zero, not finite, or of another length than the gallery.
+    """
     if queries.ndim != 2 or queries.shape[1] != length:
         raise QueryError(
             f"queries of the shape {list(queries.shape)} do not fit a gallery of features of length {length}"
@@ -127,164 +205,164 @@ def _check_queries(queries: Float32, length: int) -> None:
             raise QueryError(f"query {number} cannot be ranked: {problem}")
 
 
-# Scanning, in float32
+def _hits(gallery: Gallery, query: Float32, found: Neighbours, metric: Metric) -> tuple[Hit, ...]:
+    features = gallery.take(found.rows)
+    if metric is Metric.euclidean:
+        similarities, distances = exact_similarities(query, features), np.sqrt(-found.values)
+    else:
+        similarities, distances = found.values, exact_angles(query, features)
+    columns = zip(
+        found.rows.tolist(), found.object_ids.tolist(), similarities.tolist(), distances.tolist(), strict=True
+    )
+    return tuple(
+        Hit(row, object_id, gallery.path(row), similarity, distance) for row, object_id, similarity, distance in columns
+    )
 
 
-def unit_queries(queries: Float32) -> Float32:
-    """Queries of length 1, float32[q, d], divided in float64."""
-    return units_of(queries).astype(np.float32)
+# Scanning with numpy
 
 
-def numpy_products(units: Float32) -> Products:
-    """Dot products on the CPU with numpy, straight from the mapped shard.
+def numpy_scan(block_rows: int | None = None) -> Scan:
+    """A float32 scan on the CPU with numpy, straight from the mapped shards.
 
     Args:
-        units: float32[q, d].
+        block_rows: rows read at once; by default so many that they take `BLOCK_BYTES`.
     """
 
-    def products(rows: Float32) -> tuple[Float32, Float32]:
-        # NaN, infinite and huge rows are found by their squares and never used from here.
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            return units @ rows.T, np.einsum("ij,ij->i", rows, rows)
+    def scan(gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
+        margin = float32_margin(gallery.length)
+        for block in gallery.blocks(block_rows or default_block_rows(gallery.length)):
+            usable = usable_rows(block.norms, block.left_out)
+            # What rows that are not usable give is never looked at.
+            norms = np.where(usable, block.norms, np.float32(1))
+            with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+                cosines = batch.units @ block.features.T
+                cosines *= 1 / norms
+            yield _select(batch, cosines, margin, norms, usable, block.first, cuts)
 
-    return products
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """Bounds on the value of every row of a block, for every query; higher is closer.
-
-    Attributes:
-        lower, upper: float32[q, b] (cosine) or float64[q, b] (minus the squared distance).
-        usable: bool[b].
-    """
-
-    lower: Float32 | Float64
-    upper: Float32 | Float64
-    usable: NDArray[np.bool_]
-    zero_rows: int
-    nonfinite_rows: int
+    return scan
 
 
-def _error_bound(length: int) -> float:
-    """How far a cosine of the scan can be from the truth.
-
-    With u the roundoff, a float32 sum of d products, in any order, fused or not, is off by at most
-    g = d*u / (1 - d*u) times the product of the norms, and a squared norm by g times itself: together less than 1.6 g
-    while g < 0.1. The rest, 8 u twice over, pays for the rounded unit query, root, division, and the bound itself.
-    """
-    terms = (length + 8) * _ROUNDOFF
-    return 2 * terms / (1 - terms)
+def default_block_rows(length: int) -> int:
+    """Rows that take `BLOCK_BYTES`."""
+    return max(1, BLOCK_BYTES // (4 * max(1, length)))
 
 
-def _scan(block: Block, queries: Float32, products: Products, metric: Metric) -> _Scan:
-    dots: Float32 | Float64
-    squares: Float32 | Float64
-    dots, squares = products(block.features)
-    usable = np.ones(len(squares), dtype=bool) if block.stale is None else ~block.stale
-    # Written so that NaN is not plain either.
-    odd = np.flatnonzero(~((squares >= _PLAIN_SQUARES[0]) & (squares <= _PLAIN_SQUARES[1])))
-    zero_rows = nonfinite_rows = 0
-    if len(odd):
-        dots, squares = dots.astype(np.float64), squares.astype(np.float64)
-        units = units_of(queries)
-        for start in range(0, len(odd), _DECIDED_AT_ONCE):
-            some = odd[start : start + _DECIDED_AT_ONCE]
-            rows = block.features[some].astype(np.float64)
-            finite = np.isfinite(rows).all(axis=1)
-            rows[~finite] = 0
-            squares[some] = row_sums(rows * rows)
-            dots[:, some] = units @ rows.T
-            counted = usable[some]
-            nonfinite_rows += int((counted & ~finite).sum())
-            zero_rows += int((counted & finite & (squares[some] == 0)).sum())
-        usable &= squares > 0
-        # What these rows get is never looked at; 1 keeps the arithmetic below free of 0/0.
-        squares[squares == 0] = 1
-    error: float | Float64 = _error_bound(block.features.shape[1])
-    if metric is Metric.euclidean:
-        own = row_sums(queries.astype(np.float64) ** 2)[:, np.newaxis]
-        sums = own + squares.astype(np.float64)
-        values = 2 * np.sqrt(own) * dots - sums
-        # 2 |q| |x| <= |q|^2 + |x|^2, so dot product and square together are off by less than 2 * error times the sum.
-        error = 2 * error * sums
-        return _Scan(values - error, values + error, usable, zero_rows, nonfinite_rows)
-    cosines = dots / np.sqrt(squares)
-    return _Scan(cosines - error, cosines + error, usable, zero_rows, nonfinite_rows)
+def usable_rows(norms: Float32, left_out: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Rows that a scan has to find, bool[b]: searched, and neither bad nor odd."""
+    plain = is_plain(norms)
+    return plain if left_out is None else plain & ~left_out
+
+
+def _select(
+    batch: Batch,
+    cosines: Float32,
+    margin: Margin,
+    row_norms: Float32,
+    usable: NDArray[np.bool_],
+    first: int,
+    cuts: Float64,
+) -> Candidates:
+    """Of one block's cosines, float32[q, b], those that can reach the cuts."""
+    if batch.metric is Metric.euclidean:
+        # Squares of norms from anywhere in float32 fit in float64 only.
+        values = values_of(batch.metric, cosines.astype(np.float64), row_norms.astype(np.float64), batch.norms)
+    else:
+        values = cosines
+    margin = margin_of(batch.metric, margin, row_norms.astype(np.float64), batch.norms)
+    if not usable.all():
+        values[:, ~usable] = -np.inf
+    # Minus infinity would also let the rows in that are not usable.
+    reach = np.maximum(cuts, np.finfo(values.dtype).min / 4)[:, np.newaxis]
+    if np.isneginf(cuts).any() and batch.top_k < values.shape[1]:
+        # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
+        reach = np.maximum(reach, np.partition(margin.lower(values), -batch.top_k)[:, [-batch.top_k]])
+    queries, columns = np.nonzero(values >= margin.least(reach).astype(values.dtype))
+    chosen = values[queries, columns].astype(np.float64)
+    if batch.metric is Metric.euclidean:
+        margin = Margin(margin.absolute[queries, columns])
+    return Candidates(queries, first + columns, margin.lower(chosen), margin.upper(chosen))
+
+
+def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:
+    """Usable rows that float32 arithmetic cannot be trusted with: every one a candidate of every query."""
+    at_once = max(1, _PAIRS_AT_ONCE // queries)
+    for shard, first in zip(gallery.shards, gallery.firsts, strict=True):
+        odd = (shard.norms > 0) & ~is_plain(shard.norms)
+        rows = first + np.flatnonzero(odd if shard.left_out is None else odd & ~shard.left_out)
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            pairs = np.repeat(np.arange(queries), len(some))
+            infinite = np.full(len(pairs), np.inf)
+            yield Candidates(pairs, np.tile(some, queries), -infinite, infinite)
 
 
 # Keeping the best
 
 
-class _Best:
-    """The best rows so far of one query: decided, ordered, at most k."""
+class _Pool:
+    """The rows that can still be among the best k of one query; a decided row has equal bounds."""
 
-    def __init__(self, gallery: Gallery, query: Float32, top_k: int, metric: Metric) -> None:
-        self._gallery, self._query, self._top_k, self._metric = gallery, query, top_k, metric
-        self._values: Float64 = np.empty(0)
-        self._rows: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._ids: NDArray[np.str_] = np.empty(0, dtype=np.str_)
+    def __init__(self, gallery: Gallery, batch: Batch, number: int) -> None:
+        self._gallery, self._batch, self._number, self._top_k = gallery, batch, number, batch.top_k
+        self.rows: Rows = np.empty(0, dtype=np.int64)
+        self._lower: Float64 = np.empty(0)
+        self._upper: Float64 = np.empty(0)
 
-    @property
-    def threshold(self) -> float:
-        """The value that a row must reach to be among the best k; higher is closer."""
-        return float(self._values[-1]) if len(self._values) == self._top_k else -np.inf
+    def add(self, rows: Rows, lower: Float64, upper: Float64) -> float:
+        """Take in candidates; returns the value that a row must reach from now on."""
+        self.rows = np.concatenate([self.rows, rows])
+        self._lower, self._upper = np.concatenate([self._lower, lower]), np.concatenate([self._upper, upper])
+        cut = self._cut()
+        if len(self.rows) > max(_WAITING, 2 * self._top_k):
+            self.decided()
+            cut = self._cut()
+        return cut
 
-    def offer(
-        self, block: Block, lower: Float32 | Float64, upper: Float32 | Float64, usable: NDArray[np.bool_]
-    ) -> None:
-        """Decide every row of a block that could be among the best k.
+    def _cut(self) -> float:
+        if len(self.rows) < self._top_k:
+            return -np.inf
+        # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
+        cut = float(np.partition(self._lower, -self._top_k)[-self._top_k])
+        self._keep(self._upper >= cut)
+        return cut
 
-        Args:
-            lower, upper: [b], bounds on the exact value of every row.
-        """
-        candidates = np.flatnonzero((upper >= np.float64(self.threshold)) & usable)
-        if len(candidates) > self._top_k:
-            # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
-            sure = np.partition(lower[candidates], -self._top_k)[-self._top_k]
-            candidates = candidates[upper[candidates] >= sure]
-        for start in range(0, len(candidates), _DECIDED_AT_ONCE):
-            some = candidates[start : start + _DECIDED_AT_ONCE]
-            self._keep(self._decide(block.features[some]), block.first + some)
+    def _keep(self, kept: NDArray[np.bool_] | Rows) -> None:
+        self.rows, self._lower, self._upper = self.rows[kept], self._lower[kept], self._upper[kept]
 
-    def _decide(self, rows: Float32) -> Float64:
-        if self._metric is Metric.euclidean:
-            return -exact_squared_distances(self._query, rows)
-        return exact_similarities(self._query, rows)
-
-    def _keep(self, values: Float64, rows: NDArray[np.int64]) -> None:
-        reached = values >= self.threshold
-        values, rows = values[reached], rows[reached]
-        if len(values) > self._top_k:
-            # Ties at the k-th value all stay until the ids decide.
-            tied = values >= np.partition(values, -self._top_k)[-self._top_k]
-            values, rows = values[tied], rows[tied]
-        if not len(values):
+    def _narrow(self) -> None:
+        """Bounds from float32 for rows of coarser ones, so that fewer have to be decided in float64."""
+        gallery, batch = self._gallery, self._batch
+        margin = float32_margin(gallery.length)
+        coarse = np.flatnonzero((self._upper - self._lower > 4 * margin.absolute) & np.isfinite(self._upper))
+        if batch.metric is Metric.euclidean or len(coarse) <= 2 * self._top_k:
             return
-        ids = np.array([self._gallery.object_id(row) for row in rows.tolist()], dtype=np.str_)
-        values, rows = np.concatenate([self._values, values]), np.concatenate([self._rows, rows])
-        ids = np.concatenate([self._ids, ids])
-        order = np.lexsort((rows, ids, -values))[: self._top_k]
-        self._values, self._rows, self._ids = values[order], rows[order], ids[order]
+        for start in range(0, len(coarse), _DECIDED_AT_ONCE):
+            some = coarse[start : start + _DECIDED_AT_ONCE]
+            features = gallery.take(self.rows[some])
+            squares = np.einsum("ij,ij->i", features, features)
+            cosines = (features @ batch.units[self._number] / np.sqrt(squares)).astype(np.float64)
+            self._lower[some], self._upper[some] = margin.lower(cosines), margin.upper(cosines)
+        self._cut()
 
-    def hits(self) -> tuple[Hit, ...]:
-        """The best rows, best first."""
-        return tuple(self._hits())
+    def decided(self) -> Neighbours:
+        """Decide in float64, and by id where values are equal; the best k are left."""
+        self._narrow()
+        open_rows = np.flatnonzero(self._lower != self._upper)
+        for start in range(0, len(open_rows), _DECIDED_AT_ONCE):
+            some = open_rows[start : start + _DECIDED_AT_ONCE]
+            self._lower[some] = self._batch.decide(self._number, self._gallery.take(self.rows[some]))
+        self._upper[open_rows] = self._lower[open_rows]
+        self._cut()
+        ids = self._gallery.object_ids(self.rows)
+        order = np.lexsort((self.rows, ids, -self._lower))[: self._top_k]
+        self._keep(order)
+        return Neighbours(self.rows, self._lower, ids[order])
 
-    def _hits(self) -> Iterator[Hit]:
-        for row, object_id in zip(self._rows.tolist(), self._ids.tolist(), strict=True):
-            feature = self._gallery.feature(row)[np.newaxis]
-            if self._metric is Metric.euclidean:
-                distance = float(np.sqrt(exact_squared_distances(self._query, feature)[0]))
-            else:
-                distance = float(exact_angles(self._query, feature)[0])
-            similarity = float(exact_similarities(self._query, feature)[0])
-            yield Hit(row, object_id, self._gallery.path(row), similarity, distance)
 
-
-def _offer(best: list[_Best], block: Block, scan: _Scan) -> None:
-    if not len(scan.usable):
-        return
-    thresholds = np.array([one.threshold for one in best])
-    for i in np.flatnonzero(scan.upper.max(axis=1) >= thresholds):
-        best[i].offer(block, scan.lower[i], scan.upper[i], scan.usable)
+def _offer(pools: list[_Pool], candidates: Candidates, cuts: Float64) -> None:
+    numbers, starts = np.unique(candidates.queries, return_index=True)
+    bounds = itertools.pairwise([*starts.tolist(), len(candidates.queries)])
+    for number, (start, end) in zip(numbers.tolist(), bounds, strict=True):
+        part = slice(start, end)
+        cuts[number] = pools[number].add(candidates.rows[part], candidates.lower[part], candidates.upper[part])

@@ -47,7 +47,6 @@ def test_rows_ids_and_paths_belong_together(folder: Path, model: Model) -> None:
     for row, path in enumerate(some_paths(10)):
         assert gallery.path(row) == path
         assert gallery.object_id(row) == path[2:]
-        assert np.array_equal(gallery.feature(row), some_features(10)[row])
 
 
 def test_a_shard_of_failures_only_has_no_rows_and_is_legal(folder: Path, model: Model) -> None:
@@ -139,7 +138,7 @@ def test_stale_objects_are_marked_unless_asked_for(folder: Path) -> None:
     write_atomic(folder / "run" / "stale" / "0001.bits", [np.packbits(mask).tobytes()])
     gallery = open_gallery(folder)
     assert gallery.stale_rows == 2
-    marks = [block.stale for block in gallery.blocks(100)]
+    marks = [block.left_out for block in gallery.blocks(100)]
     assert marks[0] is None
     assert marks[2] is None
     assert marks[1] is not None

@@ -11,10 +11,11 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
+from search.bounds import float32_margin
 from search.exact import exact_angles, exact_similarities, exact_squared_distances
 from search.gallery import Gallery, Shard
 from search.options import Metric
-from search.ranking import _error_bound, numpy_products, rank, unit_queries
+from search.ranking import Batch, numpy_scan, rank
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory
 
 D = 33
@@ -64,7 +65,7 @@ def ids_of(n: int) -> list[str]:
 
 
 def found(gallery: Gallery, queries: NDArray[np.float32], k: int, metric: Metric, block_rows: int) -> list[list[str]]:
-    return [[hit.object_id for hit in hits] for hits in rank(gallery, queries, k, metric, block_rows=block_rows).hits]
+    return [[hit.object_id for hit in hits] for hits in rank(gallery, queries, k, metric, numpy_scan(block_rows)).hits]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +79,7 @@ def test_every_prefix_equals_the_brute_force(kind: str, metric: Metric) -> None:
     expected = [brute_force(features, ids, query, euclidean) for query in queries]
     for k in (1, 10, 100, n, n + 50):
         for block_rows in {10: (1, 37, n), n: (37, n)}.get(k, (61,)):
-            ranking = rank(gallery, queries, k, metric, block_rows=block_rows)
+            ranking = rank(gallery, queries, k, metric, numpy_scan(block_rows))
             for hits, want in zip(ranking.hits, expected, strict=True):
                 assert [hit.object_id for hit in hits] == [object_id for object_id, _ in want[:k]]
                 values = [hit.distance if euclidean else hit.similarity for hit in hits]
@@ -153,9 +154,17 @@ def test_a_row_decides_the_same_alone_and_among_others() -> None:
 def test_the_scan_stays_within_its_error_bound() -> None:
     for d in (3, 64, 1280):
         rows, queries = features_of("random", 500, d), features_of("positive", 20, d)
-        dots, squares = numpy_products(unit_queries(queries))(rows)
-        truth = np.stack([exact_similarities(query, rows) for query in queries])
-        assert np.abs(dots / np.sqrt(squares) - truth).max() <= _error_bound(d)
+        for metric in (Metric.cosine, Metric.euclidean):
+            batch = Batch(queries, 500, metric)
+            (found,) = numpy_scan()(in_memory(rows), batch, np.full(20, -np.inf))
+            assert len(found.rows) == 20 * 500
+            for number in range(20):
+                mine = found.queries == number
+                truth = batch.decide(number, rows[found.rows[mine]])
+                assert (found.lower[mine] <= truth).all()
+                assert (truth <= found.upper[mine]).all()
+                width = (found.upper - found.lower)[mine].max()
+                assert width <= 2.001 * float32_margin(d).absolute or metric is Metric.euclidean
 
 
 def test_unusable_rows_are_counted_and_never_ranked() -> None:
@@ -167,7 +176,7 @@ def test_unusable_rows_are_counted_and_never_ranked() -> None:
     features[7] = np.nan
     for block_rows in (1, 3, 10):
         for metric in Metric:
-            ranking = rank(in_memory(features), features[:1], 10, metric, block_rows=block_rows)
+            ranking = rank(in_memory(features), features[:1], 10, metric, numpy_scan(block_rows))
             assert (ranking.zero_rows, ranking.nonfinite_rows) == (2, 3)
             assert {hit.row for hit in ranking.hits[0]} == {0, 1, 3, 8, 9}
 

@@ -6,9 +6,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
 
 from pipeline.errors import UsageError  # noqa: E402
-from search.options import Metric  # noqa: E402
-from search.ranking import rank  # noqa: E402
-from search.ranking_torch import rank_torch  # noqa: E402
+from search.options import Metric, Precision  # noqa: E402
+from search.ranking import Batch, rank  # noqa: E402
+from search.ranking_torch import TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
 from tests.search.test_ranking import KINDS, features_of, ids_of, queries_of  # noqa: E402
 
@@ -19,15 +19,57 @@ DEVICES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_and_numpy_give_the_same_ranking(kind: str, device: str) -> None:
+def test_torch_and_numpy_give_the_same_ranking(kind: str, precision: Precision, device: str) -> None:
     features = features_of(kind)
     gallery = in_memory(features, ids_of(len(features)), cuts=(100, 200))
     queries = queries_of(features)
+    resident = TorchScan(gallery, device, precision, resident=True, block_rows=73)
+    staged = TorchScan(gallery, device, precision, block_rows=30, staged=True)
     for metric in Metric:
-        for k in (10, 1000):
+        for k in (1, 10, 1000):
             expected = rank(gallery, queries, k, metric)
-            assert rank_torch(gallery, queries, k, metric, device=device, block_rows=73) == expected
+            assert rank(gallery, queries, k, metric, resident) == expected
+            assert rank(gallery, queries, k, metric, staged) == expected
+        assert rank(gallery, queries[:1], 10, metric, resident) == rank(gallery, queries[:1], 10, metric)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["random", "positive", "near_duplicates"])
+def test_bfloat16_stays_within_its_error_bound(kind: str, device: str) -> None:
+    for d in (3, 64, 1280):
+        rows, queries = features_of(kind, 400, d), features_of("positive", 20, d)
+        gallery = in_memory(rows)
+        for metric in Metric:
+            batch = Batch(queries, 400, metric)
+            (found,) = TorchScan(gallery, device, Precision.bfloat16)(gallery, batch, np.full(20, -np.inf))
+            assert len(found.rows) == 20 * 400
+            for number in range(20):
+                mine = found.queries == number
+                truth = batch.decide(number, rows[found.rows[mine]])
+                assert (found.lower[mine] <= truth).all()
+                assert (truth <= found.upper[mine]).all()
+
+
+def test_bfloat16_alone_would_rank_near_duplicates_wrongly() -> None:
+    features = features_of("near_duplicates", 1000, 64)
+    query = features_of("random", 1, 64)
+    units = torch.from_numpy(features / np.linalg.norm(features, axis=1, keepdims=True)).bfloat16()
+    alone = (torch.from_numpy(query).bfloat16() @ units.T).float().topk(20).indices[0]
+    gallery = in_memory(features)
+    hits = rank(gallery, query, 20, scan=TorchScan(gallery, "cpu", Precision.bfloat16)).hits[0]
+    assert {hit.row for hit in hits} != set(alone.tolist())
+    assert hits == rank(gallery, query, 20).hits[0]
+
+
+def test_a_pass_that_was_broken_off_is_not_kept() -> None:
+    features = features_of("random")
+    gallery = in_memory(features)
+    scan = TorchScan(gallery, "cpu", resident=True, block_rows=50)
+    next(scan(gallery, Batch(features[:2], 5, Metric.cosine), np.full(2, -np.inf)))
+    for _ in range(2):
+        assert rank(gallery, features[:2], 5, scan=scan) == rank(gallery, features[:2], 5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,7 +79,7 @@ def test_a_permitted_tensorfloat32_is_not_used_and_stays_permitted(device: str) 
     try:
         features = features_of("near_duplicates", 1000, 256)
         gallery = in_memory(features)
-        assert rank_torch(gallery, features[:3], 20, device=device) == rank(gallery, features[:3], 20)
+        assert rank(gallery, features[:3], 20, scan=TorchScan(gallery, device)) == rank(gallery, features[:3], 20)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -45,6 +87,5 @@ def test_a_permitted_tensorfloat32_is_not_used_and_stays_permitted(device: str) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_a_device_is_an_error_and_no_fallback() -> None:
-    features = np.ones((2, 4), np.float32)
     with pytest.raises(UsageError, match="--device cuda"):
-        rank_torch(in_memory(features), features, 1)
+        TorchScan(in_memory(np.ones((2, 4), np.float32)), "cuda")
