@@ -8,6 +8,7 @@ model, 5 nothing found where that was asked to be a failure, 130 interrupted.
 from typing import ClassVar
 
 EXIT_INCOMPLETE = 3
+EXIT_EMPTY = 5
 
 
 class RuijiError(Exception):

@@ -4,8 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from pipeline.status import Status
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from pipeline.status import Status
 
 #: Into a log file, often enough to see life, rarely enough to read.
 LINE_INTERVAL_S = 10.0
@@ -40,7 +44,7 @@ class Rate:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def describe(status: Status, rate: Rate) -> str:
+def describe(status: "Status", rate: Rate) -> str:
     """One line: done, failed, rate, time left, and why workers wait."""
     remaining = status.running + status.pending
     words = f"{status.done:,} done, {status.failed:,} failed of {status.objects:,}"
@@ -49,14 +53,22 @@ def describe(status: Status, rate: Rate) -> str:
     return "  ".join([words, *waiting])
 
 
+def _bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
 @contextmanager
-def show_progress() -> Iterator[Callable[[Status], None]]:
+def show_progress() -> "Iterator[Callable[[Status], None]]":
     """Yields what is to be called with each new status."""
     rate = Rate()
     if not sys.stderr.isatty():
         last = [0.0]
 
-        def line(status: Status) -> None:
+        def line(status: "Status") -> None:
             rate.add(status.done + status.failed)
             if time.monotonic() - last[0] >= LINE_INTERVAL_S or status.plan is None:
                 last[0] = time.monotonic()
@@ -65,16 +77,37 @@ def show_progress() -> Iterator[Callable[[Status], None]]:
         yield line
         return
 
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _bar() as progress:
         task = progress.add_task("", total=None)
 
-        def bar(status: Status) -> None:
+        def bar(status: "Status") -> None:
             rate.add(status.done + status.failed)
             finished = status.done + status.failed
             progress.update(task, total=status.objects, completed=finished, description=describe(status, rate))
 
         yield bar
+
+
+@contextmanager
+def show_steps(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be called with how many units are done, and how many there are."""
+    rate = Rate()
+
+    def words(done: int, total: int) -> str:
+        rate.add(done)
+        return f"{done:,} of {total:,} {unit}  ETA {rate.eta(total - done)}"
+
+    if not sys.stderr.isatty():
+        last = [time.monotonic()]
+
+        def line(done: int, total: int) -> None:
+            if time.monotonic() - last[0] >= LINE_INTERVAL_S:
+                last[0] = time.monotonic()
+                print(words(done, total), file=sys.stderr, flush=True)
+
+        yield line
+        return
+
+    with _bar() as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, total=total, completed=done, description=words(done, total))

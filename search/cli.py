@@ -1,6 +1,8 @@
-"""`ruiji search`. What it needs beyond the standard library and typer is imported when it runs."""
+"""`ruiji search`, `near-duplicates`, `index` and `gallery info`.
 
-import csv
+What they need beyond the standard library and typer is imported when they run.
+"""
+
 import json
 import sys
 from collections.abc import Iterator
@@ -9,20 +11,73 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
+from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
+from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
 from search import evaluate
-from search.options import TOP_K, Metric, OutputFormat
+from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
 if TYPE_CHECKING:
     from search.gallery import Gallery
-    from search.queries import Queries
-    from search.ranking import Hit, Ranking
+    from search.labels import Annotations
+    from search.near_duplicates import Group
+    from search.output import Row
+    from search.queries import Query
+    from search.ranking import Hit
+    from search.sheet import SheetLine
 
-COLUMNS = ("rank", "object_id", "path", "similarity", "distance")
-
-Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="The pictures to find look-alikes of.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGE]...",
+        help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv as for --labels), "
+        "- for a list on stdin.",
+    ),
+]
+GalleryModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        envvar="RUIJI_MODEL",
+        help="The ONNX model: its name is the gallery's. The file itself is only needed for pictures; without it "
+        "FEATURE_DIR is the gallery or has one.",
+    ),
+]
+Ids = Annotated[
+    list[str] | None,
+    typer.Option("--id", help="Search with an object of the gallery; no model is needed. Repeatable."),
+]
+Features = Annotated[
+    list[Path] | None,
+    typer.Option("--feature", help="Search with the features in a .npy file, float32[d] or [q, d]. Repeatable."),
+]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Hits per query.")]
+MinSimilarity = Annotated[
+    float | None, typer.Option("--min-similarity", min=-1.0, max=1.0, help="Leave out hits below this cosine.")
+]
+ExcludeSelf = Annotated[
+    bool | None,
+    typer.Option(
+        "--exclude-self/--include-self",
+        help="Whether a query that is an object of the gallery is kept out of its own hits.  "
+        "[default: out for --id, in for pictures]",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        help="CSV with what is known about the objects: a header, img_path or img_name, label, and any other columns.",
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        help="Only search objects with COLUMN=VALUE (or COLUMN!=VALUE) in the --labels, or path=PREFIX. Repeatable: "
+        "values of one column are alternatives, different columns must all hold.",
+    ),
+]
 MetricOption = Annotated[
     Metric,
     typer.Option(
@@ -36,95 +91,276 @@ SearchDevice = Annotated[
     typer.Option(
         "--device",
         envvar="RUIJI_DEVICE",
-        help="cuda: embed and rank on CUDA, the ranking with torch; cpu: numpy. auto is cpu for now. "
-        "The ranking is the same.",
+        help="cuda: embed and rank on CUDA, the ranking with torch; cpu: numpy, or torch where it is faster. auto is "
+        "cpu. The ranking is the same.",
     ),
 ]
 Format = Annotated[
     OutputFormat,
     typer.Option("--format", help="table for people; the others have every digit. paths: one path a line."),
 ]
+GroupFormatOption = Annotated[
+    GroupFormat,
+    typer.Option("--format", help="paths: one path a line, an empty line between groups."),
+]
+Null = Annotated[
+    bool, typer.Option("--null", "-0", help="With --format paths: end each path by a null character, for xargs -0.")
+]
 Sheet = Annotated[
     Path | None,
     typer.Option("--sheet", help="Also draw the hits to this .jpg or .png; needs --media-dir."),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option("--html", help="Also write the hits as one page with the pictures inside; needs --media-dir."),
+]
 IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also search objects that left the object list.")]
+FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit code 5 where nothing is found.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Say on stderr which way the search takes, and why.")]
+
+gallery_app = typer.Typer(no_args_is_help=True, help="Look at galleries.")
 
 
 def register(app: typer.Typer) -> None:
-    """Add `search` and `evaluate` to the root command."""
+    """Add the commands to the root command."""
     app.command()(search)
+    app.command("near-duplicates")(near_duplicates)
+    app.command()(index)
+    app.add_typer(gallery_app, name="gallery")
     evaluate.register(app)
 
 
 def search(
-    images: Images,
     feature_dir: FeatureDir,
-    model_path: ModelFile,
+    images: Images = None,
+    model_path: GalleryModel = None,
     media_dir: OptionalMediaDir = None,
+    ids: Ids = None,
+    features: Features = None,
     top_k: TopK = TOP_K,
     metric: MetricOption = Metric.cosine,
+    min_similarity: MinSimilarity = None,
+    exclude_self: ExcludeSelf = None,
+    labels: Labels = None,
+    where: Where = None,
     device: SearchDevice = Device.auto,
     output_format: Format = OutputFormat.table,
+    null: Null = False,
     sheet: Sheet = None,
+    html: Page = None,
     include_stale: IncludeStale = False,
+    fail_if_empty: FailIfEmpty = False,
+    explain: Explain = False,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Rank a gallery's objects by how much they look like IMAGE; exact, ties by object id.
+    """Rank a gallery's objects by how much they look like each query; exact, ties by object id.
 
-    Exit code 3: some of the images could not be read; the others were searched with.
+    Exit code 3: some of the pictures could not be read; the others were searched with.
     """
-    from pipeline.model import load_model
-    from pipeline.store import gallery_folder
-    from search.gallery import open_gallery
-    from search.queries import check_model, embed_images
+    from search.filters import apply_conditions, parse_conditions
+    from search.gallery import find_gallery, open_gallery
+    from search.labels import read_annotations
+    from search.output import hit_rows, printable, write_hits
+    from search.queries import feature_queries, gallery_queries, image_files
 
+    if not (images or ids or features):
+        raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
+    _check_null(null, output_format is OutputFormat.paths)
+    _check_pictures(sheet, html, media_dir)
+    conditions = parse_conditions(where or [])
+    annotations = None if labels is None else read_annotations(labels)
+    whole = open_gallery(find_gallery(feature_dir, model_path), include_stale)
+    _check_paths(whole, output_format is OutputFormat.paths)
+    _say_provenance(whole)
+    files = image_files(images or [], sys.stdin, media_dir)
     if sheet is not None:
         from search.sheet import check_target
 
-        if media_dir is None:
-            raise UsageError("--sheet shows the pictures of the hits: say where they are with --media-dir")
-        check_target(sheet, len(images), top_k)
-    gallery = open_gallery(gallery_folder(feature_dir, model_path), include_stale)
-    if output_format is OutputFormat.paths and gallery.fingerprint is None:
+        check_target(sheet, len(files) + len(ids or []) + len(features or []), top_k)
+    queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
+    embedded, failed = _embed(files, whole, model_path, media_dir, device, max_pixels)
+    queries += embedded
+    gallery = apply_conditions(whole, conditions, annotations)
+    _say_unusable(gallery)
+
+    found = []
+    for query, hits in zip(queries, _rank(gallery, queries, top_k, metric, exclude_self, device, explain), strict=True):
+        kept = hits if min_similarity is None else [hit for hit in hits if hit.similarity >= min_similarity]
+        known = None if annotations is None else [annotations.label(hit.object_id, hit.path) for hit in kept]
+        found.append((printable(query.name), hit_rows(kept, known)))
+    write_hits(found, output_format, media_dir, null)
+    _show(sheet, html, queries, [rows for _, rows in found], annotations, media_dir, max_pixels)
+    if failed:
+        raise typer.Exit(EXIT_INCOMPLETE)
+    if not any(rows for _, rows in found):
+        _say("nothing found")
+        raise typer.Exit(EXIT_EMPTY if fail_if_empty else 0)
+
+
+def near_duplicates(
+    feature_dir: FeatureDir,
+    model_path: GalleryModel = None,
+    media_dir: OptionalMediaDir = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, max=1.0, help="The least cosine of a pair.")
+    ] = THRESHOLD,
+    labels: Labels = None,
+    where: Where = None,
+    device: SearchDevice = Device.auto,
+    output_format: GroupFormatOption = GroupFormat.table,
+    null: Null = False,
+    sheet: Sheet = None,
+    include_stale: IncludeStale = False,
+    fail_if_empty: FailIfEmpty = False,
+    explain: Explain = False,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
+    """Find all groups of near-identical objects of a gallery; exact, each pair compared once.
+
+    A group is everything that is connected by pairs at or above the threshold. The similarity of each member is that
+    to the group's first, which comes first in the object list.
+    """
+    from pipeline.progress import show_steps
+    from search.filters import apply_conditions, parse_conditions
+    from search.gallery import find_gallery, open_gallery
+    from search.labels import read_annotations
+    from search.near_duplicates import find_groups
+    from search.output import write_groups
+    from search.planner import choose_multiply
+
+    if threshold == 0:
+        raise UsageError("--threshold must be above 0")
+    _check_null(null, output_format is GroupFormat.paths)
+    _check_pictures(sheet, None, media_dir)
+    conditions = parse_conditions(where or [])
+    annotations = None if labels is None else read_annotations(labels)
+    whole = open_gallery(find_gallery(feature_dir, model_path), include_stale)
+    _check_paths(whole, output_format is GroupFormat.paths)
+    _say_provenance(whole)
+    gallery = apply_conditions(whole, conditions, annotations)
+    _say_unusable(gallery)
+    multiply, why = choose_multiply(gallery, device)
+    if explain:
+        _say(f"plan: {why}")
+    with show_steps("pairs") as progress:
+        groups = find_groups(gallery, threshold, multiply, progress)
+    write_groups(groups, output_format, media_dir, null)
+    extra = sum(len(group.members) - 1 for group in groups)
+    _say(f"{len(groups)} groups; {extra} objects beside the first of their group")
+    if sheet is not None and media_dir is not None:
+        _draw_groups(sheet, groups, annotations, media_dir, max_pixels)
+    if not groups and fail_if_empty:
+        raise typer.Exit(EXIT_EMPTY)
+
+
+def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
+    """Prepare a gallery for quick searches: compute the norms that are not kept yet.
+
+    A search does this by itself where it has to. They lie in the gallery's folder cache, which can be deleted.
+    """
+    from pipeline.errors import RuijiError
+    from search.gallery import find_gallery, open_gallery
+
+    folder = find_gallery(feature_dir, model_path)
+    gallery = open_gallery(folder)
+    zero, nonfinite = gallery.unusable_rows
+    unkept = [shard.name for shard in gallery.shards if not shard.norms_kept]
+    if unkept:
+        raise RuijiError(f"cannot write to {folder / 'cache'}: the norms of {len(unkept)} shards are not kept")
+    _say(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
+
+
+@gallery_app.command()
+def info(
+    feature_dir: FeatureDir,
+    model_path: GalleryModel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a gallery has: objects, shards, length, fingerprint, size, failed objects, rows that cannot be ranked."""
+    from search.gallery import describe_gallery, find_gallery
+
+    facts = describe_gallery(find_gallery(feature_dir, model_path))
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name:<15} {'-' if value is None else f'{value:,}' if isinstance(value, int) else value}")
+
+
+def _check_null(null: bool, paths: bool) -> None:
+    if null and not paths:
+        raise UsageError("-0 ends paths: it needs --format paths")
+
+
+def _check_pictures(sheet: Path | None, html: Path | None, media_dir: Path | None) -> None:
+    for option, target in (("--sheet", sheet), ("--html", html)):
+        if target is not None and media_dir is None:
+            raise UsageError(f"{option} shows the pictures of the hits: say where they are with --media-dir")
+    if sheet is not None:
+        from search.sheet import check_target
+
+        check_target(sheet, 0, 0)
+
+
+def _check_paths(gallery: "Gallery", wanted: bool) -> None:
+    if wanted and gallery.fingerprint is None:
         raise UsageError("--format paths: this gallery has no gallery.json and does not know paths, only object ids")
+
+
+def _embed(
+    files: list[Path],
+    gallery: "Gallery",
+    model_path: Path | None,
+    media_dir: Path | None,
+    device: Device,
+    max_pixels: int,
+) -> "tuple[list[Query], bool]":
+    """Pictures as queries, and whether some could not be read."""
+    if not files:
+        return [], False
+    if model_path is None:
+        raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
+    from pipeline.model import load_model
+    from search.output import printable
+    from search.queries import check_model, embed_images, image_queries
+
     model = load_model(model_path)
     check_model(model, gallery)
-    _say_provenance(gallery)
-    queries = embed_images(images, model, "cuda" if device is Device.cuda else "cpu", max_pixels)
-    for image, reason in queries.failures:
-        _say(f"{_label(image)}: {reason}; left out")
-    ranking = _rank(gallery, queries, top_k, metric, device)
-    _say_unusable(ranking)
-    _write(queries, ranking, output_format, media_dir)
-    if sheet is not None and media_dir is not None:
-        _draw(sheet, queries, ranking, media_dir, max_pixels)
-    if queries.failures:
-        raise typer.Exit(EXIT_INCOMPLETE)
+    embedded = embed_images(files, model, "cuda" if device is Device.cuda else "cpu", max_pixels)
+    for image, reason in embedded.failures:
+        _say(f"{printable(str(image))}: {reason}; left out")
+    return image_queries(embedded, gallery, media_dir), bool(embedded.failures)
 
 
-def _rank(gallery: "Gallery", queries: "Queries", top_k: int, metric: Metric, device: Device) -> "Ranking":
-    if device is Device.cuda:
-        try:
-            from search.ranking_torch import rank_torch
-        except ImportError as error:
-            raise UsageError(
-                f"--device cuda ranks with torch, which cannot be imported ({error}); "
-                "set up with make setup ACCEL=gpu, or use --device cpu"
-            ) from None
-        return rank_torch(gallery, queries.features, top_k, metric)
+def _rank(
+    gallery: "Gallery",
+    queries: "list[Query]",
+    top_k: int,
+    metric: Metric,
+    exclude_self: bool | None,
+    device: Device,
+    explain: bool,
+) -> "Iterator[list[Hit]]":
+    import numpy as np
+
+    from search.planner import Work, look_at_machine, make_plan
+    from search.queries import is_self, own_rows
     from search.ranking import rank
 
-    return rank(gallery, queries.features, top_k, metric)
+    excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
+    # The first k without the query's own rows are among the first k and so many more.
+    more = max(own_rows(gallery, query) if out else 0 for query, out in zip(queries, excluding, strict=True))
+    plan = make_plan(Work(gallery.rows, gallery.length, len(queries), metric), look_at_machine(device))
+    if explain:
+        _say(f"plan: {plan}")
+    features = np.stack([query.feature for query in queries])
+    ranking = rank(gallery, features, top_k + more, metric, plan.scan(gallery), plan.queries_at_once)
+    for query, out, hits in zip(queries, excluding, ranking.hits, strict=True):
+        yield [hit for hit in hits if not (out and is_self(query, hit.object_id, hit.path))][:top_k]
 
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _label(image: Path) -> str:
-    # File names need not be UTF-8; stdout has to be.
-    return str(image).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _say_provenance(gallery: "Gallery") -> None:
@@ -141,71 +377,78 @@ def _say_provenance(gallery: "Gallery") -> None:
             _say(f"warning: shards were made with {', '.join(changed)}; similarities can differ in their last digits")
 
 
-def _say_unusable(ranking: "Ranking") -> None:
-    if ranking.zero_rows or ranking.nonfinite_rows:
+def _say_unusable(gallery: "Gallery") -> None:
+    zero, nonfinite = gallery.unusable_rows
+    if zero or nonfinite:
         _say(
-            f"warning: left out {ranking.zero_rows} objects whose feature is all zero and "
-            f"{ranking.nonfinite_rows} whose feature has NaN or infinite values"
+            f"warning: left out {zero} objects whose feature is all zero and "
+            f"{nonfinite} whose feature has NaN or infinite values"
         )
-    if not ranking.hits[0]:
+    if gallery.searched_rows == zero + nonfinite:
         _say("the gallery has no object that can be ranked")
 
 
-def _write(queries: "Queries", ranking: "Ranking", output_format: OutputFormat, media_dir: Path | None) -> None:
-    found = list(zip(map(_label, queries.images), ranking.hits, strict=True))
-    if output_format is OutputFormat.table:
-        for line in _tables(found):
-            typer.echo(line)
-    elif output_format is OutputFormat.json:
-        value = [
-            {"query": query, "hits": [_object(rank, hit) for rank, hit in enumerate(hits, 1)]} for query, hits in found
-        ]
-        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-    elif output_format is OutputFormat.jsonl:
-        for query, hits in found:
-            for rank, hit in enumerate(hits, 1):
-                typer.echo(json.dumps({"query": query, **_object(rank, hit)}, ensure_ascii=False))
-    elif output_format is OutputFormat.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(("query", *COLUMNS))
-        for query, hits in found:
-            writer.writerows((query, *_object(rank, hit).values()) for rank, hit in enumerate(hits, 1))
-    else:
-        for _, hits in found:
-            for hit in hits:
-                assert hit.path is not None
-                typer.echo(hit.path if media_dir is None else str(media_dir / hit.path))
+def _show(
+    sheet: Path | None,
+    html: Path | None,
+    queries: "list[Query]",
+    found: "list[list[Row]]",
+    annotations: "Annotations | None",
+    media_dir: Path | None,
+    max_pixels: int,
+) -> None:
+    """Write what people look at."""
+    if media_dir is None or (sheet is None and html is None):
+        return
+    from search.page import write_page
+    from search.sheet import write_sheet
+
+    lines = [_line(query, rows, annotations, media_dir) for query, rows in zip(queries, found, strict=True)]
+    if sheet is not None:
+        _say_missing(f"sheet: {sheet}", write_sheet(sheet, lines, max_pixels))
+    if html is not None:
+        about = f"{len(lines)} queries" if len(lines) > 1 else f"query: {lines[0].name}"
+        _say_missing(f"page: {html}", write_page(html, "ruiji search", about, lines, max_pixels))
 
 
-def _object(rank: int, hit: "Hit") -> dict[str, int | float | str | None]:
-    return dict(zip(COLUMNS, (rank, hit.object_id, hit.path, hit.similarity, hit.distance), strict=True))
+def _line(query: "Query", rows: "list[Row]", annotations: "Annotations | None", media_dir: Path) -> "SheetLine":
+    from search.output import printable
+    from search.sheet import SheetHit, SheetLine
 
-
-def _tables(found: "list[tuple[str, tuple[Hit, ...]]]") -> Iterator[str]:
-    for number, (query, hits) in enumerate(found):
-        if len(found) > 1:
-            yield f"query: {query}" if number == 0 else f"\nquery: {query}"
-        rows = [
-            (str(rank), hit.object_id, hit.path or "-", f"{hit.similarity:.6f}", f"{hit.distance:.6f}")
-            for rank, hit in enumerate(hits, 1)
-        ]
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-        for row in (COLUMNS, *rows):
-            yield "  ".join(
-                cell.ljust(width) if 0 < i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-
-
-def _draw(target: Path, queries: "Queries", ranking: "Ranking", media_dir: Path, max_pixels: int) -> None:
-    from search.sheet import SheetHit, SheetLine, write_sheet
-
-    lines = [
-        SheetLine(
-            image,
-            tuple(SheetHit(hit.object_id, media_dir / hit.path if hit.path else None, hit.similarity) for hit in hits),
+    hits = [
+        SheetHit(
+            str(row["object_id"]),
+            None if row["path"] is None else media_dir / str(row["path"]),
+            float(row["similarity"] or 0),
+            None if row.get("label") is None else str(row["label"]),
         )
-        for image, hits in zip(queries.images, ranking.hits, strict=True)
+        for row in rows
     ]
-    missing = write_sheet(target, lines, max_pixels)
-    _say(f"sheet: {target}" + (f" ({missing} pictures could not be opened)" if missing else ""))
+    name = Path(query.name).name
+    label = None if annotations is None else annotations.label(query.object_id or name, query.path)
+    return SheetLine(query.picture, tuple(hits), label, printable(name))
+
+
+def _draw_groups(
+    target: Path, groups: "list[Group]", annotations: "Annotations | None", media_dir: Path, max_pixels: int
+) -> None:
+    from search.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine, write_sheet
+
+    lines = []
+    for group in groups[:GROUP_LINES]:
+        labels = [
+            None if annotations is None else annotations.label(member.object_id, member.path)
+            for member in group.members
+        ]
+        first, *rest = (
+            SheetHit(member.object_id, media_dir / member.path if member.path else None, member.similarity, label)
+            for member, label in zip(group.members[: GROUP_HITS + 1], labels, strict=False)
+        )
+        lines.append(SheetLine(first.picture, tuple(rest), first.label, first.object_id))
+    missing = write_sheet(target, lines, max_pixels, "first")
+    shown = "" if len(groups) <= GROUP_LINES else f" with the first {GROUP_LINES} of {len(groups)} groups"
+    _say_missing(f"sheet: {target}{shown}", missing)
+
+
+def _say_missing(text: str, missing: int) -> None:
+    _say(text + (f" ({missing} pictures could not be opened)" if missing else ""))

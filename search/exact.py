@@ -35,9 +35,21 @@ def exact_similarities(query: Float32, rows: Float32) -> Float64:
     Returns:
         float64[c], from -1 to 1. Products of two float32 are exact in float64 and cannot overflow.
     """
-    q, x = query.astype(np.float64), rows.astype(np.float64)
+    return exact_pair_similarities(query[np.newaxis], rows)
+
+
+def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
+    """The cosine that decides, for each pair of rows by itself, in either order of the two.
+
+    Args:
+        some, others: float32[c, d], or one row for all pairs; none zero, all finite.
+
+    Returns:
+        float64[c].
+    """
+    q, x = some.astype(np.float64), others.astype(np.float64)
     # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
-    cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums((q * q)[np.newaxis]))
+    cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
     return np.clip(cosines, -1.0, 1.0)
 
 

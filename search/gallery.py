@@ -20,6 +20,7 @@ from pipeline.store import (
     GalleryInfo,
     Record,
     feature_shards,
+    gallery_folder,
     read_gallery,
     read_record,
     recorded_shards,
@@ -68,6 +69,11 @@ class Shard:
         if self.norms_file is not None:
             self.norms_file.write(norms)
         return norms
+
+    @property
+    def norms_kept(self) -> bool:
+        """Whether the norms are in the cache."""
+        return self.norms_file is not None and self.norms_file.path.is_file()
 
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
@@ -189,20 +195,21 @@ class Gallery:
         shards = tuple(replace(shard, wanted=mask) for shard, mask in zip(self.shards, wanted, strict=True))
         return replace(self, shards=shards)
 
-    def blocks(self, block_rows: int) -> Iterator[Block]:
-        """The gallery in pieces of at most `block_rows` rows, in row order; a block never spans two shards."""
+    def blocks(self, block_rows: int, first: int = 0, end: int | None = None) -> Iterator[Block]:
+        """The gallery rows from `first` to `end` in pieces of at most `block_rows`, in order, none of two shards."""
+        end = self.rows if end is None else min(end, self.rows)
         pieces = [
-            (shard, first, start)
-            for shard, first in zip(self.shards, self.firsts, strict=True)
-            for start in range(0, len(shard.features), block_rows)
+            (shard, shard_first, start)
+            for shard, shard_first in zip(self.shards, self.firsts, strict=True)
+            for start in range(max(0, first - shard_first), min(len(shard.features), end - shard_first), block_rows)
         ]
         ahead = max(1, _AHEAD_BYTES // max(1, 4 * self.length * block_rows))
-        for index, (shard, first, start) in enumerate(pieces):
+        for index, (shard, shard_first, start) in enumerate(pieces):
             for later, _, at in pieces[index + ahead : index + ahead + 1] if index else pieces[: ahead + 1]:
                 later.advise(at, min(block_rows, len(later.features) - at), mmap.MADV_WILLNEED)
-            piece = slice(start, start + block_rows)
+            piece = slice(start, min(start + block_rows, end - shard_first))
             left_out = None if shard.left_out is None else shard.left_out[piece]
-            yield Block(first + start, shard.features[piece], shard.norms[piece], left_out)
+            yield Block(shard_first + start, shard.features[piece], shard.norms[piece], left_out)
 
     @cached_property
     def firsts(self) -> list[int]:
@@ -270,6 +277,58 @@ class Gallery:
         """
         shard, local = self._locate(row)
         return None if shard.paths is None else shard.paths[local]
+
+
+def find_gallery(feature_dir: Path, model: Path | None) -> Path:
+    """The folder of the gallery that is meant.
+
+    Args:
+        model: its name is the folder's; the file need not exist. None: `feature_dir` itself is a gallery, or has
+            exactly one.
+
+    Raises:
+        UsageError: without a model it is not clear which gallery is meant.
+    """
+    if model is not None:
+        return gallery_folder(feature_dir, model)
+    if _is_gallery(feature_dir):
+        return feature_dir
+    found = sorted(path for path in feature_dir.glob("*/") if _is_gallery(path))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UsageError(f"which gallery in {feature_dir} is meant? It has: {names}. Say so with --model NAME")
+    return found[0]
+
+
+def _is_gallery(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "gallery.json").is_file() or bool(feature_shards(folder)))
+
+
+def describe_gallery(folder: Path) -> dict[str, str | int | None]:
+    """The facts of a gallery, by name, in a stable order; sizes in bytes.
+
+    Raises:
+        UsageError, GalleryMismatch, ShardCorrupt: as `open_gallery`.
+    """
+    info = read_gallery(folder)
+    gallery = open_gallery(folder)
+    zero, nonfinite = gallery.unusable_rows
+    records = [] if info is None else [read_record(folder, int(shard.name)) for shard in gallery.shards]
+    return {
+        "folder": str(folder),
+        "model": None if info is None else info.model,
+        "fingerprint": gallery.fingerprint,
+        "object_id": None if info is None else info.object_id,
+        "objects": gallery.rows,
+        "shards": len(gallery.shards),
+        "length": gallery.length,
+        "features_bytes": gallery.size_bytes,
+        "stale": gallery.stale_rows,
+        "failed": None if info is None else sum(len(record.failed) for record in records),
+        "zero": zero,
+        "not_finite": nonfinite,
+        "norms_kept": sum(shard.norms_kept for shard in gallery.shards),
+    }
 
 
 def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:

@@ -32,4 +32,15 @@ class OutputFormat(StrEnum):
     paths = "paths"
 
 
+class GroupFormat(StrEnum):
+    """How groups of near-duplicates are written to stdout; `paths` as fdupes does, an empty line between groups."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+    paths = "paths"
+
+
 TOP_K = 10
+THRESHOLD = 0.95

@@ -1,19 +1,48 @@
-"""Queries: from image files to vectors, through the same steps and the same encoder as the gallery's own images.
+"""Queries: from image files, gallery objects and feature files to vectors.
 
-The one place where search reaches into `workers`; they are imported only when a query needs them.
+Images go through the same steps and the same encoder as the gallery's own. That, and pictures for people, are the only
+reasons why search reaches into `workers`; they are imported only when a query needs them.
 """
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from pipeline.errors import GalleryMismatch, ImageError, QueryError
+from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
 from pipeline.model import Model
+from pipeline.objects import scan
 from search.exact import unusable
 from search.gallery import Gallery
+from search.labels import PATH_COLUMN, TYPE_COLUMN, read_annotations
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query.
+
+    Attributes:
+        name: what results are labelled with: the file or object id as it was given.
+        feature: float32[d], raw model output.
+        picture: its image file; None where there is none.
+        object_id: of the gallery object that it is; None where it is none, or known by its path only.
+        path: relative to the media folder; None where it is not in it.
+        by_id: whether it was named as a gallery object.
+    """
+
+    name: str
+    feature: NDArray[np.float32]
+    picture: Path | None = None
+    object_id: str | None = None
+    path: str | None = None
+    by_id: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,118 @@ def check_model(model: Model, gallery: Gallery) -> None:
             f"the gallery has features of length {gallery.length}, {model.path} gives {model.spec.length}: "
             "another model made it. Give that one with --model"
         )
+
+
+def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None) -> list[Path]:
+    """The image files that arguments stand for, in order.
+
+    A folder stands for the images below it, sorted; `-` for the lines of stdin; a `.txt` file for its lines, relative
+    to its folder; a `.csv` for the `img_path` of its lines (of those with `data_type` query where it has that column),
+    relative to the media folder if one is given, else to its own folder. Anything else is an image.
+
+    Raises:
+        UsageError: a list cannot be read, or names no image.
+    """
+    files: list[Path] = []
+    for path in given:
+        before = len(files)
+        if str(path) == "-":
+            files += [Path(line) for line in map(_without_newline, stdin) if line]
+        elif path.is_dir():
+            files += [path / name for name in sorted(scan(path))]
+        elif path.suffix.lower() == ".txt":
+            files += [path.parent / line for line in _lines(path) if line]
+        elif path.suffix.lower() == ".csv":
+            rows = read_annotations(path).rows
+            base = path.parent if media_dir is None else media_dir
+            files += [base / row[PATH_COLUMN] for row in rows if row.get(TYPE_COLUMN, "query") == "query"]
+        else:
+            files.append(path)
+        if len(files) == before:
+            raise UsageError(f"{'stdin' if str(path) == '-' else path} names no image to search with")
+    return files
+
+
+def _without_newline(line: str) -> str:
+    return line.rstrip("\r\n")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [_without_newline(os.fsdecode(line)) for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise UsageError(f"cannot read the list {path}: {error.strerror}") from None
+
+
+def gallery_queries(gallery: Gallery, object_ids: list[str], media_dir: Path | None) -> list[Query]:
+    """Gallery objects as queries: their features are there already, no model is needed.
+
+    Raises:
+        QueryError: there is no such object, or its feature cannot be ranked.
+    """
+    queries = []
+    for object_id in object_ids:
+        rows = gallery.rows_of(object_id)
+        if not len(rows):
+            raise QueryError(f"--id {object_id}: the gallery has no such object")
+        feature = gallery.take(rows[:1])[0]
+        if problem := unusable(feature):
+            raise QueryError(f"--id {object_id}: {problem}")
+        path = gallery.path(int(rows[0]))
+        picture = None if media_dir is None or path is None else media_dir / path
+        queries.append(Query(object_id, feature, picture, object_id, path, by_id=True))
+    return queries
+
+
+def feature_queries(files: list[Path], length: int) -> list[Query]:
+    """Features from `.npy` files, float32[d] or float32[q, d] each.
+
+    Raises:
+        QueryError: a file is not an array of that kind, or a feature in it cannot be ranked.
+    """
+    queries: list[Query] = []
+    for file in files:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise QueryError(f"--feature {file}: not a .npy file that can be read ({error})") from None
+        if array.dtype.kind != "f" or array.ndim not in (1, 2) or array.shape[-1] != length:
+            raise QueryError(
+                f"--feature {file} is {array.dtype}{list(array.shape)}, the gallery needs float32[{length}] or "
+                f"float32[q, {length}]"
+            )
+        single = array.ndim == 1
+        for number, feature in enumerate(np.atleast_2d(array).astype(np.float32)):
+            name = str(file) if single else f"{file}[{number}]"
+            if problem := unusable(feature):
+                raise QueryError(f"--feature {name}: {problem}")
+            queries.append(Query(name, feature))
+    return queries
+
+
+def image_queries(queries: Queries, gallery: Gallery, media_dir: Path | None) -> list[Query]:
+    """Embedded images as queries; one that lies in the media folder may be the gallery object of that path."""
+    base = None if media_dir is None else media_dir.resolve()
+    made = []
+    for image, feature in zip(queries.images, queries.features, strict=True):
+        inside = base is not None and image.resolve().is_relative_to(base)
+        path = image.resolve().relative_to(base).as_posix() if inside and base is not None else None
+        # Where the gallery does not know paths, its ids are file names.
+        object_id = image.name if inside and gallery.fingerprint is None else None
+        made.append(Query(str(image), feature, image, object_id, path))
+    return made
+
+
+def is_self(query: Query, object_id: str, path: str | None) -> bool:
+    """Whether a gallery object is the query itself."""
+    return object_id == query.object_id or (query.path is not None and path == query.path)
+
+
+def own_rows(gallery: Gallery, query: Query) -> int:
+    """At most so many rows of the gallery are the query itself."""
+    if query.object_id is not None:
+        return len(gallery.rows_of(query.object_id))
+    return 0 if query.path is None else 1
 
 
 def embed_images(images: list[Path], model: Model, device: str, max_pixels: int) -> Queries:
@@ -89,12 +230,14 @@ def embed_images(images: list[Path], model: Model, device: str, max_pixels: int)
     return Queries(tuple(usable), np.stack(features), tuple(failures))
 
 
-def open_picture(image: Path, max_pixels: int, size: int) -> Image.Image | None:
+def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
     """A picture to show to people, upright, RGB; decoded no larger than needed for `size` pixels a side where it can.
 
     Returns:
         None where the file is missing, no image, or has more than `max_pixels` pixels.
     """
+    from PIL import Image, ImageOps
+
     from workers.images import FORMATS
 
     try:

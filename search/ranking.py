@@ -147,7 +147,12 @@ Scan: TypeAlias = Callable[[Gallery, Batch, Float64], Iterator[Candidates]]
 
 
 def rank(
-    gallery: Gallery, queries: Float32, top_k: int, metric: Metric = Metric.cosine, scan: Scan | None = None
+    gallery: Gallery,
+    queries: Float32,
+    top_k: int,
+    metric: Metric = Metric.cosine,
+    scan: Scan | None = None,
+    queries_at_once: int = QUERIES_AT_ONCE,
 ) -> Ranking:
     """Find the nearest rows of every query, exactly.
 
@@ -155,11 +160,12 @@ def rank(
         queries: float32[q, d], raw model output.
         top_k: k, at least 1; more than there are rows gives all of them.
         scan: how candidates are found, which changes memory and speed, never the answer; default numpy's.
+        queries_at_once: queries that share one pass; likewise.
 
     Raises:
         QueryError: a query is zero, not finite, or of another length than the gallery.
     """
-    found = nearest(gallery, queries, top_k, metric, scan)
+    found = nearest(gallery, queries, top_k, metric, scan, queries_at_once)
     hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
     return Ranking(hits, *gallery.unusable_rows)
 

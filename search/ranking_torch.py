@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.errors import UsageError
 from search.bounds import Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.gallery import Block, Gallery
+from search.near_duplicates import Multiply, Pairs
 from search.options import Metric, Precision
 from search.ranking import Batch, Candidates, default_block_rows, usable_rows
 
@@ -151,6 +153,43 @@ class TorchScan:
         units[~mask] = 0
         rounded, loss = _rounded(units)
         return _Rows(block.first, rounded, norms, mask, loss)
+
+
+class TorchMultiply(Multiply):
+    """Products of tiles with torch, in bfloat16."""
+
+    def __init__(self, device: str) -> None:
+        """Only names the device."""
+        self._device = _device(device)
+
+    def prepare(self, units: NDArray[np.float32]) -> tuple[object, Margin]:
+        """Unit rows on the device."""
+        rounded, loss = _rounded(torch.from_numpy(units).to(self._device))
+        # Both sides are rounded rows; the larger loss of the two counts for both.
+        return rounded, bfloat16_margin(units.shape[1], loss, loss)
+
+    def pairs(self, some: object, others: object, least: float) -> Pairs:
+        """Pairs of rows whose computed cosine is `least` or more; only they leave the device."""
+        a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
+        if 1 in (len(a), len(b)):
+            # The routine for a single vector need not sum in float32, that for matrices does.
+            a, b = a.float(), b.float()
+        with _full_sums():
+            cosines = a @ b.T
+        # A bfloat16 is compared as the float32 that it is.
+        chosen = (cosines.float() >= least).nonzero()
+        picked = cosines[chosen[:, 0], chosen[:, 1]].double().cpu().numpy()
+        pairs = chosen.cpu().numpy()
+        return Pairs(pairs[:, 0], pairs[:, 1], picked)
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a CUDA device.
+
+    Raises:
+        UsageError: torch has no CUDA that works.
+    """
+    return int(torch.cuda.mem_get_info(_device(device))[0])
 
 
 def _device(name: str) -> torch.device:

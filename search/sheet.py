@@ -24,6 +24,9 @@ _CELL_HEIGHT = _TILE + _CAPTION
 #: Pictures up to this size (digits, icons) are enlarged in whole steps, so that each pixel stays a square.
 _SMALL = _TILE // 2
 
+#: Of near-duplicates a sheet shows so many groups, and so many members beside the first.
+GROUP_LINES, GROUP_HITS = 100, 12
+
 _PAPER, _INK, _FAINT, _RULE, _EMPTY = "#ffffff", "#1c1c1e", "#6e6e73", "#d2d2d7", "#e5e5ea"
 _RIGHT, _WRONG = "#1f9d4d", "#d1342f"
 
@@ -45,11 +48,18 @@ class SheetHit:
 
 @dataclass(frozen=True)
 class SheetLine:
-    """One query and its hits, best first."""
+    """One query, or one group, and its hits, best first.
 
-    query: Path
+    Attributes:
+        query: its picture, or None where there is none.
+        label: what the query shows, where labels are known.
+        name: written below the query's picture.
+    """
+
+    query: Path | None
     hits: tuple[SheetHit, ...]
     label: str | None = None
+    name: str = ""
 
 
 def check_target(target: Path, queries: int, top_k: int) -> None:
@@ -68,13 +78,14 @@ def check_target(target: Path, queries: int, top_k: int) -> None:
         )
 
 
-def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int) -> int:
+def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str = "query") -> int:
     """Draw a sheet and write it, as JPEG or PNG by its ending.
 
     Hits have a green border where their label is the query's and a red one where it is another; none without labels.
 
     Args:
         max_pixels: pictures with more pixels are not decoded.
+        role: what the picture at the left is called.
 
     Returns:
         How many pictures could not be opened and are grey.
@@ -88,7 +99,7 @@ def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int) -> int:
     for index, line in enumerate(lines):
         top = _MARGIN + index * (_CELL_HEIGHT + _GAP)
         missing += _picture(sheet, line.query, _MARGIN, top, max_pixels)
-        _caption(draw, _MARGIN, top, line.query.name, "query" if line.label is None else f"query · {line.label}")
+        _caption(draw, _MARGIN, top, line.name, role if line.label is None else f"{role} · {line.label}")
         rule = _MARGIN + _TILE + _DIVIDE // 2
         draw.line([(rule, top), (rule, top + _TILE)], fill=_RULE, width=2)
         for rank, hit in enumerate(line.hits, 1):

@@ -48,7 +48,17 @@ def test_a_photo_and_its_scaled_copy_find_the_photos_golden_row(
     app = typer.Typer()
     register(app)
     model = shared_data / "models" / f"{golden.name}.onnx"
-    given = ["--feature-dir", golden.parent, "--model", model, "--format", "json", photos / path, tmp_path / "copy.jpg"]
+    given = [
+        "search",
+        "--feature-dir",
+        golden.parent,
+        "--model",
+        model,
+        "--format",
+        "json",
+        photos / path,
+        tmp_path / "copy.jpg",
+    ]
     result = CliRunner().invoke(app, [str(argument) for argument in given])
     assert result.exit_code == 0, result.output
     whole, copy = (found["hits"][0] for found in json.loads(result.stdout))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -147,7 +148,8 @@ def test_an_unreadable_query_is_reported_and_the_others_are_answered(world: Worl
 
 
 def test_only_unreadable_queries_are_bad_input(world: World, tmp_path: Path) -> None:
-    message = world.refused(QueryError, tmp_path / "none.jpg", tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    message = world.refused(QueryError, tmp_path / "none.jpg", tmp_path / "pipe.jpg")
     assert "there is no such file" in message
     assert "not a regular file" in message
     assert QueryError.exit_code == 2

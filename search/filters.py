@@ -1,0 +1,102 @@
+"""`--where`: which objects of a gallery are searched, by their path or by the columns of an annotation CSV."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+from search.gallery import Gallery
+from search.labels import Annotations
+
+#: Not a column: the object's path, and what it is compared with is a prefix.
+PATH = "path"
+_CONDITION = re.compile(r"(?P<column>[^=!]+?)(?P<negated>!?)=(?P<value>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One `--where`.
+
+    Attributes:
+        column: of the annotation CSV, or `path`.
+        negated: whether the value is one to leave out.
+    """
+
+    column: str
+    value: str
+    negated: bool
+
+    def holds(self, found: str | None) -> bool:
+        """Whether an object with this path, or this value in the column, is meant; None: it has none."""
+        same = found is not None and (found.startswith(self.value) if self.column == PATH else found == self.value)
+        return same != self.negated
+
+
+def parse_conditions(texts: Sequence[str]) -> list[Condition]:
+    """Read conditions, `COLUMN=VALUE` or `COLUMN!=VALUE`.
+
+    Raises:
+        UsageError: one is neither.
+    """
+    conditions = []
+    for text in texts:
+        match = _CONDITION.fullmatch(text)
+        if match is None:
+            raise UsageError(f"--where {text}: write COLUMN=VALUE, COLUMN!=VALUE or path=PREFIX")
+        conditions.append(Condition(match["column"].strip(), match["value"], bool(match["negated"])))
+    return conditions
+
+
+def apply_conditions(gallery: Gallery, conditions: Sequence[Condition], annotations: Annotations | None) -> Gallery:
+    """The gallery with only the objects that are meant: of each column one of its values, and none that is negated.
+
+    Raises:
+        UsageError: a column is asked for that is not there, or paths in a gallery that does not know them.
+    """
+    if not conditions:
+        return gallery
+    for condition in conditions:
+        if condition.column == PATH:
+            if gallery.fingerprint is None:
+                raise UsageError("--where path=…: this gallery has no gallery.json and does not know paths")
+        elif annotations is None:
+            raise UsageError(
+                f"--where {condition.column}=… asks for a column of an annotation CSV: give one with --labels"
+            )
+        elif condition.column not in annotations.columns:
+            raise UsageError(
+                f"{annotations.source} has no column {condition.column}; it has {', '.join(annotations.columns)}"
+            )
+    return gallery.only([_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))])
+
+
+def _wanted(
+    gallery: Gallery, index: int, conditions: Sequence[Condition], annotations: Annotations | None
+) -> NDArray[np.bool_]:
+    shard = gallery.shards[index]
+    paths: Sequence[str | None] = shard.paths or [None] * len(shard.features)
+    return np.array(
+        [
+            _is_meant(str(object_id), path, conditions, annotations)
+            for object_id, path in zip(shard.object_ids, paths, strict=True)
+        ],
+        dtype=bool,
+    )
+
+
+def _is_meant(
+    object_id: str, path: str | None, conditions: Sequence[Condition], annotations: Annotations | None
+) -> bool:
+    row = None if annotations is None else annotations.find(object_id, path)
+    alternatives: dict[str, bool] = {}
+    for condition in conditions:
+        found = path if condition.column == PATH else None if row is None else row[condition.column]
+        holds = condition.holds(found)
+        if condition.negated and not holds:
+            return False
+        if not condition.negated:
+            alternatives[condition.column] = alternatives.get(condition.column, False) or holds
+    return all(alternatives.values())

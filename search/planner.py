@@ -1,0 +1,184 @@
+"""Which way a search takes, and why: the one place that decides it."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.settings import Device
+from search.gallery import Gallery
+from search.near_duplicates import Multiply
+from search.options import Metric, Precision
+from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
+
+#: Below this many multiplications of a query with a row, numpy is done before torch is imported (about a second).
+_WORTH_IMPORTING = 50_000_000
+#: From here on a bfloat16 product costs no more than reading its rows.
+_WORTH_MATRIX_UNITS = 16
+#: The part of a device's free memory that rows may take; the rest is for cosines and candidates.
+_DEVICE_PART = 0.7
+#: Large blocks keep a GPU's launches and the host's part rare; two pinned buffers of this size exist.
+_CUDA_BLOCK_BYTES = 256 << 20
+#: One pass over PCIe costs the same for one query and for thousands.
+_CUDA_QUERIES_AT_ONCE = 4096
+_MATRIX_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked: n rows of length d, q queries."""
+
+    rows: int
+    length: int
+    queries: int
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to answer with.
+
+    Attributes:
+        device: as asked for.
+        torch: whether it is installed.
+        torch_loaded: whether this process has imported it already.
+        bfloat16_units: whether the CPU multiplies bfloat16 matrices in hardware.
+        device_free_bytes: free memory of the CUDA device; None where CUDA is not asked for.
+    """
+
+    device: Device
+    torch: bool
+    torch_loaded: bool
+    bfloat16_units: bool
+    device_free_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way to take.
+
+    Attributes:
+        torch: scan with torch, else with numpy.
+        device: `cpu` or `cuda`.
+        resident: the gallery stays on the device between passes.
+        queries_at_once: queries that share one pass.
+        why: one sentence for people.
+    """
+
+    torch: bool
+    device: str
+    precision: Precision
+    resident: bool
+    block_rows: int
+    queries_at_once: int
+    why: str
+
+    def scan(self, gallery: Gallery) -> Scan:
+        """The scan to search `gallery` with."""
+        if not self.torch:
+            return numpy_scan(self.block_rows)
+        from search.ranking_torch import TorchScan
+
+        return TorchScan(gallery, self.device, self.precision, resident=self.resident, block_rows=self.block_rows)
+
+    def __str__(self) -> str:
+        way = f"{'torch' if self.torch else 'numpy'} on {self.device}, {self.precision.value}"
+        kept = ", gallery kept on the device" if self.resident else ""
+        at_once = f"blocks of {self.block_rows:,} rows, up to {self.queries_at_once:,} queries a pass"
+        return f"{way}{kept}, {at_once}: {self.why}"
+
+
+def make_plan(work: Work, machine: Machine) -> Plan:
+    """Choose the way; a pure function.
+
+    Raises:
+        UsageError: CUDA is asked for and torch is not installed.
+    """
+    if machine.device is Device.cuda:
+        return _cuda_plan(work, machine)
+    rows = default_block_rows(work.length)
+    if why := _why_numpy(work, machine):
+        return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
+    why = f"{work.queries:,} queries are worth the CPU's bfloat16 matrix units"
+    return Plan(True, "cpu", Precision.bfloat16, work.queries > QUERIES_AT_ONCE, rows, QUERIES_AT_ONCE, why)
+
+
+def _why_numpy(work: Work, machine: Machine) -> str:
+    """Why torch would not help on this CPU; empty where it would."""
+    if work.metric is Metric.euclidean:
+        return "Euclidean distances need float32, where numpy is as fast"
+    if not machine.bfloat16_units:
+        return "this CPU has no bfloat16 matrix units, and without them numpy is as fast as torch"
+    if not machine.torch:
+        return "torch is not installed"
+    if work.queries < _WORTH_MATRIX_UNITS:
+        return f"reading the gallery once is what {work.queries:,} queries cost"
+    if not machine.torch_loaded and work.queries * work.rows < _WORTH_IMPORTING:
+        return "this is done before torch would be imported"
+    return ""
+
+
+def _cuda_plan(work: Work, machine: Machine) -> Plan:
+    if not machine.torch:
+        raise UsageError(
+            "--device cuda ranks with torch, which is not installed; set up with make setup ACCEL=gpu, "
+            "or use --device cpu"
+        )
+    assert machine.device_free_bytes is not None
+    matrix = work.queries >= _WORTH_MATRIX_UNITS and work.metric is not Metric.euclidean
+    precision = Precision.bfloat16 if matrix else Precision.float32
+    needed = work.rows * work.length * (2 if matrix else 4)
+    passes = -(-work.queries // _CUDA_QUERIES_AT_ONCE)
+    resident = passes > 1 and needed <= _DEVICE_PART * machine.device_free_bytes
+    why = "CUDA was asked for; "
+    if passes == 1:
+        why += "one pass, so the gallery is streamed through"
+    else:
+        why += f"{passes} passes over {needed / 1e9:.1f} GB, " + ("which fit" if resident else "which do not fit")
+    rows = max(1, _CUDA_BLOCK_BYTES // (4 * max(1, work.length)))
+    return Plan(True, "cuda", precision, resident, rows, _CUDA_QUERIES_AT_ONCE, why)
+
+
+def choose_multiply(gallery: Gallery, device: Device) -> tuple[Multiply, str]:
+    """How the tiles of a search for near-duplicates are multiplied, and why.
+
+    Raises:
+        UsageError: CUDA is asked for and does not work.
+    """
+    # Every row is a query here.
+    plan = make_plan(Work(gallery.rows, gallery.length, gallery.rows, Metric.cosine), look_at_machine(device))
+    if not plan.torch:
+        return Multiply(), f"tiles with numpy in float32: {plan.why}"
+    from search.ranking_torch import TorchMultiply
+
+    return TorchMultiply(plan.device), f"tiles with torch on {plan.device} in bfloat16: {plan.why}"
+
+
+def look_at_machine(device: Device) -> Machine:
+    """What this machine has; imports torch only where CUDA is asked for.
+
+    Raises:
+        UsageError: CUDA is asked for and does not work.
+    """
+    installed = importlib.util.find_spec("torch") is not None
+    free = None
+    if device is Device.cuda and installed:
+        from search.ranking_torch import free_bytes
+
+        free = free_bytes(device.value)
+    return Machine(device, installed, "torch" in sys.modules, has_bfloat16_units(), free)
+
+
+@cache
+def has_bfloat16_units() -> bool:
+    """Whether the CPU's flags name matrix or vector units for bfloat16 (AMX, AVX-512, ARM)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return not _MATRIX_UNITS.isdisjoint(line.split())
+    return False

@@ -1,0 +1,58 @@
+"""Which way a search takes, for every kind of work and machine."""
+
+import dataclasses
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.settings import Device
+from search.options import Metric, Precision
+from search.planner import Machine, Plan, Work, make_plan
+
+SMALL, LARGE = 100_000, 20_000_000
+BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16_units=False)
+STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16_units=True)
+GPU = Machine(Device.cuda, torch=True, torch_loaded=True, bfloat16_units=False, device_free_bytes=80 << 30)
+
+
+def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
+    return make_plan(Work(rows, 1280, queries, metric), machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "queries", "torch", "said"),
+    [
+        (BARE, SMALL, 10_000, False, "no bfloat16 matrix units"),
+        (dataclasses.replace(STRONG, torch=False), SMALL, 10_000, False, "not installed"),
+        (STRONG, SMALL, 1, False, "reading the gallery once"),
+        (STRONG, SMALL, 100, False, "before torch would be imported"),
+        (STRONG, SMALL, 1000, True, "1,000 queries are worth"),
+        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 100, True, "100 queries are worth"),
+    ],
+)
+def test_a_cpu_takes_torch_only_where_it_pays(
+    machine: Machine, rows: int, queries: int, torch: bool, said: str
+) -> None:
+    chosen = plan(machine, rows, queries)
+    assert (chosen.torch, chosen.device) == (torch, "cpu")
+    assert chosen.precision is (Precision.bfloat16 if torch else Precision.float32)
+    assert said in str(chosen)
+
+
+def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:
+    assert not plan(STRONG, SMALL, 10_000, Metric.euclidean).torch
+    assert plan(GPU, SMALL, 10_000, Metric.euclidean).precision is Precision.float32
+
+
+def test_cuda_always_takes_torch_and_keeps_what_fits_and_is_used_again() -> None:
+    one = plan(GPU, SMALL, 1)
+    assert (one.torch, one.device, one.precision, one.resident) == (True, "cuda", Precision.float32, False)
+    assert not plan(GPU, SMALL, 4000).resident
+    assert plan(GPU, SMALL, 5000).resident
+    assert not plan(GPU, 30 * LARGE, 5000).resident
+    assert plan(GPU, SMALL, 4000).precision is Precision.bfloat16
+
+
+def test_cuda_without_torch_is_refused() -> None:
+    with pytest.raises(UsageError, match="not installed"):
+        plan(dataclasses.replace(GPU, torch=False), SMALL, 1)
