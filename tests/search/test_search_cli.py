@@ -41,9 +41,13 @@ class World:
         return gallery_folder(self.features, self.model.path)
 
     def search(self, *arguments: str | Path) -> Result:
+        return self.run("search", *arguments)
+
+    def run(self, command: str, *arguments: str | Path) -> Result:
         app = typer.Typer()
         register(app)
-        given = ["search", "--feature-dir", self.features, "--model", self.model.path, *arguments]
+        given = [*([command, "info"] if command == "gallery" else [command])]
+        given += ["--feature-dir", self.features, "--model", self.model.path, *arguments]
         return CliRunner().invoke(app, [str(argument) for argument in given])
 
     def refused(self, kind: type[RuijiError], *arguments: str | Path) -> str:
@@ -271,3 +275,224 @@ def test_cuda_that_does_not_work_is_an_error_and_no_fallback(world: World) -> No
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("ONNX Runtime offers CUDA here")
     assert "--device cuda" in world.refused(UsageError, world.media / world.paths[0], "--device", "cuda")
+
+
+# Queries that are no single picture
+
+
+def ids(result: Result) -> list[list[str]]:
+    """The object ids of every query's hits, from `--format json`."""
+    return [[hit["object_id"] for hit in found["hits"]] for found in json.loads(result.stdout)]
+
+
+def names(world: World) -> list[str]:
+    return [path.rpartition("/")[2] for path in world.paths]
+
+
+def test_a_gallery_object_is_searched_with_by_id_without_the_model_and_without_itself(world: World) -> None:
+    name = names(world)[3]
+    by_file = world.search(world.media / world.paths[3], "--format", "json", "-k", "6")
+    given = ["search", "--feature-dir", str(world.features), "--id", name, "--format", "json", "-k", "5"]
+    app = typer.Typer()
+    register(app)
+    without = CliRunner().invoke(app, given)
+    assert without.exit_code == 0, without.output
+    assert json.loads(without.stdout)[0]["query"] == name
+    assert ids(by_file)[0] == [name, *ids(without)[0]]
+    assert ids(CliRunner().invoke(app, [*given, "--include-self"]))[0][0] == name
+
+
+def test_a_picture_of_the_media_folder_can_be_kept_out_of_its_own_hits(world: World) -> None:
+    image = world.media / world.paths[3]
+    out = world.search(image, "--media-dir", world.media, "--exclude-self", "--format", "json", "-k", "100")
+    assert len(ids(out)[0]) == COUNT - 1
+    assert names(world)[3] not in ids(out)[0]
+
+
+def test_an_unknown_id_is_refused(world: World) -> None:
+    assert "no such object" in world.refused(QueryError, "--id", "none.png")
+    assert "nothing to search with" in world.refused(UsageError)
+
+
+def test_features_are_searched_with_one_or_many_at_a_time(world: World, tmp_path: Path) -> None:
+    images = [world.media / path for path in world.paths[:3]]
+    features = embed_images(images, world.model, "cpu", MAX_PIXELS).features
+    np.save(tmp_path / "one.npy", features[0])
+    np.save(tmp_path / "all.npy", features)
+    result = world.search("--feature", tmp_path / "one.npy", "--feature", tmp_path / "all.npy", "--format", "json")
+    labels = [found["query"] for found in json.loads(result.stdout)]
+    assert labels == [str(tmp_path / "one.npy"), *(f"{tmp_path / 'all.npy'}[{i}]" for i in range(3))]
+    assert [found[0] for found in ids(result)] == [names(world)[i] for i in (0, 0, 1, 2)]
+    np.save(tmp_path / "long.npy", np.ones(13, np.float32))
+    assert "float32[12]" in world.refused(QueryError, "--feature", tmp_path / "long.npy")
+    np.save(tmp_path / "zero.npy", np.zeros(12, np.float32))
+    assert "all zero" in world.refused(QueryError, "--feature", tmp_path / "zero.npy")
+
+
+def test_folders_lists_and_stdin_stand_for_their_pictures(world: World, tmp_path: Path) -> None:
+    images = [str(world.media / path) for path in world.paths]
+    (tmp_path / "some.txt").write_text("\n".join(images[2:5]))
+    rows = [f"gallery,,{world.paths[0]},a", f"query,,{world.paths[5]},a", f"query,,{world.paths[6]},b"]
+    (tmp_path / "anno.csv").write_text("data_type,img_name,img_path,label\n" + "\n".join(rows) + "\n")
+
+    def queries(*arguments: str | Path, stdin: str = "") -> list[str]:
+        app = typer.Typer()
+        register(app)
+        given = ["search", "--feature-dir", world.features, "--model", world.model.path, "--format", "json", *arguments]
+        result = CliRunner().invoke(app, [str(argument) for argument in given], input=stdin)
+        assert result.exit_code == 0, result.output
+        return [found["query"] for found in json.loads(result.stdout)]
+
+    assert queries(world.media) == images
+    assert queries(tmp_path / "some.txt") == images[2:5]
+    assert queries(world.media / "objects.txt") == images
+    assert queries(tmp_path / "anno.csv", "--media-dir", world.media) == images[5:7]
+    assert queries("-", stdin=f"{images[1]}\n{images[0]}\n") == [images[1], images[0]]
+    (tmp_path / "empty").mkdir()
+    assert "names no image" in world.refused(UsageError, tmp_path / "empty")
+
+
+# Filters
+
+
+@pytest.fixture
+def labels(world: World, tmp_path: Path) -> Path:
+    """Six cats, then six dogs."""
+    rows = [f"{path},{'cat' if number < 6 else 'dog'},{number}" for number, path in enumerate(world.paths)]
+    (tmp_path / "labels.csv").write_text("img_path,label,number\n" + "\n".join(rows) + "\n")
+    return tmp_path / "labels.csv"
+
+
+def test_where_keeps_objects_by_their_columns_and_paths(world: World, labels: Path) -> None:
+    def found(*where: str) -> list[int]:
+        options = [option for text in where for option in ("--where", text)]
+        result = world.search(
+            world.media / world.paths[0], "--labels", labels, *options, "-k", "50", "--format", "jsonl"
+        )
+        hits = [json.loads(line) for line in result.stdout.splitlines()]
+        assert all(list(hit)[-1] == "label" for hit in hits)
+        return sorted(world.paths.index(hit["path"]) for hit in hits)
+
+    everything = list(range(COUNT))
+    assert found() == everything
+    assert found("label=dog") == everything[6:]
+    assert found("label!=dog") == everything[:6]
+    assert found("number=1", "number=8") == [1, 8]
+    assert found("number=1", "number=8", "label=cat") == [1]
+    prefix = world.paths[4].rpartition("/")[0]
+    assert found(f"path={prefix}") == [4]
+    assert found("label=bird") == []
+    refused = world.refused(UsageError, "--id", names(world)[0], "--labels", labels, "--where", "color=red")
+    assert "no column color; it has img_path, label, number" in refused
+    assert "--labels" in world.refused(UsageError, "--id", names(world)[0], "--where", "label=cat")
+    assert "COLUMN=VALUE" in world.refused(UsageError, "--id", names(world)[0], "--where", "label")
+
+
+def test_min_similarity_leaves_hits_out_and_nothing_found_can_be_a_failure(world: World) -> None:
+    image = world.media / world.paths[0]
+    every = json.loads(world.search(image, "-k", "50", "--format", "json").stdout)[0]["hits"]
+    middle = every[5]["similarity"]
+    kept = json.loads(world.search(image, "-k", "50", "--min-similarity", repr(middle), "--format", "json").stdout)
+    assert kept[0]["hits"] == every[:6]
+    alone = ("--id", names(world)[0], "--min-similarity", "1")
+    empty = world.search(*alone)
+    assert (empty.exit_code, "nothing found" in empty.stderr) == (0, True)
+    assert world.search(*alone, "--fail-if-empty").exit_code == 5
+    assert world.search(image, "--fail-if-empty").exit_code == 0
+
+
+def test_paths_can_end_in_null_characters(world: World) -> None:
+    result = world.search("--id", names(world)[0], "-k", "3", "--format", "paths", "-0")
+    assert result.stdout.endswith("\0")
+    assert "\n" not in result.stdout
+    assert set(result.stdout.split("\0")[:-1]) < set(world.paths)
+    assert "--format paths" in world.refused(UsageError, "--id", names(world)[0], "-0")
+
+
+def test_explain_says_the_way_and_why(world: World) -> None:
+    result = world.search("--id", names(world)[0], "--explain", "--format", "json")
+    assert "plan: numpy on cpu, float32" in result.stderr
+    assert "plan" not in result.stdout
+
+
+# What people look at
+
+
+def test_a_page_is_whole_in_itself(world: World, labels: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out.html"
+    result = world.search(
+        "--id", names(world)[0], "--labels", labels, "--html", target, "--media-dir", world.media, "-k", "11"
+    )
+    assert result.exit_code == 0, result.output
+    assert f"page: {target}" in result.stderr
+    text = target.read_text()
+    assert text.count('src="data:image/') == 12
+    assert "<script" not in text
+    assert "http" not in text
+    assert text.count('class="right"') == 5
+    assert text.count('class="wrong"') == 6
+    assert "--media-dir" in world.refused(UsageError, "--id", names(world)[0], "--html", target)
+
+
+# The other commands
+
+
+def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Path) -> None:
+    features = embed_images(
+        [own_world.media / path for path in own_world.paths[:2]], own_world.model, "cpu", MAX_PIXELS
+    )
+    copies = np.concatenate([features.features[:1] * 1.0001, features.features])
+    write_shard(own_world.folder, 9, copies, ["c/0.png", "c/1.png", "c/2.png"], own_world.model.fingerprint)
+
+    def found(form: str, *more: str | Path) -> Result:
+        result = own_world.run("near-duplicates", "--threshold", "0.9999", "--format", form, *more)
+        assert result.exit_code == 0, result.output
+        return result
+
+    groups = json.loads(found("json").stdout)
+    assert [[member["path"] for member in group["members"]] for group in groups] == [
+        [own_world.paths[0], "c/0.png", "c/1.png"],
+        [own_world.paths[1], "c/2.png"],
+    ]
+    assert [group["pairs"] for group in groups] == [3, 1]
+    assert [json.loads(line) for line in found("jsonl").stdout.splitlines()] == groups
+    assert found("paths").stdout == f"{own_world.paths[0]}\nc/0.png\nc/1.png\n\n{own_world.paths[1]}\nc/2.png\n"
+    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity"
+    assert "group 1: 3 objects, 3 pairs" in found("table").stdout
+    sheet = tmp_path / "groups.png"
+    assert "(3 pictures could not be opened)" in found("json", "--sheet", sheet, "--media-dir", own_world.media).stderr
+    none = own_world.run("near-duplicates", "--where", f"path={own_world.paths[5]}", "--fail-if-empty")
+    assert none.exit_code == 5
+
+
+def test_index_keeps_the_norms_and_info_tells_what_there_is(own_world: World) -> None:
+    bad = np.ones((3, 12), np.float32)
+    bad[0], bad[1, 1], bad[2, 2] = 0, np.nan, np.inf
+    write_shard(own_world.folder, 9, bad, ["x0.jpg", "x1.jpg", "x2.jpg"], own_world.model.fingerprint)
+    indexed = own_world.run("index")
+    assert "15 objects in 4 shards; 3 cannot be ranked" in indexed.stderr
+    facts = json.loads(own_world.run("gallery", "--json").stdout)
+    assert list(facts)[:4] == ["folder", "model", "fingerprint", "object_id"]
+    assert (facts["objects"], facts["shards"], facts["length"]) == (15, 4, 12)
+    assert (facts["zero"], facts["not_finite"], facts["failed"], facts["norms_kept"]) == (1, 2, 0, 4)
+    assert facts["fingerprint"] == own_world.model.fingerprint
+    assert "not_finite      2" in own_world.run("gallery").stdout
+
+
+def test_which_gallery_is_meant_must_be_clear(world: World, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_article_shard(tmp_path / name, 0, np.ones((1, 4), np.float32), ["a"])
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(tmp_path)])
+    assert "It has: one, two" in str(result.exception)
+    assert CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(tmp_path / "one")]).exit_code == 0
+
+
+def test_a_search_by_id_imports_neither_torch_nor_the_encoder(world: World) -> None:
+    arguments = ["search", "--feature-dir", str(world.features), "--id", names(world)[0]]
+    code = (
+        "import typer, search.cli\napp = typer.Typer()\nsearch.cli.register(app)\n"
+        f"app({arguments!r}, standalone_mode=False)"
+    )
+    assert not imported_by(code) & {"torch", "onnx", "onnxruntime", "PIL", "celery", "redis", "workers.encoder"}

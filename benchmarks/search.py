@@ -1,0 +1,368 @@
+"""Search against its limits and its peers, on this machine, in this run: `make bench-search`, or one part of it.
+
+    python -m benchmarks.search [resident | million | commands | near-duplicates] [--rows N]
+
+Every figure is the median over rounds in which the ways take turns, each after a warm-up. What they answer is compared
+too: a way whose ids differ fails the run. Galleries are made under build/search and removed.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import results
+from benchmarks.results import Figure
+from pipeline.model import Model, ModelSpec, load_model
+from pipeline.objects import IdScheme
+from pipeline.settings import Device
+from pipeline.store import claim_gallery
+from search.gallery import Gallery, Shard, open_gallery
+from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
+from search.options import Metric
+from search.planner import Work, has_bfloat16_units, look_at_machine, make_plan
+from search.ranking import nearest
+from tests.search.galleries import write_shard
+
+LENGTH, TOP_K, ROUNDS, SHARD_ROWS = 1280, 20, 5, 10_000
+BUILD = Path("build/search")
+TARGET = results.FOLDER / "search.json"
+LIBRARIES = ("numpy", "torch", "faiss-cpu", "onnxruntime", "pillow")
+#: A model with real weights, for the query by a picture; that figure is left out where there is none.
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+IMAGE_MODEL = SHARED / "models" / "mobilenet_v3_large_100_224_feature_vector.onnx"
+
+#: The article's way, kept as it does it: all shards into memory, normalised, ranked.
+ARTICLE_BY_FEATURE = """
+import glob, sys
+import numpy as np
+x = np.concatenate([np.load(f) for f in sorted(glob.glob(sys.argv[1] + '/*.features.npy'))])
+ids = np.concatenate([np.load(f) for f in sorted(glob.glob(sys.argv[1] + '/*.object_ids.npy'))])
+x /= np.linalg.norm(x, axis=1, keepdims=True)
+row = int(np.flatnonzero(ids == sys.argv[2])[0])
+similarity = x @ x[row]
+for i in np.argsort(-similarity)[:10]:
+    print(ids[i], similarity[i])
+"""
+#: The article's own search: the model, then shard after shard by Euclidean distance, then a merge.
+ARTICLE_BY_IMAGE = """
+import glob, sys
+import numpy as np, onnxruntime as ort
+from PIL import Image
+session = ort.InferenceSession(sys.argv[2], providers=['CPUExecutionProvider'])
+image = Image.open(sys.argv[3]).convert('RGB').resize((224, 224))
+query = session.run(['feature_vector'], {'inputs:0': np.array([image], dtype=np.float32) / 255})[0][0]
+found = []
+for f in sorted(glob.glob(sys.argv[1] + '/*.features.npy')):
+    x, ids = np.load(f), np.load(f.replace('.features.npy', '.object_ids.npy'))
+    distances = np.linalg.norm(x - query, axis=1)
+    order = np.argsort(distances)[:10]
+    found += zip(distances[order], ids[order])
+for distance, name in sorted(found)[:10]:
+    print(name, distance)
+"""
+
+
+def random_rows(rows: int, kind: str, seed: int = 0) -> NDArray[np.float32]:
+    """float32[rows, d]: normal, or clustered as features of photos are (a 96-d mixture through a ReLU layer)."""
+    rng = np.random.default_rng([seed, rows])
+    if kind == "random":
+        return rng.standard_normal((rows, LENGTH), dtype=np.float32)
+    shared = np.random.default_rng(1)
+    centers = shared.standard_normal((1000, 96), dtype=np.float32)
+    layer = shared.standard_normal((96, LENGTH), dtype=np.float32) / np.float32(96**0.5)
+    latent = centers[rng.integers(0, 1000, rows)] + 0.5 * rng.standard_normal((rows, 96), dtype=np.float32)
+    made: NDArray[np.float32] = np.maximum(latent @ layer, 0)
+    return made
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of every round of every way, in turns, after one warm-up each."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def ratio(name: str, above: list[float], below: list[float], **bounds: float | bool) -> Figure:
+    """How many times longer `above` took, round by round."""
+    return Figure(name, "x", tuple(a / b for a, b in zip(above, below, strict=True)), **bounds)  # type: ignore[arg-type]
+
+
+def milliseconds(name: str, taken: list[float]) -> Figure:
+    """An absolute time, reported only."""
+    return Figure(name, "ms", tuple(1000 * second for second in taken), judged=False)
+
+
+def in_memory(features: NDArray[np.float32]) -> Gallery:
+    """A gallery of one array, in shards of the usual size."""
+    ids = np.array([f"{row:08d}.jpg" for row in range(len(features))])
+    starts = range(0, len(features), SHARD_ROWS)
+    shards = [
+        Shard(f"{start // SHARD_ROWS:04d}", features[start : start + SHARD_ROWS], ids[start : start + SHARD_ROWS])
+        for start in starts
+    ]
+    return Gallery(LENGTH, tuple(shards))
+
+
+def read_once(features: NDArray[np.float32]) -> object:
+    """Go through every byte with both cores: a matrix times a vector is nothing else."""
+    return features @ np.ones(LENGTH, np.float32)
+
+
+def ours(gallery: Gallery, queries: NDArray[np.float32]) -> Callable[[], list[NDArray[np.int64]]]:
+    """The planner's way with a resident gallery, as a long-lived process would have it."""
+    machine = look_at_machine(Device.cpu)
+    plan = make_plan(Work(gallery.rows, LENGTH, len(queries), Metric.cosine), machine)
+    print(f"{len(queries)} queries: {plan}", file=sys.stderr)
+    scan = plan.scan(gallery)
+    return lambda: [one.rows for one in nearest(gallery, queries, TOP_K, scan=scan)]
+
+
+def check_same(mine: list[NDArray[np.int64]], theirs: NDArray[np.int64]) -> float:
+    """Share of queries with the same set of ids."""
+    return statistics.mean(float(set(a.tolist()) == set(b.tolist())) for a, b in zip(mine, theirs, strict=True))
+
+
+def resident(rows: int) -> Iterator[Figure]:
+    """One to a thousand queries in a process that has everything loaded."""
+    import faiss
+
+    # Where the CPU has no bfloat16 matrix units, both ways are the same float32 product and the bound does not apply.
+    judged = has_bfloat16_units()
+    bounds = {1: 1.7, 10: 8.0, 100: 2.5, 1000: 2.0}
+    for kind in ("random", "clustered"):
+        features = random_rows(rows, kind)
+        gallery = in_memory(features)
+        _ = gallery.unusable_rows
+        index = faiss.IndexFlatIP(LENGTH)
+        index.add(features / np.linalg.norm(features, axis=1, keepdims=True))
+        asked = random_rows(1000, kind, seed=7)
+        for count, bound in bounds.items():
+            queries = asked[:count]
+            units = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+            mine = ours(gallery, queries)
+            ways: dict[str, Callable[[], object]] = {
+                "ours": mine,
+                "faiss": partial(index.search, units, TOP_K),
+            }
+            if count == 1:
+                ways["read"] = partial(read_once, features)
+            taken = timed(ways, 3 if count == 1000 else 9)
+            what = f"{count} queries, {rows} {kind}"
+            yield milliseconds(f"{what}: ours", taken["ours"])
+            yield milliseconds(f"{what}: IndexFlatIP", taken["faiss"])
+            yield ratio(
+                f"{what}: IndexFlatIP / ours",
+                taken["faiss"],
+                taken["ours"],
+                at_least=bound,
+                judged=judged or count == 1,
+            )
+            if count == 1:
+                yield ratio(f"{what}: reading once / ours", taken["read"], taken["ours"], at_least=0.7)
+            same = check_same(mine(), index.search(units, TOP_K)[1])
+            yield Figure(f"{what}: same ids as IndexFlatIP", "share", (same,), judged=False)
+
+
+def million(rows: int) -> Iterator[Figure]:
+    """Ten times as many rows, in a file that is mapped; and the memory that one query takes."""
+    import faiss
+
+    folder = BUILD / "features" / "model"
+    with removed(BUILD):
+        for kind in ("random", "clustered"):
+            write_shards(folder, rows, kind)
+            gallery = open_gallery(folder)
+            _ = gallery.unusable_rows
+            asked = random_rows(100, kind, seed=7)
+            for count, bound in ((1, 1.7), (100, 2.5)):
+                queries = asked[:count]
+                units = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+                taken = timed({"ours": ours(gallery, queries), "faiss": partial(flat, faiss, gallery, units)}, 3)
+                what = f"{count} queries, {rows} {kind}"
+                yield milliseconds(f"{what}: ours", taken["ours"])
+                yield milliseconds(f"{what}: faiss.knn", taken["faiss"])
+                yield ratio(
+                    f"{what}: faiss.knn / ours",
+                    taken["faiss"],
+                    taken["ours"],
+                    at_least=bound,
+                    judged=has_bfloat16_units() or count == 1,
+                )
+            peak = anonymous_peak(search_by_id(folder, "00000042.jpg"))
+            yield Figure(f"one query as a command, {rows} {kind}: peak anonymous memory", "MB", (peak,), at_most=600)
+            shutil.rmtree(folder)
+
+
+def flat(faiss: object, gallery: Gallery, units: NDArray[np.float32]) -> None:
+    """Faiss' flat search on the mapped shards themselves, merged: an index would hold a second copy of 5 GB."""
+    for shard in gallery.shards:
+        faiss.knn(units, shard.features, TOP_K, metric=0)  # type: ignore[attr-defined]
+
+
+def commands(rows: int) -> Iterator[Figure]:
+    """What a user waits for: whole commands, by id and by picture, against the article's scripts."""
+    folder = BUILD / "features" / IMAGE_MODEL.stem
+    with removed(BUILD):
+        write_shards(folder, rows, "clustered")
+        subprocess.run(ruiji("index", folder), check=True, capture_output=True)
+        name = "00000042.jpg"
+        mine = search_by_id(folder, name)
+        article = [sys.executable, "-c", ARTICLE_BY_FEATURE, str(folder), name]
+        ways: dict[str, Callable[[], object]] = {"ours": lambda: run(mine), "article": lambda: run(article)}
+        warm = timed(ways)
+        cold = timed({key: evicted(folder, way) for key, way in ways.items()})
+        yield milliseconds(f"by id, {rows} rows, warm: ours", warm["ours"])
+        yield milliseconds(f"by id, {rows} rows, warm: the article's way", warm["article"])
+        yield ratio("by id, warm: the article's way / ours", warm["article"], warm["ours"], at_least=8)
+        yield milliseconds(f"by id, {rows} rows, cold files: ours", cold["ours"])
+        yield milliseconds(f"by id, {rows} rows, cold files: the article's way", cold["article"])
+        yield ratio("by id, cold files: the article's way / ours", cold["article"], cold["ours"], at_least=4)
+        if IMAGE_MODEL.is_file():
+            image = next((SHARED / "photos" / "object").rglob("*.jpg"))
+            by_image = ruiji("search", folder, str(image))
+            own = [sys.executable, "-c", ARTICLE_BY_IMAGE, str(folder), str(IMAGE_MODEL), str(image)]
+            taken = timed({"ours": lambda: run(by_image), "article": lambda: run(own)})
+            yield milliseconds(f"by picture, {rows} rows, warm: ours", taken["ours"])
+            yield milliseconds(f"by picture, {rows} rows, warm: the article's own search", taken["article"])
+            yield ratio(
+                "by picture, warm: ours / the article's own search", taken["ours"], taken["article"], at_most=0.6
+            )
+
+
+def near_duplicates(rows: int) -> Iterator[Figure]:
+    """All pairs once, against the rate at which this machine multiplies the same tiles."""
+    features = random_rows(rows, "clustered")
+    gallery = in_memory(features)
+    _ = gallery.unusable_rows
+    panel, tile = features[:PANEL_ROWS], features[:TILE_ROWS]
+    product = timed({"product": lambda: panel @ tile.T}, 5)["product"]
+    rate = 2 * len(panel) * len(tile) * LENGTH / statistics.median(product)
+    start = time.perf_counter()
+    groups = find_groups(gallery, 0.95)
+    taken = time.perf_counter() - start
+    counted = rows * (rows - 1) * LENGTH / taken
+    yield Figure(f"near-duplicates, {rows} clustered", "s", (taken,), judged=False)
+    yield Figure(f"near-duplicates, {rows} clustered: groups", "groups", (len(groups),), judged=False)
+    yield Figure("near-duplicates: rate of its pairs / rate of float32 products", "x", (counted / rate,), at_least=0.5)
+
+
+def write_shards(folder: Path, rows: int, kind: str) -> None:
+    """A recorded gallery on disk, made shard by shard of the usual size."""
+    fingerprint = load_model(IMAGE_MODEL).fingerprint if IMAGE_MODEL.is_file() else "0" * 64
+    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    spec = ModelSpec("inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255, zeros, ones, False, LENGTH)
+    claim_gallery(folder, Model(folder, spec, None, fingerprint), IdScheme("basename"))
+    for number, start in enumerate(range(0, rows, SHARD_ROWS)):
+        features = random_rows(min(SHARD_ROWS, rows - start), kind, seed=number)
+        paths = [f"object/{row:08d}.jpg" for row in range(start, start + len(features))]
+        write_shard(folder, number, features, paths, fingerprint)
+
+
+def ruiji(command: str, folder: Path, *more: str) -> list[str]:
+    """A command line on a gallery."""
+    model = IMAGE_MODEL.with_name(f"{folder.name}.onnx")
+    return [
+        sys.executable,
+        "-m",
+        "pipeline",
+        command,
+        "--feature-dir",
+        str(folder.parent),
+        "--model",
+        str(model),
+        *more,
+    ]
+
+
+def search_by_id(folder: Path, name: str) -> list[str]:
+    """The command for a query by a gallery object."""
+    return [sys.executable, "-m", "pipeline", "search", "--feature-dir", str(folder), "--id", name]
+
+
+def run(command: list[str]) -> None:
+    """Run to the end; its output is not wanted."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def evicted(folder: Path, way: Callable[[], object]) -> Callable[[], object]:
+    """The same, with the gallery's files out of the page cache; taking them out counts, and takes microseconds."""
+
+    def cold() -> object:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
+        return way()
+
+    return cold
+
+
+def anonymous_peak(command: list[str]) -> float:
+    """The most anonymous memory of a command, in MB, looked at every millisecond."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    done = threading.Event()
+    while process.poll() is None and not done.wait(0.001):
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    if process.wait():
+        raise RuntimeError(f"{command} ended with {process.returncode}")
+    return peak / 1024
+
+
+@contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    """The folder is gone afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+PARTS: dict[str, tuple[Callable[[int], Iterator[Figure]], int]] = {
+    "resident": (resident, 100_000),
+    "million": (million, 1_000_000),
+    "commands": (commands, 100_000),
+    "near-duplicates": (near_duplicates, 100_000),
+}
+
+
+def main() -> None:
+    """The command line; exit code 1 where a judged figure falls short."""
+    parser = argparse.ArgumentParser(description="Search against its limits and its peers.")
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--rows", type=int, help="other than the usual number; nothing is saved then")
+    given = parser.parse_args()
+    code = 0
+    for name in [given.part] if given.part else PARTS:
+        measure, rows = PARTS[name]
+        figures = list(measure(given.rows or rows))
+        code |= results.show(name, figures)
+        if given.rows is None:
+            results.save(TARGET, name, figures, LIBRARIES)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
