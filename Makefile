@@ -13,7 +13,7 @@ RUIJI = .venv/bin/ruiji
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all test-compose chaos bench audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search audit lint types format run redis worker up join scale list \
 	enqueue status search logs down certificates lock clean
 
 help: ## Explain the targets
@@ -90,6 +90,9 @@ bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one par
 
 test-compose: .venv/dev ## The tests that start containers, one after the other
 	.venv/bin/python -m pytest -m compose tests/compose $(ARGS)
+
+bench-search: .venv/bench ## Measure search, about 20 minutes (PART=resident|million|commands|near-duplicates|copies)
+	.venv/bin/python -m benchmarks.search $(PART)
 
 lint: .venv/dev ## Style
 	.venv/bin/ruff check .

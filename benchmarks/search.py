@@ -1,6 +1,6 @@
 """Search against its limits and its peers, on this machine, in this run: `make bench-search`, or one part of it.
 
-    python -m benchmarks.search [resident | million | commands | near-duplicates] [--rows N]
+    python -m benchmarks.search [resident | million | commands | near-duplicates | copies] [--rows N]
 
 Every figure is the median over rounds in which the ways take turns, each after a warm-up. What they answer is compared
 too: a way whose ids differ fails the run. Galleries are made under build/search and removed.
@@ -21,18 +21,21 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import results
 from benchmarks.results import Figure
-from pipeline.model import Model, ModelSpec, load_model
+from pipeline.model import load_model
 from pipeline.objects import IdScheme
-from pipeline.settings import Device
+from pipeline.settings import MAX_PIXELS, Device
 from pipeline.store import claim_gallery
 from search.gallery import Gallery, Shard, open_gallery
 from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
 from search.options import Metric
 from search.planner import Work, has_bfloat16_units, look_at_machine, make_plan
+from search.queries import embed_images
 from search.ranking import nearest
+from tests.factories import tiny_model
 from tests.search.galleries import write_shard
 
 LENGTH, TOP_K, ROUNDS, SHARD_ROWS = 1280, 20, 5, 10_000
@@ -263,16 +266,72 @@ def near_duplicates(rows: int) -> Iterator[Figure]:
     yield Figure("near-duplicates: rate of its pairs / rate of float32 products", "x", (counted / rate,), at_least=0.5)
 
 
+def copies(photos: int) -> Iterator[Figure]:
+    """How many altered copies of real photos are found as near-duplicates, and how many groups are wrong.
+
+    Each photo with its copies should be one group; a copy is found where it shares a group with its photo, a pair of
+    objects in one group is right where both come from one photo.
+    """
+    if not IMAGE_MODEL.is_file():
+        return
+    originals = [SHARED / "photos" / line for line in (SHARED / "photos" / "objects.txt").read_text().splitlines()]
+    model = load_model(IMAGE_MODEL)
+    with removed(BUILD):
+        images = list(altered(originals[:photos], BUILD / "copies"))
+        features = embed_images([path for _, _, path in images], model, "cpu", MAX_PIXELS).features
+    for threshold in (0.95, 0.9, 0.8):
+        groups = find_groups(in_memory(features), threshold)
+        group_of = {member.row: number for number, group in enumerate(groups) for member in group.members}
+        row_of = {(photo, kind): row for row, (photo, kind, _) in enumerate(images)}
+        for kind in ALTERATIONS:
+            found = [
+                group_of.get(row_of[photo, kind], -1) == group_of.get(row_of[photo, "original"], -2)
+                for photo in range(photos)
+            ]
+            yield Figure(f"copies at {threshold}: {kind} found", "share", (statistics.mean(found),), judged=False)
+        inside = [[images[member.row][0] for member in group.members] for group in groups]
+        right = sum(sources.count(one) - 1 for sources in inside for one in sources)
+        pairs = sum(len(sources) * (len(sources) - 1) for sources in inside)
+        yield Figure(
+            f"copies at {threshold}: pairs in one group that are right", "share", (right / pairs,), judged=False
+        )
+
+
+ALTERATIONS = ("re-encoded", "scaled", "cropped", "watermarked")
+
+
+def altered(originals: list[Path], folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """(number of the photo, kind, file) of every photo and its copies, which are made here."""
+    folder.mkdir(parents=True)
+    for number, path in enumerate(originals):
+        yield number, "original", path
+        with Image.open(path) as opened:
+            photo = opened.convert("RGB")
+        width, height = photo.size
+        made = {
+            "re-encoded": photo,
+            "scaled": photo.resize((max(1, width // 2), max(1, height // 2)), Image.Resampling.LANCZOS),
+            "cropped": photo.crop((width // 20, height // 20, width - width // 20, height - height // 20)),
+            "watermarked": photo.copy(),
+        }
+        mark = ImageDraw.Draw(made["watermarked"])
+        mark.text((width * 0.55, height * 0.85), "© example", fill="white", font=ImageFont.load_default(height // 12))
+        for kind, copy in made.items():
+            target = folder / f"{number}-{kind}.jpg"
+            copy.save(target, quality=40 if kind == "re-encoded" else 85)
+            yield number, kind, target
+
+
 def write_shards(folder: Path, rows: int, kind: str) -> None:
     """A recorded gallery on disk, made shard by shard of the usual size."""
-    fingerprint = load_model(IMAGE_MODEL).fingerprint if IMAGE_MODEL.is_file() else "0" * 64
-    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    spec = ModelSpec("inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255, zeros, ones, False, LENGTH)
-    claim_gallery(folder, Model(folder, spec, None, fingerprint), IdScheme("basename"))
+    # Any model of that length serves where no picture is embedded.
+    stand_in = BUILD / f"{folder.name}.onnx"
+    model = load_model(IMAGE_MODEL if IMAGE_MODEL.is_file() else tiny_model(stand_in, length=LENGTH))
+    claim_gallery(folder, model, IdScheme("basename"))
     for number, start in enumerate(range(0, rows, SHARD_ROWS)):
         features = random_rows(min(SHARD_ROWS, rows - start), kind, seed=number)
         paths = [f"object/{row:08d}.jpg" for row in range(start, start + len(features))]
-        write_shard(folder, number, features, paths, fingerprint)
+        write_shard(folder, number, features, paths, model.fingerprint)
 
 
 def ruiji(command: str, folder: Path, *more: str) -> list[str]:
@@ -345,6 +404,7 @@ PARTS: dict[str, tuple[Callable[[int], Iterator[Figure]], int]] = {
     "million": (million, 1_000_000),
     "commands": (commands, 100_000),
     "near-duplicates": (near_duplicates, 100_000),
+    "copies": (copies, 250),
 }
 
 

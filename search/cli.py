@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Images = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[IMAGE]...",
+        metavar="IMAGE",
         help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv as for --labels), "
         "- for a list on stdin.",
     ),
@@ -48,7 +48,7 @@ Ids = Annotated[
 ]
 Features = Annotated[
     list[Path] | None,
-    typer.Option("--feature", help="Search with the features in a .npy file, float32[d] or [q, d]. Repeatable."),
+    typer.Option("--feature", help="Search with the features in a .npy file, one or a row for each. Repeatable."),
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Hits per query.")]
 MinSimilarity = Annotated[

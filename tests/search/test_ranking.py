@@ -1,7 +1,12 @@
 """Exactness of the ranking, against a brute force that shares no code with it."""
 
 import math
+import mmap
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +16,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
+from pipeline.model import load_model
 from search.bounds import float32_margin
 from search.exact import exact_angles, exact_similarities, exact_squared_distances
-from search.gallery import Gallery, Shard
+from search.gallery import Gallery, Shard, open_gallery
 from search.options import Metric
 from search.ranking import Batch, numpy_scan, rank
-from tests.search.galleries import brute_force, exact_cosine_key, in_memory
+from tests.search.galleries import brute_force, exact_cosine_key, in_memory, write_gallery
 
 D = 33
 KINDS = ("random", "positive", "clustered", "near_duplicates", "duplicates", "ties", "bad_rows", "extremes", "rising")
@@ -113,13 +119,63 @@ def test_the_answer_depends_on_neither_batch_nor_shard_order(kind: str) -> None:
         assert [hits[:5] for hits in together] == found(gallery, queries, 5, metric, 97)
 
 
-def test_more_queries_than_share_one_pass_are_all_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_queries_than_share_one_pass_are_all_answered() -> None:
     features = features_of("bad_rows")
     queries = queries_of(features)
     gallery = in_memory(features)
     whole = rank(gallery, queries, 10)
-    monkeypatch.setattr("search.ranking.QUERIES_AT_ONCE", 4)
-    assert rank(gallery, queries, 10) == whole
+    assert rank(gallery, queries, 10, queries_at_once=4) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_that_are_decided_early_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = features_of(kind)
+    queries = queries_of(features)
+    gallery = in_memory(features, ids_of(len(features)), cuts=(90,))
+    whole = [rank(gallery, queries, 7, metric, numpy_scan(20)) for metric in Metric]
+    monkeypatch.setattr("search.ranking._WAITING", 1)
+    assert [rank(gallery, queries, 7, metric, numpy_scan(20)) for metric in Metric] == whole
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    script = (
+        "from search.ranking import rank\n"
+        "from tests.search.test_ranking import features_of, queries_of, ids_of\n"
+        "from tests.search.galleries import in_memory\n"
+        "for kind in ('random', 'clustered', 'near_duplicates'):\n"
+        "    x = features_of(kind, 4000, 256)\n"
+        "    print(rank(in_memory(x, ids_of(4000), cuts=(1500,)), queries_of(x), 20))\n"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(answers) == 1
+    assert "Hit(" in answers.pop()
+
+
+def test_a_gallery_larger_than_memory_is_answered_from_planned_reads(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = features_of("clustered", 300, 12)
+    write_gallery(tmp_path, load_model(model_path), features, [f"{row:03d}.jpg" for row in range(300)], 70)
+    want = rank(open_gallery(tmp_path), features[:5], 20, scan=numpy_scan(50))
+    asked: list[tuple[str, int]] = []
+    advise = Shard.advise
+    monkeypatch.setattr("search.gallery._FITS", 0)
+    monkeypatch.setattr(
+        Shard,
+        "advise",
+        lambda self, start, rows, kind: (asked.append((self.name, kind)), advise(self, start, rows, kind)),
+    )
+    assert rank(open_gallery(tmp_path), features[:5], 20, scan=numpy_scan(50)) == want
+    assert {kind for _, kind in asked} == {mmap.MADV_RANDOM, mmap.MADV_WILLNEED}
 
 
 @settings(max_examples=150, deadline=None)
