@@ -17,6 +17,7 @@ from search import evaluate
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
 if TYPE_CHECKING:
+    from search.filters import Condition
     from search.gallery import Gallery
     from search.labels import Annotations
     from search.near_duplicates import Group
@@ -157,9 +158,7 @@ def search(
 
     Exit code 3: some of the pictures could not be read; the others were searched with.
     """
-    from search.filters import apply_conditions, parse_conditions
-    from search.gallery import find_gallery, open_gallery
-    from search.labels import read_annotations
+    from search.filters import apply_conditions
     from search.output import hit_rows, printable, write_hits
     from search.queries import feature_queries, gallery_queries, image_files
 
@@ -167,11 +166,8 @@ def search(
         raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
     _check_null(null, output_format is OutputFormat.paths)
     _check_pictures(sheet, html, media_dir)
-    conditions = parse_conditions(where or [])
-    annotations = None if labels is None else read_annotations(labels)
-    whole = open_gallery(find_gallery(feature_dir, model_path), include_stale)
-    _check_paths(whole, output_format is OutputFormat.paths)
-    _say_provenance(whole)
+    conditions, annotations = _read_filters(where, labels)
+    whole = _open(feature_dir, model_path, include_stale, output_format is OutputFormat.paths)
     files = image_files(images or [], sys.stdin, media_dir)
     if sheet is not None:
         from search.sheet import check_target
@@ -221,9 +217,7 @@ def near_duplicates(
     to the group's first, which comes first in the object list.
     """
     from pipeline.progress import show_steps
-    from search.filters import apply_conditions, parse_conditions
-    from search.gallery import find_gallery, open_gallery
-    from search.labels import read_annotations
+    from search.filters import apply_conditions
     from search.near_duplicates import find_groups
     from search.output import write_groups
     from search.planner import choose_multiply
@@ -232,11 +226,8 @@ def near_duplicates(
         raise UsageError("--threshold must be above 0")
     _check_null(null, output_format is GroupFormat.paths)
     _check_pictures(sheet, None, media_dir)
-    conditions = parse_conditions(where or [])
-    annotations = None if labels is None else read_annotations(labels)
-    whole = open_gallery(find_gallery(feature_dir, model_path), include_stale)
-    _check_paths(whole, output_format is GroupFormat.paths)
-    _say_provenance(whole)
+    conditions, annotations = _read_filters(where, labels)
+    whole = _open(feature_dir, model_path, include_stale, output_format is GroupFormat.paths)
     gallery = apply_conditions(whole, conditions, annotations)
     _say_unusable(gallery)
     multiply, why = choose_multiply(gallery, device)
@@ -302,9 +293,21 @@ def _check_pictures(sheet: Path | None, html: Path | None, media_dir: Path | Non
         check_target(sheet, 0, 0)
 
 
-def _check_paths(gallery: "Gallery", wanted: bool) -> None:
-    if wanted and gallery.fingerprint is None:
+def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[Condition], Annotations | None]":
+    from search.filters import parse_conditions
+    from search.labels import read_annotations
+
+    return parse_conditions(where or []), None if labels is None else read_annotations(labels)
+
+
+def _open(feature_dir: Path, model_path: Path | None, include_stale: bool, paths_wanted: bool) -> "Gallery":
+    from search.gallery import find_gallery, open_gallery
+
+    gallery = open_gallery(find_gallery(feature_dir, model_path), include_stale)
+    if paths_wanted and gallery.fingerprint is None:
         raise UsageError("--format paths: this gallery has no gallery.json and does not know paths, only object ids")
+    _say_provenance(gallery)
+    return gallery
 
 
 def _embed(
