@@ -249,7 +249,7 @@ class Gallery:
 
         Otherwise each row that has left the page cache since the scan costs a read-ahead of megabytes.
         """
-        if self.size_bytes <= _FITS * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        if self.size_bytes <= _FITS * memory_bytes():
             return
         for shard, _, local in self._split(rows):
             shard.advise(0, len(shard.features), mmap.MADV_RANDOM)
@@ -277,6 +277,11 @@ class Gallery:
         """
         shard, local = self._locate(row)
         return None if shard.paths is None else shard.paths[local]
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_gallery(feature_dir: Path, model: Path | None) -> Path:

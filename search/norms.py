@@ -50,7 +50,7 @@ class NormsFile:
     def read(self, rows: int) -> Float32 | None:
         """float32[rows], or None where there is no such file, or a damaged one."""
         try:
-            norms = np.load(self.path, allow_pickle=False)
+            norms = np.asarray(np.load(self.path, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError):
             return None
         return norms if norms.dtype == np.dtype("<f4") and norms.shape == (rows,) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
-from search.gallery import Gallery
+from search.gallery import Gallery, memory_bytes
 from search.near_duplicates import Multiply
 from search.options import Metric, Precision
 from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
@@ -19,6 +19,8 @@ _WORTH_IMPORTING = 50_000_000
 _WORTH_MATRIX_UNITS = 16
 #: The part of a device's free memory that rows may take; the rest is for cosines and candidates.
 _DEVICE_PART = 0.7
+#: The part of the machine's memory that a second copy in bfloat16 may take.
+_MEMORY_PART = 0.25
 #: Large blocks keep a GPU's launches and the host's part rare; two pinned buffers of this size exist.
 _CUDA_BLOCK_BYTES = 256 << 20
 #: One pass over PCIe costs the same for one query and for thousands.
@@ -45,6 +47,7 @@ class Machine:
         torch: whether it is installed.
         torch_loaded: whether this process has imported it already.
         bfloat16_units: whether the CPU multiplies bfloat16 matrices in hardware.
+        memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None where CUDA is not asked for.
     """
 
@@ -52,6 +55,7 @@ class Machine:
     torch: bool
     torch_loaded: bool
     bfloat16_units: bool
+    memory_bytes: int
     device_free_bytes: int | None = None
 
 
@@ -102,7 +106,9 @@ def make_plan(work: Work, machine: Machine) -> Plan:
     if why := _why_numpy(work, machine):
         return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     why = f"{work.queries:,} queries are worth the CPU's bfloat16 matrix units"
-    return Plan(True, "cpu", Precision.bfloat16, work.queries > QUERIES_AT_ONCE, rows, QUERIES_AT_ONCE, why)
+    fits = 2 * work.rows * work.length <= _MEMORY_PART * machine.memory_bytes
+    resident = work.queries > QUERIES_AT_ONCE and fits
+    return Plan(True, "cpu", Precision.bfloat16, resident, rows, QUERIES_AT_ONCE, why)
 
 
 def _why_numpy(work: Work, machine: Machine) -> str:
@@ -168,7 +174,7 @@ def look_at_machine(device: Device) -> Machine:
         from search.ranking_torch import free_bytes
 
         free = free_bytes(device.value)
-    return Machine(device, installed, "torch" in sys.modules, has_bfloat16_units(), free)
+    return Machine(device, installed, "torch" in sys.modules, has_bfloat16_units(), memory_bytes(), free)
 
 
 @cache

@@ -10,9 +10,11 @@ from search.options import Metric, Precision
 from search.planner import Machine, Plan, Work, make_plan
 
 SMALL, LARGE = 100_000, 20_000_000
-BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16_units=False)
-STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16_units=True)
-GPU = Machine(Device.cuda, torch=True, torch_loaded=True, bfloat16_units=False, device_free_bytes=80 << 30)
+BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16_units=False, memory_bytes=16 << 30)
+STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16_units=True, memory_bytes=16 << 30)
+GPU = Machine(
+    Device.cuda, torch=True, torch_loaded=True, bfloat16_units=False, memory_bytes=0, device_free_bytes=80 << 30
+)
 
 
 def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
@@ -37,6 +39,12 @@ def test_a_cpu_takes_torch_only_where_it_pays(
     assert (chosen.torch, chosen.device) == (torch, "cpu")
     assert chosen.precision is (Precision.bfloat16 if torch else Precision.float32)
     assert said in str(chosen)
+
+
+def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -> None:
+    assert not plan(STRONG, SMALL, 1000).resident
+    assert plan(STRONG, SMALL, 1001).resident
+    assert not plan(STRONG, LARGE, 1001).resident
 
 
 def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:
