@@ -169,11 +169,8 @@ def search(
     conditions, annotations = _read_filters(where, labels)
     whole = _open(feature_dir, model_path, include_stale, output_format is OutputFormat.paths)
     files = image_files(images or [], sys.stdin, media_dir)
-    if sheet is not None:
-        from search.sheet import check_target
-
-        check_target(sheet, len(files) + len(ids or []) + len(features or []), top_k)
     queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
+    _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k)
     embedded, failed = _embed(files, whole, model_path, media_dir, device, max_pixels)
     queries += embedded
     gallery = apply_conditions(whole, conditions, annotations)
@@ -283,14 +280,16 @@ def _check_null(null: bool, paths: bool) -> None:
         raise UsageError("-0 ends paths: it needs --format paths")
 
 
-def _check_pictures(sheet: Path | None, html: Path | None, media_dir: Path | None) -> None:
+def _check_pictures(
+    sheet: Path | None, html: Path | None, media_dir: Path | None, queries: int = 0, top_k: int = 0
+) -> None:
     for option, target in (("--sheet", sheet), ("--html", html)):
         if target is not None and media_dir is None:
             raise UsageError(f"{option} shows the pictures of the hits: say where they are with --media-dir")
     if sheet is not None:
         from search.sheet import check_target
 
-        check_target(sheet, 0, 0)
+        check_target(sheet, queries, top_k)
 
 
 def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[Condition], Annotations | None]":
