@@ -287,7 +287,10 @@ def _select(
     if np.isneginf(cuts).any() and batch.top_k < values.shape[1]:
         # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
         reach = np.maximum(reach, np.partition(margin.lower(values), -batch.top_k)[:, [-batch.top_k]])
-    queries, columns = np.nonzero(values >= margin.least(reach).astype(values.dtype))
+    # Flat: numpy looks through one dimension many times faster than through two.
+    queries, columns = np.divmod(
+        np.flatnonzero(values >= margin.least(reach).astype(values.dtype)), max(1, values.shape[1])
+    )
     chosen = values[queries, columns].astype(np.float64)
     if batch.metric is Metric.euclidean:
         margin = Margin(margin.absolute[queries, columns])
