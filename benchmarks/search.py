@@ -58,6 +58,17 @@ similarity = x @ x[row]
 for i in np.argsort(-similarity)[:10]:
     print(ids[i], similarity[i])
 """
+#: The same with torch, as its later parts have it.
+ARTICLE_WITH_TORCH = """
+import glob, sys
+import numpy as np, torch
+x = torch.from_numpy(np.concatenate([np.load(f) for f in sorted(glob.glob(sys.argv[1] + '/*.features.npy'))]))
+ids = np.concatenate([np.load(f) for f in sorted(glob.glob(sys.argv[1] + '/*.object_ids.npy'))])
+x = torch.nn.functional.normalize(x)
+found = torch.topk(x @ x[int(np.flatnonzero(ids == sys.argv[2])[0])], 10)
+for similarity, i in zip(found.values.tolist(), found.indices.tolist()):
+    print(ids[i], similarity)
+"""
 #: The article's own search: the model, then shard after shard by Euclidean distance, then a merge.
 ARTICLE_BY_IMAGE = """
 import glob, sys
@@ -227,16 +238,19 @@ def commands(rows: int) -> Iterator[Figure]:
         subprocess.run(ruiji("index", folder), check=True, capture_output=True)
         name = "00000042.jpg"
         mine = search_by_id(folder, name)
-        article = [sys.executable, "-c", ARTICLE_BY_FEATURE, str(folder), name]
-        ways: dict[str, Callable[[], object]] = {"ours": lambda: run(mine), "article": lambda: run(article)}
-        warm = timed(ways)
-        cold = timed({key: evicted(folder, way) for key, way in ways.items()})
-        yield milliseconds(f"by id, {rows} rows, warm: ours", warm["ours"])
-        yield milliseconds(f"by id, {rows} rows, warm: the article's way", warm["article"])
-        yield ratio("by id, warm: the article's way / ours", warm["article"], warm["ours"], at_least=8)
-        yield milliseconds(f"by id, {rows} rows, cold files: ours", cold["ours"])
-        yield milliseconds(f"by id, {rows} rows, cold files: the article's way", cold["article"])
-        yield ratio("by id, cold files: the article's way / ours", cold["article"], cold["ours"], at_least=4)
+        ways: dict[str, Callable[[], object]] = {
+            "ours": partial(run, mine),
+            "numpy": partial(run, [sys.executable, "-c", ARTICLE_BY_FEATURE, str(folder), name]),
+            "torch": partial(run, [sys.executable, "-c", ARTICLE_WITH_TORCH, str(folder), name]),
+        }
+        cold_ways = {key: evicted(folder, way) for key, way in ways.items()}
+        for state, taken, bound in (("warm", timed(ways), 8.0), ("cold files", timed(cold_ways), 4.0)):
+            for key, label in (("ours", "ours"), ("numpy", "the article's way"), ("torch", "the same with torch")):
+                yield milliseconds(f"by id, {rows} rows, {state}: {label}", taken[key])
+            yield ratio(
+                f"by id, {state}: the article's way with torch / ours", taken["torch"], taken["ours"], at_least=bound
+            )
+            yield ratio(f"by id, {state}: the article's way with numpy / ours", taken["numpy"], taken["ours"])
         if IMAGE_MODEL.is_file():
             image = next((SHARED / "photos" / "object").rglob("*.jpg"))
             by_image = ruiji("search", folder, str(image))
