@@ -108,7 +108,7 @@ def usable_rows(gallery: Gallery) -> Mask:
     usable = np.zeros(gallery.rows, dtype=bool)
     for block in gallery.blocks(_block_rows(gallery)):
         good = np.asarray(np.isfinite(block.features).all(axis=1) & block.features.any(axis=1))
-        usable[block.first : block.first + len(good)] = good if block.stale is None else good & ~block.stale
+        usable[block.first : block.first + len(good)] = good if block.left_out is None else good & ~block.left_out
     return usable
 
 
@@ -141,7 +141,7 @@ def full_ranking(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(task.queries), at_once):
             group = range(start, min(start + at_once, len(task.queries)))
-            features = _features(gallery, task.queries[group.start : group.stop])
+            features = gallery.take(task.queries[group.start : group.stop])
             values = _cosines(search, features, make_products or numpy_products)
             # Sorting, most of the work, is numpy's and runs beside other threads.
             yield from threads.map(lambda one: _place(search, *one), zip(group, features, values, strict=True))
@@ -173,11 +173,6 @@ def _id_order(gallery: Gallery, candidates: Rows) -> NDArray[np.int64]:
     order = np.empty(len(ids), dtype=np.int64)
     order[np.argsort(ids, kind="stable")] = np.arange(len(ids))
     return order
-
-
-def _features(gallery: Gallery, rows: Rows) -> Float32:
-    features: Float32 = np.stack([gallery.feature(row) for row in rows.tolist()])
-    return features
 
 
 def _cosines(search: _Search, features: Float32, make_products: Callable[[Float64], Products]) -> Float64:
@@ -263,5 +258,5 @@ def _exact(search: _Search, feature: Float32, chosen: Rows) -> Float64:
     values = np.empty(len(chosen))
     for start in range(0, len(chosen), _DECIDED_AT_ONCE):
         some = slice(start, start + _DECIDED_AT_ONCE)
-        values[some] = exact_similarities(feature, _features(search.gallery, search.task.candidates[chosen[some]]))
+        values[some] = exact_similarities(feature, search.gallery.take(search.task.candidates[chosen[some]]))
     return values

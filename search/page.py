@@ -57,7 +57,7 @@ def write_page(target: Path, title: str, about: str, lines: list[SheetLine], max
     for line in lines:
         parts.append("<section>")
         fact = "query" if line.label is None else f"query · {line.label}"
-        missing += _figure(parts, line.query, "query", fact, line.name, max_pixels)
+        missing += _figure(parts, line.query, "query", fact, line.title, max_pixels)
         for rank, hit in enumerate(line.hits, 1):
             label = "" if hit.label is None else f" · {hit.label}"
             fact = f"{rank} · {hit.similarity:.4f}{label}"

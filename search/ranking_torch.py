@@ -70,7 +70,7 @@ class TorchScan:
             UsageError: CUDA was asked for and torch has none that works.
         """
         self._gallery, self._precision, self._resident = gallery, precision, resident
-        self._device = _device(device)
+        self._device = torch_device(device)
         self._block_rows = block_rows or default_block_rows(gallery.length)
         self._staged = self._device.type == "cuda" if staged is None else staged
         self._kept: list[_Rows] = []
@@ -160,7 +160,7 @@ class TorchMultiply(Multiply):
 
     def __init__(self, device: str) -> None:
         """Only names the device."""
-        self._device = _device(device)
+        self._device = torch_device(device)
 
     def prepare(self, units: NDArray[np.float32]) -> tuple[object, Margin]:
         """Unit rows on the device."""
@@ -189,10 +189,15 @@ def free_bytes(device: str) -> int:
     Raises:
         UsageError: torch has no CUDA that works.
     """
-    return int(torch.cuda.mem_get_info(_device(device))[0])
+    return int(torch.cuda.mem_get_info(torch_device(device))[0])
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """A torch device that works.
+
+    Raises:
+        UsageError: CUDA was asked for and torch has none that works.
+    """
     if name == "cuda":
         try:
             torch.zeros(1, device="cuda")

@@ -53,13 +53,18 @@ class SheetLine:
     Attributes:
         query: its picture, or None where there is none.
         label: what the query shows, where labels are known.
-        name: written below the query's picture.
+        name: written below the query's picture; by default its file's.
     """
 
     query: Path | None
     hits: tuple[SheetHit, ...]
     label: str | None = None
     name: str = ""
+
+    @property
+    def title(self) -> str:
+        """What is written below the query's picture."""
+        return self.name or ("" if self.query is None else self.query.name)
 
 
 def check_target(target: Path, queries: int, top_k: int) -> None:
@@ -99,7 +104,7 @@ def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str
     for index, line in enumerate(lines):
         top = _MARGIN + index * (_CELL_HEIGHT + _GAP)
         missing += _picture(sheet, line.query, _MARGIN, top, max_pixels)
-        _caption(draw, _MARGIN, top, line.name, role if line.label is None else f"{role} · {line.label}")
+        _caption(draw, _MARGIN, top, line.title, role if line.label is None else f"{role} · {line.label}")
         rule = _MARGIN + _TILE + _DIVIDE // 2
         draw.line([(rule, top), (rule, top + _TILE)], fill=_RULE, width=2)
         for rank, hit in enumerate(line.hits, 1):
