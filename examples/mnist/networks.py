@@ -64,7 +64,7 @@ class SoftmaxWithCenters(nn.Module):
 
     The classifier has no bias, so that a digit is a direction, which is what a search by cosine sees. Its directions
     start evenly around the circle: left to chance, some of ten digits begin in the same place of two dimensions, and
-    take most of the training to find a way past each other.
+    have to find a way past each other.
     """
 
     def __init__(self, center_weight: float) -> None:

@@ -71,7 +71,7 @@ class Epoch:
     mean_average_precision: float
 
 
-#: The recipes behind the numbers in docs/evaluation.md.
+#: Each within 20 minutes on two free cores; what they gave stands in docs/evaluation.md.
 RECIPES = {
     "2d": Recipe("2d", epochs=4, learning_rate=1.5e-3, strength=0.4, center_rate=5.0),
     "64d": Recipe("64d", epochs=12, learning_rate=4e-3, strength=0.8),
