@@ -85,6 +85,7 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits) -> NDArray[np.uint
     finally:
         child.kill()
         child.wait()
+        child.stdin.close()
         child.stdout.close()
 
 

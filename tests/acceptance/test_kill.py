@@ -103,7 +103,7 @@ def test_a_killed_reducer_leaves_no_partial_shard(ruiji: Ruiji, redis_url: str, 
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
     ruiji.start("worker", "--role", "embed", "--processes", "2")
-    for _ in range(3):
+    for _ in range(2):
         reducer = ruiji.start("worker", "--role", "reduce")
         before = len(list(ruiji.gallery.glob("000?.json")))
         wait_until(lambda n=before: len(list(ruiji.gallery.glob("000?.json"))) > n, what="a shard")
