@@ -3,7 +3,6 @@
 The open plan is `run/plan.json`; closed ones lie in `run/done/`.
 """
 
-import bisect
 import contextlib
 import json
 import os
@@ -106,10 +105,6 @@ class Plan:
         """How ids come from paths."""
         return IdScheme(self.object_id)
 
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return [segment.first for segment in self.segments]
-
     @property
     def retry(self) -> bool:
         """Whether any of its segments is a retry of failed objects."""
@@ -119,12 +114,6 @@ class Plan:
     def lines(self) -> int:
         """How many objects the plan is to do."""
         return self.segments[-1].first + self.segments[-1].lines
-
-    def segment_of(self, row: int) -> Segment:
-        """The segment that holds a line of the todo list."""
-        if not 0 <= row < self.lines:
-            raise RuijiError(f"the plan {self.plan_id} has no row {row}")
-        return self.segments[bisect.bisect_right(self._firsts, row) - 1]
 
     def paths(self, segment: Segment) -> list[str]:
         """The segment's objects, in the order of their rows."""

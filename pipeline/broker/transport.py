@@ -111,9 +111,6 @@ class Channel(stock.Channel):  # type: ignore[misc]
             client = self._kept
         yield client
 
-    def _restore(self, message: Any, leftmost: bool = False) -> None:
-        self.qos.restore_by_tag(message.delivery_tag, leftmost=leftmost)
-
     def _brpop_start(self, timeout: float | None = None) -> None:
         queues = self._queue_cycle.consume(1)
         if queues:
