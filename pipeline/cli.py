@@ -212,7 +212,7 @@ def verify(
         broken = [finding for finding in broken if not finding.repairable]
     elif any(finding.repairable for finding in findings):
         print("ruiji verify --repair mends what can be mended", file=sys.stderr)
-    print(f"{len(findings)} findings, {len(broken)} of them broken{' still' if repair else ''}", file=sys.stderr)
+    print(f"findings: {len(findings)}; broken{' still' if repair else ''}: {len(broken)}", file=sys.stderr)
     raise typer.Exit(GalleryMismatch.exit_code if broken else 0)
 
 

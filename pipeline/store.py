@@ -28,6 +28,9 @@ from pipeline.objects import IdScheme
 #: Version of everything on disk; a newer one is refused.
 FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
+#: What a search keeps for the next one, inside the gallery folder. Features lie in folders of two characters, so the
+#: name is free.
+CACHE_FOLDER = "cache"
 
 # Names of temporary files: of this process and no other on any host, then counted.
 _WRITER = secrets.token_hex(8)

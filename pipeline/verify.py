@@ -20,6 +20,7 @@ from pipeline.objects import IdScheme, read_lines, sort_lines
 from pipeline.plan import Plan, closed_plans, open_plan
 from pipeline.planning import lost_segments, make_repair_plan
 from pipeline.store import (
+    CACHE_FOLDER,
     SHARD_ENDINGS,
     TEMPORARY_PREFIX,
     GalleryInfo,
@@ -166,7 +167,7 @@ def _strangers(folder: Path, shards: set[int], plan: Plan | None) -> Iterator[Fi
                 yield Finding("leftover", f"run/{path.name}", "a killed ruiji enqueue left it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         match = _SHARD_NAME.fullmatch(entry.name)
-        if entry.name in ("gallery.json", "run"):
+        if entry.name in ("gallery.json", "run", CACHE_FOLDER):
             continue
         if entry.name.startswith(TEMPORARY_PREFIX):
             if plan is None:

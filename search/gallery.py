@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.objects import read_lines
 from pipeline.store import (
+    CACHE_FOLDER,
     SHARD_ENDINGS,
     GalleryInfo,
     Record,
@@ -26,7 +27,7 @@ from pipeline.store import (
     recorded_shards,
     shard_file,
 )
-from search.norms import CACHE_FOLDER, NormsFile, norms_of
+from search.norms import NormsFile, norms_of
 
 _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
 

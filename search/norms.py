@@ -18,8 +18,6 @@ from pipeline.errors import MachineFault
 from pipeline.store import write_atomic
 from search.exact import Float32, row_sums
 
-#: Inside the gallery folder. Features lie in folders of two characters, so the name is free.
-CACHE_FOLDER = "cache"
 #: Between these squared norms no float32 product overflows, and what underflows is below the error bound.
 _PLAIN_SQUARES = (2.0**-60, 2.0**60)
 #: The same for norms: what lies outside is usable, but too large or too small for float32 arithmetic.

@@ -14,6 +14,7 @@ from pipeline.plan import Plan, close_plan, open_plan
 from pipeline.reduce import reduce_segment, remove_empty_folders
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
+from search.gallery import open_gallery
 from tests.pipeline.galleries import embed, feature_of, files, new_plan
 
 
@@ -55,6 +56,10 @@ def record_anew(plan: Plan, shard: int, features: np.ndarray, ids: list[str], pa
 def test_a_sound_gallery_has_no_findings(plan: Plan) -> None:
     assert verify(plan.folder) == []
     assert repair(plan.folder, []) == []
+    # What searches keep is part of it.
+    assert open_gallery(plan.folder).unusable_rows == (0, 0)
+    assert (plan.folder / "cache").is_dir()
+    assert verify(plan.folder) == []
 
 
 def test_no_gallery_is_bad_input(tmp_path: Path) -> None:
