@@ -87,6 +87,7 @@ def test_embed_processes_killed_again_and_again_lose_nothing(
     finish(ruiji, expected)
 
 
+@pytest.mark.slow
 def test_a_whole_worker_killed_is_replaced_by_another(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
@@ -99,6 +100,7 @@ def test_a_whole_worker_killed_is_replaced_by_another(ruiji: Ruiji, redis_url: s
     finish(ruiji, expected)
 
 
+@pytest.mark.slow
 def test_a_killed_reducer_leaves_no_partial_shard(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
