@@ -105,8 +105,9 @@ def demo(output: Path) -> None:
 
     say(5, f"A contact sheet of {SHEET_QUERIES} queries" + (", with what went wrong first." if answers.missed else "."))
     chosen = choose(answers)
-    ruiji(output, [*search, "--sheet", "sheet.png", "--format", "jsonl", *chosen], shorten=len(chosen))
-    print(f"   Look at it: {output / 'sheet.png'}")
+    sheet = ["--sheet", "sheet.png", "--labels", "media/labels.csv"]
+    ruiji(output, [*search, *sheet, "--format", "jsonl", *chosen], shorten=len(chosen))
+    print(f"   Look at it: {output / 'sheet.png'} (green: the same digit, red: another)")
 
     if answers.rank_1 < LOWEST_RANK_1:
         raise DemoError(
