@@ -175,7 +175,7 @@ BatchImages = Annotated[
         envvar="RUIJI_BATCH_IMAGES",
         min=1,
         max=4096,
-        help="Requests a batch; a CPU runs their images one by one all the same.  [default: 16 on a CPU, 64 on CUDA]",
+        help="Requests a batch; a CPU runs their images one by one all the same.  [default: 64]",
     ),
 ]
 Transport = Annotated[

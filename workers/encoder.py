@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 #: Requests that are worth fusing on a CPU, where the model runs them one by one all the same: they share the cost of
 #: the queue, and at some 10 ms an image a batch is done soon.
-CPU_BATCH_IMAGES = 16
+CPU_BATCH_IMAGES = 64
 #: Padded batches of one size keep CUDA's arena and its choice of kernels fixed.
 CUDA_BATCH_IMAGES = 64
 
@@ -45,7 +45,7 @@ class Encoder:
         Args:
             device: `cuda` refuses to start without one; `auto` takes CUDA where it works, and logs its choice.
             threads: of one run on the CPU.
-            batch_images: images a batch; by default 16 on the CPU and 64 on CUDA.
+            batch_images: images a batch; by default 64.
             gpu_memory_mb: limit of the session's arena on CUDA; None: what the device has.
 
         Raises:

@@ -23,10 +23,13 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 
 #: Moves up to ARGV[1] messages from the queue KEYS[1] to the hash KEYS[2] and its index KEYS[3], at the time ARGV[2].
+#: Never more than a quarter of the queue, so that the last ones of a run are shared out among the workers.
 #: kombu has put the delivery tag into the message's JSON; the hash holds `[message, exchange, routing key]`. Celery
 #: publishes to the exchange without a name, which routes by the queue's name and needs no binding.
 _FETCH = """
-local messages = redis.call('RPOP', KEYS[1], ARGV[1]) or {}
+local share = math.ceil(redis.call('LLEN', KEYS[1]) / 4)
+if share == 0 then return {} end
+local messages = redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))
 for _, message in ipairs(messages) do
   local tag = string.match(message, '"delivery_tag": *"([^"]+)"')
   redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "", "' .. KEYS[1] .. '"]')

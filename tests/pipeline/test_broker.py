@@ -48,16 +48,27 @@ def drain(connection: Any, received: list[Any], count: int) -> None:
 
 
 def test_many_messages_are_taken_at_once_and_booked_as_the_stock_transport_books_them(redis_url: str) -> None:
-    publish(redis_url, 10)
+    publish(redis_url, 40)
     client = connect(redis_url)
     received: list[Any] = []
     with consumer(app_for(redis_url, "fast"), 6, received) as connection:
         connection.drain_events(timeout=5)
         assert [message.payload[0][0] for message in received] == [0, 1, 2, 3, 4, 5], "no more than the window holds"
-        assert client.llen(QUEUE) == 4
+        assert client.llen(QUEUE) == 34
         assert client.hlen(UNACKED) == client.zcard(INDEX) == 6
         message, exchange, key = json.loads(client.hget(UNACKED, received[0].delivery_tag) or "")
         assert (exchange, key, message["headers"]["id"]) == ("", QUEUE, "t0")
+
+
+def test_the_last_messages_are_left_to_be_shared(redis_url: str) -> None:
+    publish(redis_url, 10)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 100, received) as connection:
+        taken = []
+        while len(received) < 10:
+            connection.drain_events(timeout=5)
+            taken.append(len(received) - sum(taken))
+    assert taken == [3, 2, 2, 1, 1, 1]
 
 
 def test_acknowledgements_go_together_and_the_rest_goes_back_in_order(redis_url: str) -> None:
