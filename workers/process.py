@@ -15,6 +15,7 @@ from typing import Any
 import redis
 from celery import signals
 from celery.exceptions import SecurityWarning
+from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.errors import GalleryMismatch
@@ -53,6 +54,7 @@ class Heartbeat(threading.Thread):
         self._unacked_index = unacked_keys(gallery_id)["unacked_index_key"]
         self._renew_s = visibility_timeout_s / 4
         self._consumer: Any = None
+        self._held_idly: set[str] = set()
         self.stopping = threading.Event()
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "role": role}
         self._state |= {"device": "cpu", "state": "working", "images": 0, "failed": 0, "images_per_s": 0.0}
@@ -95,15 +97,42 @@ class Heartbeat(threading.Thread):
                 if now - renewed >= self._renew_s:
                     self._renew_claims()
                     renewed = now
+                self._reconnect_where_stuck()
             except redis.RedisError:
                 continue  # Celery's own connection tells of it.
 
+    def _channel(self) -> Any:
+        """The channel that messages come through, or None while there is no connection."""
+        return getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+
     def _renew_claims(self) -> None:
         # kombu gives messages back once their stamp is older than the visibility timeout, dead or alive.
-        channel = getattr(getattr(self._consumer, "task_consumer", None), "channel", None)
+        channel = self._channel()
         tags = list(channel.qos._delivered) if channel is not None else []
         if tags:
             self._client.zadd(self._unacked_index, dict.fromkeys(tags, time.time()), xx=True)
+
+    def _reconnect_where_stuck(self) -> None:
+        """Start the connection anew where messages are held that nobody works on, at two beats in a row.
+
+        Celery only logs it when an acknowledgement or a giving back fails, and kombu goes on to count the message
+        as held. With a full window nothing else is asked of the connection, so that nothing else notices.
+        """
+        channel = self._channel()
+        held: set[str] = set()
+        if channel is not None and not reserved_requests:
+            held = set(channel.qos._delivered) - channel.qos._dirty
+        stuck, self._held_idly = held & self._held_idly, held
+        if stuck:
+            extra = {"event": "reconnecting", "messages": len(stuck)}
+            logger.warning("messages are held that could not be settled; connecting anew", extra=extra)
+            self._held_idly = set()
+            self._consumer.call_soon(self._lose_connection, channel)
+
+    def _lose_connection(self, channel: Any) -> None:
+        # In the event loop; the consumer takes it for a lost connection, closes its channel and opens another.
+        if channel is self._channel():
+            raise redis.ConnectionError("messages could not be settled")
 
     def leave(self) -> None:
         """Take the process off the list."""

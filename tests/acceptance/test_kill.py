@@ -4,17 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from pipeline.broker.app import connect
-from pipeline.broker.embedded import embedded_redis, find_server
-from pipeline.errors import BrokerUnavailable
+from pipeline.broker.app import REDUCE_TASK, connect, unacked_keys
+from pipeline.broker.chords import Chords
+from pipeline.plan import open_plan
+from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
 
@@ -131,46 +130,40 @@ def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected
 def test_a_redis_that_is_killed_and_restarted_costs_only_time(
     ruiji: Ruiji, tmp_path: Path, expected: dict[str, str], transport: str
 ) -> None:
-    (tmp_path / "redis").mkdir()
-    with embedded_redis(tmp_path / "unused") as other:
-        port = int(urlsplit(other).port or 0)  # Free again when the block ends.
-    command = [
-        find_server(),
-        "--port",
-        str(port),
-        "--dir",
-        str(tmp_path / "redis"),
-        "--appendonly",
-        "yes",
-        "--save",
-        "",
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        url = f"redis://127.0.0.1:{port}/0"
-        wait_until(lambda: answers(url), what="Redis")
-        ruiji.environment = {**FAST, "RUIJI_REDIS_URL": url, "RUIJI_TRANSPORT": transport}
+    with redis_server(tmp_path / "redis") as server:
+        ruiji.environment = {**FAST, "RUIJI_REDIS_URL": server.url, "RUIJI_TRANSPORT": transport}
         ruiji("enqueue")
         ruiji.start("worker", "--processes", "2")
         wait_for_progress(ruiji)
         server.kill()
-        server.wait()
         time.sleep(2)
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_until(lambda: answers(url), what="Redis again")
+        server.start()
         finish(ruiji, expected)
-    finally:
         ruiji.stop_all()
-        server.terminate()
-        server.wait()
 
 
-def answers(url: str) -> bool:
-    try:
-        connect(url).close()
-    except BrokerUnavailable:
-        return False
-    return True
+@pytest.mark.slow
+@TRANSPORTS
+def test_a_segment_that_could_not_be_given_back_is_taken_up_again(
+    ruiji: Ruiji, tmp_path: Path, expected: dict[str, str], transport: str
+) -> None:
+    with redis_server(tmp_path / "redis") as server:
+        ruiji.environment = {**FAST, "RUIJI_REDIS_URL": server.url, "RUIJI_TRANSPORT": transport}
+        ruiji("enqueue")
+        client, plan = connect(server.url), open_plan(ruiji.gallery)
+        assert plan is not None
+        lease = Chords(client, plan).lease("reduce.0", timeout_s=600, wait_s=1)
+        assert lease.acquire()
+        ruiji.start("worker", "--processes", "2")
+        held = unacked_keys(plan.gallery_id)["unacked_key"]
+        wait_until(lambda: any(REDUCE_TASK in m for m in client.hvals(held)), what="a reducer that waits")
+        server.kill()
+        # The reducer gives up, and then cannot give back either.
+        time.sleep(6)
+        server.start()
+        lease.release()
+        finish(ruiji, expected)
+        ruiji.stop_all()
 
 
 @TRANSPORTS
