@@ -24,8 +24,12 @@ SHARED = ROOT.parent / "shared" / "data"
 
 #: The article's model in full, with random weights: for cost and shape only.
 MODEL = SHARED / "models" / "mobilenet_v3_large_100_224_RANDOM_WEIGHTS.onnx"
+#: One with weights that mean something, for what depends on the features' values.
+REAL_MODEL = SHARED / "models" / "mobilenet_v3_large_100_224_feature_vector.onnx"
 #: The article's images; a file of this size has about 45 kB at this quality.
 LARGE, SMALL = (500, 375), (64, 64)
+#: 12 megapixels, as a camera or a telephone makes them.
+CAMERA = (4000, 3000)
 JPEG_QUALITY = 90
 #: Pictures that differ; longer lists link to them. 110 MB, so that all stay in the page cache.
 DISTINCT = 2400
@@ -95,6 +99,15 @@ def _pictures(size: tuple[int, int]) -> Path:
         cut.save(scratch / f"{number:05d}.jpg", quality=JPEG_QUALITY)
     scratch.rename(folder)
     return folder
+
+
+def enlarged_photos(folder: Path, size: tuple[int, int], count: int) -> Iterator[Path]:
+    """Real photos, enlarged to `size`; real ones of that size would have more detail."""
+    need_shared()
+    for path in sorted((SHARED / "photos" / "object").rglob("*.jpg"))[:count]:
+        with Image.open(path) as photo:
+            photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / path.name, quality=JPEG_QUALITY)
+        yield folder / path.name
 
 
 def _crop(

@@ -19,10 +19,13 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.data import (
+    CAMERA,
     FEATURE_LENGTH,
     LARGE,
     MODEL,
+    REAL_MODEL,
     SMALL,
+    enlarged_photos,
     media_folder,
     no_op_model,
     object_list,
@@ -35,6 +38,7 @@ from benchmarks.results import FOLDER, Figure, save, show
 from pipeline.broker.app import embed_queue, make_app, unacked_keys
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
+from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan, open_plan
 from pipeline.planning import Settings, make_plan
@@ -49,6 +53,8 @@ from pipeline.settings import (
     WINDOW_SEGMENTS,
 )
 from pipeline.store import GalleryInfo, shard_file, write_feature
+from search.queries import embed_images
+from workers.images import load_pixels
 
 RESULTS = FOLDER / "extraction.json"
 LIBRARIES = ("celery", "kombu", "redis", "hiredis", "numpy", "pillow", "onnxruntime", "simplejpeg", "ray", "torch")
@@ -97,6 +103,7 @@ class Sizes:
         queue_tasks, stock_tasks: published and worked off, by ruiji and by stock Celery.
         memory: images of the shorter and the longer run with a no-op encoder.
         worker_images: for the workers' memory; bulk: for the run of small images; lines: of the long list.
+        camera_photos: large photos, decoded in two ways.
     """
 
     seconds: float = 68.0
@@ -107,9 +114,10 @@ class Sizes:
     worker_images: int = 20_000
     bulk: int = 120_000
     lines: int = 10_000_000
+    camera_photos: int = 100
 
 
-QUICK = Sizes(4.0, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000)
+QUICK = Sizes(4.0, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000, 4)
 
 
 @dataclass
@@ -471,6 +479,34 @@ def _reduce_round(keep: bool) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
+def draft(sizes: Sizes) -> list[Figure]:
+    """What `jpeg_draft` costs in likeness and saves in time, on photos enlarged to a camera's size."""
+    whole = load_model(REAL_MODEL)
+    reduced = replace(whole, spec=replace(whole.spec, jpeg_draft=True))
+    with scratch("draft") as work:
+        files = list(enlarged_photos(work, CAMERA, sizes.camera_photos))
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(sizes.rounds):
+            for model in (whole, reduced):
+                seconds[model.spec.jpeg_draft].append(_seconds(_decode, files, model))
+        pair = [embed_images(files, model, "cpu", MAX_PIXELS).features for model in (whole, reduced)]
+    units = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in pair]
+    cosines = (units[0] * units[1]).sum(axis=1)
+    name = f"jpeg_draft, {CAMERA[0]} x {CAMERA[1]}"
+    return [
+        Figure(f"{name}: cosine, least", "", (float(cosines.min()),)),
+        Figure(f"{name}: cosine, median", "", (float(np.median(cosines)),)),
+        Figure(
+            f"{name}: decoding time, whole / draft", "x", tuple(a / b for a, b in zip(*seconds.values(), strict=True))
+        ),
+    ]
+
+
+def _decode(files: list[Path], model: Model) -> None:
+    for file in files:
+        load_pixels(file, model.spec, MAX_PIXELS)
+
+
 def _one_shard_plan(work: Path) -> Plan:
     listed = object_list(SHARD_ROWS)
     media = _empty_media(object_path(0))
@@ -510,7 +546,7 @@ def _read_and_write(files: list[Path], target: Path, keep: bool) -> None:
             os.unlink(file)
 
 
-PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce)}
+PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce, draft)}
 
 
 def main() -> int:

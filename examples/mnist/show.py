@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.settings import MAX_PIXELS
 from search.gallery import open_gallery
@@ -76,4 +77,6 @@ def curve(target: Path, epochs: "Sequence[Epoch]") -> None:
     right.plot(number, [one.mean_average_precision for one in epochs], marker=".", label="mAP")
     right.set(title="held back training images", xlabel="epoch")
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(target, dpi=120)
