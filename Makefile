@@ -12,6 +12,9 @@ RUIJI = .venv/bin/ruiji
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
+# Where it is set, each of the many commands of a test compiles all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search audit lint types format run redis worker up join scale list \
 	enqueue status search logs down certificates lock clean
