@@ -431,6 +431,7 @@ def main() -> None:
     code = 0
     for name in [given.part] if given.part else PARTS:
         measure, rows = PARTS[name]
+        print(f"{name} …", file=sys.stderr)
         figures = list(measure(given.rows or rows))
         code |= results.show(name, figures)
         if given.rows is None:
