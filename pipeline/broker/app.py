@@ -64,6 +64,8 @@ def make_app(
             # kombu's default sweeps for dead workers' messages every 100 s.
             "unacked_restore_interval": max(1, min(10, visibility_timeout_s // 4)),
             "unacked_restore_throttle": 1,
+            # A sweeper that is killed keeps all others from sweeping for this long; kombu's default is 300 s.
+            "unacked_mutex_expire": 10,
         },
         # Each with an exchange of its own: queues that share one and its key would both get every task.
         task_queues=[Queue(name, Exchange(name), routing_key=name) for name in queues],

@@ -161,3 +161,16 @@ def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
     assert client.llen(reduce_queue(GALLERY)) == 0
     store(fast, [3])
     assert client.llen(reduce_queue(GALLERY)) == 1
+
+
+@pytest.mark.parametrize("transport", ["fast", "stock"])
+def test_a_process_killed_while_it_sweeps_holds_up_the_others_for_seconds(redis_url: str, transport: str) -> None:
+    held = (
+        "import os, sys; from kombu.transport.redis import Mutex; from tests.pipeline.test_broker import app_for\n"
+        "qos = app_for(sys.argv[1], sys.argv[2]).connection_for_read().channel().qos\n"
+        "with qos.channel.conn_or_acquire() as client:\n"
+        "    with Mutex(client, qos.unacked_mutex_key, qos.unacked_mutex_expire): os._exit(9)\n"
+    )
+    died = subprocess.run([sys.executable, "-c", held, redis_url, transport], cwd=ROOT)
+    assert died.returncode == 9
+    assert 0 < connect(redis_url).pttl(unacked_keys(GALLERY)["unacked_mutex_key"]) <= 10_000
