@@ -103,7 +103,6 @@ def _pictures(size: tuple[int, int]) -> Path:
 
 def enlarged_photos(folder: Path, size: tuple[int, int], count: int) -> Iterator[Path]:
     """Real photos, enlarged to `size`; real ones of that size would have more detail."""
-    need_shared()
     for path in sorted((SHARED / "photos" / "object").rglob("*.jpg"))[:count]:
         with Image.open(path) as photo:
             photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / path.name, quality=JPEG_QUALITY)

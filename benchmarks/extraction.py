@@ -481,6 +481,7 @@ def _reduce_round(keep: bool) -> tuple[float, float]:
 
 def draft(sizes: Sizes) -> list[Figure]:
     """What `jpeg_draft` costs in likeness and saves in time, on photos enlarged to a camera's size."""
+    data.need_shared()
     whole = load_model(REAL_MODEL)
     reduced = replace(whole, spec=replace(whole.spec, jpeg_draft=True))
     with scratch("draft") as work:

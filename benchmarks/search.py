@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import results
+from benchmarks.data import REAL_MODEL, SHARED
 from benchmarks.results import Figure
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
@@ -42,9 +43,6 @@ LENGTH, TOP_K, ROUNDS, SHARD_ROWS = 1280, 20, 5, 10_000
 BUILD = Path("build/search")
 TARGET = results.FOLDER / "search.json"
 LIBRARIES = ("numpy", "torch", "faiss-cpu", "onnxruntime", "pillow")
-#: A model with real weights, for the query by a picture; that figure is left out where there is none.
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-IMAGE_MODEL = SHARED / "models" / "mobilenet_v3_large_100_224_feature_vector.onnx"
 
 #: The article's way, kept as it does it: all shards into memory, normalised, ranked.
 ARTICLE_BY_FEATURE = """
@@ -232,7 +230,7 @@ def flat(faiss: object, gallery: Gallery, units: NDArray[np.float32]) -> None:
 
 def commands(rows: int) -> Iterator[Figure]:
     """What a user waits for: whole commands, by id and by picture, against the article's scripts."""
-    folder = BUILD / "features" / IMAGE_MODEL.stem
+    folder = BUILD / "features" / REAL_MODEL.stem
     with removed(BUILD):
         write_shards(folder, rows, "clustered")
         subprocess.run(ruiji("index", folder), check=True, capture_output=True)
@@ -251,10 +249,10 @@ def commands(rows: int) -> Iterator[Figure]:
                 f"by id, {state}: the article's way with torch / ours", taken["torch"], taken["ours"], at_least=bound
             )
             yield ratio(f"by id, {state}: the article's way with numpy / ours", taken["numpy"], taken["ours"])
-        if IMAGE_MODEL.is_file():
+        if REAL_MODEL.is_file():
             image = next((SHARED / "photos" / "object").rglob("*.jpg"))
             by_image = ruiji("search", folder, str(image))
-            own = [sys.executable, "-c", ARTICLE_BY_IMAGE, str(folder), str(IMAGE_MODEL), str(image)]
+            own = [sys.executable, "-c", ARTICLE_BY_IMAGE, str(folder), str(REAL_MODEL), str(image)]
             taken = timed({"ours": lambda: run(by_image), "article": lambda: run(own)})
             yield milliseconds(f"by picture, {rows} rows, warm: ours", taken["ours"])
             yield milliseconds(f"by picture, {rows} rows, warm: the article's own search", taken["article"])
@@ -286,10 +284,10 @@ def copies(photos: int) -> Iterator[Figure]:
     Each photo with its copies should be one group; a copy is found where it shares a group with its photo, a pair of
     objects in one group is right where both come from one photo.
     """
-    if not IMAGE_MODEL.is_file():
+    if not REAL_MODEL.is_file():
         return
     originals = [SHARED / "photos" / line for line in (SHARED / "photos" / "objects.txt").read_text().splitlines()]
-    model = load_model(IMAGE_MODEL)
+    model = load_model(REAL_MODEL)
     with removed(BUILD):
         images = list(altered(originals[:photos], BUILD / "copies"))
         features = embed_images([path for _, _, path in images], model, "cpu", MAX_PIXELS).features
@@ -340,7 +338,7 @@ def write_shards(folder: Path, rows: int, kind: str) -> None:
     """A recorded gallery on disk, made shard by shard of the usual size."""
     # Any model of that length serves where no picture is embedded.
     stand_in = BUILD / f"{folder.name}.onnx"
-    model = load_model(IMAGE_MODEL if IMAGE_MODEL.is_file() else tiny_model(stand_in, length=LENGTH))
+    model = load_model(REAL_MODEL if REAL_MODEL.is_file() else tiny_model(stand_in, length=LENGTH))
     claim_gallery(folder, model, IdScheme("basename"))
     for number, start in enumerate(range(0, rows, SHARD_ROWS)):
         features = random_rows(min(SHARD_ROWS, rows - start), kind, seed=number)
@@ -350,7 +348,7 @@ def write_shards(folder: Path, rows: int, kind: str) -> None:
 
 def ruiji(command: str, folder: Path, *more: str) -> list[str]:
     """A command line on a gallery."""
-    model = IMAGE_MODEL.with_name(f"{folder.name}.onnx")
+    model = REAL_MODEL.with_name(f"{folder.name}.onnx")
     return [
         sys.executable,
         "-m",
