@@ -77,12 +77,21 @@ class Model:
     Attributes:
         batch: the batch size that the graph fixes, or None where it takes any.
         fingerprint: sha256 (hex) over the model's bytes, its external data and the spec.
+        external: names of the files that hold weights outside the .onnx file, sorted.
+        toml: sha256 (hex) of `<model>.toml`; None where there is none.
     """
 
     path: Path
     spec: ModelSpec
     batch: int | None
     fingerprint: str
+    external: tuple[str, ...]
+    toml: str | None
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """All that was read of it but the fingerprint, for JSON: what `recall_model` takes."""
+        return {"spec": asdict(self.spec), "batch": self.batch, "external": self.external, "toml": self.toml}
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,29 @@ def load_model(path: Path) -> Model:
         spec, batch = _resolve(inputs, outputs, declared)
     except ModelError as error:
         raise ModelError(f"{path} does not fit: {error}") from None
-    return Model(path, spec, batch, _fingerprint(path, graph, spec))
+    external = tuple(sorted(_external_files(graph)))
+    return Model(path, spec, batch, _fingerprint(path, external, spec), external, _toml_digest(path))
+
+
+def recall_model(path: Path, contract: dict[str, Any], fingerprint: str) -> Model | None:
+    """What `load_model` returned before, without reading the graph, which takes longer than a search.
+
+    Returns:
+        The model with this fingerprint and `Model.contract`; None where the file at `path` or its .toml is another
+        one now, or not there.
+
+    Raises:
+        ModelError: a file that the model needs cannot be read.
+    """
+    if not path.is_file() or _toml_digest(path) != contract["toml"]:
+        return None
+    # JSON has lists for tuples.
+    kept = dict(contract["spec"])
+    spec = ModelSpec(**{**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])})
+    external = tuple(contract["external"])
+    if _fingerprint(path, external, spec) != fingerprint:
+        return None
+    return Model(path, spec, contract["batch"], fingerprint, external, contract["toml"])
 
 
 def describe_model(path: Path) -> list[tuple[str, str]]:
@@ -298,11 +329,16 @@ def _per_channel(what: str, value: Any, channels: int) -> tuple[float, ...]:
     return tuple(_number(what, v) for v in values)
 
 
-def _fingerprint(path: Path, graph: Any, spec: ModelSpec) -> str:
+def _toml_digest(path: Path) -> str | None:
+    toml = path.with_suffix(".toml")
+    return _file_digest(toml) if toml.exists() else None
+
+
+def _fingerprint(path: Path, external: tuple[str, ...], spec: ModelSpec) -> str:
     parts = {
         "format": _FINGERPRINT_FORMAT,
         "model": _file_digest(path),
-        "external": {name: _file_digest(path.parent / name) for name in sorted(_external_files(graph))},
+        "external": {name: _file_digest(path.parent / name) for name in external},
         "spec": asdict(spec),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

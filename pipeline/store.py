@@ -151,6 +151,7 @@ class GalleryInfo:
         length: d.
         model: file name stem of the model.
         object_id: name of the id scheme.
+        contract: `Model.contract` of the model; None in a gallery that was begun before it was kept.
     """
 
     gallery_id: str
@@ -158,6 +159,7 @@ class GalleryInfo:
     length: int
     model: str
     object_id: str
+    contract: dict[str, Any] | None = None
 
 
 def gallery_folder(feature_dir: Path, model: Path) -> Path:
@@ -182,7 +184,9 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
         GalleryMismatch: another model's features, other ids, or an article's shards are in it.
         RuijiError: the folder cannot be written.
     """
-    wanted = GalleryInfo(secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name)
+    wanted = GalleryInfo(
+        secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name, model.contract
+    )
     found = read_gallery(folder)
     if found is None:
         if folder.is_dir() and any(_SHARD_FEATURES.fullmatch(name) for name in os.listdir(folder)):

@@ -322,12 +322,11 @@ def _embed(
         return [], False
     if model_path is None:
         raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-    from pipeline.model import load_model
     from search.output import printable
-    from search.queries import check_model, embed_images, image_queries
+    from search.queries import embed_images, image_queries, query_model
 
-    model = load_model(model_path)
-    check_model(model, gallery)
+    model = query_model(model_path, gallery)
+    _say_other_versions(gallery)
     embedded = embed_images(files, model, "cuda" if device is Device.cuda else "cpu", max_pixels)
     for image, reason in embedded.failures:
         _say(f"{printable(str(image))}: {reason}; left out")
@@ -366,10 +365,15 @@ def _say(text: str) -> None:
 
 
 def _say_provenance(gallery: "Gallery") -> None:
-    from pipeline.plan import library_versions
-
     if gallery.fingerprint is None:
         _say("warning: unverified gallery: nothing says which model and preprocessing made these shards")
+    if len(gallery.versions) > 1:
+        _say("warning: shards were made with different library versions; similarities can differ in their last digits")
+
+
+def _say_other_versions(gallery: "Gallery") -> None:
+    from pipeline.plan import library_versions
+
     here = library_versions()
     for versions in gallery.versions:
         changed = [

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,12 +147,14 @@ class Gallery:
         shards: in the order of their numbers.
         fingerprint: of the model that made the features; None where nothing says it (an article's shards).
         versions: the different sets of library versions that made the shards.
+        contract: of that model, as `Model.contract` has it; None where it was not kept.
     """
 
     length: int
     shards: tuple[Shard, ...]
     fingerprint: str | None = None
     versions: tuple[dict[str, str], ...] = ()
+    contract: dict[str, Any] | None = None
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -386,7 +389,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         shards.append(Shard(name, features, object_ids, paths_file, stale, norms_file))
         if record.versions not in versions:
             versions.append(record.versions)
-    return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions))
+    return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
 
 
 def _open_unverified(folder: Path) -> Gallery:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
-from pipeline.model import Model
+from pipeline.model import Model, load_model, recall_model
 from pipeline.objects import scan
 from search.exact import unusable
 from search.gallery import Gallery
@@ -60,13 +60,19 @@ class Queries:
     failures: tuple[tuple[Path, str], ...]
 
 
-def check_model(model: Model, gallery: Gallery) -> None:
-    """Check that queries embedded by `model` can be compared with the gallery.
+def query_model(path: Path, gallery: Gallery) -> Model:
+    """The model to embed queries with.
 
     Raises:
         GalleryMismatch: the gallery was made by another model. Where nothing says which one made it (an article's
             shards), only the length is compared.
+        ModelError: as `load_model`.
     """
+    if gallery.contract is not None and gallery.fingerprint is not None:
+        recalled = recall_model(path, gallery.contract, gallery.fingerprint)
+        if recalled is not None:
+            return recalled
+    model = load_model(path)
     if gallery.fingerprint is not None and gallery.fingerprint != model.fingerprint:
         raise GalleryMismatch(
             f"the gallery was made by the model with fingerprint {gallery.fingerprint[:12]}, {model.path} has "
@@ -77,6 +83,7 @@ def check_model(model: Model, gallery: Gallery) -> None:
             f"the gallery has features of length {gallery.length}, {model.path} gives {model.spec.length}: "
             "another model made it. Give that one with --model"
         )
+    return model
 
 
 def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None) -> list[Path]:

@@ -4,6 +4,7 @@ Every way in which a file can be at fault ends as one `ImageError` with a reason
 """
 
 import errno
+import importlib
 import io
 import logging
 import os
@@ -27,8 +28,10 @@ logger = logging.getLogger(__name__)
 #: no photographs, and each one is another decoder that a hostile file can reach.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# Pillow registers most decoders late, and fails oddly when asked for one that it has not registered.
-Image.init()
+# Pillow registers most decoders late, and fails oddly when asked for one that it has not registered. All of them would
+# be dozens more modules, which a search with one picture would wait for.
+for _decoder in ("Avif", "Bmp", "Gif", "Ico", "Jpeg2K", "Jpeg", "Png", "Ppm", "Tga", "Tiff", "WebP"):
+    importlib.import_module(f"PIL.{_decoder}ImagePlugin")
 
 # Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None

@@ -1,5 +1,6 @@
 """The model contract: what is understood, what is refused, and what the fingerprint covers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import onnx
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model import ModelSpec, describe_model, load_model
+from pipeline.model import ModelSpec, describe_model, load_model, recall_model
 from tests.factories import tiny_model
 
 
@@ -106,6 +107,25 @@ def test_the_fingerprint_covers_external_weights(tmp_path: Path) -> None:
     (tmp_path / "m.data").unlink()
     with pytest.raises(ModelError, match=r"m\.data, which the model needs"):
         load_model(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.data", "m.toml"])
+def test_a_model_is_recalled_only_where_no_byte_has_changed(tmp_path: Path, name: str) -> None:
+    graph = onnx.load(tiny_model(tmp_path / "inside.onnx"))
+    onnx.save(graph, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.toml").write_text("[input]\nmean = 0.5\n")
+    model = load_model(tmp_path / "m.onnx")
+    contract = json.loads(json.dumps(model.contract))
+    assert recall_model(tmp_path / "m.onnx", contract, model.fingerprint) == model
+    file = tmp_path / name
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert recall_model(tmp_path / "m.onnx", contract, model.fingerprint) is None
+    file.write_bytes(before)
+    assert recall_model(tmp_path / "m.onnx", contract, model.fingerprint) == model
+    (tmp_path / "m.toml").unlink()
+    assert recall_model(tmp_path / "m.onnx", contract, model.fingerprint) is None
+    assert recall_model(tmp_path / "none.onnx", contract, model.fingerprint) is None
 
 
 def test_a_description_names_inputs_outputs_and_the_fingerprint(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -173,6 +174,26 @@ def test_a_changed_model_is_refused(own_world: World) -> None:
     assert GalleryMismatch.exit_code == 4
 
 
+def test_a_model_whose_toml_has_changed_is_refused(own_world: World) -> None:
+    changed = own_world.model.path.parent / "changed-toml" / "tiny.onnx"
+    changed.parent.mkdir()
+    shutil.copy(own_world.model.path, changed)
+    own_world.model = load_model(changed)
+    assert own_world.model.contract["toml"] is None
+    changed.with_suffix(".toml").write_text("[input]\nresize = 'nearest'\n")
+    message = own_world.refused(GalleryMismatch, own_world.media / own_world.paths[0])
+    assert "its .toml has changed" in message
+
+
+def test_a_gallery_that_has_kept_no_contract_is_searched_all_the_same(own_world: World) -> None:
+    file = own_world.folder / "gallery.json"
+    kept = json.loads(file.read_text())
+    assert kept.pop("contract")["spec"]["resize"] == "bicubic"
+    file.write_text(json.dumps(kept))
+    image = own_world.media / own_world.paths[0]
+    assert own_world.search(image, "--format", "paths").stdout.splitlines()[0] == own_world.paths[0]
+
+
 def test_a_missing_gallery_says_what_to_run(world: World, tmp_path: Path) -> None:
     empty = World(world.media, tmp_path, world.model, world.paths)
     assert "ruiji enqueue" in empty.refused(UsageError, world.media / world.paths[0])
@@ -256,7 +277,7 @@ def test_the_command_line_module_imports_nothing_heavy() -> None:
     assert not imported_by("import search.cli") & heavy
 
 
-def test_a_search_on_the_cpu_imports_no_torch(world: World) -> None:
+def test_a_search_on_the_cpu_imports_no_torch_and_reads_no_graph(world: World) -> None:
     arguments = ["search", "--feature-dir", world.features, "--model", world.model.path, world.media / world.paths[0]]
     code = (
         "import typer, search.cli\n"
@@ -266,7 +287,7 @@ def test_a_search_on_the_cpu_imports_no_torch(world: World) -> None:
     )
     modules = imported_by(code)
     assert "workers.encoder" in modules
-    assert not modules & {"torch", "search.ranking_torch", "search.sheet", "celery"}
+    assert not modules & {"torch", "onnx", "search.ranking_torch", "search.sheet", "celery"}
 
 
 def test_cuda_that_does_not_work_is_an_error_and_no_fallback(world: World) -> None:
