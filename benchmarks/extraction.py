@@ -537,7 +537,8 @@ def _read_and_write(files: list[Path], target: Path, keep: bool) -> None:
     chunks = []
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
-        chunks.append(os.read(descriptor, 1 << 20))
+        # As much as one file has: a larger buffer would cost more than the reading.
+        chunks.append(os.read(descriptor, 8 * FEATURE_LENGTH))
         os.close(descriptor)
     with target.open("wb", buffering=0) as out:
         out.write(b"".join(chunks))

@@ -234,12 +234,19 @@ def write_feature(path: str | Path, feature: NDArray[np.float32]) -> None:
 def read_feature(path: str | Path, length: int) -> NDArray[np.float32] | None:
     """One feature, float32[d], or None where the file is missing, truncated, foreign or not finite."""
     header = _feature_header(length)
+    expected = len(header) + 4 * length
+    # One call each to open, read and close: a reducer does this for every image, and a file object asks for more.
     try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.readall()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if len(data) != len(header) + 4 * length or not data.startswith(header):
+    try:
+        data = os.read(descriptor, expected + 1)
+    except IsADirectoryError:
+        return None
+    finally:
+        os.close(descriptor)
+    if len(data) != expected or not data.startswith(header):
         return None
     feature = np.frombuffer(data, dtype="<f4", offset=len(header))
     return feature if np.isfinite(feature).all() else None
