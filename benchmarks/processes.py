@@ -110,7 +110,9 @@ class Watch:
     """Follows a process tree's CPU time while it works; made before anything is launched."""
 
     def __init__(self) -> None:
-        self._samples = [(time.time(), tree_cpu_s())]
+        self._in_tree = tree_cpu_s()
+        self._lost = 0.0
+        self._samples = [(time.time(), self._in_tree)]
 
     def follow(
         self, output: Path, images: int, done: Callable[[], bool], look: Callable[[], None] = lambda: None
@@ -150,7 +152,11 @@ class Watch:
         )
 
     def _sample(self) -> tuple[float, float]:
-        self._samples.append((time.time(), tree_cpu_s()))
+        in_tree = tree_cpu_s()
+        # A parent that ignores how its children end, as Ray's does, takes all their time out of the tree with them.
+        self._lost += max(0.0, self._in_tree - in_tree)
+        self._in_tree = in_tree
+        self._samples.append((time.time(), in_tree + self._lost))
         return self._samples[-1]
 
     def _cpu_at(self, moment: float) -> float:

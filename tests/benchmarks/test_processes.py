@@ -38,6 +38,33 @@ def test_a_window_has_the_cpu_time_of_children_that_ended(tmp_path: Path) -> Non
     assert 0 < window.cpu_s <= tree_cpu_s() - before - window.start_cpu_s - 0.1
 
 
+#: Burns CPU time in a child whose end nobody waits for: the kernel then adds its time to no one's.
+FORGETFUL = """
+import signal, subprocess, sys, time
+from pathlib import Path
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def feature(name):
+    (Path(sys.argv[1]) / name / name).mkdir(parents=True)
+    (Path(sys.argv[1]) / name / name / f"{name}.npy").touch()
+feature("aa")
+child = subprocess.Popen([sys.executable, "-c", "import time\\nwhile time.process_time() < 2: pass"])
+while Path(f"/proc/{child.pid}").exists():
+    time.sleep(0.05)
+time.sleep(0.6)
+feature("bb")
+"""
+
+
+def test_a_window_has_the_cpu_time_of_children_that_their_parent_forgets(tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(FORGETFUL)
+    watch = Watch()
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "out")])
+    window = watch.follow(tmp_path / "out", 2, lambda: process.poll() is not None)
+    # What it burned since the last look, half a second before its end, is not seen.
+    assert 1.2 <= window.cpu_s <= 3
+
+
 def test_a_peer_that_makes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="nothing appeared"):
         Watch().follow(tmp_path, 1, lambda: True)
