@@ -88,13 +88,13 @@ audit: .venv/made ## Compare a lock with the published advisories (needs the net
 	@build/audit/bin/python -m pip -q install pip-audit
 	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/cpu.lock
 
-bench: .venv/bench ## Measure against peers, for 45 minutes (PART=queue: one part; docs/performance.md)
+bench: .venv/bench ## Measure against peers, for about an hour (PART=queue: one part; docs/performance.md)
 	.venv/bin/python -m benchmarks.extraction $(PART)
 
 test-compose: .venv/dev ## The tests that start containers, one after the other
 	.venv/bin/python -m pytest -m compose tests/compose $(ARGS)
 
-bench-search: .venv/bench ## Measure search, about 20 minutes (PART=resident|million|commands|near-duplicates|copies)
+bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
 	.venv/bin/python -m benchmarks.search $(PART)
 
 lint: .venv/dev ## Style

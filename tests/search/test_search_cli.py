@@ -240,6 +240,22 @@ def test_stale_objects_are_left_out_unless_asked_for(own_world: World) -> None:
     assert own_world.search(image, "--include-stale", "--format", "paths").stdout.startswith(own_world.paths[0])
 
 
+def test_other_library_versions_are_told_where_they_can_change_a_digit(own_world: World) -> None:
+    image, name = own_world.media / own_world.paths[0], Path(own_world.paths[0]).name
+    records = sorted(own_world.folder.glob("[0-9]*.json"))
+    assert len(records) > 1
+    assert "made with" not in own_world.search(image).stderr
+    for number, record in enumerate(records):
+        value = json.loads(record.read_text())
+        value["versions"] = {**value["versions"], "numpy": "0.1"}
+        record.write_text(json.dumps(value))
+        if number == 0:
+            assert "made with different library versions" in own_world.search("--id", name).stderr
+    # All alike: only a picture that is embedded here can differ from them.
+    assert "made with numpy 0.1 (here" in own_world.search(image).stderr
+    assert "made with" not in own_world.search("--id", name).stderr
+
+
 def test_a_sheet_is_drawn_as_jpeg_or_png_by_its_name(world: World, tmp_path: Path) -> None:
     for name, form in (("out.jpg", "JPEG"), ("out.PNG", "PNG")):
         result = world.search(
