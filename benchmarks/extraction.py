@@ -53,7 +53,7 @@ from pipeline.settings import (
     WINDOW_SEGMENTS,
 )
 from pipeline.store import GalleryInfo, shard_file, write_feature
-from search.queries import embed_images
+from search.queries import embed_images, load_encoder
 from workers.images import load_pixels
 
 RESULTS = FOLDER / "extraction.json"
@@ -496,7 +496,9 @@ def draft(sizes: Sizes) -> list[Figure]:
         for _ in range(sizes.rounds):
             for model in (whole, reduced):
                 seconds[model.spec.jpeg_draft].append(_seconds(_decode, files, model))
-        pair = [embed_images(files, model, "cpu", MAX_PIXELS).features for model in (whole, reduced)]
+        pair = [
+            embed_images(files, model, load_encoder(model, "cpu"), MAX_PIXELS).features for model in (whole, reduced)
+        ]
     units = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in pair]
     cosines = (units[0] * units[1]).sum(axis=1)
     name = f"jpeg_draft, {CAMERA[0]} x {CAMERA[1]}"

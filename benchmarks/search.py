@@ -34,7 +34,7 @@ from search.gallery import Gallery, Shard, open_gallery
 from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
 from search.options import Metric
 from search.planner import Work, has_bfloat16_units, look_at_machine, make_plan
-from search.queries import embed_images
+from search.queries import embed_images, load_encoder
 from search.ranking import nearest
 from tests.factories import tiny_model
 from tests.search.galleries import write_shard
@@ -291,7 +291,7 @@ def copies(photos: int) -> Iterator[Figure]:
     model = load_model(REAL_MODEL)
     with removed(BUILD):
         images = list(altered(originals[:photos], BUILD / "copies"))
-        features = embed_images([path for _, _, path in images], model, "cpu", MAX_PIXELS).features
+        features = embed_images([path for _, _, path in images], model, load_encoder(model, "cpu"), MAX_PIXELS).features
     for threshold in (0.95, 0.9, 0.8):
         groups = find_groups(in_memory(features), threshold)
         group_of = {member.row: number for number, group in enumerate(groups) for member in group.members}

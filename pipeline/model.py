@@ -6,7 +6,6 @@ Without a `<model>.toml` beside it a model is taken as the article's (`inputs:0`
 
 import hashlib
 import json
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +204,8 @@ def _load_graph(path: Path) -> Any:
 
 
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    import tomllib
+
     if not path.exists():
         return {}
     try:

@@ -10,15 +10,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
+from pipeline.errors import GalleryMismatch, PlanMismatch
 from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
     FORMAT,
@@ -206,24 +205,6 @@ def is_plan_id(value: object) -> bool:
 def is_closed(folder: Path, plan_id: str) -> bool:
     """Whether a plan was finished or cancelled."""
     return (_closed_folder(folder, plan_id) / "plan.json").exists()
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that can change a feature's bits.
-
-    Raises:
-        RuijiError: ONNX Runtime is not installed, so nothing could carry out what is enqueued here.
-    """
-    versions = {name: metadata.version(name) for name in ("numpy", "pillow")}
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            # Both builds compute the same on a CPU; which one it is stands in the worker's log.
-            versions["onnxruntime"] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return versions
-    raise RuijiError("ONNX Runtime is not installed here; run make setup, or pip install 'ruiji[cpu]'")
 
 
 def open_plan(folder: Path) -> Plan | None:

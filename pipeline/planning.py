@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import RuijiError
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
-from pipeline.plan import Limits, Plan, Segment, closed_plans, commit_plan, library_versions, todo_file
+from pipeline.plan import Limits, Plan, Segment, closed_plans, commit_plan, todo_file
 from pipeline.store import (
     FORMAT,
     GalleryInfo,
@@ -29,6 +29,7 @@ from pipeline.store import (
     to_json,
     write_atomic,
 )
+from pipeline.versions import library_versions
 
 #: How many objects, spread over the list, tell an unmounted media folder from missing files.
 PROBES = 8

@@ -3,6 +3,7 @@
 What they need beyond the standard library and typer is imported when they run.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -158,9 +159,14 @@ def search(
 
     Exit code 3: some of the pictures could not be read; the others were searched with.
     """
-    from search.filters import apply_conditions
-    from search.output import hit_rows, printable, write_hits
-    from search.queries import feature_queries, gallery_queries, image_files
+    from search.queries import (
+        embed_images,
+        feature_queries,
+        gallery_queries,
+        image_files,
+        image_queries,
+        query_encoder,
+    )
 
     if not (images or ids or features):
         raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
@@ -171,10 +177,25 @@ def search(
     files = image_files(images or [], sys.stdin, media_dir)
     queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
     _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k)
-    embedded, failed = _embed(files, whole, model_path, media_dir, device, max_pixels)
-    queries += embedded
+    if files:
+        if model_path is None:
+            raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
+        model, encoder = query_encoder(model_path, whole, "cuda" if device is Device.cuda else "cpu")
+    # While the model is loaded, all that comes after it is made ready.
+    from search.filters import apply_conditions
+    from search.output import hit_rows, printable, write_hits
+
+    importlib.import_module("search.planner")
     gallery = apply_conditions(whole, conditions, annotations)
     _say_unusable(gallery)
+    failed = False
+    if files:
+        embedded = embed_images(files, model, encoder, max_pixels)
+        _say_other_versions(whole)
+        for image, reason in embedded.failures:
+            _say(f"{printable(str(image))}: {reason}; left out")
+            failed = True
+        queries += image_queries(embedded, whole, media_dir)
 
     found = []
     for query, hits in zip(queries, _rank(gallery, queries, top_k, metric, exclude_self, device, explain), strict=True):
@@ -293,6 +314,8 @@ def _check_pictures(
 
 
 def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[Condition], Annotations | None]":
+    if not where and labels is None:
+        return [], None
     from search.filters import parse_conditions
     from search.labels import read_annotations
 
@@ -307,30 +330,6 @@ def _open(feature_dir: Path, model_path: Path | None, include_stale: bool, paths
         raise UsageError("--format paths: this gallery has no gallery.json and does not know paths, only object ids")
     _say_provenance(gallery)
     return gallery
-
-
-def _embed(
-    files: list[Path],
-    gallery: "Gallery",
-    model_path: Path | None,
-    media_dir: Path | None,
-    device: Device,
-    max_pixels: int,
-) -> "tuple[list[Query], bool]":
-    """Pictures as queries, and whether some could not be read."""
-    if not files:
-        return [], False
-    if model_path is None:
-        raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-    from search.output import printable
-    from search.queries import embed_images, image_queries, query_model
-
-    model = query_model(model_path, gallery)
-    _say_other_versions(gallery)
-    embedded = embed_images(files, model, "cuda" if device is Device.cuda else "cpu", max_pixels)
-    for image, reason in embedded.failures:
-        _say(f"{printable(str(image))}: {reason}; left out")
-    return image_queries(embedded, gallery, media_dir), bool(embedded.failures)
 
 
 def _rank(
@@ -372,7 +371,7 @@ def _say_provenance(gallery: "Gallery") -> None:
 
 
 def _say_other_versions(gallery: "Gallery") -> None:
-    from pipeline.plan import library_versions
+    from pipeline.versions import library_versions
 
     here = library_versions()
     for versions in gallery.versions:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
-from pipeline.objects import read_lines
 from pipeline.store import (
     CACHE_FOLDER,
     SHARD_ENDINGS,
@@ -113,7 +112,8 @@ class Shard:
         if self.paths_file is None:
             return None
         try:
-            paths = tuple(read_lines(self.paths_file))
+            # Every line ends with a newline; split at once, because a hit asks for one of thousands.
+            paths = tuple(self.paths_file.read_bytes().decode().split("\n")[:-1])
         except (FileNotFoundError, UnicodeDecodeError):
             raise ShardCorrupt(f"{self.paths_file} is missing or damaged; {_RESTORE}") from None
         if len(paths) != len(self.features):

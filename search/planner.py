@@ -5,13 +5,16 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
 from search.gallery import Gallery, memory_bytes
-from search.near_duplicates import Multiply
 from search.options import Metric, Precision
 from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
+
+if TYPE_CHECKING:
+    from search.near_duplicates import Multiply
 
 #: Below this many multiplications of a query with a row, numpy is done before torch is imported (about a second).
 _WORTH_IMPORTING = 50_000_000
@@ -147,7 +150,7 @@ def _cuda_plan(work: Work, machine: Machine) -> Plan:
     return Plan(True, "cuda", precision, resident, rows, _CUDA_QUERIES_AT_ONCE, why)
 
 
-def choose_multiply(gallery: Gallery, device: Device) -> tuple[Multiply, str]:
+def choose_multiply(gallery: Gallery, device: Device) -> "tuple[Multiply, str]":
     """How the tiles of a search for near-duplicates are multiplied, and why.
 
     Raises:
@@ -156,6 +159,8 @@ def choose_multiply(gallery: Gallery, device: Device) -> tuple[Multiply, str]:
     # Every row is a query here.
     plan = make_plan(Work(gallery.rows, gallery.length, gallery.rows, Metric.cosine), look_at_machine(device))
     if not plan.torch:
+        from search.near_duplicates import Multiply
+
         return Multiply(), f"tiles with numpy in float32: {plan.why}"
     from search.ranking_torch import TorchMultiply
 

@@ -4,6 +4,7 @@ Images go through the same steps and the same encoder as the gallery's own. That
 reasons why search reaches into `workers`; they are imported only when a query needs them.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,16 @@ from pipeline.model import Model, load_model, recall_model
 from pipeline.objects import scan
 from search.exact import unusable
 from search.gallery import Gallery
-from search.labels import PATH_COLUMN, TYPE_COLUMN, read_annotations
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from PIL.Image import Image
+
+    from workers.encoder import Encoder
+
+#: Images that are decoded before they are encoded, as many as are worth it on CUDA; 150 kB each at 224 x 224.
+_DECODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None)
         elif path.suffix.lower() == ".txt":
             files += [path.parent / line for line in _lines(path) if line]
         elif path.suffix.lower() == ".csv":
+            from search.labels import PATH_COLUMN, TYPE_COLUMN, read_annotations
+
             rows = read_annotations(path).rows
             base = path.parent if media_dir is None else media_dir
             files += [base / row[PATH_COLUMN] for row in rows if row.get(TYPE_COLUMN, "query") == "query"]
@@ -198,34 +207,63 @@ def own_rows(gallery: Gallery, query: Query) -> int:
     return 0 if query.path is None else 1
 
 
-def embed_images(images: list[Path], model: Model, device: str, max_pixels: int) -> Queries:
-    """Embed query images; one that cannot be embedded does not stop the others.
+def query_encoder(path: Path, gallery: Gallery, device: str) -> "tuple[Model, Future[Encoder]]":
+    """The model to embed queries with, and its encoder, which is being loaded.
+
+    Args:
+        path: of the model that made the gallery.
+        device: where it runs, `cpu` or `cuda`.
+
+    Raises:
+        GalleryMismatch, ModelError: as `query_model`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = ThreadPoolExecutor(1).submit(query_model, path, gallery)
+    # Hashing, in that thread, leaves Python to others; loading a library, in this one, does not.
+    importlib.import_module("workers.encoder")
+    return model.result(), load_encoder(model.result(), device)
+
+
+def load_encoder(model: Model, device: str) -> "Future[Encoder]":
+    """Load the model in a thread: ONNX Runtime leaves Python to others for the most part of that.
 
     Args:
         device: where the model runs, `cpu` or `cuda`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from workers.encoder import Encoder
+
+    # One thread, as in a worker: the same picture then gives the same bits as in the gallery.
+    return ThreadPoolExecutor(1).submit(Encoder, model, device, threads=1)
+
+
+def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", max_pixels: int) -> Queries:
+    """Embed query images; one that cannot be embedded does not stop the others.
+
+    Args:
+        encoder: of the model; the first images are decoded before it is waited for.
 
     Raises:
         QueryError: none of them can be embedded; the message has the reason of each.
         ModelError, UsageError, MachineFault: as the encoder raises them.
     """
-    from workers.encoder import Encoder
     from workers.images import load_pixels
 
-    # One thread, as in a worker: the same picture then gives the same bits as in the gallery.
-    encoder = Encoder(model, device, threads=1)
     usable: list[Path] = []
     features: list[NDArray[np.float32]] = []
     failures: list[tuple[Path, str]] = []
-    for start in range(0, len(images), encoder.batch_images):
+    for start in range(0, len(images), _DECODED_AT_ONCE):
         batch: list[tuple[Path, NDArray[np.uint8]]] = []
-        for image in images[start : start + encoder.batch_images]:
+        for image in images[start : start + _DECODED_AT_ONCE]:
             try:
                 batch.append((image, load_pixels(image, model.spec, max_pixels)))
             except ImageError as error:
                 failures.append((image, str(error)))
         if not batch:
             continue
-        encoded = encoder.encode(np.stack([pixels for _, pixels in batch]))
+        encoded = encoder.result().encode(np.stack([pixels for _, pixels in batch]))
         for (image, _), feature in zip(batch, encoded, strict=True):
             if problem := unusable(feature):
                 failures.append((image, problem))

@@ -14,7 +14,7 @@ from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt
 from pipeline.model import Model, load_model
 from pipeline.objects import read_lines
-from pipeline.plan import library_versions, open_plan
+from pipeline.plan import open_plan
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import (
@@ -27,6 +27,7 @@ from pipeline.store import (
     sync_folder,
     write_atomic,
 )
+from pipeline.versions import library_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
 

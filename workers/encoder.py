@@ -9,8 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeline.errors import MachineFault, ModelError, UsageError
-from pipeline.model import Model
-from workers.images import to_input
+from pipeline.model import Model, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +104,26 @@ class Encoder:
                 f"{self.model.path} gave {features.shape[1]} values an image, its graph or .toml promises {spec.length}"
             )
         return features
+
+
+def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
+    """Scale a batch of pixels and bring it into the model's layout.
+
+    Args:
+        pixels: uint8[b, h, w, c].
+
+    Returns:
+        float32[b, h, w, c] or float32[b, c, h, w]; for the article's spec exactly `pixels / 255`.
+    """
+    values = pixels.astype(np.float32)
+    values /= np.float32(spec.divisor)
+    if any(spec.mean):
+        values -= np.asarray(spec.mean, dtype=np.float32)
+    if any(std != 1 for std in spec.std):
+        values /= np.asarray(spec.std, dtype=np.float32)
+    if spec.layout == "NCHW":
+        values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    return values
 
 
 class BoundSession:

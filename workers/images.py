@@ -186,23 +186,3 @@ def _orientation(image: Image.Image) -> int:
         return value if isinstance(value, int) else 1
     except Exception:  # Broken EXIF data raises anything; a picture without readable EXIF has no orientation.
         return 1
-
-
-def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
-    """Scale a batch of pixels and bring it into the model's layout.
-
-    Args:
-        pixels: uint8[b, h, w, c].
-
-    Returns:
-        float32[b, h, w, c] or float32[b, c, h, w]; for the article's spec exactly `pixels / 255`.
-    """
-    values = pixels.astype(np.float32)
-    values /= np.float32(spec.divisor)
-    if any(spec.mean):
-        values -= np.asarray(spec.mean, dtype=np.float32)
-    if any(std != 1 for std in spec.std):
-        values /= np.asarray(spec.std, dtype=np.float32)
-    if spec.layout == "NCHW":
-        values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-    return values

@@ -19,8 +19,8 @@ from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.errors import GalleryMismatch
-from pipeline.plan import library_versions
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
+from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from workers.embed import DONE, FAILED
 from workers.in_hand import InHand

@@ -16,9 +16,10 @@ from redis.exceptions import LockError
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords, renewed
 from pipeline.errors import MachineFault
-from pipeline.plan import Plan, is_closed, is_plan_id, library_versions, open_plan, plan_file
+from pipeline.plan import Plan, is_closed, is_plan_id, open_plan, plan_file
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
+from pipeline.versions import library_versions
 from pipeline.watchdog import advance
 from workers.batching import BatchTask
 from workers.embed import FAILED, LATE, Job, embed_guarded

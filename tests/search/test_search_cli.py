@@ -21,7 +21,7 @@ from pipeline.model import Model, load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import gallery_folder
 from search.cli import register
-from search.queries import embed_images
+from search.queries import embed_images, load_encoder
 from tests.factories import pictures, tiny_model
 from tests.search.galleries import write_article_shard, write_gallery, write_shard
 
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tmp_path_factory.mktemp("world")
     paths = pictures(base / "media", COUNT)
     model = load_model(tiny_model(base / "tiny.onnx"))
-    queries = embed_images([base / "media" / path for path in paths], model, "cpu", MAX_PIXELS)
+    queries = embed_images([base / "media" / path for path in paths], model, load_encoder(model, "cpu"), MAX_PIXELS)
     world = World(base / "media", base / "features", model, paths)
     write_gallery(world.folder, model, queries.features, paths, 5)
     return world
@@ -78,7 +78,9 @@ def world(made: World) -> World:
 def own_world(made: World, tmp_path: Path) -> World:
     """The same, in a feature folder that the test may change."""
     world = World(made.media, tmp_path / "features", made.model, made.paths)
-    queries = embed_images([made.media / path for path in made.paths], made.model, "cpu", MAX_PIXELS)
+    queries = embed_images(
+        [made.media / path for path in made.paths], made.model, load_encoder(made.model, "cpu"), MAX_PIXELS
+    )
     write_gallery(world.folder, made.model, queries.features, made.paths, 5)
     return world
 
@@ -202,7 +204,7 @@ def test_a_missing_gallery_says_what_to_run(world: World, tmp_path: Path) -> Non
 def test_an_articles_gallery_is_searched_and_said_to_be_unverified(world: World, tmp_path: Path) -> None:
     article = World(world.media, tmp_path, world.model, world.paths)
     images = [world.media / path for path in world.paths]
-    features = embed_images(images, world.model, "cpu", MAX_PIXELS).features
+    features = embed_images(images, world.model, load_encoder(world.model, "cpu"), MAX_PIXELS).features
     write_article_shard(article.folder, 0, features, [image.name for image in images])
     result = article.search(images[2], "--format", "json")
     assert result.stderr.count("unverified") == 1
@@ -353,7 +355,7 @@ def test_an_unknown_id_is_refused(world: World) -> None:
 
 def test_features_are_searched_with_one_or_many_at_a_time(world: World, tmp_path: Path) -> None:
     images = [world.media / path for path in world.paths[:3]]
-    features = embed_images(images, world.model, "cpu", MAX_PIXELS).features
+    features = embed_images(images, world.model, load_encoder(world.model, "cpu"), MAX_PIXELS).features
     np.save(tmp_path / "one.npy", features[0])
     np.save(tmp_path / "all.npy", features)
     result = world.search("--feature", tmp_path / "one.npy", "--feature", tmp_path / "all.npy", "--format", "json")
@@ -476,7 +478,10 @@ def test_a_page_is_whole_in_itself(world: World, labels: Path, tmp_path: Path) -
 
 def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Path) -> None:
     features = embed_images(
-        [own_world.media / path for path in own_world.paths[:2]], own_world.model, "cpu", MAX_PIXELS
+        [own_world.media / path for path in own_world.paths[:2]],
+        own_world.model,
+        load_encoder(own_world.model, "cpu"),
+        MAX_PIXELS,
     )
     copies = np.concatenate([features.features[:1] * 1.0001, features.features])
     write_shard(own_world.folder, 9, copies, ["c/0.png", "c/1.png", "c/2.png"], own_world.model.fingerprint)
