@@ -308,6 +308,18 @@ def test_a_search_on_the_cpu_imports_no_torch_and_reads_no_graph(world: World) -
     assert not modules & {"torch", "onnx", "search.ranking_torch", "search.sheet", "celery"}
 
 
+def test_nothing_is_kept_to_be_reported_to_anyone(world: World, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "pipeline", "search", "--feature-dir", world.features, "--model", world.model.path]
+    # ONNX Runtime does not report where it thinks it is tested, so that nothing else of the environment is passed on.
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(root)}
+    subprocess.run([*command, world.media / world.paths[0]], check=True, env=environment, capture_output=True)
+    # What it would send, and the number it knows this machine by, would lie below ~/.cache.
+    assert list(home.rglob("*")) == []
+
+
 def test_cuda_that_does_not_work_is_an_error_and_no_fallback(world: World) -> None:
     import onnxruntime
 
