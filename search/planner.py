@@ -16,10 +16,8 @@ from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
 if TYPE_CHECKING:
     from search.near_duplicates import Multiply
 
-#: Below this many multiplications of a query with a row, numpy is done before torch is imported (about a second).
-_WORTH_IMPORTING = 50_000_000
-#: From here on a bfloat16 product costs no more than reading its rows.
-_WORTH_MATRIX_UNITS = 16
+#: From so many queries on a bfloat16 product on CUDA costs no more than reading its rows.
+_WORTH_TENSOR_CORES = 16
 #: The part of a device's free memory that rows may take; the rest is for cosines and candidates.
 _DEVICE_PART = 0.7
 #: The part of the machine's memory that a second copy in bfloat16 may take.
@@ -28,7 +26,31 @@ _MEMORY_PART = 0.25
 _CUDA_BLOCK_BYTES = 256 << 20
 #: One pass over PCIe costs the same for one query and for thousands.
 _CUDA_QUERIES_AT_ONCE = 4096
-_MATRIX_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+
+@dataclass(frozen=True)
+class Bfloat16Units:
+    """What multiplies bfloat16 on a CPU.
+
+    Attributes:
+        flag: by which the CPU names them.
+        matrix: they multiply matrices, not only vectors.
+        queries: from so many on, torch with them is faster than numpy in float32: the gallery is rounded on the way.
+        products: of queries and rows; below, numpy is done before torch is imported (about a second).
+    """
+
+    flag: str
+    matrix: bool
+    queries: int
+    products: int
+
+
+#: The best first. Measured on AVX-512: a twofold rate; the others are taken to be ten times as fast as float32.
+_UNITS = (
+    Bfloat16Units("amx_bf16", True, 16, 50_000_000),
+    Bfloat16Units("bf16", True, 16, 50_000_000),
+    Bfloat16Units("avx512_bf16", False, 128, 400_000_000),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Machine:
         device: as asked for.
         torch: whether it is installed.
         torch_loaded: whether this process has imported it already.
-        bfloat16_units: whether the CPU multiplies bfloat16 matrices in hardware.
+        bfloat16: what the CPU has to multiply bfloat16 with; None: nothing.
         memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None where CUDA is not asked for.
     """
@@ -57,7 +79,7 @@ class Machine:
     device: Device
     torch: bool
     torch_loaded: bool
-    bfloat16_units: bool
+    bfloat16: Bfloat16Units | None
     memory_bytes: int
     device_free_bytes: int | None = None
 
@@ -108,7 +130,7 @@ def make_plan(work: Work, machine: Machine) -> Plan:
     rows = default_block_rows(work.length)
     if why := _why_numpy(work, machine):
         return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
-    why = f"{work.queries:,} queries are worth the CPU's bfloat16 matrix units"
+    why = f"{work.queries:,} queries are worth the CPU's bfloat16 units"
     fits = 2 * work.rows * work.length <= _MEMORY_PART * machine.memory_bytes
     resident = work.queries > QUERIES_AT_ONCE and fits
     return Plan(True, "cpu", Precision.bfloat16, resident, rows, QUERIES_AT_ONCE, why)
@@ -118,13 +140,14 @@ def _why_numpy(work: Work, machine: Machine) -> str:
     """Why torch would not help on this CPU; empty where it would."""
     if work.metric is Metric.euclidean:
         return "Euclidean distances need float32, where numpy is as fast"
-    if not machine.bfloat16_units:
-        return "this CPU has no bfloat16 matrix units, and without them numpy is as fast as torch"
+    units = machine.bfloat16
+    if units is None:
+        return "this CPU has no bfloat16 units, and without them numpy is as fast as torch"
     if not machine.torch:
         return "torch is not installed"
-    if work.queries < _WORTH_MATRIX_UNITS:
-        return f"reading the gallery once is what {work.queries:,} queries cost"
-    if not machine.torch_loaded and work.queries * work.rows < _WORTH_IMPORTING:
+    if work.queries < units.queries:
+        return f"rounding the gallery to bfloat16 costs more than it saves for {work.queries:,} queries"
+    if not machine.torch_loaded and work.queries * work.rows < units.products:
         return "this is done before torch would be imported"
     return ""
 
@@ -136,7 +159,7 @@ def _cuda_plan(work: Work, machine: Machine) -> Plan:
             "or use --device cpu"
         )
     assert machine.device_free_bytes is not None
-    matrix = work.queries >= _WORTH_MATRIX_UNITS and work.metric is not Metric.euclidean
+    matrix = work.queries >= _WORTH_TENSOR_CORES and work.metric is not Metric.euclidean
     precision = Precision.bfloat16 if matrix else Precision.float32
     needed = work.rows * work.length * (2 if matrix else 4)
     passes = -(-work.queries // _CUDA_QUERIES_AT_ONCE)
@@ -179,17 +202,17 @@ def look_at_machine(device: Device) -> Machine:
         from search.ranking_torch import free_bytes
 
         free = free_bytes(device.value)
-    return Machine(device, installed, "torch" in sys.modules, has_bfloat16_units(), memory_bytes(), free)
+    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), memory_bytes(), free)
 
 
 @cache
-def has_bfloat16_units() -> bool:
-    """Whether the CPU's flags name matrix or vector units for bfloat16 (AMX, AVX-512, ARM)."""
+def bfloat16_units() -> Bfloat16Units | None:
+    """The best that this CPU's flags name (AMX, ARM's BF16, AVX-512)."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return None
     for line in text.splitlines():
         if line.startswith(("flags", "Features")):
-            return not _MATRIX_UNITS.isdisjoint(line.split())
-    return False
+            return next((units for units in _UNITS if units.flag in line.split()), None)
+    return None

@@ -21,6 +21,9 @@ from search.near_duplicates import Multiply, Pairs
 from search.options import Metric, Precision
 from search.ranking import Batch, Candidates, default_block_rows, usable_rows
 
+#: Rows that a CPU rounds at once: what comes up on the way, 2.6 MB for d = 1280, stays in its cache.
+_CACHED_ROWS = 512
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -148,10 +151,7 @@ class TorchScan:
         mask = torch.from_numpy(usable).to(self._device)
         if self._precision is Precision.float32:
             return _Rows(block.first, features, norms, mask, 0.0)
-        units = features / norms[:, None]
-        # What is not usable would spoil the measured loss.
-        units[~mask] = 0
-        rounded, loss = _rounded(units)
+        rounded, loss = _rounded(features, norms, mask)
         return _Rows(block.first, rounded, norms, mask, loss)
 
 
@@ -216,11 +216,28 @@ def _borrow(rows: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(rows)
 
 
-def _rounded(units: torch.Tensor) -> tuple[torch.Tensor, float]:
-    rounded = units.to(torch.bfloat16)
-    if not len(units):
-        return rounded, 0.0
-    return rounded, float(torch.linalg.vector_norm(units - rounded, dim=1).max())
+def _rounded(
+    rows: torch.Tensor, norms: torch.Tensor | None = None, usable: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """Unit rows in bfloat16, and the largest norm of what the rounding took from one.
+
+    Args:
+        rows: float32[b, d].
+        norms: float32[b], what to divide them by.
+        usable: bool[b]; for the others, which would spoil the loss, 0 is taken.
+    """
+    unusable = None if usable is None or bool(usable.all()) else ~usable
+    rounded = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+    losses = [torch.zeros((), device=rows.device)]
+    at_once = _CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows))
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        part = rows[some] if norms is None else rows[some] / norms[some, None]
+        if unusable is not None:
+            part[unusable[some]] = 0
+        rounded[some] = part
+        losses.append(torch.linalg.vector_norm(part - rounded[some], dim=1).max())
+    return rounded, float(torch.stack(losses).max())
 
 
 @contextmanager

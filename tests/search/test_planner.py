@@ -7,14 +7,13 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.settings import Device
 from search.options import Metric, Precision
-from search.planner import Machine, Plan, Work, make_plan
+from search.planner import Bfloat16Units, Machine, Plan, Work, make_plan
 
 SMALL, LARGE = 100_000, 20_000_000
-BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16_units=False, memory_bytes=16 << 30)
-STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16_units=True, memory_bytes=16 << 30)
-GPU = Machine(
-    Device.cuda, torch=True, torch_loaded=True, bfloat16_units=False, memory_bytes=0, device_free_bytes=80 << 30
-)
+UNITS = Bfloat16Units("units", matrix=True, queries=16, products=50_000_000)
+BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, memory_bytes=16 << 30)
+STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16=UNITS, memory_bytes=16 << 30)
+GPU = Machine(Device.cuda, torch=True, torch_loaded=True, bfloat16=None, memory_bytes=0, device_free_bytes=80 << 30)
 
 
 def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
@@ -24,12 +23,12 @@ def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosi
 @pytest.mark.parametrize(
     ("machine", "rows", "queries", "torch", "said"),
     [
-        (BARE, SMALL, 10_000, False, "no bfloat16 matrix units"),
+        (BARE, SMALL, 10_000, False, "no bfloat16 units"),
         (dataclasses.replace(STRONG, torch=False), SMALL, 10_000, False, "not installed"),
-        (STRONG, SMALL, 1, False, "reading the gallery once"),
+        (STRONG, SMALL, 15, False, "rounding the gallery"),
         (STRONG, SMALL, 100, False, "before torch would be imported"),
         (STRONG, SMALL, 1000, True, "1,000 queries are worth"),
-        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 100, True, "100 queries are worth"),
+        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 16, True, "16 queries are worth"),
     ],
 )
 def test_a_cpu_takes_torch_only_where_it_pays(
