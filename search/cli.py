@@ -177,10 +177,11 @@ def search(
     files = image_files(images or [], sys.stdin, media_dir)
     queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
     _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k)
+    loading = None
     if files:
         if model_path is None:
             raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-        model, encoder = query_encoder(model_path, whole, "cuda" if device is Device.cuda else "cpu")
+        loading = query_encoder(model_path, whole, "cuda" if device is Device.cuda else "cpu")
     # While the model is loaded, all that comes after it is made ready.
     from search.filters import apply_conditions
     from search.output import hit_rows, printable, write_hits
@@ -189,8 +190,8 @@ def search(
     gallery = apply_conditions(whole, conditions, annotations)
     _say_unusable(gallery)
     failed = False
-    if files:
-        embedded = embed_images(files, model, encoder, max_pixels)
+    if loading is not None:
+        embedded = embed_images(files, *loading, max_pixels)
         _say_other_versions(whole)
         for image, reason in embedded.failures:
             _say(f"{printable(str(image))}: {reason}; left out")
