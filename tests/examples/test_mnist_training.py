@@ -83,10 +83,11 @@ def train_short(network: str, epochs: int, images: int | None = None) -> tuple[A
 
 
 def test_the_articles_network_learns_in_two_dimensions(output: Path) -> None:
-    network, curve = train_short("2d", epochs=3)
-    assert [one.epoch for one in curve] == [1, 2, 3]
+    # The kind of CPU changes what a seed gives: six seeds came to between 0.76 and 0.85.
+    network, curve = train_short("2d", epochs=6)
+    assert [one.epoch for one in curve] == [1, 2, 3, 4, 5, 6]
     assert curve[-1].loss < curve[0].loss
-    assert curve[-1].rank_1 >= 0.6, curve
+    assert curve[-1].rank_1 >= 0.65, curve
     with torch.inference_mode():
         assert network(torch.zeros(3, 1, 28, 28)).shape == (3, 2)
 
