@@ -219,10 +219,11 @@ def query_encoder(path: Path, gallery: Gallery, device: str) -> "tuple[Model, Fu
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    model = ThreadPoolExecutor(1).submit(query_model, path, gallery)
+    proof = ThreadPoolExecutor(1).submit(query_model, path, gallery)
     # Hashing, in that thread, leaves Python to others; loading a library, in this one, does not.
     importlib.import_module("workers.encoder")
-    return model.result(), load_encoder(model.result(), device)
+    model = proof.result()
+    return model, load_encoder(model, device)
 
 
 def load_encoder(model: Model, device: str) -> "Future[Encoder]":
