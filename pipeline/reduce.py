@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plan import Plan, Segment
 from pipeline.store import (
+    TEMPORARY_PREFIX,
     Failure,
     Record,
     check_shard,
@@ -125,14 +127,30 @@ def _publish(
     return other
 
 
+def remove_leftovers(plan: Plan) -> None:
+    """Remove what killed processes left half-written, of an open plan of which all is published.
+
+    The one writer that can still be at work then is a late duplicate: it loses its file, which is the
+    machine's fault to it, and finds at its next try that the shard is there.
+    """
+    for folder in [plan.folder, *_nested_folders(plan)]:
+        with suppress(OSError):
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                path.unlink(missing_ok=True)
+
+
 def remove_empty_folders(plan: Plan) -> None:
     """Remove the nested folders that a finished plan has emptied; full ones stay."""
-    folders = {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
+    folders = _nested_folders(plan)
     # The inner folders first: the outer ones are empty only after that.
     for folder in [*folders, *{folder.parent for folder in folders}]:
         if folder != plan.folder and folder != plan.folder.parent:
             with suppress(OSError):
                 os.rmdir(folder)
+
+
+def _nested_folders(plan: Plan) -> set[Path]:
+    return {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
 
 
 def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:

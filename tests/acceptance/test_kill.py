@@ -83,7 +83,10 @@ def test_embed_processes_killed_again_and_again_lose_nothing(
         wait_for_progress(ruiji)
         for process in processes("embed")[: 1 + round_number % 2]:
             process.kill()
+    # A kill hits a write by chance only.
+    (ruiji.gallery / ".tmp-0123456789abcdef-4").write_bytes(b"half of it")
     finish(ruiji, expected)
+    assert ruiji("verify").stdout == ""
 
 
 @pytest.mark.slow
