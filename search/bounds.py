@@ -8,7 +8,8 @@ from typing import Any
 
 from search.options import Metric
 
-_FLOAT32_ROUNDOFF, _BFLOAT16_ROUNDOFF = 2.0**-24, 2.0**-8
+#: The largest part of a value, and so of a row's norm, that rounding takes.
+_FLOAT32_ROUNDOFF, BFLOAT16_ROUNDOFF = 2.0**-24, 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Margin:
     """A value v can be off by `absolute + relative * |v|`.
 
     Attributes:
-        absolute: one number, or one for every value, [q, b].
+        absolute: one number, or one for every value.
     """
 
     absolute: Any
@@ -59,20 +60,21 @@ def bfloat16_margin(length: int, row_loss: float, query_loss: float) -> Margin:
     instead of rounding them, which doubles a float32 sum's error; and the result may be rounded to bfloat16 again.
 
     Args:
-        row_loss, query_loss: the largest norm of what the rounding took from a unit row or query, as measured.
+        row_loss, query_loss: the largest part of a row's or query's norm that the rounding took, as measured, or
+            `BFLOAT16_ROUNDOFF`.
     """
     rounded = row_loss + query_loss * (1 + row_loss)
     summed = 2 * float32_margin(length).absolute * (1 + row_loss) * (1 + query_loss)
     # 1% for the losses, which were measured in float32.
-    return Margin(1.01 * (rounded + summed), 1.01 * _BFLOAT16_ROUNDOFF)
+    return Margin(1.01 * (rounded + summed), 1.01 * BFLOAT16_ROUNDOFF)
 
 
 def values_of(metric: Metric, cosines: Any, row_norms: Any, query_norms: Any) -> Any:
     """The approximate value that the metric orders by, higher is closer: the cosine, or minus the squared distance.
 
     Args:
-        cosines: [q, b]; may be overwritten.
-        row_norms: [b]; query_norms: [q, 1].
+        cosines: [q, b] or [b, q]; may be overwritten.
+        row_norms, query_norms: of each row and query, in shapes that broadcast to it.
     """
     if metric is not Metric.euclidean:
         return cosines

@@ -35,22 +35,22 @@ class Bfloat16Units:
     Attributes:
         flag: by which the CPU names them.
         matrix: they multiply matrices, not only vectors.
-        queries: from so many on, torch with them is faster than numpy in float32: the gallery is rounded on the way.
         products: of queries and rows; below, numpy is done before torch is imported (about a second).
     """
 
     flag: str
     matrix: bool
-    queries: int
     products: int
 
 
 #: The best first. Measured on AVX-512: a twofold rate; the others are taken to be ten times as fast as float32.
 _UNITS = (
-    Bfloat16Units("amx_bf16", True, 16, 50_000_000),
-    Bfloat16Units("bf16", True, 16, 50_000_000),
-    Bfloat16Units("avx512_bf16", False, 128, 400_000_000),
+    Bfloat16Units("amx_bf16", True, 50_000_000),
+    Bfloat16Units("bf16", True, 50_000_000),
+    Bfloat16Units("avx512_bf16", False, 400_000_000),
 )
+#: For fewer queries, rounding the gallery to bfloat16 on the way takes as long as numpy's float32.
+_WORTH_BFLOAT16 = 16
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _why_numpy(work: Work, machine: Machine) -> str:
         return "this CPU has no bfloat16 units, and without them numpy is as fast as torch"
     if not machine.torch:
         return "torch is not installed"
-    if work.queries < units.queries:
+    if work.queries < _WORTH_BFLOAT16:
         return f"rounding the gallery to bfloat16 costs more than it saves for {work.queries:,} queries"
     if not machine.torch_loaded and work.queries * work.rows < units.products:
         return "this is done before torch would be imported"

@@ -38,6 +38,8 @@ Rows: TypeAlias = NDArray[np.int64]
 BLOCK_BYTES = 64 << 20
 #: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
 QUERIES_AT_ONCE = 1000
+#: Up to so many queries are few, and so many rows of a block are then multiplied at once.
+_FEW_QUERIES, _ROWS_AT_ONCE = 64, 1024
 #: Rows that are decided at once, so that float64 copies stay small (2048 x 1280: 21 MB).
 _DECIDED_AT_ONCE = 2048
 #: Pairs of a query and a row that are handed over at once.
@@ -242,15 +244,27 @@ def numpy_scan(block_rows: int | None = None) -> Scan:
             # What rows that are not usable give is never looked at.
             norms = np.where(usable, block.norms, np.float32(1))
             with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-                if len(batch.units) == 1:
-                    # A matrix times a vector reads each row once, at the speed of memory.
-                    cosines = (block.features @ batch.units[0])[np.newaxis]
-                else:
-                    cosines = batch.units @ block.features.T
+                cosines = _products(batch.units, block.features)
                 cosines *= 1 / norms
             yield _select(batch, cosines, margin, norms, usable, block.first, cuts)
 
     return scan
+
+
+def _products(units: Float32, features: Float32) -> Float32:
+    """Dot products of queries, [q, d], and rows, [b, d]: [q, b]."""
+    if len(units) == 1:
+        # A matrix times a vector reads each row once, at the speed of memory.
+        products: Float32 = (features @ units[0])[np.newaxis]
+        return products
+    if len(units) > _FEW_QUERIES:
+        return units @ features.T
+    # So it is for few queries as well, if the rows come a few at a time: BLAS first copies what it is given.
+    by_row = np.empty((len(features), len(units)), dtype=np.float32)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        np.matmul(features[some], units.T, out=by_row[some])
+    return np.ascontiguousarray(by_row.T)
 
 
 def default_block_rows(length: int) -> int:

@@ -7,7 +7,7 @@ that of `search.ranking`, on the host, so the answer is the same bit for bit.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.bounds import Margin, bfloat16_margin, float32_margin, margin_of, values_of
+from search.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.gallery import Block, Gallery
 from search.near_duplicates import Multiply, Pairs
 from search.options import Metric, Precision
-from search.ranking import Batch, Candidates, default_block_rows, usable_rows
+from search.ranking import Batch, Candidates, Rows, default_block_rows, usable_rows
 
-#: Rows that a CPU rounds at once: what comes up on the way, 2.6 MB for d = 1280, stays in its cache.
-_CACHED_ROWS = 512
+#: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
+#: still in its cache when they are needed. A GPU takes whole blocks.
+_ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class _Rows:
 
     Attributes:
         first: gallery row of its first row.
-        features: [b, d]: as they are in float32, or unit rows in bfloat16.
-        norms: float32[b], 1 for rows that are not usable.
+        features: [b, d]: as they are, or rounded to bfloat16.
+        norms: float32[b], of the features as they are; 1 for rows that are not usable.
         usable: bool[b].
-        loss: the largest norm of what bfloat16 took from a unit row; 0 in float32.
+        loss: the largest part of a usable row's norm that rounding can take.
     """
 
     first: int
@@ -42,6 +43,24 @@ class _Rows:
     norms: torch.Tensor
     usable: torch.Tensor
     loss: float
+
+    def rounded(self) -> "_Rows":
+        """The same in bfloat16, with the loss as it is: less than half of what it could be."""
+        rounded = torch.empty_like(self.features, dtype=torch.bfloat16)
+        loss, done = 0.0, 0
+        for piece in self.pieces(_ROUNDED_ROWS):
+            made = rounded[done : done + len(piece.features)]
+            made.copy_(piece.features)
+            done += len(made)
+            loss = max(loss, _largest_loss(piece.features[piece.usable], made[piece.usable], piece.norms[piece.usable]))
+        return replace(self, features=rounded, loss=loss)
+
+    def pieces(self, rows: int) -> "Iterator[_Rows]":
+        """So many rows at once on a CPU, all of them on a GPU."""
+        at_once = rows if self.features.device.type == "cpu" else max(1, len(self.features))
+        for start in range(0, len(self.features), at_once):
+            some = slice(start, start + at_once)
+            yield _Rows(self.first + start, self.features[some], self.norms[some], self.usable[some], self.loss)
 
 
 class TorchScan:
@@ -72,8 +91,9 @@ class TorchScan:
         Raises:
             UsageError: CUDA was asked for and torch has none that works.
         """
-        self._gallery, self._precision, self._resident = gallery, precision, resident
+        self._gallery, self._resident = gallery, resident
         self._device = torch_device(device)
+        self._dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
         self._block_rows = block_rows or default_block_rows(gallery.length)
         self._staged = self._device.type == "cuda" if staged is None else staged
         self._kept: list[_Rows] = []
@@ -82,14 +102,13 @@ class TorchScan:
         """One pass; a `search.ranking.Scan`."""
         assert gallery is self._gallery
         units = torch.from_numpy(batch.units).to(self._device)
-        query_loss = 0.0
-        if self._precision is Precision.bfloat16:
-            units, query_loss = _rounded(units)
+        rounded = units.to(self._dtype)
+        query_loss = _largest_loss(units, rounded)
         for rows in self._blocks():
-            yield _select(batch, _cosines(units, rows), self._margin(rows.loss, query_loss), rows, cuts)
+            yield _select(batch, rounded, self._margin(rows.loss, query_loss), rows, cuts)
 
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
-        if self._precision is Precision.float32:
+        if self._dtype is torch.float32:
             return float32_margin(self._gallery.length)
         return bfloat16_margin(self._gallery.length, row_loss, query_loss)
 
@@ -148,11 +167,8 @@ class TorchScan:
     def _prepare(self, block: Block, features: torch.Tensor) -> _Rows:
         usable = usable_rows(block.norms, block.left_out)
         norms = torch.from_numpy(np.where(usable, block.norms, np.float32(1))).to(self._device)
-        mask = torch.from_numpy(usable).to(self._device)
-        if self._precision is Precision.float32:
-            return _Rows(block.first, features, norms, mask, 0.0)
-        rounded, loss = _rounded(features, norms, mask)
-        return _Rows(block.first, rounded, norms, mask, loss)
+        rows = _Rows(block.first, features, norms, torch.from_numpy(usable).to(self._device), BFLOAT16_ROUNDOFF)
+        return rows.rounded() if self._resident and self._dtype is torch.bfloat16 else rows
 
 
 class TorchMultiply(Multiply):
@@ -164,23 +180,23 @@ class TorchMultiply(Multiply):
 
     def prepare(self, units: NDArray[np.float32]) -> tuple[object, Margin]:
         """Unit rows on the device."""
-        rounded, loss = _rounded(torch.from_numpy(units).to(self._device))
+        exact = torch.from_numpy(units).to(self._device)
+        rounded = exact.bfloat16()
         # Both sides are rounded rows; the larger loss of the two counts for both.
+        loss = _largest_loss(exact, rounded)
         return rounded, bfloat16_margin(units.shape[1], loss, loss)
 
     def pairs(self, some: object, others: object, least: float) -> Pairs:
         """Pairs of rows whose computed cosine is `least` or more; only they leave the device."""
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
-        if 1 in (len(a), len(b)):
-            # The routine for a single vector need not sum in float32, that for matrices does.
-            a, b = a.float(), b.float()
-        with _full_sums():
-            cosines = a @ b.T
-        # A bfloat16 is compared as the float32 that it is.
-        chosen = (cosines.float() >= least).nonzero()
-        picked = cosines[chosen[:, 0], chosen[:, 1]].double().cpu().numpy()
-        pairs = chosen.cpu().numpy()
-        return Pairs(pairs[:, 0], pairs[:, 1], picked)
+        at_once = max(1, _PRODUCTS // max(1, len(b)) if a.device.type == "cpu" else len(a))
+        found = []
+        for number, part in enumerate(a.split(at_once)):
+            # A bfloat16 is compared as the float32 that it is.
+            cosines = _products(part, b).float()
+            i, j = _chosen(cosines >= least)
+            found.append((number * at_once + i, j, _at(cosines, i, j)))
+        return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def free_bytes(device: str) -> int:
@@ -216,30 +232,6 @@ def _borrow(rows: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(rows)
 
 
-def _rounded(
-    rows: torch.Tensor, norms: torch.Tensor | None = None, usable: torch.Tensor | None = None
-) -> tuple[torch.Tensor, float]:
-    """Unit rows in bfloat16, and the largest norm of what the rounding took from one.
-
-    Args:
-        rows: float32[b, d].
-        norms: float32[b], what to divide them by.
-        usable: bool[b]; for the others, which would spoil the loss, 0 is taken.
-    """
-    unusable = None if usable is None or bool(usable.all()) else ~usable
-    rounded = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
-    losses = [torch.zeros((), device=rows.device)]
-    at_once = _CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows))
-    for start in range(0, len(rows), at_once):
-        some = slice(start, start + at_once)
-        part = rows[some] if norms is None else rows[some] / norms[some, None]
-        if unusable is not None:
-            part[unusable[some]] = 0
-        rounded[some] = part
-        losses.append(torch.linalg.vector_norm(part - rounded[some], dim=1).max())
-    return rounded, float(torch.stack(losses).max())
-
-
 @contextmanager
 def _full_sums() -> Iterator[None]:
     # TensorFloat-32 has 10 bits of mantissa, and sums in bfloat16 have 7: either would break the error bound.
@@ -254,39 +246,73 @@ def _full_sums() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def _cosines(units: torch.Tensor, rows: _Rows) -> torch.Tensor:
+def _largest_loss(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor | None = None) -> float:
+    """The largest part of a row's norm that rounding took, or for unit rows the largest norm of what it took."""
+    if not len(rows):
+        return 0.0
+    losses = torch.linalg.vector_norm(rows - rounded, dim=1)
+    return float((losses if norms is None else losses / norms).max())
+
+
+def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Dot products of rows, [b, d], and others, [q, d], in the type of the others: [b, q]."""
+    if len(others) == 1 and others.dtype == torch.float32:
+        return torch.mv(rows, others[0])[:, None]
     with _full_sums():
-        if len(units) > 1:
-            dots = (units @ rows.features.T).float()
-        elif units.dtype == torch.float32:
-            dots = torch.mv(rows.features, units[0])[None]
-        else:
-            # The routine for a single vector need not sum in float32, that for matrices does.
-            dots = (units.expand(2, -1) @ rows.features.T)[:1].float()
-    if rows.features.dtype == torch.float32:
-        dots /= rows.norms
-    return dots
+        if rows.dtype == others.dtype or rows.device.type != "cpu":
+            return _matrix_product(rows.to(others.dtype), others)
+        parts = [_matrix_product(part.to(others.dtype), others) for part in rows.split(_ROUNDED_ROWS)]
+        return torch.cat(parts)
 
 
-def _select(batch: Batch, cosines: torch.Tensor, margin: Margin, rows: _Rows, cuts: NDArray[np.float64]) -> Candidates:
-    """As the numpy way does, on the device; only what is chosen leaves it."""
-    query_norms = torch.from_numpy(batch.norms).to(cosines.device)
-    if batch.metric is Metric.euclidean:
-        # Squares of norms from anywhere in float32 fit in float64 only.
-        cosines = cosines.double()
-    values = values_of(batch.metric, cosines, rows.norms, query_norms)
-    margin = margin_of(batch.metric, margin, rows.norms.double(), query_norms)
-    values[:, ~rows.usable] = -torch.inf
-    cut = torch.from_numpy(cuts).to(cosines.device)[:, None]
-    # Minus infinity would also let the rows in that are not usable.
-    reach = cut.clamp(min=torch.finfo(values.dtype).min / 4)
-    if torch.isneginf(cut).any() and batch.top_k < values.shape[1]:
-        reach = torch.maximum(reach, torch.topk(margin.lower(values), batch.top_k, dim=1).values[:, -1:].double())
-    chosen = (values >= margin.least(reach).to(values.dtype)).nonzero()
-    picked = values[chosen[:, 0], chosen[:, 1]].double()
-    if batch.metric is Metric.euclidean:
-        margin = Margin(margin.absolute[chosen[:, 0], chosen[:, 1]])
-    pairs = chosen.cpu().numpy()
-    return Candidates(
-        pairs[:, 0], rows.first + pairs[:, 1], margin.lower(picked).cpu().numpy(), margin.upper(picked).cpu().numpy()
+def _matrix_product(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    # The routine for a single vector need not sum bfloat16 in float32, that for matrices does.
+    some = rows.expand(2, -1) if len(rows) == 1 else rows
+    some_others = others.expand(2, -1) if len(others) == 1 else others
+    return (some @ some_others.T)[: len(rows), : len(others)]
+
+
+def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
+    """Where a mask, bool[b, q], is true: its rows, ascending, and their columns."""
+    # On a CPU by numpy, and flat: torch takes several times as long, and numpy with two dimensions as well.
+    flat = mask.flatten()
+    places = np.flatnonzero(flat.numpy()) if mask.device.type == "cpu" else flat.nonzero()[:, 0].cpu().numpy()
+    return np.divmod(places, max(1, mask.shape[1]))
+
+
+def _at(values: torch.Tensor, rows: Rows, columns: Rows) -> NDArray[np.float64]:
+    device = values.device
+    chosen: NDArray[np.float64] = (
+        values[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)].double().cpu().numpy()
     )
+    return chosen
+
+
+def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cuts: NDArray[np.float64]) -> Candidates:
+    """As the numpy way does, on the device and by columns; only what is chosen leaves it."""
+    query_norms = torch.from_numpy(batch.norms.T).to(units.device)
+    # Squares of norms from anywhere in float32 fit in float64 only.
+    dtype = torch.float64 if batch.metric is Metric.euclidean else torch.float32
+    # Minus infinity would also let the rows in that are not usable.
+    reach = torch.from_numpy(cuts).to(units.device).clamp(min=torch.finfo(dtype).min / 4)
+    unknown = bool(np.isneginf(cuts).any())
+    found = []
+    for rows in block.pieces(max(1, _PRODUCTS // len(units))):
+        norms = rows.norms[:, None]
+        cosines = _products(rows.features, units).float()
+        cosines /= norms
+        values = values_of(batch.metric, cosines.to(dtype), norms.to(dtype), query_norms)
+        here = margin_of(batch.metric, margin, norms.to(dtype), query_norms)
+        if not rows.usable.all():
+            values[~rows.usable] = -torch.inf
+        if unknown and batch.top_k < len(values):
+            kth = torch.topk(here.lower(values).T.contiguous(), batch.top_k, dim=1).values[:, -1]
+            reach = torch.maximum(reach, kth.double())
+        numbers, queries = _chosen(values >= here.least(reach).to(values.dtype))
+        chosen = _at(values, numbers, queries)
+        if batch.metric is Metric.euclidean:
+            here = Margin(_at(here.absolute, numbers, queries))
+        found.append((queries, rows.first + numbers, here.lower(chosen), here.upper(chosen)))
+    queries, places, lower, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(queries, kind="stable")
+    return Candidates(queries[order], places[order], lower[order], upper[order])

@@ -10,7 +10,7 @@ from search.options import Metric, Precision
 from search.planner import Bfloat16Units, Machine, Plan, Work, make_plan
 
 SMALL, LARGE = 100_000, 20_000_000
-UNITS = Bfloat16Units("units", matrix=True, queries=16, products=50_000_000)
+UNITS = Bfloat16Units("units", matrix=True, products=50_000_000)
 BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, memory_bytes=16 << 30)
 STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16=UNITS, memory_bytes=16 << 30)
 GPU = Machine(Device.cuda, torch=True, torch_loaded=True, bfloat16=None, memory_bytes=0, device_free_bytes=80 << 30)

@@ -36,14 +36,16 @@ def test_torch_and_numpy_give_the_same_ranking(kind: str, precision: Precision, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "kept"])
 @pytest.mark.parametrize("kind", ["random", "positive", "near_duplicates"])
-def test_bfloat16_stays_within_its_error_bound(kind: str, device: str) -> None:
+def test_bfloat16_stays_within_its_error_bound(kind: str, resident: bool, device: str) -> None:
     for d in (3, 64, 1280):
         rows, queries = features_of(kind, 400, d), features_of("positive", 20, d)
         gallery = in_memory(rows)
         for metric in Metric:
             batch = Batch(queries, 400, metric)
-            (found,) = TorchScan(gallery, device, Precision.bfloat16)(gallery, batch, np.full(20, -np.inf))
+            scan = TorchScan(gallery, device, Precision.bfloat16, resident=resident)
+            (found,) = scan(gallery, batch, np.full(20, -np.inf))
             assert len(found.rows) == 20 * 400
             for number in range(20):
                 mine = found.queries == number
