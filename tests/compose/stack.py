@@ -72,6 +72,18 @@ class Stack:
         found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
         return found
 
+    def embedded(self, total: int) -> dict[str, int]:
+        """How many of a finished run's images each container says that it embedded, once all have told."""
+
+        def told() -> dict[str, int]:
+            return {
+                worker["host"]: worker["images"] for worker in self.status()["workers"] if worker["role"] == "embed"
+            }
+
+        # Each tells every two seconds what it has done: the run may be at its end before the last have.
+        wait_until(lambda: sum(told().values()) == total, what=f"all {total} images in the workers' reports")
+        return told()
+
     def containers(self, service: str) -> list[dict[str, Any]]:
         """`docker inspect` of a service's running containers."""
         ids = self.compose("ps", "-q", service).split()

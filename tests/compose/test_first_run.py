@@ -10,7 +10,6 @@ import pytest
 
 from tests.compose.stack import Stack
 from tests.conftest import SHARED
-from tests.factories import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,10 @@ def finished(new_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathF
     return stack
 
 
-def embedded(stack: Stack) -> dict[str, int]:
-    """How many images each container says that it has embedded."""
-    return {worker["host"]: worker["images"] for worker in stack.status()["workers"] if worker["role"] == "embed"}
-
-
 def test_every_worker_took_part(finished: Stack) -> None:
     status = finished.status()
     assert (status["objects"], status["done"], status["failed"], status["plan"]) == (250, 250, 0, None)
-    # Each tells every two seconds what it has done: the run may be at its end before the last have.
-    wait_until(lambda: sum(embedded(finished).values()) == 250, what="all 250 images in the workers' reports")
-    images = embedded(finished)
+    images = finished.embedded(250)
     assert len(images) == 3 and all(images.values())
     assert set(images) == {container["Config"]["Hostname"] for container in finished.containers("worker")}
 

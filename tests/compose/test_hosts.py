@@ -57,7 +57,7 @@ def test_workers_of_both_hosts_take_part_over_tls(hosts: tuple[Stack, Stack]) ->
     wait_until(lambda: not first.running(), timeout_s=120, what="the end of the run")
     status = second.status()  # Everything is seen from there too.
     assert (status["done"], status["failed"]) == (120, 0)
-    images = {worker["host"]: worker["images"] for worker in status["workers"] if worker["role"] == "embed"}
+    images = second.embedded(120)
     assert len(images) == 3 and all(images.values())
 
 
