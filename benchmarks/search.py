@@ -104,6 +104,8 @@ def timed(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[s
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            # The libraries' threads spin for a while after their work, which slowed down whoever came next.
+            time.sleep(_REST_S)
             start = time.perf_counter()
             way()
             if number:
