@@ -40,6 +40,7 @@ from tests.factories import tiny_model
 from tests.search.galleries import write_shard
 
 LENGTH, TOP_K, ROUNDS, SHARD_ROWS = 1280, 20, 5, 10_000
+_REST_S = 0.2
 BUILD = Path("build/search")
 TARGET = results.FOLDER / "search.json"
 LIBRARIES = ("numpy", "torch", "faiss-cpu", "onnxruntime", "pillow")

@@ -237,7 +237,7 @@ def load_encoder(model: Model, device: str) -> "Future[Encoder]":
     from workers.encoder import Encoder
 
     # One thread, as in a worker: the same picture then gives the same bits as in the gallery.
-    return ThreadPoolExecutor(1).submit(Encoder, model, device, threads=1)
+    return ThreadPoolExecutor(1).submit(Encoder, model, device, threads=1, many=False)
 
 
 def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", max_pixels: int) -> Queries:

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -38,6 +37,7 @@ class Encoder:
         threads: int = 1,
         batch_images: int | None = None,
         gpu_memory_mb: int | None = None,
+        many: bool = True,
     ) -> None:
         """Load the model.
 
@@ -46,6 +46,7 @@ class Encoder:
             threads: of one run on the CPU.
             batch_images: images a batch; by default 64.
             gpu_memory_mb: limit of the session's arena on CUDA; None: what the device has.
+            many: make the graph quicker first, which takes as long as a hundred images save.
 
         Raises:
             UsageError: `cuda` was asked for and the session runs on the CPU.
@@ -54,7 +55,7 @@ class Encoder:
         self.model = model
         self.turn = threading.Lock()
         cuda = device != "cpu" and _cuda_is_offered()
-        session = _session(model, threads, _cuda_options(gpu_memory_mb) if cuda else None)
+        session = _session(model, threads, _cuda_options(gpu_memory_mb) if cuda else None, many)
         providers = session.get_providers()
         self.device = "cuda" if providers and providers[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":
@@ -68,6 +69,7 @@ class Encoder:
         # company. CUDA, and a graph that fixes its batch, get one padded shape.
         self.run_images = model.batch or (self.batch_images if on_cuda else 1)
         self._session = session
+        self._pixels_input = _pixels_input(session)
         self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -95,7 +97,8 @@ class Encoder:
             if self._bound is not None:
                 output = self._bound.run(pixels)
             else:
-                (output,) = self._session.run([spec.output_name], {spec.input_name: to_input(pixels, spec)})
+                values = pixels if self._pixels_input else to_input(pixels, spec)
+                (output,) = self._session.run([spec.output_name], {self._pixels_input or spec.input_name: values})
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
             raise MachineFault(f"the model failed on {self.device}: {error}") from error
         features = np.asarray(output, dtype=np.float32).reshape(len(pixels), -1)[:count]
@@ -133,21 +136,21 @@ class BoundSession:
         """Allocate the input, and run once, so that kernels are chosen before work is taken.
 
         Args:
-            session: of `scaled_on_device(model)`, or of the model itself where that cannot be had.
+            session: of `taking_pixels(model)`, or of the model itself where that cannot be had.
             device: of ONNX Runtime's memory, `cuda` or `cpu`.
         """
         spec = model.spec
         self._session, self._spec = session, spec
         self._binding = session.io_binding()
-        self._takes_pixels = session.get_inputs()[0].name == PIXELS_INPUT
+        self._pixels_input = _pixels_input(session)
         pixels = np.zeros((run_images, spec.height, spec.width, spec.channels), dtype=np.uint8)
         self._input = ort.OrtValue.ortvalue_from_numpy(self._values(pixels), device, 0)
-        self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._input)
+        self._binding.bind_ortvalue_input(self._pixels_input or spec.input_name, self._input)
         self._binding.bind_output(spec.output_name, device)
         self.run(pixels)
 
     def _values(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | NDArray[np.float32]:
-        return pixels if self._takes_pixels else to_input(pixels, self._spec)
+        return pixels if self._pixels_input else to_input(pixels, self._spec)
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute uint8[b, h, w, c], b as bound, to the model's output on the host."""
@@ -157,51 +160,10 @@ class BoundSession:
         return output
 
 
-#: Name of the input that `scaled_on_device` adds.
-PIXELS_INPUT = "ruiji_pixels"
-
-
-def scaled_on_device(model: Model) -> bytes | None:
-    """The model with `to_input` as its first nodes, so that a quarter of the bytes crosses to the device.
-
-    Returns:
-        The ONNX file; its input is uint8[b, h, w, c]. None for weights outside the file, which are too large to copy.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    whole = onnx.load_model(model.path, load_external_data=False)
-    graph, spec = whole.graph, model.spec
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
-        return None
-    nodes: list[Any] = []
-    name = PIXELS_INPUT
-
-    def add(operator: str, constant: NDArray[np.float32] | None = None, **attributes: object) -> None:
-        nonlocal name
-        inputs, name = [name], f"ruiji_scaled_{len(nodes)}"
-        if constant is not None:
-            inputs.append(f"{name}_by")
-            graph.initializer.append(numpy_helper.from_array(constant, inputs[1]))
-        nodes.append(helper.make_node(operator, inputs, [name], **attributes))
-
-    # Step by step as `to_input`: IEEE arithmetic then gives the same bits.
-    add("Cast", to=TensorProto.FLOAT)
-    add("Div", np.asarray(spec.divisor, dtype=np.float32))
-    if any(spec.mean):
-        add("Sub", np.asarray(spec.mean, dtype=np.float32))
-    if any(std != 1 for std in spec.std):
-        add("Div", np.asarray(spec.std, dtype=np.float32))
-    if spec.layout == "NCHW":
-        add("Transpose", perm=[0, 3, 1, 2])
-    nodes[-1].output[0] = spec.input_name
-    (old,) = [value for value in graph.input if value.name == spec.input_name]
-    graph.input.remove(old)
-    shape = [model.batch or "n", spec.height, spec.width, spec.channels]
-    graph.input.insert(0, helper.make_tensor_value_info(PIXELS_INPUT, TensorProto.UINT8, shape))
-    for node in reversed(nodes):
-        graph.node.insert(0, node)
-    return bytes(whole.SerializeToString())
+def _pixels_input(session: ort.InferenceSession) -> str | None:
+    """The name of a graph's input that takes pixels; None where it takes what `to_input` makes of them."""
+    first = session.get_inputs()[0]
+    return str(first.name) if first.type == "tensor(uint8)" else None
 
 
 def _cuda_is_offered() -> bool:
@@ -220,23 +182,28 @@ def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
     return options | ({"gpu_mem_limit": str(gpu_memory_mb << 20)} if gpu_memory_mb else {})
 
 
-def _session(model: Model, threads: int, cuda: dict[str, str] | None) -> ort.InferenceSession:
+def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    source: str | bytes = str(model.path)
+    source: str | bytes | None = None
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if cuda is not None:
         # Finds the CUDA libraries that came with torch.
         ort.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", cuda))
-        source = scaled_on_device(model) or source
+    if cuda is not None or many:
+        # Loads the reader of graphs, which a search for one picture has no use for.
+        from workers.graph import taking_pixels
+
+        # To a device a quarter of the bytes then crosses.
+        source = taking_pixels(model, always=cuda is not None)
     try:
-        session = ort.InferenceSession(source, sess_options=options, providers=providers)
+        session = ort.InferenceSession(source or str(model.path), sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
         raise ModelError(f"ONNX Runtime refuses the model {model.path}: {error}") from error
     if cuda is not None and session.get_providers()[0] != "CUDAExecutionProvider":
         # CUDA is offered and does not work, for want of a driver or a library: the plain model, as on any CPU.
-        return _session(model, threads, None)
+        return _session(model, threads, None, many)
     return session

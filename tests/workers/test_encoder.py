@@ -1,17 +1,19 @@
 """The model as a function: right numbers, the same bits in any company, and no silent fallback."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from tests.factories import tiny_model
-from workers.encoder import PIXELS_INPUT, BoundSession, Encoder, scaled_on_device
+from workers.encoder import BoundSession, Encoder
+from workers.graph import PIXELS_INPUT, taking_pixels
 from workers.images import load_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
@@ -100,17 +102,97 @@ def test_scaling_in_the_graph_gives_the_same_bits_as_scaling_before_it(tmp_path:
     scaling = "mean = [0.1, 0.2, 0.3]\nstd = [0.5, 0.6, 0.7]\n"
     path.with_suffix(".toml").write_text(f'[input]\nlayout = "{layout}"\n{scaling}')
     model = load_model(path)
-    source = scaled_on_device(model)
+    source = taking_pixels(model, always=True)
     assert source is not None
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     (scaled,) = session.run(None, {PIXELS_INPUT: PIXELS[:1]})
     assert (scaled == Encoder(model, "cpu").encode(PIXELS[:1])).all()
 
 
+def leading_model(
+    path: Path, steps: list[tuple[str, object, bool]], perm: list[int], *, used_twice: bool = False
+) -> Path:
+    """A model that scales its pixels, transposes them and takes a fixed sum of each output value's share."""
+    nodes, constants, name = [], [], "inputs:0"
+    for number, (operator, constant, first) in enumerate(steps):
+        constants.append(numpy_helper.from_array(np.asarray(constant, np.float32), f"c{number}"))
+        inputs = [f"c{number}", name] if first else [name, f"c{number}"]
+        name = f"x{number}"
+        nodes.append(helper.make_node(operator, inputs, [name]))
+    nodes.append(helper.make_node("Transpose", [name], ["planes"], perm=perm))
+    nodes.append(helper.make_node("Flatten", ["planes"], ["flat"], axis=1))
+    nodes.append(helper.make_node("MatMul", ["flat", "weights"], ["feature_vector"]))
+    if used_twice:
+        nodes.append(helper.make_node("Neg", ["x0"], ["another"]))
+    weights = np.random.default_rng(3).normal(size=(192, 12)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "leading",
+        [helper.make_tensor_value_info("inputs:0", TensorProto.FLOAT, ["n", 8, 8, 3])],
+        [helper.make_tensor_value_info("feature_vector", TensorProto.FLOAT, ["n", 12])],
+        [*constants, numpy_helper.from_array(weights, "weights")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+CHANNELS = [0.4, 0.5, 0.6]
+TO_PLANES = [0, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "perm"),
+    [
+        ([("Sub", CHANNELS, False), ("Div", [0.2, 0.3, 0.7], False)], TO_PLANES),
+        ([("Mul", 2.0, False), ("Add", [[[[-1.0, -2.0, -3.0]]]], True)], TO_PLANES),
+        ([("Sub", CHANNELS, True), ("Div", [1.5], True)], TO_PLANES),
+    ],
+)
+def test_scaling_is_done_on_planes_with_the_same_bits(tmp_path: Path, steps: Any, perm: list[int]) -> None:
+    model = load_model(leading_model(tmp_path / "m.onnx", steps, perm))
+    source = taking_pixels(model, always=False)
+    assert source is not None
+    kinds = [node.op_type for node in onnx.load_from_string(source).graph.node]
+    assert kinds[:5] == ["Transpose", "Cast", "Div", steps[0][0], steps[1][0]] and kinds[5:] == ["Flatten", "MatMul"]
+    assert (Encoder(model, "cpu").encode(PIXELS) == Encoder(model, "cpu", many=False).encode(PIXELS)).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "perm", "used_twice"),
+    [
+        ([("Sub", CHANNELS, False)], [0, 3, 2, 1], False),
+        ([("Sub", CHANNELS, False)], TO_PLANES, True),
+        ([("Sub", np.ones((8, 3)), False)], TO_PLANES, False),
+        ([("Sub", np.ones((8, 1, 1)), False)], TO_PLANES, False),
+        ([("Pow", CHANNELS, False)], TO_PLANES, False),
+        ([], TO_PLANES, False),
+    ],
+    ids=["another order", "used twice", "by column", "by row", "no arithmetic", "no scaling"],
+)
+def test_a_graph_that_begins_otherwise_is_taken_as_it_is(
+    tmp_path: Path, steps: Any, perm: list[int], used_twice: bool
+) -> None:
+    model = load_model(leading_model(tmp_path / "m.onnx", steps, perm, used_twice=used_twice))
+    assert taking_pixels(model, always=False) is None
+    source = taking_pixels(model, always=True)
+    assert source is not None
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    (features,) = session.run(["feature_vector"], {PIXELS_INPUT: PIXELS[:1]})
+    assert (features == Encoder(model, "cpu").encode(PIXELS[:1])).all()
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large_100_224_RANDOM_WEIGHTS", "mobilenet_v2_100_224_feature_vector"])
+def test_the_quicker_graph_of_a_real_model_gives_the_same_bits(shared_data: Path, name: str) -> None:
+    model = load_model(shared_data / "models" / f"{name}.onnx")
+    assert taking_pixels(model, always=False) is not None
+    pixels = np.random.default_rng(5).integers(0, 256, size=(2, 224, 224, 3), dtype=np.uint8)
+    assert (Encoder(model, "cpu").encode(pixels) == Encoder(model, "cpu", many=False).encode(pixels)).all()
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_bound_session_computes_each_batch_anew(model_path: Path, scaled: bool) -> None:
     model = load_model(model_path)
-    source = scaled_on_device(model) if scaled else str(model_path)
+    source = taking_pixels(model, always=True) if scaled else str(model_path)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     bound = BoundSession(session, model, 4, "cpu")
     expected = Encoder(model, "cpu").encode(PIXELS)
@@ -121,4 +203,4 @@ def test_a_bound_session_computes_each_batch_anew(model_path: Path, scaled: bool
 def test_weights_outside_the_file_are_not_copied_into_it(tmp_path: Path) -> None:
     whole = onnx.load(tiny_model(tmp_path / "m.onnx"))
     onnx.save(whole, tmp_path / "split.onnx", save_as_external_data=True, size_threshold=0)
-    assert scaled_on_device(load_model(tmp_path / "split.onnx")) is None
+    assert taking_pixels(load_model(tmp_path / "split.onnx"), always=True) is None
