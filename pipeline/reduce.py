@@ -127,30 +127,37 @@ def _publish(
     return other
 
 
-def remove_leftovers(plan: Plan) -> None:
+def nested_folders(plan: Plan) -> set[Path]:
+    """The folders that a plan's features and errors lie in until their shards are published."""
+    return {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
+
+
+def remove_leftovers(plan: Plan, nested: set[Path]) -> None:
     """Remove what killed processes left half-written, of an open plan of which all is published.
 
     The one writer that can still be at work then is a late duplicate: it loses its file, which is the
     machine's fault to it, and finds at its next try that the shard is there.
+
+    Args:
+        nested: its `nested_folders`.
     """
-    for folder in [plan.folder, *_nested_folders(plan)]:
+    for folder in [plan.folder, *nested]:
         with suppress(OSError):
             for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 path.unlink(missing_ok=True)
 
 
-def remove_empty_folders(plan: Plan) -> None:
-    """Remove the nested folders that a finished plan has emptied; full ones stay."""
-    folders = _nested_folders(plan)
+def remove_empty_folders(plan: Plan, nested: set[Path]) -> None:
+    """Remove the nested folders that a finished plan has emptied; full ones stay.
+
+    Args:
+        nested: its `nested_folders`.
+    """
     # The inner folders first: the outer ones are empty only after that.
-    for folder in [*folders, *{folder.parent for folder in folders}]:
+    for folder in [*nested, *{folder.parent for folder in nested}]:
         if folder != plan.folder and folder != plan.folder.parent:
             with suppress(OSError):
                 os.rmdir(folder)
-
-
-def _nested_folders(plan: Plan) -> set[Path]:
-    return {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
 
 
 def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.broker.chords import Armed, Chords
 from pipeline.errors import RuijiError
 from pipeline.plan import Plan, close_plan, open_plan
 from pipeline.produce import Producer
-from pipeline.reduce import remove_empty_folders, remove_leftovers
+from pipeline.reduce import nested_folders, remove_empty_folders, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,12 @@ def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) 
     if plan.unpublished():
         Producer(app, Chords(client, plan), plan).fill_window(window_segments)
         return False
+    nested = nested_folders(plan)
     # Before the plan is closed: after that the folder may be the next plan's.
-    remove_leftovers(plan)
+    remove_leftovers(plan, nested)
     close_plan(plan)
     Chords(client, plan).forget_plan()
-    remove_empty_folders(plan)
+    remove_empty_folders(plan, nested)
     logger.info("plan finished", extra={"event": "plan_finished", "plan": plan.plan_id})
     return True
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.plan import Plan, close_plan, open_plan
-from pipeline.reduce import reduce_segment, remove_empty_folders
+from pipeline.reduce import nested_folders, reduce_segment, remove_empty_folders
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
 from search.gallery import open_gallery
@@ -31,7 +31,7 @@ def finish(plan: Plan) -> None:
         embed(plan, plan.paths(segment))
         reduce_segment(plan, segment, lambda: None)
     close_plan(plan)
-    remove_empty_folders(plan)
+    remove_empty_folders(plan, nested_folders(plan))
 
 
 def kinds(folder: Path) -> list[tuple[str, str]]:
