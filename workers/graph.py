@@ -48,16 +48,11 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
 
     Returns:
         The ONNX file, or None: the model is taken as it is. So are those with weights outside the file, or too large.
-
-    Raises:
-        ValueError: the graph cannot be serialised.
     """
-    if model.path.stat().st_size > _COPIED_BYTES:
+    if model.external or model.path.stat().st_size > _COPIED_BYTES:
         return None
-    whole = onnx.load_model(model.path, load_external_data=False)
+    whole = onnx.load_model(model.path)
     graph, spec = whole.graph, model.spec
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
-        return None
     steps = [_Step("Cast"), _Step("Div", np.asarray(spec.divisor, dtype=np.float32))]
     if any(spec.mean):
         steps.append(_Step("Sub", np.asarray(spec.mean, dtype=np.float32)))
@@ -85,6 +80,9 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
 def _scaling_before_planes(graph: Any, name: str) -> tuple[list[NodeProto], list[_Step]] | None:
     """The nodes from an input to its transposition, and what those before that do; None where it is another graph."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants.update((node.output[0], held.t) for held in node.attribute if held.name == "value")
     # An initializer that is also an input can be given another value from outside.
     for value in graph.input:
         constants.pop(value.name, None)

@@ -110,12 +110,21 @@ def test_scaling_in_the_graph_gives_the_same_bits_as_scaling_before_it(tmp_path:
 
 
 def leading_model(
-    path: Path, steps: list[tuple[str, object, bool]], perm: list[int], *, used_twice: bool = False
+    path: Path,
+    steps: list[tuple[str, object, bool]],
+    perm: list[int],
+    *,
+    used_twice: bool = False,
+    constant_nodes: bool = False,
 ) -> Path:
-    """A model that scales its pixels, transposes them and takes a fixed sum of each output value's share."""
+    """A model that scales its pixels and transposes them, before all are multiplied with a fixed random matrix."""
     nodes, constants, name = [], [], "inputs:0"
     for number, (operator, constant, first) in enumerate(steps):
-        constants.append(numpy_helper.from_array(np.asarray(constant, np.float32), f"c{number}"))
+        tensor = numpy_helper.from_array(np.asarray(constant, np.float32), f"c{number}")
+        if constant_nodes:
+            nodes.append(helper.make_node("Constant", [], [f"c{number}"], value=tensor))
+        else:
+            constants.append(tensor)
         inputs = [f"c{number}", name] if first else [name, f"c{number}"]
         name = f"x{number}"
         nodes.append(helper.make_node(operator, inputs, [name]))
@@ -141,18 +150,19 @@ TO_PLANES = [0, 3, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("steps", "perm"),
+    "steps",
     [
-        ([("Sub", CHANNELS, False), ("Div", [0.2, 0.3, 0.7], False)], TO_PLANES),
-        ([("Mul", 2.0, False), ("Add", [[[[-1.0, -2.0, -3.0]]]], True)], TO_PLANES),
-        ([("Sub", CHANNELS, True), ("Div", [1.5], True)], TO_PLANES),
+        [("Sub", CHANNELS, False), ("Div", [0.2, 0.3, 0.7], False)],
+        [("Mul", 2.0, False), ("Add", [[[[-1.0, -2.0, -3.0]]]], True)],
+        [("Sub", CHANNELS, True), ("Div", [1.5], True)],
     ],
 )
-def test_scaling_is_done_on_planes_with_the_same_bits(tmp_path: Path, steps: Any, perm: list[int]) -> None:
-    model = load_model(leading_model(tmp_path / "m.onnx", steps, perm))
+@pytest.mark.parametrize("constant_nodes", [False, True])
+def test_scaling_is_done_on_planes_with_the_same_bits(tmp_path: Path, steps: Any, constant_nodes: bool) -> None:
+    model = load_model(leading_model(tmp_path / "m.onnx", steps, TO_PLANES, constant_nodes=constant_nodes))
     source = taking_pixels(model, always=False)
     assert source is not None
-    kinds = [node.op_type for node in onnx.load_from_string(source).graph.node]
+    kinds = [node.op_type for node in onnx.load_from_string(source).graph.node if node.op_type != "Constant"]
     assert kinds[:5] == ["Transpose", "Cast", "Div", steps[0][0], steps[1][0]] and kinds[5:] == ["Flatten", "MatMul"]
     assert (Encoder(model, "cpu").encode(PIXELS) == Encoder(model, "cpu", many=False).encode(PIXELS)).all()
 
