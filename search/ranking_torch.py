@@ -256,9 +256,9 @@ def _largest_loss(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor
 
 def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Dot products of rows, [b, d], and others, [q, d], in the type of the others: [b, q]."""
-    if len(others) == 1 and others.dtype == torch.float32:
-        return torch.mv(rows, others[0])[:, None]
     with _full_sums():
+        if len(others) == 1 and others.dtype == torch.float32:
+            return torch.mv(rows, others[0])[:, None]
         if rows.dtype == others.dtype or rows.device.type != "cpu":
             return _matrix_product(rows.to(others.dtype), others)
         parts = [_matrix_product(part.to(others.dtype), others) for part in rows.split(_ROUNDED_ROWS)]
