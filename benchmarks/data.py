@@ -19,6 +19,8 @@ from pipeline.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "bench"
+#: A file system in memory, as Linux has one.
+MEMORY = Path("/dev/shm")  # noqa: S108
 #: The photos and models of the development machines; they are in no repository.
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -154,9 +156,9 @@ def no_op_model() -> Path:
 
 
 @contextmanager
-def scratch(name: str) -> Iterator[Path]:
-    """An empty folder on the same disk as the data, removed afterwards."""
-    folder = BUILD / "scratch" / name
+def scratch(name: str, *, in_memory: bool = False) -> Iterator[Path]:
+    """An empty folder on the same disk as the data, or in memory where that can be had; removed afterwards."""
+    folder = (MEMORY if in_memory and MEMORY.is_dir() else BUILD) / "scratch" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

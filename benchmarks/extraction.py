@@ -158,7 +158,7 @@ class Measured:
 def _measure(peers: list[Peer], sizes: Sizes) -> Measured:
     """Let the peers take turns, on the same images, all read before."""
     media = media_folder(LARGE, _PROBE_IMAGES)
-    with scratch("peer") as work:
+    with scratch("peer", in_memory=True) as work:
         rate = _run_peer(BARE, media, object_list(_PROBE_IMAGES), _PROBE_IMAGES, work / "features").images_per_s
     counts = {peer: 100 * max(1, round(rate * sizes.seconds * peer.share / 100)) for peer in peers}
     media = media_folder(LARGE, max(counts.values()))
@@ -167,7 +167,7 @@ def _measure(peers: list[Peer], sizes: Sizes) -> Measured:
     for number in range(sizes.rounds):
         # The other way round every second time, so that none always follows the same one.
         for peer in peers if number % 2 == 0 else peers[::-1]:
-            with scratch("peer") as work:
+            with scratch("peer", in_memory=True) as work:
                 listed, count = object_list(counts[peer]), counts[peer]
                 if peer.command is None:
                     output, window = _run_ruiji(media, listed, count, work)

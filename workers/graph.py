@@ -64,16 +64,19 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
         steps, planes, output = steps + own_steps, True, nodes[-1].output[0]
         for node in nodes:
             graph.node.remove(node)
+        # Constants that nothing uses any more, of which ONNX Runtime would warn.
+        spare = {name for node in nodes for name in node.input} - {name for node in graph.node for name in node.input}
+        for tensor in [tensor for tensor in graph.initializer if tensor.name in spare]:
+            graph.initializer.remove(tensor)
     elif not always:
         return None
     (old,) = [value for value in graph.input if value.name == spec.input_name]
     graph.input.remove(old)
     shape = [model.batch or "n", spec.height, spec.width, spec.channels]
     graph.input.insert(0, helper.make_tensor_value_info(PIXELS_INPUT, TensorProto.UINT8, shape))
-    made = _nodes(graph, steps, planes, output)
     rest = list(graph.node)
     del graph.node[:]
-    graph.node.extend([*made, *rest])
+    graph.node.extend([*_nodes(graph, steps, planes, output), *rest])
     return bytes(whole.SerializeToString())
 
 
