@@ -228,7 +228,8 @@ def _feature_header(length: int) -> bytes:
 def write_feature(path: str | Path, feature: NDArray[np.float32]) -> None:
     """Write one feature, float32[d], as `.npy`. Not fsynced: a lost feature is made again."""
     data = np.ascontiguousarray(feature, dtype="<f4")
-    write_atomic(path, [_feature_header(data.size), data.data])
+    # In one piece, which is one call less to the system for every image.
+    write_atomic(path, [_feature_header(data.size) + data.tobytes()])
 
 
 def read_feature(path: str | Path, length: int) -> NDArray[np.float32] | None:

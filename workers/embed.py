@@ -172,7 +172,7 @@ def _embed(
             ready.append((number, job, pixels))
     if not ready:
         return
-    batch = np.stack([pixels for _, _, pixels in ready])
+    batch = np.stack([pixels for _, _, pixels in ready]) if len(ready) > 1 else ready[0][2][np.newaxis]
     with encoder.turn, ledger.encoding():
         features = encoder.encode(batch)
     for (number, job, _), feature in zip(ready, features, strict=True):

@@ -55,6 +55,7 @@ class Heartbeat(threading.Thread):
         self._renew_s = visibility_timeout_s / 4
         self._consumer: Any = None
         self._held_idly: set[str] = set()
+        self._seconds = ledger.seconds()
         self.stopping = threading.Event()
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "role": role}
         self._state |= {"device": "cpu", "state": "working", "images": 0, "failed": 0, "images_per_s": 0.0}
@@ -71,6 +72,8 @@ class Heartbeat(threading.Thread):
 
     def count(self, outcomes: list[str]) -> None:
         """Add a batch."""
+        # Taken together, so that what a beat tells is about the same images.
+        self._seconds = self._ledger.seconds()
         self._state["images"] += outcomes.count(DONE)
         self._state["failed"] += outcomes.count(FAILED)
 
@@ -80,13 +83,13 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         """Beat until the process ends; Redis may come and go."""
-        renewed, beaten, images, seconds = time.monotonic(), time.monotonic(), 0, self._ledger.seconds()
+        renewed, beaten, images, seconds = time.monotonic(), time.monotonic(), 0, self._seconds
         while not self.stopping.wait(min(_HEARTBEAT_S, self._renew_s)):
             now = time.monotonic()
             done = self._state["images"] - images
             self._state["images_per_s"] = round(done / (now - beaten), 1)
             if done:
-                before, seconds = seconds, self._ledger.seconds()
+                before, seconds = seconds, self._seconds
                 split = {stage: round(1000 * (seconds[stage] - before[stage]) / done, 2) for stage in STAGES}
                 self._state["ms_per_image"] = split
             images, beaten = self._state["images"], now
