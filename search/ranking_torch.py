@@ -1,4 +1,4 @@
-"""Scans with torch: for CUDA, and for many queries on a CPU with bfloat16 matrix units.
+"""Scans with torch: for CUDA, and for many queries on a CPU with bfloat16 units.
 
 Only candidates come from here. The bounds on their error are those of `search.bounds`, and the decision in float64 is
 that of `search.ranking`, on the host, so the answer is the same bit for bit.
@@ -296,8 +296,12 @@ def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cut
     # Minus infinity would also let the rows in that are not usable.
     reach = torch.from_numpy(cuts).to(units.device).clamp(min=torch.finfo(dtype).min / 4)
     unknown = bool(np.isneginf(cuts).any())
+    at_once = max(1, _PRODUCTS // len(units))
+    if unknown and 8 * batch.top_k > at_once:
+        # The k-th of so few rows would keep hardly any of the others out.
+        at_once = max(1, len(block.features))
     found = []
-    for rows in block.pieces(max(1, _PRODUCTS // len(units))):
+    for rows in block.pieces(at_once):
         norms = rows.norms[:, None]
         cosines = _products(rows.features, units).float()
         cosines /= norms

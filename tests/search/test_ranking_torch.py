@@ -54,6 +54,17 @@ def test_bfloat16_stays_within_its_error_bound(kind: str, resident: bool, device
                 assert (truth <= found.upper[mine]).all()
 
 
+@pytest.mark.parametrize("products", [1, 600, 10**6])
+def test_the_first_block_leaves_most_rows_out(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.ranking_torch._PRODUCTS", products)
+    rows, queries = features_of("random", 400, 64), features_of("positive", 20, 64)
+    gallery = in_memory(rows)
+    (found,) = TorchScan(gallery, "cpu", Precision.bfloat16)(
+        gallery, Batch(queries, 25, Metric.cosine), np.full(20, -np.inf)
+    )
+    assert 25 * 20 <= len(found.rows) < 50 * 20
+
+
 def test_bfloat16_alone_would_rank_near_duplicates_wrongly() -> None:
     features = features_of("near_duplicates", 1000, 64)
     query = features_of("random", 1, 64)
