@@ -146,7 +146,7 @@ def _why_numpy(work: Work, machine: Machine) -> str:
     if not machine.torch:
         return "torch is not installed"
     if work.queries < _WORTH_BFLOAT16:
-        return f"rounding the gallery to bfloat16 costs more than it saves for {work.queries:,} queries"
+        return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
     if not machine.torch_loaded and work.queries * work.rows < units.products:
         return "this is done before torch would be imported"
     return ""
