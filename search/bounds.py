@@ -69,6 +69,22 @@ def bfloat16_margin(length: int, row_loss: float, query_loss: float) -> Margin:
     return Margin(1.01 * (rounded + summed), 1.01 * BFLOAT16_ROUNDOFF)
 
 
+def int8_margin(length: int, row_losses: Any, query_loss: float) -> Margin:
+    """How far a cosine of a scan over coded unit rows can be from the truth.
+
+    As for bfloat16, by Cauchy-Schwarz; sums of integers are exact, those of a float32 query's products as in
+    `float32_margin`.
+
+    Args:
+        row_losses: the norm of what coding took from each unit row, as measured, float32[b].
+        query_loss: the largest norm of what it took from a unit query.
+    """
+    rounded = row_losses + query_loss * (1 + row_losses)
+    summed = float32_margin(length).absolute * (1 + row_losses) * (1 + query_loss)
+    # 1% for the losses, which were measured in float32.
+    return Margin(1.01 * (rounded + summed))
+
+
 def values_of(metric: Metric, cosines: Any, row_norms: Any, query_norms: Any) -> Any:
     """The approximate value that the metric orders by, higher is closer: the cosine, or minus the squared distance.
 

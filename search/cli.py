@@ -264,19 +264,28 @@ def near_duplicates(
 
 
 def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
-    """Prepare a gallery for quick searches: compute the norms that are not kept yet.
+    """Prepare a gallery for quick searches: keep the norms, and the rows in 8 bits, a quarter of the features' size.
 
-    A search does this by itself where it has to. They lie in the gallery's folder cache, which can be deleted.
+    A search of one or a few images then reads only these, and the rows that it has to decide between. They lie in the
+    gallery's folder cache, which can be deleted; after new shards only theirs are made.
     """
     from pipeline.errors import RuijiError
+    from pipeline.progress import show_steps
     from search.gallery import find_gallery, open_gallery
 
     folder = find_gallery(feature_dir, model_path)
     gallery = open_gallery(folder)
+    with show_steps("shards") as progress:
+        for number, shard in enumerate(gallery.shards, 1):
+            shard.keep_codes()
+            progress(number, len(gallery.shards))
     zero, nonfinite = gallery.unusable_rows
-    unkept = [shard.name for shard in gallery.shards if not shard.norms_kept]
+    unkept = sum(not (shard.norms_kept and shard.codes_kept) for shard in gallery.shards)
     if unkept:
-        raise RuijiError(f"cannot write to {folder / 'cache'}: the norms of {len(unkept)} shards are not kept")
+        raise RuijiError(
+            f"cannot write to {folder / 'cache'}: nothing is kept of {unkept} shards; check its permissions and that "
+            f"the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
+        )
     _say(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
 
 
@@ -351,7 +360,8 @@ def _rank(
     excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
     more = max(own_rows(gallery, query) if out else 0 for query, out in zip(queries, excluding, strict=True))
-    plan = make_plan(Work(gallery.rows, gallery.length, len(queries), metric), look_at_machine(device))
+    work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded)
+    plan = make_plan(work, look_at_machine(device))
     if explain:
         _say(f"plan: {plan}")
     features = np.stack([query.feature for query in queries])

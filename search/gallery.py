@@ -27,15 +27,21 @@ from pipeline.store import (
     recorded_shards,
     shard_file,
 )
-from search.norms import NormsFile, norms_of
+from search.cache import ShardCache
+from search.codes import Codes, codes_kept, codes_of, read_codes, write_codes
+from search.norms import norms_of
 
 _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
 
 
 #: Read ahead of a scan: enough to keep a disk busy while a block is computed.
 _AHEAD_BYTES = 64 << 20
-#: A gallery larger than this part of the machine's memory is not taken to stay in it between scan and rescoring.
-_FITS = 0.5
+#: A gallery larger than this part of the machine's memory is not taken to stay in it.
+FITS = 0.5
+#: Asking for a row takes some microseconds, which is much for many rows that are in memory anyway.
+_FEW_ROWS = 10_000
+#: The kind of the norms among what is kept.
+_NORMS = "norms"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Shard:
         object_ids: `<U…`[rows].
         paths_file: one path a row; None where paths are unknown (an article's shard).
         stale: bool[rows], True for objects that are no longer on the list; None where none is left out.
-        norms_file: where the norms are kept; None: nowhere.
+        cache: where norms and codes are kept; None: nowhere.
         wanted: bool[rows], False for objects that a filter leaves out; None where none is.
     """
 
@@ -57,24 +63,45 @@ class Shard:
     object_ids: NDArray[np.str_]
     paths_file: Path | None = None
     stale: NDArray[np.bool_] | None = None
-    norms_file: NormsFile | None = None
+    cache: ShardCache | None = None
     wanted: NDArray[np.bool_] | None = None
 
     @cached_property
     def norms(self) -> NDArray[np.float32]:
         """float32[rows], as `norms_of` gives them; read from the cache, or computed and kept there."""
-        kept = None if self.norms_file is None else self.norms_file.read(len(self.features))
+        kept = None if self.cache is None else self.cache.read(_NORMS, "<f4", (len(self.features),))
         if kept is not None:
             return kept
         norms = norms_of(self.features)
-        if self.norms_file is not None:
-            self.norms_file.write(norms)
+        if self.cache is not None:
+            self.cache.write(_NORMS, norms)
         return norms
 
     @property
     def norms_kept(self) -> bool:
         """Whether the norms are in the cache."""
-        return self.norms_file is not None and self.norms_file.path.is_file()
+        return self.cache is not None and self.cache.path(_NORMS).is_file()
+
+    @cached_property
+    def codes(self) -> Codes:
+        """The rows in 8 bits, read from the cache or made."""
+        kept = None if self.cache is None else read_codes(self.cache, self._shape)
+        return codes_of(self.features, self.norms) if kept is None else kept
+
+    @property
+    def codes_kept(self) -> bool:
+        """Whether the codes are in the cache."""
+        return self.cache is not None and codes_kept(self.cache)
+
+    def keep_codes(self) -> None:
+        """Have the codes in the cache, where it can be written to; they take a quarter of the features' bytes."""
+        if self.cache is not None and read_codes(self.cache, self._shape) is None:
+            write_codes(self.cache, codes_of(self.features, self.norms))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        rows, length = self.features.shape
+        return rows, length
 
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
@@ -82,25 +109,6 @@ class Shard:
         if self.wanted is None:
             return self.stale
         return ~self.wanted if self.stale is None else self.stale | ~self.wanted
-
-    def advise(self, start: int, rows: int, advice: int) -> None:
-        """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
-        mapping = self._mapping
-        if mapping is None or rows <= 0:
-            return
-        row_bytes = 4 * self.features.shape[1]
-        # The array ends where the file does, so what lies before it is the header.
-        first = len(mapping) - self.features.nbytes + start * row_bytes
-        page = first // mmap.PAGESIZE * mmap.PAGESIZE
-        with suppress(OSError, ValueError):
-            mapping.madvise(advice, page, first - page + rows * row_bytes)
-
-    @cached_property
-    def _mapping(self) -> mmap.mmap | None:
-        base: object = self.features
-        while isinstance(base, np.ndarray):
-            base = base.base
-        return base if isinstance(base, mmap.mmap) else None
 
     @cached_property
     def paths(self) -> tuple[str, ...] | None:
@@ -130,12 +138,14 @@ class Block:
         features: float32[b, d].
         norms: float32[b], as `norms_of` gives them.
         left_out: bool[b], or None where no row is to be left out.
+        codes: of these rows; None where they were not asked for.
     """
 
     first: int
     features: NDArray[np.float32]
     norms: NDArray[np.float32]
     left_out: NDArray[np.bool_] | None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -199,21 +209,32 @@ class Gallery:
         shards = tuple(replace(shard, wanted=mask) for shard, mask in zip(self.shards, wanted, strict=True))
         return replace(self, shards=shards)
 
-    def blocks(self, block_rows: int, first: int = 0, end: int | None = None) -> Iterator[Block]:
-        """The gallery rows from `first` to `end` in pieces of at most `block_rows`, in order, none of two shards."""
+    @cached_property
+    def coded(self) -> bool:
+        """Whether the codes of all shards are kept."""
+        return all(shard.codes_kept for shard in self.shards)
+
+    def blocks(self, block_rows: int, first: int = 0, end: int | None = None, coded: bool = False) -> Iterator[Block]:
+        """The gallery rows from `first` to `end` in pieces of at most `block_rows`, in order, none of two shards.
+
+        Args:
+            coded: with their codes, which are then what is read ahead instead of the features.
+        """
         end = self.rows if end is None else min(end, self.rows)
         pieces = [
             (shard, shard_first, start)
             for shard, shard_first in zip(self.shards, self.firsts, strict=True)
             for start in range(max(0, first - shard_first), min(len(shard.features), end - shard_first), block_rows)
         ]
-        ahead = max(1, _AHEAD_BYTES // max(1, 4 * self.length * block_rows))
+        ahead = max(1, _AHEAD_BYTES // max(1, (1 if coded else 4) * self.length * block_rows))
         for index, (shard, shard_first, start) in enumerate(pieces):
             for later, _, at in pieces[index + ahead : index + ahead + 1] if index else pieces[: ahead + 1]:
-                later.advise(at, min(block_rows, len(later.features) - at), mmap.MADV_WILLNEED)
+                read = later.codes.integers if coded else later.features
+                _advise(read, at, min(block_rows, len(read) - at), mmap.MADV_WILLNEED)
             piece = slice(start, min(start + block_rows, end - shard_first))
             left_out = None if shard.left_out is None else shard.left_out[piece]
-            yield Block(shard_first + start, shard.features[piece], shard.norms[piece], left_out)
+            codes = shard.codes.part(piece) if coded else None
+            yield Block(shard_first + start, shard.features[piece], shard.norms[piece], left_out, codes)
 
     @cached_property
     def firsts(self) -> list[int]:
@@ -244,16 +265,18 @@ class Gallery:
         return np.array([self.object_id(row) for row in rows.tolist()], dtype=np.str_)
 
     def plan_reads(self, rows: NDArray[np.int64]) -> None:
-        """Have some rows read now, all at once and without read-ahead, where the gallery does not fit in memory.
+        """Have some rows read now, all at once and without read-ahead, where they need not be in memory.
 
-        Otherwise each row that has left the page cache since the scan costs a read-ahead of megabytes.
+        Otherwise each row that is not in the page cache costs a read-ahead of megabytes.
         """
-        if self.size_bytes <= _FITS * memory_bytes():
+        # A scan of the codes has not read them.
+        unread = self.coded and len(rows) <= _FEW_ROWS
+        if self.size_bytes <= FITS * memory_bytes() and not unread:
             return
         for shard, _, local in self._split(rows):
-            shard.advise(0, len(shard.features), mmap.MADV_RANDOM)
+            _advise(shard.features, 0, len(shard.features), mmap.MADV_RANDOM)
             for row in np.unique(local).tolist():
-                shard.advise(row, 1, mmap.MADV_WILLNEED)
+                _advise(shard.features, row, 1, mmap.MADV_WILLNEED)
 
     def rows_of(self, object_id: str) -> NDArray[np.int64]:
         """Every gallery row with this id, int64[…]; more than one only where shards repeat an id."""
@@ -276,6 +299,21 @@ class Gallery:
         """
         shard, local = self._locate(row)
         return None if shard.paths is None else shard.paths[local]
+
+
+def _advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
+    """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or rows <= 0:
+        return
+    row_bytes = array.strides[0]
+    # The array ends where the file does, so what lies before it is the header.
+    first = len(base) - array.nbytes + start * row_bytes
+    page = first // mmap.PAGESIZE * mmap.PAGESIZE
+    with suppress(OSError, ValueError):
+        base.madvise(advice, page, first - page + rows * row_bytes)
 
 
 def memory_bytes() -> int:
@@ -332,6 +370,7 @@ def describe_gallery(folder: Path) -> dict[str, str | int | None]:
         "zero": zero,
         "not_finite": nonfinite,
         "norms_kept": sum(shard.norms_kept for shard in gallery.shards),
+        "codes_kept": sum(shard.codes_kept for shard in gallery.shards),
     }
 
 
@@ -385,8 +424,8 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         if not paths_file.is_file():
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {_RESTORE}")
         stale = None if include_stale else _stale(folder, number, record.rows)
-        norms_file = NormsFile(folder / CACHE_FOLDER, name, record.sha256[SHARD_ENDINGS[0]][:16])
-        shards.append(Shard(name, features, object_ids, paths_file, stale, norms_file))
+        cache = ShardCache(folder / CACHE_FOLDER, name, record.sha256[SHARD_ENDINGS[0]][:16])
+        shards.append(Shard(name, features, object_ids, paths_file, stale, cache))
         if record.versions not in versions:
             versions.append(record.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
@@ -403,8 +442,8 @@ def _open_unverified(folder: Path) -> Gallery:
                 f"has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
         file = shard_file(folder, number, "features.npy").stat()
-        norms_file = NormsFile(folder / CACHE_FOLDER, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
-        shards.append(Shard(f"{number:04d}", features, object_ids, norms_file=norms_file))
+        cache = ShardCache(folder / CACHE_FOLDER, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
+        shards.append(Shard(f"{number:04d}", features, object_ids, cache=cache))
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
 
 

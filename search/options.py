@@ -20,6 +20,8 @@ class Precision(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    #: The gallery's codes.
+    int8 = "int8"
 
 
 class OutputFormat(StrEnum):

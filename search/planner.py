@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
-from search.gallery import Gallery, memory_bytes
+from search.gallery import FITS, Gallery, memory_bytes
 from search.options import Metric, Precision
 from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
 
@@ -51,16 +51,24 @@ _UNITS = (
 )
 #: For fewer queries, rounding the gallery to bfloat16 on the way takes as long as numpy's float32.
 _WORTH_BFLOAT16 = 16
+#: What sums products of 8 bits exactly; without, torch saturates them.
+_INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
+#: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
+_INT32_LENGTH = 1 << 17
+#: Up to so many queries codes are quicker than anything else, multiplied by torch or by numpy. Numpy has to convert
+#: them first, which still pays for a few more where features would come from the disk.
+_CODES_BY_TORCH, _CODES_BY_NUMPY, _CODES_FROM_DISK = 128, 2, 64
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: n rows of length d, q queries."""
+    """What is asked: n rows of length d, q queries; and whether the rows' codes are kept."""
 
     rows: int
     length: int
     queries: int
     metric: Metric
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Machine:
         torch: whether it is installed.
         torch_loaded: whether this process has imported it already.
         bfloat16: what the CPU has to multiply bfloat16 with; None: nothing.
+        int8: whether the CPU multiplies 8 bits exactly.
         memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None where CUDA is not asked for.
     """
@@ -80,6 +89,7 @@ class Machine:
     torch: bool
     torch_loaded: bool
     bfloat16: Bfloat16Units | None
+    int8: bool
     memory_bytes: int
     device_free_bytes: int | None = None
 
@@ -106,6 +116,8 @@ class Plan:
 
     def scan(self, gallery: Gallery) -> Scan:
         """The scan to search `gallery` with."""
+        if self.precision is Precision.int8:
+            return _codes_scan(self.torch, gallery.length, self.block_rows)
         if not self.torch:
             return numpy_scan(self.block_rows)
         from search.ranking_torch import TorchScan
@@ -128,12 +140,29 @@ def make_plan(work: Work, machine: Machine) -> Plan:
     if machine.device is Device.cuda:
         return _cuda_plan(work, machine)
     rows = default_block_rows(work.length)
+    if work.coded and work.metric is not Metric.euclidean:
+        large = 4 * work.rows * work.length > FITS * machine.memory_bytes
+        torch = machine.int8 and machine.torch and (machine.torch_loaded or large) and work.length <= _INT32_LENGTH
+        if work.queries <= (_CODES_BY_TORCH if torch else _CODES_FROM_DISK if large else _CODES_BY_NUMPY):
+            why = "the kept codes are a quarter of the bytes"
+            return Plan(torch, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(work, machine):
         return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     why = f"{work.queries:,} queries are worth the CPU's bfloat16 units"
     fits = 2 * work.rows * work.length <= _MEMORY_PART * machine.memory_bytes
     resident = work.queries > QUERIES_AT_ONCE and fits
     return Plan(True, "cpu", Precision.bfloat16, resident, rows, QUERIES_AT_ONCE, why)
+
+
+def _codes_scan(torch: bool, length: int, block_rows: int) -> Scan:
+    from search.ranking_codes import NumpyMultiply, codes_scan
+
+    if torch:
+        from search.ranking_torch import IntegerMultiply, sums_integers
+
+        if sums_integers(length):
+            return codes_scan(IntegerMultiply, block_rows)
+    return codes_scan(NumpyMultiply, block_rows)
 
 
 def _why_numpy(work: Work, machine: Machine) -> str:
@@ -202,17 +231,21 @@ def look_at_machine(device: Device) -> Machine:
         from search.ranking_torch import free_bytes
 
         free = free_bytes(device.value)
-    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), memory_bytes(), free)
+    int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
+    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), int8, memory_bytes(), free)
 
 
 @cache
 def bfloat16_units() -> Bfloat16Units | None:
     """The best that this CPU's flags name (AMX, ARM's BF16, AVX-512)."""
+    return next((units for units in _UNITS if units.flag in _cpu_flags()), None)
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return None
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return next((units for units in _UNITS if units.flag in line.split()), None)
-    return None
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return frozenset(next(lines, "").split())

@@ -246,7 +246,7 @@ def numpy_scan(block_rows: int | None = None) -> Scan:
             with np.errstate(over="ignore", invalid="ignore", under="ignore"):
                 cosines = _products(batch.units, block.features)
                 cosines *= 1 / norms
-            yield _select(batch, cosines, margin, norms, usable, block.first, cuts)
+            yield select(batch, cosines, margin, norms, usable, block.first, cuts)
 
     return scan
 
@@ -278,7 +278,7 @@ def usable_rows(norms: Float32, left_out: NDArray[np.bool_] | None) -> NDArray[n
     return plain if left_out is None else plain & ~left_out
 
 
-def _select(
+def select(
     batch: Batch,
     cosines: Float32,
     margin: Margin,
@@ -287,7 +287,13 @@ def _select(
     first: int,
     cuts: Float64,
 ) -> Candidates:
-    """Of one block's cosines, float32[q, b], those that can reach the cuts."""
+    """Of one block's cosines, float32[q, b], which may be overwritten, those that can reach the cuts.
+
+    Args:
+        margin: how far they can be from the truth; absolute one number, or float32[b].
+        row_norms: float32[b]; usable: bool[b].
+        first: gallery row of the block's first.
+    """
     if batch.metric is Metric.euclidean:
         # Squares of norms from anywhere in float32 fit in float64 only.
         values = values_of(batch.metric, cosines.astype(np.float64), row_norms.astype(np.float64), batch.norms)
@@ -303,11 +309,11 @@ def _select(
         reach = np.maximum(reach, np.partition(margin.lower(values), -batch.top_k)[:, [-batch.top_k]])
     # Flat: numpy looks through one dimension many times faster than through two.
     queries, columns = np.divmod(
-        np.flatnonzero(values >= margin.least(reach).astype(values.dtype)), max(1, values.shape[1])
+        np.flatnonzero(values >= margin.least(reach.astype(values.dtype))), max(1, values.shape[1])
     )
     chosen = values[queries, columns].astype(np.float64)
-    if batch.metric is Metric.euclidean:
-        margin = Margin(margin.absolute[queries, columns])
+    if np.ndim(margin.absolute):
+        margin = Margin(np.broadcast_to(margin.absolute, values.shape)[queries, columns])
     return Candidates(queries, first + columns, margin.lower(chosen), margin.upper(chosen))
 
 

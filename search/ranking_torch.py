@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
+from search.codes import integers_of
 from search.gallery import Block, Gallery
 from search.near_duplicates import Multiply, Pairs
 from search.options import Metric, Precision
@@ -24,6 +25,8 @@ from search.ranking import Batch, Candidates, Rows, default_block_rows, usable_r
 #: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
 #: still in its cache when they are needed. A GPU takes whole blocks.
 _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
+#: Far below what a bound on the error of a unit vector's product notices.
+_NOTHING = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,44 @@ class TorchMultiply(Multiply):
         return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
+class IntegerMultiply:
+    """Integers are multiplied as they are, by two digits of a query; a `search.ranking_codes.Multiply`."""
+
+    def __init__(self, units: NDArray[np.float32]) -> None:
+        """Split the queries, float32[q, d]."""
+        first, steps, _ = integers_of(units)
+        rest = units - first * steps[:, np.newaxis]
+        # What the first digit holds wholly leaves nothing to divide by.
+        rest[np.abs(rest).max(axis=1) < _NOTHING] = _NOTHING
+        second, second_steps, losses = integers_of(rest)
+        self.query_loss = float(losses.max())
+        digits = np.concatenate([first, second])
+        self._digits, self._wide = torch.from_numpy(digits), digits.astype(np.float64)
+        self._steps = torch.from_numpy(np.stack([steps, second_steps])[:, :, np.newaxis])
+
+    def __call__(self, integers: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Dot products with rows of integers, int8[b, d]: float32[q, b].
+
+        Raises:
+            ArithmeticError: torch gave wrong sums; it says nothing where oneDNN refuses the shapes.
+        """
+        sums = _integer_products(self._digits, _borrow(integers))
+        if (sums[:, 0].numpy() != self._wide @ integers[0]).any():
+            raise ArithmeticError(f"torch {torch.__version__} multiplies integers wrongly: {list(integers.shape)}")
+        first, second = sums.chunk(2)
+        products: NDArray[np.float32] = (first * self._steps[0]).addcmul_(second, self._steps[1]).numpy()
+        return products
+
+
+def sums_integers(length: int) -> bool:
+    """Whether torch multiplies rows of so many integers exactly on this CPU.
+
+    Without instructions for it the sums saturate, and rows of one value are not multiplied at all.
+    """
+    most = torch.full((32, length), 127, dtype=torch.int8)
+    return all(bool((_integer_products(most, sign * most) == sign * 127 * 127 * length).all()) for sign in (1, -1))
+
+
 def free_bytes(device: str) -> int:
     """Free memory of a CUDA device.
 
@@ -225,7 +266,7 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _borrow(rows: NDArray[np.float32]) -> torch.Tensor:
+def _borrow(rows: NDArray[Any]) -> torch.Tensor:
     with warnings.catch_warnings():
         # Torch warns that a mapped shard is read-only; nothing here writes to it.
         warnings.simplefilter("ignore")
@@ -263,6 +304,12 @@ def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             return _matrix_product(rows.to(others.dtype), others)
         parts = [_matrix_product(part.to(others.dtype), others) for part in rows.split(_ROUNDED_ROWS)]
         return torch.cat(parts)
+
+
+def _integer_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Dot products of rows of int8, summed in int32: [b, d] and [q, d] to [b, q]."""
+    # The name says that torch may change it; nothing public multiplies integers on a CPU.
+    return torch._int_mm(rows, others.T)
 
 
 def _matrix_product(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,11 @@ from search.planner import Bfloat16Units, Machine, Plan, Work, make_plan
 
 SMALL, LARGE = 100_000, 20_000_000
 UNITS = Bfloat16Units("units", matrix=True, products=50_000_000)
-BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, memory_bytes=16 << 30)
-STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16=UNITS, memory_bytes=16 << 30)
-GPU = Machine(Device.cuda, torch=True, torch_loaded=True, bfloat16=None, memory_bytes=0, device_free_bytes=80 << 30)
+BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, int8=False, memory_bytes=16 << 30)
+STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16=UNITS, int8=True, memory_bytes=16 << 30)
+GPU = Machine(
+    Device.cuda, torch=True, torch_loaded=True, bfloat16=None, int8=False, memory_bytes=0, device_free_bytes=80 << 30
+)
 
 
 def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
@@ -44,6 +46,36 @@ def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -
     assert not plan(STRONG, SMALL, 1000).resident
     assert plan(STRONG, SMALL, 1001).resident
     assert not plan(STRONG, LARGE, 1001).resident
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "queries", "way"),
+    [
+        (BARE, SMALL, 2, "numpy on cpu, int8"),
+        (BARE, SMALL, 3, "numpy on cpu, float32"),
+        (BARE, LARGE, 64, "numpy on cpu, int8"),
+        (BARE, LARGE, 65, "numpy on cpu, float32"),
+        (STRONG, SMALL, 1, "numpy on cpu, int8"),
+        (STRONG, SMALL, 3, "numpy on cpu, float32"),
+        (STRONG, LARGE, 1, "torch on cpu, int8"),
+        (dataclasses.replace(STRONG, torch=False), LARGE, 1, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 128, "torch on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 129, "torch on cpu, bfloat16"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), SMALL, 3, "numpy on cpu, float32"),
+        (GPU, SMALL, 1, "torch on cuda, float32"),
+    ],
+)
+def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, rows: int, queries: int, way: str) -> None:
+    work = Work(rows, 1280, queries, Metric.cosine, coded=True)
+    assert str(make_plan(work, machine)).startswith(way)
+    assert make_plan(dataclasses.replace(work, metric=Metric.euclidean), machine).precision is Precision.float32
+    assert make_plan(dataclasses.replace(work, coded=False), machine).precision is not Precision.int8
+
+
+def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
+    loaded = dataclasses.replace(STRONG, torch_loaded=True)
+    assert make_plan(Work(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).torch
+    assert not make_plan(Work(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).torch
 
 
 def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:

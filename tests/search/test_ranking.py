@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+import search.gallery as gallery_module
 from pipeline.errors import QueryError
 from pipeline.model import load_model
 from search.bounds import float32_margin
@@ -22,6 +23,7 @@ from search.exact import exact_angles, exact_similarities, exact_squared_distanc
 from search.gallery import Gallery, Shard, open_gallery
 from search.options import Metric
 from search.ranking import Batch, numpy_scan, rank
+from search.ranking_codes import codes_scan
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory, write_gallery
 
 D = 33
@@ -166,16 +168,25 @@ def test_a_gallery_larger_than_memory_is_answered_from_planned_reads(
     features = features_of("clustered", 300, 12)
     write_gallery(tmp_path, load_model(model_path), features, [f"{row:03d}.jpg" for row in range(300)], 70)
     want = rank(open_gallery(tmp_path), features[:5], 20, scan=numpy_scan(50))
-    asked: list[tuple[str, int]] = []
-    advise = Shard.advise
-    monkeypatch.setattr("search.gallery._FITS", 0)
+    asked: list[int] = []
+    advise = gallery_module._advise
+    monkeypatch.setattr(gallery_module, "FITS", 0)
     monkeypatch.setattr(
-        Shard,
-        "advise",
-        lambda self, start, rows, kind: (asked.append((self.name, kind)), advise(self, start, rows, kind)),
+        gallery_module,
+        "_advise",
+        lambda array, start, rows, kind: (asked.append(kind), advise(array, start, rows, kind)),
     )
     assert rank(open_gallery(tmp_path), features[:5], 20, scan=numpy_scan(50)) == want
-    assert {kind for _, kind in asked} == {mmap.MADV_RANDOM, mmap.MADV_WILLNEED}
+    assert set(asked) == {mmap.MADV_RANDOM, mmap.MADV_WILLNEED}
+    asked.clear()
+    monkeypatch.setattr(gallery_module, "FITS", 1)
+    assert rank(open_gallery(tmp_path), features[:5], 20, scan=numpy_scan(50)) == want
+    assert set(asked) == {mmap.MADV_WILLNEED}
+    # Kept codes are read instead of the features, so that these need not be in memory however small they are.
+    for shard in open_gallery(tmp_path).shards:
+        shard.keep_codes()
+    assert rank(open_gallery(tmp_path), features[:5], 20, scan=codes_scan()) == want
+    assert set(asked) == {mmap.MADV_RANDOM, mmap.MADV_WILLNEED}
 
 
 @settings(max_examples=150, deadline=None)
@@ -192,8 +203,10 @@ def test_any_float32_at_all_is_ranked_as_the_brute_force_does(
     ids = [f"{row % 7}-{row}" for row in range(len(features))]
     with np.errstate(invalid="ignore"):
         want = brute_force(features, ids, query, metric is Metric.euclidean)
-    got = found(in_memory(features, ids, cuts=(len(features) // 2,)), query[np.newaxis], k, metric, block_rows)[0]
-    assert got == [object_id for object_id, _ in want[:k]]
+    gallery = in_memory(features, ids, cuts=(len(features) // 2,))
+    for scan in (numpy_scan(block_rows), codes_scan(block_rows=block_rows)):
+        hits = rank(gallery, query[np.newaxis], k, metric, scan).hits[0]
+        assert [hit.object_id for hit in hits] == [object_id for object_id, _ in want[:k]]
 
 
 def test_a_row_decides_the_same_alone_and_among_others() -> None:

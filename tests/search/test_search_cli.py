@@ -519,7 +519,7 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
     assert none.exit_code == 5
 
 
-def test_index_keeps_the_norms_and_info_tells_what_there_is(own_world: World) -> None:
+def test_index_keeps_norms_and_codes_and_info_tells_what_there_is(own_world: World) -> None:
     bad = np.ones((3, 12), np.float32)
     bad[0], bad[1, 1], bad[2, 2] = 0, np.nan, np.inf
     write_shard(own_world.folder, 9, bad, ["x0.jpg", "x1.jpg", "x2.jpg"], own_world.model.fingerprint)
@@ -529,8 +529,29 @@ def test_index_keeps_the_norms_and_info_tells_what_there_is(own_world: World) ->
     assert list(facts)[:4] == ["folder", "model", "fingerprint", "object_id"]
     assert (facts["objects"], facts["shards"], facts["length"]) == (15, 4, 12)
     assert (facts["zero"], facts["not_finite"], facts["failed"], facts["norms_kept"]) == (1, 2, 0, 4)
+    assert facts["codes_kept"] == 4
     assert facts["fingerprint"] == own_world.model.fingerprint
     assert "not_finite      2" in own_world.run("gallery").stdout
+
+
+def test_an_indexed_gallery_gives_the_same_hits_from_its_codes(own_world: World) -> None:
+    def search() -> Result:
+        return own_world.search("--id", names(own_world)[0], "--explain", "--format", "json")
+
+    before = search()
+    own_world.run("index")
+    after = search()
+    assert "float32" in before.stderr and "int8" in after.stderr
+    assert after.stdout == before.stdout
+
+
+def test_an_index_that_cannot_be_kept_is_an_error(own_world: World) -> None:
+    # A file in the folder's place stands for a read-only disk: root may write anywhere.
+    shutil.rmtree(own_world.folder / "cache", ignore_errors=True)
+    (own_world.folder / "cache").touch()
+    result = own_world.run("index")
+    assert result.exit_code != 0
+    assert "nothing is kept of 3 shards" in str(result.exception)
 
 
 def test_which_gallery_is_meant_must_be_clear(world: World, tmp_path: Path) -> None:
