@@ -44,6 +44,8 @@ _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
 _ORIENTATION_TAG = 0x0112
+#: What a JPEG begins with, and the second bytes of two of its markers: APP1, and the start of the image data.
+_JPEG, _METADATA_SEGMENT, _IMAGE_SEGMENT = b"\xff\xd8", 0xE1, 0xDA
 #: EXIF orientation to the turn that makes the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,14 +104,22 @@ def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:
         if regular:
             raise ImageError("a link leads out of the media folder", "outside-media")
         raise ImageError("it is not a regular file", "not-a-file")
-    file = os.fdopen(descriptor, "rb")
     if status.st_size > _READ_WHOLE_BYTES:
-        return file
-    with file:
-        try:
-            return io.BytesIO(file.read())
-        except OSError as error:
-            raise MachineFault(f"cannot read {path}: {error.strerror}") from error
+        return os.fdopen(descriptor, "rb")
+    try:
+        return io.BytesIO(_read_whole(descriptor, status.st_size))
+    except OSError as error:
+        raise MachineFault(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _read_whole(descriptor: int, size: int) -> bytes:
+    # One call to the system where the file has the size that it said; a file object makes several.
+    data = os.read(descriptor, size + 1)
+    while len(data) != size and (more := os.read(descriptor, _READ_WHOLE_BYTES)):
+        data += more
+    return data
 
 
 def _opened_path(descriptor: int, path: str | Path) -> str:
@@ -147,37 +157,73 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
 
 
 def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+    image = _plain_jpeg(file, spec, max_pixels)
+    if image is None:
+        image = _opened(file, spec, max_pixels)
+    if image.mode != spec.color:
+        image = image.convert(spec.color)
+    image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+
+
+def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image:
+    """An image of any format, upright where the spec says so."""
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("it is not an image in a known format", "undecodable") from None
     with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
+        _check_size(*image.size, max_pixels)
         orientation = _orientation(image) if spec.exif_orientation else 1
         if spec.jpeg_draft:
             # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
             side = 2 * max(spec.width, spec.height)
             image.draft(None, (side, side))
-        elif image.format == "JPEG":
-            image = _decoded_jpeg(image, file)
-        if (turn := _UPRIGHT.get(orientation)) is not None:
-            image = image.transpose(turn)
-        if image.mode != spec.color:
-            image = image.convert(spec.color)
-        image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
-        pixels = np.asarray(image, dtype=np.uint8)
-    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+        elif image.format == "JPEG" and image.mode == "RGB" and isinstance(file, io.BytesIO):
+            image = _decoded_jpeg(file) or image
+        image.load()
+        turn = _UPRIGHT.get(orientation)
+        return image if turn is None else image.transpose(turn)
 
 
-def _decoded_jpeg(image: Image.Image, file: BinaryIO) -> Image.Image:
-    """A color JPEG through simplejpeg: the same pixels a little sooner. Else, and where in doubt, as it is."""
-    if image.mode == "RGB" and isinstance(file, io.BytesIO):
-        # Strict: at the least oddity of the data Pillow decides what becomes of it.
-        with suppress(ValueError):
-            return Image.fromarray(simplejpeg.decode_jpeg(file.getbuffer(), "RGB", strict=True))
-    return image
+def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | None:
+    """A color JPEG that nothing is to be done about but decoding it, without Pillow's look at it; None: not sure."""
+    if spec.jpeg_draft or not isinstance(file, io.BytesIO) or not _has_no_metadata(file.getbuffer()):
+        return None
+    try:
+        height, width, color, _ = simplejpeg.decode_jpeg_header(file.getbuffer())
+    except ValueError:
+        return None
+    if color != "YCbCr":
+        return None
+    _check_size(width, height, max_pixels)
+    return _decoded_jpeg(file)
+
+
+def _has_no_metadata(data: memoryview) -> bool:
+    """Whether a JPEG has none of the segments that EXIF and XMP are in, and so no orientation."""
+    place = 2
+    if data[:place] != _JPEG:
+        return False
+    while len(data) > place + 3 and data[place] == 0xFF and data[place + 1] != _METADATA_SEGMENT:
+        if data[place + 1] == _IMAGE_SEGMENT:
+            return True
+        place += 2 + (data[place + 2] << 8) + data[place + 3]
+    return False
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
+
+
+def _decoded_jpeg(file: io.BytesIO) -> Image.Image | None:
+    """A color JPEG through simplejpeg: the same pixels a little sooner. None: it is for Pillow to decide."""
+    # Strict: at the least oddity of the data.
+    with suppress(ValueError):
+        return Image.fromarray(simplejpeg.decode_jpeg(file.getbuffer(), "RGB", strict=True))
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

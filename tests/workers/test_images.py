@@ -68,6 +68,39 @@ def test_a_rotated_picture_is_turned_upright_unless_the_spec_says_no(tmp_path: P
     assert (load_pixels(tmp_path / "turned.jpg", replace(SPEC, exif_orientation=False), LIMIT) == as_stored).all()
 
 
+@pytest.mark.parametrize("before", [0, 3], ids=["first", "late"])
+def test_an_orientation_is_found_wherever_it_stands(tmp_path: Path, before: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(picture(tmp_path / "p.png")) as source:
+        source.save(tmp_path / "exif.jpg", exif=exif)
+        source.save(tmp_path / "xmp.jpg", xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>')
+    for name in ("exif.jpg", "xmp.jpg"):
+        data = (tmp_path / name).read_bytes()
+        # Other segments before it.
+        comment = b"\xff\xfe\x00\x06ruij"
+        (tmp_path / name).write_bytes(data[:2] + before * comment + data[2:])
+        with Image.open(tmp_path / name) as image:
+            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((224, 224)))
+            as_stored = np.asarray(image.convert("RGB").resize((224, 224)))
+        assert (load_pixels(tmp_path / name, SPEC, LIMIT) == upright).all()
+        assert (upright != as_stored).any()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_metadata_is_checked_and_decoded_like_any(tmp_path: Path, mode: str) -> None:
+    with Image.open(picture(tmp_path / "p.png")) as source:
+        source.convert(mode).save(tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as image:
+        size = image.width * image.height
+        assert (
+            load_pixels(tmp_path / "x.jpg", SPEC, size) == np.asarray(image.convert("RGB").resize((224, 224)))
+        ).all()
+    with pytest.raises(ImageError, match="more than the limit") as caught:
+        load_pixels(tmp_path / "x.jpg", SPEC, size - 1)
+    assert caught.value.reason == "too-large"
+
+
 def test_grey_mean_std_and_layout_follow_the_spec(tmp_path: Path) -> None:
     spec = replace(SPEC, color="L", layout="NCHW", height=5, width=7, mean=(0.5,), std=(0.25,), resize="bilinear")
     pixels = load_pixels(picture(tmp_path / "p.png"), spec, LIMIT)
