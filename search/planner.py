@@ -155,14 +155,14 @@ def make_plan(work: Work, machine: Machine) -> Plan:
 
 
 def _codes_scan(torch: bool, length: int, block_rows: int) -> Scan:
-    from search.ranking_codes import NumpyMultiply, codes_scan
+    from search.ranking_codes import NumpyCodesMultiply, codes_scan
 
     if torch:
-        from search.ranking_torch import IntegerMultiply, sums_integers
+        from search.ranking_torch import TorchCodesMultiply, sums_integers
 
         if sums_integers(length):
-            return codes_scan(IntegerMultiply, block_rows)
-    return codes_scan(NumpyMultiply, block_rows)
+            return codes_scan(TorchCodesMultiply, block_rows)
+    return codes_scan(NumpyCodesMultiply, block_rows)
 
 
 def _why_numpy(work: Work, machine: Machine) -> str:

@@ -22,7 +22,7 @@ from search.ranking import Batch, Candidates, Scan, default_block_rows, select, 
 _AT_ONCE = 1 << 18
 
 
-class Multiply(Protocol):
+class CodesMultiply(Protocol):
     """What multiplies the queries of one pass, unit vectors float32[q, d].
 
     Attributes:
@@ -36,10 +36,10 @@ class Multiply(Protocol):
         ...
 
 
-MakeMultiply: TypeAlias = Callable[[Float32], Multiply]
+MakeCodesMultiply: TypeAlias = Callable[[Float32], CodesMultiply]
 
 
-class NumpyMultiply:
+class NumpyCodesMultiply:
     """Integers are converted a few rows at a time and multiplied in float32, by a thread a core."""
 
     query_loss = 0.0
@@ -48,7 +48,7 @@ class NumpyMultiply:
         self._columns = units.T
 
     def __call__(self, integers: NDArray[np.int8]) -> Float32:
-        """As `Multiply` says."""
+        """As `CodesMultiply` says."""
         rows, length = integers.shape
         products = np.empty((rows, self._columns.shape[1]), np.float32)
         at_once = max(1, _AT_ONCE // max(1, length))
@@ -77,7 +77,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_cores())
 
 
-def codes_scan(make_multiply: MakeMultiply = NumpyMultiply, block_rows: int | None = None) -> Scan:
+def codes_scan(make_multiply: MakeCodesMultiply = NumpyCodesMultiply, block_rows: int | None = None) -> Scan:
     """A scan of a gallery's codes on the CPU.
 
     Args:

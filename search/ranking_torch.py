@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import UsageError
+from pipeline.errors import RuijiError, UsageError
 from search.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.codes import integers_of
 from search.gallery import Block, Gallery
@@ -202,8 +202,8 @@ class TorchMultiply(Multiply):
         return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-class IntegerMultiply:
-    """Integers are multiplied as they are, by two digits of a query; a `search.ranking_codes.Multiply`."""
+class TorchCodesMultiply:
+    """Integers are multiplied as they are, by two digits of a query; a `search.ranking_codes.CodesMultiply`."""
 
     def __init__(self, units: NDArray[np.float32]) -> None:
         """Split the queries, float32[q, d]."""
@@ -221,11 +221,14 @@ class IntegerMultiply:
         """Dot products with rows of integers, int8[b, d]: float32[q, b].
 
         Raises:
-            ArithmeticError: torch gave wrong sums; it says nothing where oneDNN refuses the shapes.
+            RuijiError: torch gave wrong sums; it says nothing where oneDNN refuses the shapes.
         """
         sums = _integer_products(self._digits, _borrow(integers))
         if (sums[:, 0].numpy() != self._wide @ integers[0]).any():
-            raise ArithmeticError(f"torch {torch.__version__} multiplies integers wrongly: {list(integers.shape)}")
+            raise RuijiError(
+                f"torch {torch.__version__} multiplies integers wrongly on this machine (rows of {integers.shape[1]}): "
+                "use another version, or delete *.codes.npy in the gallery's folder cache"
+            )
         first, second = sums.chunk(2)
         products: NDArray[np.float32] = (first * self._steps[0]).addcmul_(second, self._steps[1]).numpy()
         return products

@@ -7,31 +7,32 @@ import sys
 import numpy as np
 import pytest
 
+from pipeline.errors import RuijiError
 from search.options import Metric, Precision
 from search.planner import Plan
 from search.ranking import Batch, rank
-from search.ranking_codes import MakeMultiply, NumpyMultiply, codes_scan
+from search.ranking_codes import MakeCodesMultiply, NumpyCodesMultiply, codes_scan
 from tests.search.galleries import in_memory
 from tests.search.test_ranking import KINDS, features_of, ids_of, queries_of
 
 NO_TORCH = "torch is not installed; `make test-all` installs it"
 
 
-def by_torch() -> MakeMultiply:
+def by_torch() -> MakeCodesMultiply:
     torch_scans = pytest.importorskip("search.ranking_torch", reason=NO_TORCH)
     if not torch_scans.sums_integers(64):
         pytest.skip("torch does not multiply integers exactly on this CPU")
-    multiply: MakeMultiply = torch_scans.IntegerMultiply
+    multiply: MakeCodesMultiply = torch_scans.TorchCodesMultiply
     return multiply
 
 
 @pytest.fixture(params=["numpy", "torch"])
-def multiply(request: pytest.FixtureRequest) -> MakeMultiply:
-    return NumpyMultiply if request.param == "numpy" else by_torch()
+def multiply(request: pytest.FixtureRequest) -> MakeCodesMultiply:
+    return NumpyCodesMultiply if request.param == "numpy" else by_torch()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_and_features_give_the_same_ranking(kind: str, multiply: MakeMultiply) -> None:
+def test_codes_and_features_give_the_same_ranking(kind: str, multiply: MakeCodesMultiply) -> None:
     features = features_of(kind)
     gallery = in_memory(features, ids_of(len(features)), cuts=(100, 200))
     queries = queries_of(features)
@@ -45,7 +46,7 @@ def test_codes_and_features_give_the_same_ranking(kind: str, multiply: MakeMulti
 
 @pytest.mark.parametrize("kind", ["random", "positive", "near_duplicates"])
 @pytest.mark.parametrize("d", [2, 3, 64, 1280])
-def test_they_stay_within_their_error_bound(kind: str, d: int, multiply: MakeMultiply) -> None:
+def test_they_stay_within_their_error_bound(kind: str, d: int, multiply: MakeCodesMultiply) -> None:
     rows, queries = features_of(kind, 400, d), features_of("positive", 20, d)
     # Exact in the first digit, so that nothing is left for a second.
     queries[0] = 1
@@ -60,7 +61,7 @@ def test_they_stay_within_their_error_bound(kind: str, d: int, multiply: MakeMul
             assert (truth <= found.upper[mine]).all()
 
 
-def test_codes_alone_would_rank_near_duplicates_wrongly(multiply: MakeMultiply) -> None:
+def test_codes_alone_would_rank_near_duplicates_wrongly(multiply: MakeCodesMultiply) -> None:
     features, query = features_of("near_duplicates", 1000, 64), features_of("random", 1, 64)
     gallery = in_memory(features)
     codes = gallery.shards[0].codes
@@ -70,7 +71,7 @@ def test_codes_alone_would_rank_near_duplicates_wrongly(multiply: MakeMultiply) 
     assert hits == rank(gallery, query, 20).hits[0]
 
 
-def test_the_first_block_leaves_most_rows_out(multiply: MakeMultiply) -> None:
+def test_the_first_block_leaves_most_rows_out(multiply: MakeCodesMultiply) -> None:
     rows, queries = features_of("random", 4000, 64), features_of("positive", 20, 64)
     (found,) = codes_scan(multiply)(in_memory(rows), Batch(queries, 25, Metric.cosine), np.full(20, -np.inf))
     assert 25 * 20 <= len(found.rows) < 60 * 20
@@ -91,7 +92,7 @@ def test_wrong_sums_are_an_error_and_no_answer(monkeypatch: pytest.MonkeyPatch) 
     products = sys.modules["search.ranking_torch"]._integer_products
     monkeypatch.setattr("search.ranking_torch._integer_products", lambda rows, others: products(rows, others) + 1)
     features = features_of("random", 50)
-    with pytest.raises(ArithmeticError, match="multiplies integers wrongly"):
+    with pytest.raises(RuijiError, match="multiplies integers wrongly"):
         rank(in_memory(features), features[:3], 10, scan=codes_scan(multiply))
 
 
@@ -99,6 +100,7 @@ def test_a_cpu_that_saturates_sums_is_noticed_and_answers_the_same() -> None:
     pytest.importorskip("torch", reason=NO_TORCH)
     script = """
 import sys
+from pipeline.errors import RuijiError
 from search.options import Metric, Precision
 from search.planner import Plan
 from search.ranking import rank
