@@ -266,8 +266,8 @@ def near_duplicates(
 def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     """Prepare a gallery for quick searches: keep the norms, and the rows in 8 bits, a quarter of the features' size.
 
-    A search of one or a few images then reads only these, and the rows that it has to decide between. They lie in the
-    gallery's folder cache, which can be deleted; after new shards only theirs are made.
+    Where the features are not in memory, a search with up to 64 queries then reads only these, and the rows that it
+    has to decide between. They lie in the gallery's folder cache, which can be deleted; only what is missing is made.
     """
     from pipeline.errors import RuijiError
     from pipeline.progress import show_steps
@@ -360,7 +360,7 @@ def _rank(
     excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
     more = max(own_rows(gallery, query) if out else 0 for query, out in zip(queries, excluding, strict=True))
-    work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded)
+    work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded, gallery.in_memory())
     plan = make_plan(work, look_at_machine(device))
     if explain:
         _say(f"plan: {plan}")

@@ -1,6 +1,7 @@
 """A gallery opened for reading: its shards mapped into memory, and the way from rows to ids and paths."""
 
 import bisect
+import ctypes
 import itertools
 import mmap
 import os
@@ -31,15 +32,15 @@ from search.cache import ShardCache
 from search.codes import Codes, codes_kept, codes_of, read_codes, write_codes
 from search.norms import norms_of
 
+_libc = ctypes.CDLL(None)
+
 _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
 
 
 #: Read ahead of a scan: enough to keep a disk busy while a block is computed.
 _AHEAD_BYTES = 64 << 20
-#: A gallery larger than this part of the machine's memory is not taken to stay in it.
-FITS = 0.5
-#: Asking for a row takes some microseconds, which is much for many rows that are in memory anyway.
-_FEW_ROWS = 10_000
+#: Rows that are looked at to tell whether many are in memory.
+_LOOKED_AT = 16
 #: The kind of the norms among what is kept.
 _NORMS = "norms"
 
@@ -264,14 +265,18 @@ class Gallery:
         """The object ids of some gallery rows, `<U…`[c], in the order given."""
         return np.array([self.object_id(row) for row in rows.tolist()], dtype=np.str_)
 
-    def plan_reads(self, rows: NDArray[np.int64]) -> None:
-        """Have some rows read now, all at once and without read-ahead, where they need not be in memory.
+    def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
+        """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
+        asked = np.arange(self.rows) if rows is None else rows
+        some = asked[:: max(1, len(asked) // _LOOKED_AT)].tolist()
+        return all(_in_memory(shard.features[local]) for shard, local in map(self._locate, some))
 
-        Otherwise each row that is not in the page cache costs a read-ahead of megabytes.
+    def plan_reads(self, rows: NDArray[np.int64]) -> None:
+        """Have some rows read now, all at once and without read-ahead, where they are not in memory.
+
+        Otherwise each of them costs a read-ahead of megabytes.
         """
-        # A scan of the codes has not read them.
-        unread = self.coded and len(rows) <= _FEW_ROWS
-        if self.size_bytes <= FITS * memory_bytes() and not unread:
+        if self.in_memory(rows):
             return
         for shard, _, local in self._split(rows):
             _advise(shard.features, 0, len(shard.features), mmap.MADV_RANDOM)
@@ -301,19 +306,34 @@ class Gallery:
         return None if shard.paths is None else shard.paths[local]
 
 
-def _advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
-    """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
+def _mapping(array: NDArray[Any]) -> mmap.mmap | None:
+    """The file mapping that an array lies in."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if not isinstance(base, mmap.mmap) or rows <= 0:
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
+    """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
+    mapping = _mapping(array)
+    if mapping is None or rows <= 0:
         return
     row_bytes = array.strides[0]
     # The array ends where the file does, so what lies before it is the header.
-    first = len(base) - array.nbytes + start * row_bytes
+    first = len(mapping) - array.nbytes + start * row_bytes
     page = first // mmap.PAGESIZE * mmap.PAGESIZE
     with suppress(OSError, ValueError):
-        base.madvise(advice, page, first - page + rows * row_bytes)
+        mapping.madvise(advice, page, first - page + rows * row_bytes)
+
+
+def _in_memory(row: NDArray[np.float32]) -> bool:
+    """Whether the first page of a row is in memory; as it seems where the kernel does not tell."""
+    if _mapping(row) is None or not hasattr(_libc, "mincore"):
+        return True
+    seen = (ctypes.c_ubyte * 1)()
+    page = row.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    return _libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), seen) != 0 or bool(seen[0] & 1)
 
 
 def memory_bytes() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
-from search.gallery import FITS, Gallery, memory_bytes
+from search.gallery import Gallery, memory_bytes
 from search.options import Metric, Precision
 from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
 
@@ -55,20 +55,26 @@ _WORTH_BFLOAT16 = 16
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
 #: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
 _INT32_LENGTH = 1 << 17
-#: Up to so many queries codes are quicker than anything else, multiplied by torch or by numpy. Numpy has to convert
-#: them first, which still pays for a few more where features would come from the disk.
-_CODES_BY_TORCH, _CODES_BY_NUMPY, _CODES_FROM_DISK = 128, 2, 64
+#: Up to so many queries codes are quicker than features: multiplied by torch; and converted by numpy, which takes as
+#: long as reading features from memory, but not from a disk.
+_CODES_BY_TORCH, _CODES_BY_NUMPY = 128, 64
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: n rows of length d, q queries; and whether the rows' codes are kept."""
+    """What is asked: n rows of length d, q queries.
+
+    Attributes:
+        coded: the rows' codes are kept.
+        in_memory: so are their features, or they seem to be.
+    """
 
     rows: int
     length: int
     queries: int
     metric: Metric
     coded: bool = False
+    in_memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,11 +147,13 @@ def make_plan(work: Work, machine: Machine) -> Plan:
         return _cuda_plan(work, machine)
     rows = default_block_rows(work.length)
     if work.coded and work.metric is not Metric.euclidean:
-        large = 4 * work.rows * work.length > FITS * machine.memory_bytes
-        torch = machine.int8 and machine.torch and (machine.torch_loaded or large) and work.length <= _INT32_LENGTH
-        if work.queries <= (_CODES_BY_TORCH if torch else _CODES_FROM_DISK if large else _CODES_BY_NUMPY):
+        torch = machine.int8 and machine.torch_loaded and work.length <= _INT32_LENGTH
+        if torch and work.queries <= _CODES_BY_TORCH:
             why = "the kept codes are a quarter of the bytes"
-            return Plan(torch, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+            return Plan(True, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+        if not work.in_memory and work.queries <= _CODES_BY_NUMPY:
+            why = "the features are not in memory, and the kept codes are a quarter of the bytes"
+            return Plan(False, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(work, machine):
         return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     why = f"{work.queries:,} queries are worth the CPU's bfloat16 units"

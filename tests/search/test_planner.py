@@ -49,24 +49,22 @@ def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -
 
 
 @pytest.mark.parametrize(
-    ("machine", "rows", "queries", "way"),
+    ("machine", "in_memory", "queries", "way"),
     [
-        (BARE, SMALL, 2, "numpy on cpu, int8"),
-        (BARE, SMALL, 3, "numpy on cpu, float32"),
-        (BARE, LARGE, 64, "numpy on cpu, int8"),
-        (BARE, LARGE, 65, "numpy on cpu, float32"),
-        (STRONG, SMALL, 1, "numpy on cpu, int8"),
-        (STRONG, SMALL, 3, "numpy on cpu, float32"),
-        (STRONG, LARGE, 1, "torch on cpu, int8"),
-        (dataclasses.replace(STRONG, torch=False), LARGE, 1, "numpy on cpu, int8"),
-        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 128, "torch on cpu, int8"),
-        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 129, "torch on cpu, bfloat16"),
-        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), SMALL, 3, "numpy on cpu, float32"),
-        (GPU, SMALL, 1, "torch on cuda, float32"),
+        (STRONG, True, 1, "numpy on cpu, float32"),
+        (STRONG, False, 1, "numpy on cpu, int8"),
+        (STRONG, False, 64, "numpy on cpu, int8"),
+        (STRONG, False, 65, "numpy on cpu, float32"),
+        (BARE, False, 1, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), True, 128, "torch on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), True, 129, "torch on cpu, bfloat16"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), True, 3, "numpy on cpu, float32"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), False, 3, "numpy on cpu, int8"),
+        (GPU, False, 1, "torch on cuda, float32"),
     ],
 )
-def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, rows: int, queries: int, way: str) -> None:
-    work = Work(rows, 1280, queries, Metric.cosine, coded=True)
+def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, in_memory: bool, queries: int, way: str) -> None:
+    work = Work(SMALL, 1280, queries, Metric.cosine, coded=True, in_memory=in_memory)
     assert str(make_plan(work, machine)).startswith(way)
     assert make_plan(dataclasses.replace(work, metric=Metric.euclidean), machine).precision is Precision.float32
     assert make_plan(dataclasses.replace(work, coded=False), machine).precision is not Precision.int8

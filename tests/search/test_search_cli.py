@@ -534,12 +534,15 @@ def test_index_keeps_norms_and_codes_and_info_tells_what_there_is(own_world: Wor
     assert "not_finite      2" in own_world.run("gallery").stdout
 
 
-def test_an_indexed_gallery_gives_the_same_hits_from_its_codes(own_world: World) -> None:
+def test_an_indexed_gallery_that_is_not_in_memory_gives_the_same_hits(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def search() -> Result:
         return own_world.search("--id", names(own_world)[0], "--explain", "--format", "json")
 
     before = search()
     own_world.run("index")
+    monkeypatch.setattr("search.gallery._in_memory", lambda _: False)
     after = search()
     assert "float32" in before.stderr and "int8" in after.stderr
     assert after.stdout == before.stdout
