@@ -79,10 +79,10 @@ def int8_margin(length: int, row_losses: Any, query_loss: float) -> Margin:
         row_losses: the norm of what coding took from each unit row, as measured, float32[b].
         query_loss: the largest norm of what it took from a unit query.
     """
-    rounded = row_losses + query_loss * (1 + row_losses)
-    summed = float32_margin(length).absolute * (1 + row_losses) * (1 + query_loss)
-    # 1% for the losses, which were measured in float32.
-    return Margin(1.01 * (rounded + summed))
+    # row + query * (1 + row) + sums * (1 + row) * (1 + query), in the fewest steps over many rows; 1% for the losses,
+    # which were measured in float32.
+    of_query = query_loss + float32_margin(length).absolute * (1 + query_loss)
+    return Margin(1.01 * of_query + (1.01 * (1 + of_query)) * row_losses)
 
 
 def values_of(metric: Metric, cosines: Any, row_norms: Any, query_norms: Any) -> Any:

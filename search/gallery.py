@@ -267,9 +267,9 @@ class Gallery:
 
     def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
         """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
-        asked = np.arange(self.rows) if rows is None else rows
-        some = asked[:: max(1, len(asked) // _LOOKED_AT)].tolist()
-        return all(_in_memory(shard.features[local]) for shard, local in map(self._locate, some))
+        asked = range(self.rows) if rows is None else rows
+        some = asked[:: max(1, len(asked) // _LOOKED_AT)]
+        return all(_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
 
     def plan_reads(self, rows: NDArray[np.int64]) -> None:
         """Have some rows read now, all at once and without read-ahead, where they are not in memory.

@@ -294,12 +294,12 @@ def select(
         row_norms: float32[b]; usable: bool[b].
         first: gallery row of the block's first.
     """
+    values = cosines
     if batch.metric is Metric.euclidean:
         # Squares of norms from anywhere in float32 fit in float64 only.
-        values = values_of(batch.metric, cosines.astype(np.float64), row_norms.astype(np.float64), batch.norms)
-    else:
-        values = cosines
-    margin = margin_of(batch.metric, margin, row_norms.astype(np.float64), batch.norms)
+        norms = row_norms.astype(np.float64)
+        values = values_of(batch.metric, cosines.astype(np.float64), norms, batch.norms)
+        margin = margin_of(batch.metric, margin, norms, batch.norms)
     if not usable.all():
         values[:, ~usable] = -np.inf
     # Minus infinity would also let the rows in that are not usable.
@@ -307,13 +307,19 @@ def select(
     if np.isneginf(cuts).any() and batch.top_k < values.shape[1]:
         # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
         reach = np.maximum(reach, np.partition(margin.lower(values), -batch.top_k)[:, [-batch.top_k]])
+    # A margin for each row is looked at where the widest of them lets the row in.
+    by_row = np.ndim(margin.absolute) == 1
+    widest = Margin(margin.absolute.max()) if by_row else margin
     # Flat: numpy looks through one dimension many times faster than through two.
     queries, columns = np.divmod(
-        np.flatnonzero(values >= margin.least(reach.astype(values.dtype))), max(1, values.shape[1])
+        np.flatnonzero(values >= widest.least(reach.astype(values.dtype))), max(1, values.shape[1])
     )
+    if by_row:
+        near = values[queries, columns] + margin.absolute[columns] >= reach[queries, 0]
+        queries, columns = queries[near], columns[near]
     chosen = values[queries, columns].astype(np.float64)
     if np.ndim(margin.absolute):
-        margin = Margin(np.broadcast_to(margin.absolute, values.shape)[queries, columns])
+        margin = Margin(margin.absolute[columns] if by_row else margin.absolute[queries, columns])
     return Candidates(queries, first + columns, margin.lower(chosen), margin.upper(chosen))
 
 
