@@ -32,6 +32,7 @@ TEMPORARY_PREFIX = ".tmp-"
 #: name is free.
 CACHE_FOLDER = "cache"
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # Names of temporary files: of this process and no other on any host, then counted.
 _WRITER = secrets.token_hex(8)
 _writes = itertools.count()
@@ -69,11 +70,14 @@ def write_atomic(
     temporary = f"{folder}/{TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
     with machine_faults(f"cannot write {path}"):
         try:
-            with _create(temporary, folder) as file:
+            descriptor = _create(temporary, folder)
+            try:
                 for chunk in chunks:
-                    _write_all(file, chunk)
+                    _write_all(descriptor, chunk)
                 if sync:
-                    os.fsync(file.fileno())
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             if not exclusive:
                 os.replace(temporary, path)
                 return True
@@ -90,19 +94,24 @@ def write_atomic(
             raise
 
 
-def _create(path: str, folder: str) -> io.FileIO:
-    # Twice, because a plan that ends removes empty folders.
+def _create(path: str, folder: str) -> int:
+    # Descriptors, because a file object asks the system for more than it needs; twice, because a plan that ends removes
+    # empty folders.
     for _ in range(2):
         with suppress(FileNotFoundError):
-            return open(path, "xb", buffering=0)
-        os.makedirs(folder, exist_ok=True)
-    return open(path, "xb", buffering=0)
+            return os.open(path, _NEW_FILE, 0o666)
+        try:
+            # Mostly only the last one is missing.
+            os.mkdir(folder)
+        except OSError:
+            os.makedirs(folder, exist_ok=True)
+    return os.open(path, _NEW_FILE, 0o666)
 
 
-def _write_all(file: io.FileIO, chunk: bytes | memoryview) -> None:
+def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
     view = memoryview(chunk).cast("B")
     while view:
-        view = view[file.write(view) :]
+        view = view[os.write(descriptor, view) :]
 
 
 def sync_folder(path: Path) -> None:

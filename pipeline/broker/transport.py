@@ -48,6 +48,8 @@ local message, queue = string.match(held, '^%[(.*), "[^"]*", "([^"]*)"%]$')
 redis.call(ARGV[2], queue, message)
 return 1
 """
+#: The part of the window that is empty before more is fetched; the rest keeps the worker busy meanwhile.
+_WORTH_A_FETCH = 4
 #: Messages a fetch at most: one script holds Redis for some 10 us a message.
 _FETCH_MESSAGES = 128
 
@@ -58,6 +60,11 @@ class QoS(stock.QoS):  # type: ignore[misc]
     def __init__(self, channel: "Channel", prefetch_count: int = 0) -> None:
         super().__init__(channel, prefetch_count)
         self._acks: list[str] = []
+
+    def can_consume(self) -> bool:
+        """Whether so many messages may be fetched that the fetch is worth it; for each one its own would cost more."""
+        window = self.prefetch_count
+        return not window or window - len(self._delivered) + len(self._dirty) >= max(1, window // _WORTH_A_FETCH)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Note a message that the fetch has booked in Redis already."""

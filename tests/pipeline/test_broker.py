@@ -60,6 +60,29 @@ def test_many_messages_are_taken_at_once_and_booked_as_the_stock_transport_books
         assert (exchange, key, message["headers"]["id"]) == ("", QUEUE, "t0")
 
 
+def test_more_is_fetched_once_a_quarter_of_the_window_is_empty(redis_url: str) -> None:
+    publish(redis_url, 40)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 8, received) as connection:
+        drain(connection, received, 8)
+        received[0].ack()
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.5)
+        received[1].ack()
+        connection.drain_events(timeout=5)
+        assert len(received) == 10
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_small_window_is_filled_one_by_one(redis_url: str, window: int) -> None:
+    publish(redis_url, 40)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), window, received) as connection:
+        for number in range(5):
+            drain(connection, received, window + number)
+            received[number].ack()
+
+
 def test_the_last_messages_are_left_to_be_shared(redis_url: str) -> None:
     publish(redis_url, 10)
     received: list[Any] = []
