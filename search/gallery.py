@@ -1,12 +1,9 @@
 """A gallery opened for reading: its shards mapped into memory, and the way from rows to ids and paths."""
 
 import bisect
-import ctypes
 import itertools
 import mmap
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +28,7 @@ from pipeline.store import (
 from search.cache import ShardCache
 from search.codes import Codes, codes_kept, codes_of, read_codes, write_codes
 from search.norms import norms_of
-
-_libc = ctypes.CDLL(None)
+from search.paging import advise, row_in_memory
 
 _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
 
@@ -231,7 +227,7 @@ class Gallery:
         for index, (shard, shard_first, start) in enumerate(pieces):
             for later, _, at in pieces[index + ahead : index + ahead + 1] if index else pieces[: ahead + 1]:
                 read = later.codes.integers if coded else later.features
-                _advise(read, at, min(block_rows, len(read) - at), mmap.MADV_WILLNEED)
+                advise(read, at, min(block_rows, len(read) - at), mmap.MADV_WILLNEED)
             piece = slice(start, min(start + block_rows, end - shard_first))
             left_out = None if shard.left_out is None else shard.left_out[piece]
             codes = shard.codes.part(piece) if coded else None
@@ -269,7 +265,7 @@ class Gallery:
         """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
         asked = range(self.rows) if rows is None else rows
         some = asked[:: max(1, len(asked) // _LOOKED_AT)]
-        return all(_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
+        return all(row_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
 
     def plan_reads(self, rows: NDArray[np.int64]) -> None:
         """Have some rows read now, all at once and without read-ahead, where they are not in memory.
@@ -279,9 +275,9 @@ class Gallery:
         if self.in_memory(rows):
             return
         for shard, _, local in self._split(rows):
-            _advise(shard.features, 0, len(shard.features), mmap.MADV_RANDOM)
+            advise(shard.features, 0, len(shard.features), mmap.MADV_RANDOM)
             for row in np.unique(local).tolist():
-                _advise(shard.features, row, 1, mmap.MADV_WILLNEED)
+                advise(shard.features, row, 1, mmap.MADV_WILLNEED)
 
     def rows_of(self, object_id: str) -> NDArray[np.int64]:
         """Every gallery row with this id, int64[…]; more than one only where shards repeat an id."""
@@ -304,41 +300,6 @@ class Gallery:
         """
         shard, local = self._locate(row)
         return None if shard.paths is None else shard.paths[local]
-
-
-def _mapping(array: NDArray[Any]) -> mmap.mmap | None:
-    """The file mapping that an array lies in."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return base if isinstance(base, mmap.mmap) else None
-
-
-def _advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
-    """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
-    mapping = _mapping(array)
-    if mapping is None or rows <= 0:
-        return
-    row_bytes = array.strides[0]
-    # The array ends where the file does, so what lies before it is the header.
-    first = len(mapping) - array.nbytes + start * row_bytes
-    page = first // mmap.PAGESIZE * mmap.PAGESIZE
-    with suppress(OSError, ValueError):
-        mapping.madvise(advice, page, first - page + rows * row_bytes)
-
-
-def _in_memory(row: NDArray[np.float32]) -> bool:
-    """Whether the first page of a row is in memory; as it seems where the kernel does not tell."""
-    if _mapping(row) is None or not hasattr(_libc, "mincore"):
-        return True
-    seen = (ctypes.c_ubyte * 1)()
-    page = row.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    return _libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), seen) != 0 or bool(seen[0] & 1)
-
-
-def memory_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_gallery(feature_dir: Path, model: Path | None) -> Path:

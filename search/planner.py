@@ -1,6 +1,7 @@
 """Which way a search takes, and why: the one place that decides it."""
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
-from search.gallery import Gallery, memory_bytes
+from search.gallery import Gallery
 from search.options import Metric, Precision
 from search.ranking import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
 
@@ -240,7 +241,11 @@ def look_at_machine(device: Device) -> Machine:
 
         free = free_bytes(device.value)
     int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
-    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), int8, memory_bytes(), free)
+    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), int8, _memory_bytes(), free)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @cache

@@ -13,7 +13,7 @@ from search.planner import Plan
 from search.ranking import Batch, rank
 from search.ranking_codes import MakeCodesMultiply, NumpyCodesMultiply, codes_scan
 from tests.search.galleries import in_memory
-from tests.search.test_ranking import KINDS, features_of, ids_of, queries_of
+from tests.search.test_ranking import KINDS, check_bounds, features_of, ids_of, queries_of
 
 NO_TORCH = "torch is not installed; `make test-all` installs it"
 
@@ -54,11 +54,7 @@ def test_they_stay_within_their_error_bound(kind: str, d: int, multiply: MakeCod
         batch = Batch(queries, 400, metric)
         (found,) = codes_scan(multiply)(in_memory(rows), batch, np.full(20, -np.inf))
         assert len(found.rows) == 20 * 400
-        for number in range(20):
-            mine = found.queries == number
-            truth = batch.decide(number, rows[found.rows[mine]])
-            assert (found.lower[mine] <= truth).all()
-            assert (truth <= found.upper[mine]).all()
+        check_bounds(found, batch, rows)
 
 
 def test_codes_alone_would_rank_near_duplicates_wrongly(multiply: MakeCodesMultiply) -> None:

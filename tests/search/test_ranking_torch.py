@@ -10,7 +10,7 @@ from search.options import Metric, Precision  # noqa: E402
 from search.ranking import Batch, rank  # noqa: E402
 from search.ranking_torch import TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
-from tests.search.test_ranking import KINDS, features_of, ids_of, queries_of  # noqa: E402
+from tests.search.test_ranking import KINDS, check_bounds, features_of, ids_of, queries_of  # noqa: E402
 
 DEVICES = [
     "cpu",
@@ -47,11 +47,7 @@ def test_bfloat16_stays_within_its_error_bound(kind: str, resident: bool, device
             scan = TorchScan(gallery, device, Precision.bfloat16, resident=resident)
             (found,) = scan(gallery, batch, np.full(20, -np.inf))
             assert len(found.rows) == 20 * 400
-            for number in range(20):
-                mine = found.queries == number
-                truth = batch.decide(number, rows[found.rows[mine]])
-                assert (found.lower[mine] <= truth).all()
-                assert (truth <= found.upper[mine]).all()
+            check_bounds(found, batch, rows)
 
 
 @pytest.mark.parametrize("products", [1, 600, 10**6])

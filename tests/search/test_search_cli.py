@@ -542,7 +542,7 @@ def test_an_indexed_gallery_that_is_not_in_memory_gives_the_same_hits(
 
     before = search()
     own_world.run("index")
-    monkeypatch.setattr("search.gallery._in_memory", lambda _: False)
+    monkeypatch.setattr("search.gallery.row_in_memory", lambda _: False)
     after = search()
     assert "float32" in before.stderr and "int8" in after.stderr
     assert after.stdout == before.stdout
