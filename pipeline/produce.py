@@ -14,7 +14,7 @@ from pipeline.plan import Plan, Segment
 logger = logging.getLogger(__name__)
 
 #: Messages sent in one round trip; more only adds memory.
-PUBLISH_BATCH = 500
+PUBLISH_BATCH = 100
 #: Headers that Celery's protocol leaves out or takes as empty; written out they are a sixth of a message, which Redis
 #: holds for every row in flight.
 _OPTIONAL_HEADERS = (

@@ -111,7 +111,8 @@ def _redis(url: str | None) -> Check:
     ahead = time.time() - (seconds + micros / 1e6)
     if abs(ahead) > _CLOCK_TOLERANCE_S:
         problems.append(f"this machine's clock differs from its by {ahead:+.0f} s: work may be done twice, or late")
-    where = f"{public_url(url)}, {version}"
+    # Valkey tells the version of Redis that it stands for as well.
+    where = f"{public_url(url)}, " + (f"Valkey {info['valkey_version']}" if "valkey_version" in info else version)
     return Check("warn", "redis", f"{where}: {'; '.join(problems)}") if problems else Check("ok", "redis", where)
 
 

