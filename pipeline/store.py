@@ -365,13 +365,19 @@ def read_record(folder: Path, shard: int) -> Record:
 def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: list[str]) -> dict[str, bytes]:
     """The exact bytes of a shard's three data files, by ending."""
     ids = np.array(object_ids, dtype=np.str_) if object_ids else np.empty(0, "<U1")
-    contents = {}
-    for ending, array in ((SHARD_ENDINGS[0], features.astype("<f4", copy=False)), (SHARD_ENDINGS[1], ids)):
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-        contents[ending] = buffer.getvalue()
-    contents[SHARD_ENDINGS[2]] = "".join(f"{path}\n" for path in paths).encode()
-    return contents
+    return {
+        SHARD_ENDINGS[0]: _npy(features.astype("<f4", copy=False)),
+        SHARD_ENDINGS[1]: _npy(ids),
+        SHARD_ENDINGS[2]: "".join(f"{path}\n" for path in paths).encode(),
+    }
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    # numpy writes anything but a real file by way of a copy; joined, a shard's features are copied once.
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return b"".join((header.getvalue(), array.reshape(-1).view(np.uint8).data))
 
 
 def write_record(folder: Path, record: Record) -> bool:
