@@ -227,10 +227,9 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
 
 
 @cache
-def _feature_header(length: int) -> bytes:
+def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(buffer, header)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
@@ -238,12 +237,12 @@ def write_feature(path: str | Path, feature: NDArray[np.float32]) -> None:
     """Write one feature, float32[d], as `.npy`. Not fsynced: a lost feature is made again."""
     data = np.ascontiguousarray(feature, dtype="<f4")
     # In one piece, which is one call less to the system for every image.
-    write_atomic(path, [_feature_header(data.size) + data.tobytes()])
+    write_atomic(path, [_npy_header("<f4", data.shape) + data.tobytes()])
 
 
 def read_feature(path: str | Path, length: int) -> NDArray[np.float32] | None:
     """One feature, float32[d], or None where the file is missing, truncated, foreign or not finite."""
-    header = _feature_header(length)
+    header = _npy_header("<f4", (length,))
     expected = len(header) + 4 * length
     # One call each to open, read and close: a reducer does this for every image, and a file object asks for more.
     try:
@@ -375,9 +374,7 @@ def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: 
 def _npy(array: NDArray[Any]) -> bytes:
     # numpy writes anything but a real file by way of a copy; joined, a shard's features are copied once.
     array = np.ascontiguousarray(array)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return b"".join((header.getvalue(), array.reshape(-1).view(np.uint8).data))
+    return b"".join((_npy_header(array.dtype.str, array.shape), array.reshape(-1).view(np.uint8).data))
 
 
 def write_record(folder: Path, record: Record) -> bool:
