@@ -31,7 +31,7 @@ Images = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="IMAGE",
-        help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv as for --labels), "
+        help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv with img_path), "
         "- for a list on stdin.",
     ),
 ]
@@ -60,8 +60,8 @@ ExcludeSelf = Annotated[
     bool | None,
     typer.Option(
         "--exclude-self/--include-self",
-        help="Whether a query that is an object of the gallery is kept out of its own hits.  "
-        "[default: out for --id, in for pictures]",
+        help="Whether a query that is an object of the gallery is kept out of its own hits; for pictures "
+        "--exclude-self needs --media-dir.  [default: out for --id, in for pictures]",
         show_default=False,
     ),
 ]
@@ -172,6 +172,11 @@ def search(
         raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
     _check_null(null, output_format is OutputFormat.paths)
     _check_pictures(sheet, html, media_dir)
+    if exclude_self and images and media_dir is None:
+        raise UsageError(
+            "--exclude-self knows the object of a picture by its path in the media folder: say where that is with "
+            "--media-dir"
+        )
     conditions, annotations = _read_filters(where, labels)
     whole = _open(feature_dir, model_path, include_stale, output_format is OutputFormat.paths)
     files = image_files(images or [], sys.stdin, media_dir)
@@ -203,8 +208,12 @@ def search(
         kept = hits if min_similarity is None else [hit for hit in hits if hit.similarity >= min_similarity]
         known = None if annotations is None else [annotations.label(hit.object_id, hit.path) for hit in kept]
         found.append((printable(query.name), hit_rows(kept, known)))
+    lines = []
+    if media_dir is not None and not (sheet is None and html is None):
+        # Before hits are written: labels that contradict each other are refused, and then nothing else is said.
+        lines = [_line(query, rows, annotations, media_dir) for query, (_, rows) in zip(queries, found, strict=True)]
     write_hits(found, output_format, media_dir, null)
-    _show(sheet, html, queries, [rows for _, rows in found], annotations, media_dir, max_pixels)
+    _show(sheet, html, lines, max_pixels)
     if failed:
         raise typer.Exit(EXIT_INCOMPLETE)
     if not any(rows for _, rows in found):
@@ -254,11 +263,15 @@ def near_duplicates(
         _say(f"plan: {why}")
     with show_steps("pairs") as progress:
         groups = find_groups(gallery, threshold, multiply, progress)
+    lines = [] if sheet is None or media_dir is None else _group_lines(groups, annotations, media_dir)
     write_groups(groups, output_format, media_dir, null)
     extra = sum(len(group.members) - 1 for group in groups)
     _say(f"{len(groups)} groups; {extra} objects beside the first of their group")
-    if sheet is not None and media_dir is not None:
-        _draw_groups(sheet, groups, annotations, media_dir, max_pixels)
+    if sheet is not None:
+        from search.sheet import write_sheet
+
+        shown = "" if len(lines) == len(groups) else f" with the first {len(lines)} of {len(groups)} groups"
+        _say_missing(f"sheet: {sheet}{shown}", write_sheet(sheet, lines, max_pixels, "first"))
     if not groups and fail_if_empty:
         raise typer.Exit(EXIT_EMPTY)
 
@@ -404,25 +417,15 @@ def _say_unusable(gallery: "Gallery") -> None:
         _say("the gallery has no object that can be ranked")
 
 
-def _show(
-    sheet: Path | None,
-    html: Path | None,
-    queries: "list[Query]",
-    found: "list[list[Row]]",
-    annotations: "Annotations | None",
-    media_dir: Path | None,
-    max_pixels: int,
-) -> None:
+def _show(sheet: Path | None, html: Path | None, lines: "list[SheetLine]", max_pixels: int) -> None:
     """Write what people look at."""
-    if media_dir is None or (sheet is None and html is None):
-        return
-    from search.page import write_page
-    from search.sheet import write_sheet
-
-    lines = [_line(query, rows, annotations, media_dir) for query, rows in zip(queries, found, strict=True)]
     if sheet is not None:
+        from search.sheet import write_sheet
+
         _say_missing(f"sheet: {sheet}", write_sheet(sheet, lines, max_pixels))
     if html is not None:
+        from search.page import write_page
+
         about = f"{len(lines)} queries" if len(lines) > 1 else f"query: {lines[0].name}"
         _say_missing(f"page: {html}", write_page(html, "ruiji search", about, lines, max_pixels))
 
@@ -440,15 +443,19 @@ def _line(query: "Query", rows: "list[Row]", annotations: "Annotations | None", 
         )
         for row in rows
     ]
-    name = Path(query.name).name
-    label = None if annotations is None else annotations.label(query.object_id or name, query.path)
-    return SheetLine(query.picture, tuple(hits), label, printable(name))
+    label = None if annotations is None else _query_label(query, annotations)
+    return SheetLine(query.picture, tuple(hits), label, printable(Path(query.name).name))
 
 
-def _draw_groups(
-    target: Path, groups: "list[Group]", annotations: "Annotations | None", media_dir: Path, max_pixels: int
-) -> None:
-    from search.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine, write_sheet
+def _query_label(query: "Query", annotations: "Annotations") -> str | None:
+    if query.object_id is not None:
+        return annotations.label(query.object_id, query.path)
+    # From outside the media folder nothing is known of it: that a line has its file name says nothing.
+    return None if query.path is None else annotations.picture_label(query.path)
+
+
+def _group_lines(groups: "list[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
+    from search.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine
 
     lines = []
     for group in groups[:GROUP_LINES]:
@@ -461,9 +468,7 @@ def _draw_groups(
             for member, label in zip(group.members[: GROUP_HITS + 1], labels, strict=False)
         )
         lines.append(SheetLine(first.picture, tuple(rest), first.label, first.object_id))
-    missing = write_sheet(target, lines, max_pixels, "first")
-    shown = "" if len(groups) <= GROUP_LINES else f" with the first {GROUP_LINES} of {len(groups)} groups"
-    _say_missing(f"sheet: {target}{shown}", missing)
+    return lines
 
 
 def _say_missing(text: str, missing: int) -> None:

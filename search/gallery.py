@@ -306,8 +306,8 @@ def find_gallery(feature_dir: Path, model: Path | None) -> Path:
     """The folder of the gallery that is meant.
 
     Args:
-        model: its name is the folder's; the file need not exist. None: `feature_dir` itself is a gallery, or has
-            exactly one.
+        model: a gallery's name, or the model's file, which need not exist and whose name is the folder's. None:
+            `feature_dir` itself is a gallery, or has exactly one.
 
     Raises:
         UsageError: without a model it is not clear which gallery is meant.

@@ -6,7 +6,7 @@ Only `img_path` or `img_name` has to be there; any further column (a camera, a d
 
 import csv
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,17 +36,18 @@ class Annotations:
     rows: tuple[Annotation, ...]
 
     @cached_property
-    def _by_path(self) -> dict[str, Annotation]:
-        return {posixpath.normpath(row[PATH_COLUMN]): row for row in self.rows if row.get(PATH_COLUMN)}
+    def _by_path(self) -> dict[str, Annotation | None]:
+        return _by_key((posixpath.normpath(row[PATH_COLUMN]), row) for row in self.rows if row.get(PATH_COLUMN))
 
     @cached_property
     def _by_name(self) -> dict[str, Annotation | None]:
-        """By file name; None where several lines of different content have it."""
-        named: dict[str, Annotation | None] = {}
-        for row in self.rows:
-            name = row.get(NAME_COLUMN) or posixpath.basename(row.get(PATH_COLUMN, ""))
-            named[name] = row if named.get(name, row) == row else None
-        return named
+        return _by_key((row.get(NAME_COLUMN) or posixpath.basename(row.get(PATH_COLUMN, "")), row) for row in self.rows)
+
+    def _of_path(self, path: str) -> Annotation | None:
+        row = self._by_path.get(path)
+        if row is None and path in self._by_path:
+            raise UsageError(f"{self.source} has several lines for {path} that differ; keep one of them")
+        return row
 
     def find(self, object_id: str, path: str | None) -> Annotation | None:
         """The line of one gallery object: by its path, else by its file name.
@@ -56,9 +57,9 @@ class Annotations:
             path: relative to the media folder; None where the gallery does not know paths.
 
         Raises:
-            UsageError: only the name fits, and it stands in several lines that differ.
+            UsageError: what fits, the path or else the name, stands in several lines that differ.
         """
-        if path is not None and (row := self._by_path.get(path)) is not None:
+        if path is not None and (row := self._of_path(path)) is not None:
             return row
         name = posixpath.basename(object_id)
         row = self._by_name.get(name)
@@ -74,6 +75,31 @@ class Annotations:
         """What the object shows, or None where the file does not say."""
         row = self.find(object_id, path)
         return None if row is None else row.get(LABEL_COLUMN)
+
+    def picture_label(self, path: str) -> str | None:
+        """What a picture in the media folder shows, which need not be in the gallery; None where no line says it.
+
+        A line with its file name counts only where it has no path: one with another path is of another picture.
+
+        Args:
+            path: relative to the media folder.
+
+        Raises:
+            UsageError: the path stands in several lines that differ.
+        """
+        row = self._of_path(path)
+        if row is None:
+            named = self._by_name.get(posixpath.basename(path))
+            row = None if named is None or named.get(PATH_COLUMN) else named
+        return None if row is None else row.get(LABEL_COLUMN)
+
+
+def _by_key(lines: Iterable[tuple[str, Annotation]]) -> dict[str, Annotation | None]:
+    """Lines by a key; None where several of different content have it."""
+    found: dict[str, Annotation | None] = {}
+    for key, row in lines:
+        found[key] = row if found.get(key, row) == row else None
+    return found
 
 
 def read_annotations(source: Path) -> Annotations:

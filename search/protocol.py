@@ -65,20 +65,21 @@ def from_annotations(
         junk_labels: rows with these are neither queries nor ranked.
 
     Raises:
-        UsageError: a column is missing, or there is no query or nothing to rank.
+        UsageError: a column is missing, an object has lines that differ, or there is no query or nothing to rank.
     """
     needed = [LABEL_COLUMN, *([] if leave_one_out else [TYPE_COLUMN]), *([camera_column] if camera_column else [])]
     for column in needed:
         if column not in annotations.columns:
             hint = "; --leave-one-out does without it" if column == TYPE_COLUMN else ""
             raise UsageError(f"{annotations.source} has no column {column}: {','.join(annotations.columns)}{hint}")
-    found: set[int] = set()
+    # By content, because a line that is repeated as it is means the same query.
+    found: set[tuple[str, ...]] = set()
 
     def look(row: int, object_id: str, path: str | None) -> _Row | str:
         annotation = annotations.find(object_id, path)
         if annotation is None:
             return f"not in {annotations.source.name}"
-        found.add(id(annotation))
+        found.add(tuple(annotation.values()))
         kinds = frozenset({QUERY, GALLERY}) if leave_one_out else frozenset({annotation[TYPE_COLUMN]})
         if not kinds & {QUERY, GALLERY}:
             return f"{TYPE_COLUMN} neither {QUERY} nor {GALLERY}"
@@ -88,7 +89,7 @@ def from_annotations(
         return leave_one_out or annotation[TYPE_COLUMN] == QUERY
 
     rows = list(_look(gallery, look))
-    missing = sum(1 for annotation in annotations.rows if is_query(annotation) and id(annotation) not in found)
+    missing = len({tuple(annotation.values()) for annotation in annotations.rows if is_query(annotation)} - found)
     name = "leave-one-out" if leave_one_out else "query/gallery"
     return _protocol(gallery, name, rows, missing, junk_labels, cameras=camera_column is not None)
 

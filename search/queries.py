@@ -101,7 +101,7 @@ def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None)
     relative to the media folder if one is given, else to its own folder. Anything else is an image.
 
     Raises:
-        UsageError: a list cannot be read, or names no image.
+        UsageError: a list cannot be read, names no image, or is a `.csv` without `img_path`.
     """
     files: list[Path] = []
     for path in given:
@@ -115,9 +115,14 @@ def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None)
         elif path.suffix.lower() == ".csv":
             from search.labels import PATH_COLUMN, TYPE_COLUMN, read_annotations
 
-            rows = read_annotations(path).rows
+            annotations = read_annotations(path)
+            if PATH_COLUMN not in annotations.columns:
+                raise UsageError(
+                    f"{path} does not say where its pictures are: give it a column {PATH_COLUMN}, relative to the "
+                    "media folder"
+                )
             base = path.parent if media_dir is None else media_dir
-            files += [base / row[PATH_COLUMN] for row in rows if row.get(TYPE_COLUMN, "query") == "query"]
+            files += [base / row[PATH_COLUMN] for row in annotations.rows if row.get(TYPE_COLUMN, "query") == "query"]
         else:
             files.append(path)
         if len(files) == before:
@@ -157,7 +162,7 @@ def gallery_queries(gallery: Gallery, object_ids: list[str], media_dir: Path | N
 
 
 def feature_queries(files: list[Path], length: int) -> list[Query]:
-    """Features from `.npy` files, float32[d] or float32[q, d] each.
+    """Features from `.npy` files, float32[d] or float32[q, d] each, q at least 1.
 
     Raises:
         QueryError: a file is not an array of that kind, or a feature in it cannot be ranked.
@@ -165,13 +170,17 @@ def feature_queries(files: list[Path], length: int) -> list[Query]:
     queries: list[Query] = []
     for file in files:
         try:
-            array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise QueryError(f"--feature {file}: not a .npy file that can be read ({error})") from None
-        if array.dtype.kind != "f" or array.ndim not in (1, 2) or array.shape[-1] != length:
+            # Not numpy.load, which also opens an archive of arrays (.npz).
+            with file.open("rb") as opened:
+                array = np.lib.format.read_array(opened, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise QueryError(
+                f"--feature {file}: not a .npy file that can be read ({error}); write one with numpy.save"
+            ) from None
+        if array.dtype.kind != "f" or array.ndim not in (1, 2) or array.shape[-1] != length or not len(array):
             raise QueryError(
                 f"--feature {file} is {array.dtype}{list(array.shape)}, the gallery needs float32[{length}] or "
-                f"float32[q, {length}]"
+                f"float32[q, {length}], q at least 1"
             )
         single = array.ndim == 1
         for number, feature in enumerate(np.atleast_2d(array).astype(np.float32)):

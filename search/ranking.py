@@ -214,17 +214,23 @@ def check_queries(queries: Float32, length: int) -> None:
 
 
 def _hits(gallery: Gallery, query: Float32, found: Neighbours, metric: Metric) -> tuple[Hit, ...]:
-    features = gallery.take(found.rows)
-    if metric is Metric.euclidean:
-        similarities, distances = exact_similarities(query, features), np.sqrt(-found.values)
-    else:
-        similarities, distances = found.values, exact_angles(query, features)
-    columns = zip(
-        found.rows.tolist(), found.object_ids.tolist(), similarities.tolist(), distances.tolist(), strict=True
-    )
-    return tuple(
-        Hit(row, object_id, gallery.path(row), similarity, distance) for row, object_id, similarity, distance in columns
-    )
+    hits: list[Hit] = []
+    for start in range(0, len(found.rows), _DECIDED_AT_ONCE):
+        some = slice(start, start + _DECIDED_AT_ONCE)
+        rows, values = found.rows[some], found.values[some]
+        features = gallery.take(rows)
+        if metric is Metric.euclidean:
+            similarities, distances = exact_similarities(query, features), np.sqrt(-values)
+        else:
+            similarities, distances = values, exact_angles(query, features)
+        columns = zip(
+            rows.tolist(), found.object_ids[some].tolist(), similarities.tolist(), distances.tolist(), strict=True
+        )
+        hits += [
+            Hit(row, object_id, gallery.path(row), similarity, distance)
+            for row, object_id, similarity, distance in columns
+        ]
+    return tuple(hits)
 
 
 # Scanning with numpy

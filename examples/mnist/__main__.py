@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 a step failed or a target is missed, 2 usage, 130 interrup
 
 import json
 import os
+import shutil
 import sys
 import time
 from enum import StrEnum
@@ -88,10 +89,14 @@ def train_network(
     threads: Threads = 2,
     output: Output = DEFAULT_OUTPUT,
 ) -> None:
-    """Train a network, draw its curve, export it as ONNX and compare that with torch."""
+    """Train a network, draw its curve, export it as ONNX and compare that with torch.
+
+    Features that an earlier network of this name made below the output folder are removed.
+    """
     from dataclasses import replace
 
     from examples.mnist import show, train
+    from examples.onnx_export import ExportError
 
     recipe = train.RECIPES[network]
     recipe = replace(recipe, epochs=epochs or recipe.epochs, images=images)
@@ -104,7 +109,18 @@ def train_network(
         )
     seconds = time.perf_counter() - started
     target = model_file(output, network)
-    difference = train.export(trained, data.load(output / "data", "test"), target)
+    # Before the file is another one: `ruiji run` refuses to add to the features of another network.
+    for features in output.glob(f"*-*-*/features/{target.stem}"):
+        shutil.rmtree(features)
+    try:
+        difference = train.export(trained, data.load(output / "data", "test"), target)
+    except ExportError as error:
+        # `all` would take what is there for the trained network.
+        target.unlink()
+        raise RuijiError(
+            f"{error}; the file is removed. Is torch that of requirements/torch.txt, and the rest that of "
+            "requirements/mnist.lock?"
+        ) from None
     train.write_curve(curve, target.with_suffix(".csv"))
     show.curve(target.with_suffix(".png"), curve)
     last = curve[-1]

@@ -6,6 +6,7 @@ On scikit-learn's 8 x 8 digits, enlarged and packed as MNIST's files are, so tha
 import gzip
 import hashlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from examples.mnist.__main__ import (
     evaluate,
     extract,
     get_data,
+    main,
     model_file,
     rank,
     scatter,
@@ -130,6 +132,33 @@ def test_the_whole_way_from_files_to_the_articles_table_and_metrics(
     counts = re.findall(r"^(\d) +(\d+)(?:  # <- this)?$", said, re.MULTILINE)
     assert sum(int(count) for _, count in counts) == 200
     assert (folder / "ranking_64d.png").exists()
+
+
+def test_a_network_that_is_trained_again_has_its_features_made_again(output: Path) -> None:
+    draw_images(2, 10, 0, output)
+    features = output / "2-10-0" / "features"
+    (features / "mnist_64d").mkdir(parents=True)
+    train_network(Network.two, epochs=1, images=64, threads=1, output=output)
+    extract(Network.two, 2, 10, 0, output)
+    before = (features / "mnist_2d" / "0000.features.npy").read_bytes()
+    train_network(Network.two, epochs=1, images=128, threads=1, output=output)
+    extract(Network.two, 2, 10, 0, output)
+    assert (features / "mnist_2d" / "0000.features.npy").read_bytes() != before
+    assert (features / "mnist_64d").is_dir()
+
+
+def test_an_export_that_differs_from_the_network_is_an_error_and_not_kept(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No difference is small enough.
+    monkeypatch.setattr("examples.mnist.train._TOLERANCE", -1.0)
+    command = ["mnist", "train", "2d", "--epochs", "1", "--images", "64", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert re.search(r"^error: .*mnist_2d\.onnx differs from torch by .*requirements/", capsys.readouterr().err, re.M)
+    assert not model_file(output, Network.two).exists()
 
 
 def test_features_of_two_dimensions_are_drawn(output: Path) -> None:

@@ -194,6 +194,27 @@ def test_every_query_and_row_that_does_not_take_part_is_counted_with_its_reason(
     assert "6, 1 valid; excluded: 1 feature all zero, or not finite, " in world.evaluate("--junk-label", "junk").stdout
 
 
+def test_a_query_is_counted_once_however_often_its_line_stands_and_refused_where_lines_differ(tmp_path: Path) -> None:
+    rows = [("query", "a", ""), *(("gallery", label, "") for label in "ba")]
+    again = "query,000.png,a/000.png,a,000,\n"
+    gone = 2 * "query,gone.png,a/gone.png,a,9,\n"
+    found = make(tmp_path, rows, towards(0.9, 0.8), again + gone).json()
+    assert found["queries"]["given"] == 2
+    assert found["queries"]["excluded"] == {"not in the gallery's shards": 1}
+    world = make(tmp_path / "other", rows, towards(0.9, 0.8), "gallery,000.png,a/000.png,b,000,\n")
+    assert "several lines for a/000.png that differ" in world.refused()
+
+
+def test_a_gallery_is_found_by_its_name_with_a_dot_in_it(tmp_path: Path) -> None:
+    world = random_world(tmp_path)
+    model = world.model.rename(tmp_path / "tiny.v1.onnx")
+    gallery_folder(world.features, world.model).rename(gallery_folder(world.features, model))
+    world.model = model
+    by_file = world.json()
+    world.model = Path("tiny.v1")
+    assert world.json() == by_file
+
+
 def test_the_camera_rule_leaves_out_matches_only(tmp_path: Path) -> None:
     rows = [("query", "a", "1"), *(("gallery", label, camera) for label, camera in ("a1", "b1", "a2", "b2"))]
     world = make(tmp_path, rows, towards(0.9, 0.8, 0.7, 0.6))

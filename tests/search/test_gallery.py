@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
-from search.gallery import Gallery, open_gallery
+from search.gallery import Gallery, find_gallery, open_gallery
 from tests.search.galleries import write_article_shard, write_gallery, write_shard
 
 
@@ -182,6 +182,18 @@ def test_no_gallery_and_an_empty_one_say_what_to_run(tmp_path: Path, model: Mode
     for folder in (tmp_path / "none", tmp_path / "empty", tmp_path):
         with pytest.raises(UsageError, match="ruiji enqueue"):
             open_gallery(folder)
+
+
+def test_a_gallery_is_found_by_its_name_and_by_its_models_file(tmp_path: Path) -> None:
+    for name in ("net_100.ra_in1k", "other"):
+        write_article_shard(tmp_path / name, 0, some_features(1), ["a.jpg"])
+    with pytest.raises(UsageError, match=r"It has: net_100\.ra_in1k, other"):
+        find_gallery(tmp_path, None)
+    for model in ("net_100.ra_in1k", "net_100.ra_in1k.onnx", "models/net_100.ra_in1k.onnx"):
+        assert find_gallery(tmp_path, Path(model)) == tmp_path / "net_100.ra_in1k"
+    for model in ("other", "other.onnx", "models/other.onnx"):
+        assert find_gallery(tmp_path, Path(model)) == tmp_path / "other"
+    assert find_gallery(tmp_path, Path("new.onnx")) == tmp_path / "new"
 
 
 def test_a_damaged_record_is_an_error_of_ours(folder: Path) -> None:

@@ -41,6 +41,25 @@ def test_a_path_decides_before_a_name_and_a_name_serves_where_paths_are_unknown(
             read.label("a.png", path)
 
 
+def test_lines_of_one_path_are_refused_where_they_differ_and_harmless_where_they_do_not(tmp_path: Path) -> None:
+    read = read_annotations(
+        write(tmp_path, HEADER + "g,a.png,x/a.png,1,1\ng,a.png,./x/a.png,2,2\n" + 2 * "g,b.png,x/b.png,3,3\n")
+    )
+    for ask in (lambda: read.label("a.png", "x/a.png"), lambda: read.picture_label("x/a.png")):
+        with pytest.raises(UsageError, match=r"several lines for x/a\.png that differ"):
+            ask()
+    assert read.label("b.png", "x/b.png") == "3"
+    assert read.label("b.png", None) == "3"
+
+
+def test_the_name_of_a_picture_that_may_be_in_no_gallery_counts_only_without_a_path(tmp_path: Path) -> None:
+    read = read_annotations(write(tmp_path, HEADER + "q,a.png,x/a.png,1,1\nq,b.png,,2,2\nq,c.png,,3,3\nq,c.png,,4,4\n"))
+    assert read.picture_label("x/a.png") == "1"
+    assert read.picture_label("new/a.png") is None
+    assert read.picture_label("new/b.png") == "2"
+    assert read.picture_label("new/c.png") is None
+
+
 def test_a_file_without_labels_or_names_still_serves_its_other_columns(tmp_path: Path) -> None:
     read = read_annotations(write(tmp_path, "img_path,camera\na/b.png,7\n"))
     row = read.find("b.png", "a/b.png")

@@ -5,6 +5,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,6 +139,32 @@ def test_candidates_that_are_decided_early_change_nothing(kind: str, monkeypatch
     whole = [rank(gallery, queries, 7, metric, numpy_scan(20)) for metric in Metric]
     monkeypatch.setattr("search.ranking._WAITING", 1)
     assert [rank(gallery, queries, 7, metric, numpy_scan(20)) for metric in Metric] == whole
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_the_number_of_rows_that_are_decided_at_once_changes_nothing(
+    metric: Metric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = features_of("extremes")
+    queries = queries_of(features)
+    gallery = in_memory(features, ids_of(len(features)), cuts=(90,))
+    whole = rank(gallery, queries, len(features), metric)
+    monkeypatch.setattr("search.ranking._DECIDED_AT_ONCE", 7)
+    assert rank(gallery, queries, len(features), metric) == whole
+
+
+def test_every_row_as_a_hit_takes_no_more_memory_than_a_part_of_them_in_float64() -> None:
+    features = features_of("random", 8000, 1280)
+    gallery = in_memory(features)
+    assert not any(gallery.unusable_rows)
+    tracemalloc.start()
+    try:
+        assert len(rank(gallery, features[:1], len(features)).hits[0]) == len(features)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # All rows in float64 are twice the features, and an angle takes several such arrays.
+    assert peak < 4 * features.nbytes, peak
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

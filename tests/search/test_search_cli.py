@@ -360,6 +360,13 @@ def test_a_picture_of_the_media_folder_can_be_kept_out_of_its_own_hits(world: Wo
     assert names(world)[3] not in ids(out)[0]
 
 
+def test_excluding_a_picture_itself_needs_the_media_folder_that_it_is_known_by(world: World) -> None:
+    image = world.media / world.paths[3]
+    assert "--media-dir" in world.refused(UsageError, image, "--exclude-self")
+    assert world.search(image, "--include-self").exit_code == 0
+    assert world.search("--id", names(world)[3], "--exclude-self").exit_code == 0
+
+
 def test_an_unknown_id_is_refused(world: World) -> None:
     assert "no such object" in world.refused(QueryError, "--id", "none.png")
     assert "nothing to search with" in world.refused(UsageError)
@@ -378,6 +385,12 @@ def test_features_are_searched_with_one_or_many_at_a_time(world: World, tmp_path
     assert "float32[12]" in world.refused(QueryError, "--feature", tmp_path / "long.npy")
     np.save(tmp_path / "zero.npy", np.zeros(12, np.float32))
     assert "all zero" in world.refused(QueryError, "--feature", tmp_path / "zero.npy")
+    np.save(tmp_path / "none.npy", np.ones((0, 12), np.float32))
+    assert "q at least 1" in world.refused(QueryError, "--feature", tmp_path / "none.npy")
+    np.savez(tmp_path / "some.npz", features)
+    (tmp_path / "empty.npy").touch()
+    for name in ("some.npz", "empty.npy", "missing.npy"):
+        assert "numpy.save" in world.refused(QueryError, "--feature", tmp_path / name)
 
 
 def test_folders_lists_and_stdin_stand_for_their_pictures(world: World, tmp_path: Path) -> None:
@@ -401,6 +414,8 @@ def test_folders_lists_and_stdin_stand_for_their_pictures(world: World, tmp_path
     assert queries("-", stdin=f"{images[1]}\n{images[0]}\n") == [images[1], images[0]]
     (tmp_path / "empty").mkdir()
     assert "names no image" in world.refused(UsageError, tmp_path / "empty")
+    (tmp_path / "names.csv").write_text("img_name,label\na.png,a\n")
+    assert "give it a column img_path" in world.refused(UsageError, tmp_path / "names.csv")
 
 
 # Filters
@@ -483,6 +498,55 @@ def test_a_page_is_whole_in_itself(world: World, labels: Path, tmp_path: Path) -
     assert text.count('class="right"') == 5
     assert text.count('class="wrong"') == 6
     assert "--media-dir" in world.refused(UsageError, "--id", names(world)[0], "--html", target)
+
+
+def frames(world: World, image: str | Path, labels: Path, target: Path) -> tuple[int, int]:
+    """How many hits of a query, an id or a picture, are framed green, and how many red."""
+    query = ["--id", image] if isinstance(image, str) else [image]
+    result = world.search(*query, "--labels", labels, "--html", target, "--media-dir", world.media, "--format", "json")
+    assert result.exit_code == 0, result.output
+    text = target.read_text()
+    return text.count('class="right"'), text.count('class="wrong"')
+
+
+def test_a_query_has_the_label_of_its_own_line_and_of_no_other(own_world: World, tmp_path: Path) -> None:
+    world = own_world
+    world.media = shutil.copytree(world.media, tmp_path / "media")
+    name, page = names(world)[0], tmp_path / "out.html"
+    # A picture of the gallery; one that is not, but in the CSV; one of the same name that is in neither.
+    image, beside, other = world.media / world.paths[0], world.media / "queries" / "q.png", world.media / "new" / name
+    outside = tmp_path / "new" / name
+    for target in (beside, other, outside):
+        target.parent.mkdir()
+        shutil.copy(image, target)
+    lines = [f"{path},{'cat' if number < 6 else 'dog'}" for number, path in enumerate(world.paths)]
+    by_path, by_name = tmp_path / "by_path.csv", tmp_path / "by_name.csv"
+    by_path.write_text("\n".join(["img_path,label", *lines, "queries/q.png,dog"]) + "\n")
+    by_name.write_text("\n".join(["img_name,label", *(line.rpartition("/")[2] for line in lines), "q.png,dog"]) + "\n")
+    for labels in (by_path, by_name):
+        green, red = frames(world, image, labels, page)
+        assert green and red and green + red == 10
+        assert frames(world, beside, labels, page) == (red, green)
+        assert sum(frames(world, name, labels, page)) == 10
+        assert frames(world, outside, labels, page) == (0, 0)
+    assert frames(world, other, by_path, page) == (0, 0)
+
+
+def test_labels_that_contradict_each_other_are_refused_before_there_is_an_answer(world: World, tmp_path: Path) -> None:
+    name = names(world)[0]
+    (tmp_path / "labels.csv").write_text(f"img_path,label\n{world.paths[0]},cat\n{world.paths[0]},dog\n")
+    # Its own line is asked for only to draw it: it is not among its hits.
+    asked = ["--id", name, "--labels", tmp_path / "labels.csv", "--media-dir", world.media]
+    assert world.search(*asked).exit_code == 0
+    assert "that differ" in world.refused(UsageError, *asked, "--html", tmp_path / "out.html")
+    drawn = ["--labels", tmp_path / "labels.csv", "--media-dir", world.media, "--sheet", tmp_path / "groups.png"]
+    groups = world.run("near-duplicates", "--threshold", "0.5", *drawn)
+    assert isinstance(groups.exception, UsageError)
+    assert not groups.stdout
+    # A picture that has no more than the name of both is none of them.
+    shutil.copy(world.media / world.paths[5], tmp_path / "new.png")
+    (tmp_path / "labels.csv").write_text("img_path,label\nx/new.png,cat\ny/new.png,dog\n")
+    assert frames(world, tmp_path / "new.png", tmp_path / "labels.csv", tmp_path / "out.html") == (0, 0)
 
 
 # The other commands
