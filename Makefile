@@ -158,15 +158,15 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
-			$$([ $$name = dev ] || echo "-c requirements/dev.lock") \
+			-c requirements/onnxruntime.in $$([ $$name = dev ] || echo "-c requirements/dev.lock") \
 			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
 	done
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		--extra cpu --extra plot --extra mnist --excludes requirements/torch-apart.in \
-		requirements/build.in pyproject.toml -c requirements/dev.lock \
+		requirements/build.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/dev.lock \
+		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
 
 clean: ## Remove .venv and what was built; no features, no data
