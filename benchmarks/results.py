@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -77,8 +78,17 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
+def nvidia_smi(field: str, *form: str) -> list[str]:
+    """What nvidia-smi tells of each GPU; empty where it cannot be asked."""
+    query = ["nvidia-smi", f"--query-gpu={field}", f"--format={','.join(['csv', 'noheader', *form])}"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
 def describe_machine(libraries: Iterable[str]) -> dict[str, Any]:
-    """CPU model, usable cores, memory in bytes, and versions of Python and of the installed ones of `libraries`."""
+    """CPU model, usable cores, memory in bytes, GPUs with their drivers, and versions of Python and `libraries`."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
@@ -92,6 +102,7 @@ def describe_machine(libraries: Iterable[str]) -> dict[str, Any]:
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **({"gpus": gpus} if (gpus := nvidia_smi("name,driver_version")) else {}),
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,
     }
