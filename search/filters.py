@@ -70,6 +70,8 @@ def apply_conditions(gallery: Gallery, conditions: Sequence[Condition], annotati
             raise UsageError(
                 f"{annotations.source} has no column {condition.column}; it has {', '.join(annotations.columns)}"
             )
+    if all(condition.column == PATH for condition in conditions):
+        annotations = None  # What it says of a row is nobody's question, and may be ambiguous.
     return gallery.only([_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))])
 
 

@@ -452,6 +452,9 @@ def test_where_keeps_objects_by_their_columns_and_paths(world: World, labels: Pa
     assert "no column color; it has img_path, label, number" in refused
     assert "--labels" in world.refused(UsageError, "--id", names(world)[0], "--where", "label=cat")
     assert "COLUMN=VALUE" in world.refused(UsageError, "--id", names(world)[0], "--where", "label")
+    # Of the others nothing is asked that their lines would have to agree on.
+    labels.write_text(f"img_name,label\n{names(world)[9]},cat\n{names(world)[9]},dog\n")
+    assert found(f"path={prefix}") == [4]
 
 
 def test_min_similarity_leaves_hits_out_and_nothing_found_can_be_a_failure(world: World) -> None:
