@@ -115,10 +115,18 @@ class Plan:
         return self.segments[-1].first + self.segments[-1].lines
 
     def paths(self, segment: Segment) -> list[str]:
-        """The segment's objects, in the order of their rows."""
-        with todo_file(self.folder, self.plan_id).open("rb") as file:
+        """The segment's objects, in the order of their rows.
+
+        Raises:
+            GalleryMismatch: the todo list is damaged.
+        """
+        path = todo_file(self.folder, self.plan_id)
+        with path.open("rb") as file:
             file.seek(segment.offset)
-            return [file.readline().decode().removesuffix("\n") for _ in range(segment.lines)]
+            lines = [file.readline() for _ in range(segment.lines)]
+        if not lines[-1].endswith(b"\n"):
+            raise GalleryMismatch(f"{path} is shorter than its plan says; run ruiji cancel, then ruiji enqueue")
+        return [line.decode().removesuffix("\n") for line in lines]
 
     def object_file(self, object_id: str, ending: str) -> str:
         """The name of an object's feature (`.npy`) or error file (`.error.json`).
@@ -259,6 +267,14 @@ def closed_plans(folder: Path) -> Iterator[tuple[Plan, frozenset[int]]]:
             yield _from_json(folder, value), frozenset(value["published"])
 
 
+def latest_closed_plan(folder: Path) -> Plan | None:
+    """The plan that was closed last, or None."""
+    files = list((folder / "run" / "done").glob("*/plan.json"))
+    if not files:
+        return None
+    return _from_json(folder, read_json(max(files, key=lambda path: path.stat().st_mtime_ns)))
+
+
 def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_rows: int) -> None:
     """Raise unless enqueuing would carry on with this open plan.
 
@@ -303,3 +319,17 @@ def close_plan(plan: Plan) -> None:
     open_todo.unlink(missing_ok=True)
     shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
     sync_folder(plan.folder / "run")
+
+
+def cancel_plan(plan: Plan) -> None:
+    """Close a plan that is not finished.
+
+    Its features are taken up by the next plan. Its failures are not: that plan may have other limits, and what was
+    missing may be there.
+    """
+    close_plan(plan)
+    # A walk, because the plan may be of 10^8 objects of which a few failed.
+    for top in plan.folder.iterdir():
+        if len(top.name) <= 2:
+            for path in top.rglob("*.error.json"):
+                path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import RuijiError
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
-from pipeline.plan import Limits, Plan, Segment, closed_plans, commit_plan, todo_file
+from pipeline.plan import Limits, Plan, Segment, closed_plans, commit_plan, latest_closed_plan, todo_file
 from pipeline.store import (
     FORMAT,
     GalleryInfo,
@@ -115,7 +116,8 @@ def make_plan(
         if retry is not None:
             segments = []
             todo.write_bytes(b"")
-            _forget_errors(folder, scheme, fresh)
+            # What a run that kept its features left: the objects are to be tried, not just found failed.
+            _forget(folder, scheme, fresh, (".error.json",))
         offset = todo.stat().st_size
         first = segments[-1].first + segments[-1].lines if segments else 0
         new = _cut(fresh, settings.shard_rows, len(segments), next_shard, first, offset)
@@ -125,7 +127,8 @@ def make_plan(
         with todo.open("ab") as out, fresh.open("rb") as source:
             shutil.copyfileobj(source, out)
         plan = _draft(folder, media_dir, gallery, objects, settings, segments, todo)
-        todo.rename(run / f"{plan.plan_id}.todo.txt")
+        _forget_other_versions(plan, todo)
+        _place(todo, plan)
     return commit_plan(plan)
 
 
@@ -153,8 +156,16 @@ def make_repair_plan(folder: Path) -> Plan | None:
             segments=tuple(segments),
         )
         plan = _named(draft, todo)
-        todo.rename(folder / "run" / f"{plan.plan_id}.todo.txt")
+        _forget_other_versions(plan, todo)
+        _place(todo, plan)
     return commit_plan(plan)
+
+
+def _place(todo: Path, plan: Plan) -> None:
+    """Move a todo list to where its plan finds it, on the disk before the plan is."""
+    with todo.open("rb") as file:
+        os.fsync(file.fileno())
+    todo.rename(plan.folder / "run" / f"{plan.plan_id}.todo.txt")
 
 
 def _draft(
@@ -242,10 +253,27 @@ def _copy_lost(folder: Path, lost: list[Segment], todo: Path) -> list[Segment]:
     return segments
 
 
-def _forget_errors(folder: Path, scheme: IdScheme, paths: Path) -> None:
-    """Drop error files that a cancelled or kept run left, so that the objects are tried and not just found failed."""
+def _forget_other_versions(plan: Plan, todo: Path) -> None:
+    """Drop what plans with other library versions left of these objects: a shard's record names one set of versions.
+
+    A cancelled plan leaves what it had done, and one that keeps features leaves all.
+    """
+    before = {segment.plan for segment in plan.segments} - {plan.plan_id}
+    earlier = [closed for closed, _ in closed_plans(plan.folder) if closed.plan_id in before]
+    latest = latest_closed_plan(plan.folder)
+    if any(
+        one.versions != plan.versions and (one.keep_features or one.unpublished())
+        for one in [*earlier, *([latest] if latest else [])]
+    ):
+        _forget(plan.folder, plan.scheme, todo, (".npy", ".error.json"))
+
+
+def _forget(folder: Path, scheme: IdScheme, paths: Path, endings: tuple[str, ...]) -> None:
     for path in read_lines(paths):
-        (folder / scheme.nested(scheme.object_id(path), ".error.json")).unlink(missing_ok=True)
+        object_id = scheme.object_id(path)
+        for ending in endings:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{folder}/{scheme.nested(object_id, ending)}")
 
 
 def _done_by_id(folder: Path, scheme: IdScheme, lost: Path, scratch: Path) -> Path:

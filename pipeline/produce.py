@@ -8,7 +8,7 @@ from typing import Any
 from celery import Celery
 
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK, embed_queue, reduce_queue
-from pipeline.broker.chords import Armed, Chords
+from pipeline.broker.chords import Armed, Chords, renewed
 from pipeline.plan import Plan, Segment
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _OPTIONAL_HEADERS = (
     "stamped_headers",
     "stamps",
 )
-#: Publishing 10,000 messages takes 2 s; the lease is renewed after each batch.
+#: How long the others wait where a producer is killed.
 _ARM_LEASE_S = 30.0
 
 
@@ -47,7 +47,8 @@ class Producer:
         Segments that are armed already are left alone, unless their publishing was cut off.
         """
         published = 0
-        with self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S) as lease:
+        lease = self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
+        with renewed(lease):
             unpublished = self._plan.unpublished()
             armed = self._chords.armed()
             wanted = [s for s in unpublished if s.index in armed and not armed[s.index].complete]
@@ -65,7 +66,8 @@ class Producer:
             seen: how the segment was armed when the lack was noticed; where it has been armed anew
                 since, somebody else noticed too, and nothing is done.
         """
-        with self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S) as lease:
+        lease = self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
+        with renewed(lease):
             now = self._chords.armed().get(segment.index)
             if now != seen:
                 return 0

@@ -64,6 +64,9 @@ class Watchdog(threading.Thread):
                 self._look()
             except (redis.RedisError, LockError, OperationalError, OSError, RuijiError) as error:
                 logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
+            except Exception:
+                # Without this thread nothing that is lost comes back.
+                logger.exception("watchdog", extra={"event": "watchdog_waits"})
 
     def _look(self) -> None:
         plan = open_plan(self._folder)

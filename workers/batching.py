@@ -15,6 +15,7 @@ from typing import Any
 import redis
 from celery import Task
 from celery.app import trace
+from celery.exceptions import InvalidTaskError
 from celery.utils.imports import symbol_by_name
 from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
@@ -81,20 +82,24 @@ class BatchTask(Task):  # type: ignore[misc]
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
             with task.ledger.busy("queue"):
-                request = request_class(
-                    message,
-                    on_ack=ack,
-                    on_reject=reject,
-                    app=app,
-                    hostname=consumer.hostname,
-                    eventer=consumer.event_dispatcher,
-                    task=task,
-                    connection_errors=consumer.connection_errors,
-                    body=message.body,
-                    headers=message.headers,
-                    decoded=False,
-                    utc=True,
-                )
+                try:
+                    request = request_class(
+                        message,
+                        on_ack=ack,
+                        on_reject=reject,
+                        app=app,
+                        hostname=consumer.hostname,
+                        eventer=consumer.event_dispatcher,
+                        task=task,
+                        connection_errors=consumer.connection_errors,
+                        body=message.body,
+                        headers=message.headers,
+                        decoded=False,
+                        utc=True,
+                    )
+                except (TypeError, ValueError, KeyError) as error:
+                    # Celery drops such a message, where any other error would end the consumer, again and again.
+                    raise InvalidTaskError(str(error)) from error
                 task_reserved(request)
             buffer.append(request)
             if len(buffer) >= task.batch_images:
@@ -140,20 +145,21 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
     for request in requests:
         try:
             payload = request._payload
+            args = tuple(payload[0])
             request.on_accepted(pid, now)
-            live.append((request, payload))
+            live.append((request, payload, args))
         except Exception:  # Any undecodable message; it can never be worked on.
             logger.exception("a message cannot be read and is dropped", extra={"event": "bad_message"})
             request.reject(requeue=False)
             task_ready(request)
-    outcomes = task.compute([tuple(args) for _, (args, _, _) in live])
+    outcomes = task.compute([args for _, _, args in live])
     with task.ledger.busy("queue"):
         traced = []
         backend = task.backend
         # The stock backend stores the part of each member within its trace.
         batched = hasattr(backend, "store_parts")
         with backend.collected_parts() if batched else nullcontext([]) as parts:
-            for (request, payload), outcome in zip(live, outcomes, strict=True):
+            for (request, payload, _), outcome in zip(live, outcomes, strict=True):
                 task._outcomes[request.id] = outcome
                 arguments = (task.name, request.id, request.request_dict, payload, None, None)
                 traced.append((request, trace.fast_trace_task(*arguments)))

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ImageError, MachineFault, ObjectListError
+from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
-from pipeline.objects import check_path
 from pipeline.plan import Plan, Segment
 from pipeline.store import write_error, write_feature
 from workers.alone import ChildDied, decode_alone
@@ -133,10 +132,7 @@ def embed_batch(
     """
     ledger = ledger or Ledger()
     published = _published(plan, jobs)
-    outcomes = [
-        LATE if job.segment.shard in published or _refused(job) else SKIPPED if plan.is_done(job.path) else DONE
-        for job in jobs
-    ]
+    outcomes = [LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.path) else DONE for job in jobs]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
     load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
     loaded = (decoders.map if decoders else map)(load, (job.path for _, job in waiting))
@@ -183,16 +179,6 @@ def _embed(
         else:
             error = ImageError("the model gives values that are not finite", "not-finite")
             yield number, _fail(plan, job, error)
-
-
-def _refused(job: Job) -> bool:
-    try:
-        check_path(job.path)
-    except ObjectListError as error:
-        # No list holds such a path, so the task is not the producer's; it may not even fail an object.
-        logger.warning("task refused: %s", error, extra={"event": "task_refused"})
-        return True
-    return False
 
 
 def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:

@@ -99,7 +99,7 @@ def register_embed(
         hand: told what is being worked on.
         decoders: threads that decode ahead of the encoder, where several batches are in hand at once.
     """
-    plans = OpenPlan(folder)
+    plans, lines = OpenPlan(folder), _Lines()
 
     def compute(calls: list[tuple[Any, ...]]) -> list[str]:
         outcomes = [LATE] * len(calls)
@@ -112,7 +112,7 @@ def register_embed(
             if plan is None:
                 continue
             check_versions(plan)
-            numbers = [n for n in candidates if _segment_exists(plan, calls[n][1])]
+            numbers = [n for n in candidates if _segment_exists(plan, calls[n][1]) and lines.hold(plan, *calls[n][1:])]
             jobs = [Job(plan.segments[calls[n][1]], calls[n][2]) for n in numbers]
             done = embed_guarded(plan, jobs, encoder, media_dir, hand, ledger, decoders)
             for number, outcome in zip(numbers, done, strict=True):
@@ -128,6 +128,30 @@ def register_embed(
     task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
     task.stopping, task.ledger, task._outcomes = stopping, ledger, {}
     app.register_task(task)
+
+
+class _Lines:
+    """The lines of the segments that are worked on, of which a task has to be one.
+
+    So a forged task can neither name a file of its own choice nor fail a healthy object by a wrong path.
+    """
+
+    #: A window's segments come one after the other, but for what is published again.
+    _KEPT = 2
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], frozenset[str]] = {}
+
+    def hold(self, plan: Plan, index: int, path: str) -> bool:
+        key = (plan.plan_id, index)
+        lines = self._kept.get(key)
+        if lines is None:
+            lines = frozenset(plan.paths(plan.segments[index]))
+            self._kept = dict([*self._kept.items(), (key, lines)][-self._KEPT :])
+        if path in lines:
+            return True
+        logger.warning("task refused: segment %d has no %r", index, path, extra={"event": "task_refused"})
+        return False
 
 
 def _well_formed(call: tuple[Any, ...]) -> bool:
@@ -175,13 +199,22 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     """Reduce one segment under a lease; arm what is missing, or what comes next.
 
     Raises:
-        MachineFault: the disk failed. LockError: another reducer holds the segment, or took it over.
+        MachineFault: the disk failed, or the plan was cancelled. LockError: another reducer holds the segment, or
+            took it over.
     """
     segment, chords = plan.segments[index], Chords(client, plan)
     started = time.monotonic()
     lease = chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
+    plans = OpenPlan(plan.folder)
+
+    def still_ours() -> None:
+        lease.reacquire()
+        # Its objects may be another plan's by now, and would have two rows.
+        if plans.get(plan.plan_id) is None:
+            raise MachineFault(f"the plan {plan.plan_id} was closed meanwhile")
+
     with renewed(lease):
-        reduced = reduce_segment(plan, segment, lease.reacquire)
+        reduced = reduce_segment(plan, segment, still_ours)
     if reduced.missing:
         time.sleep(_LATE_FILE_WAIT_S)
         missing = missing_after_reread(plan, reduced.missing)

@@ -146,16 +146,22 @@ class Chords:
         for queue in (embed_queue(gallery_id), reduce_queue(gallery_id)):
             start, step = 0, 2000
             while messages := self.client.lrange(queue, start, start + step - 1):
-                found |= {self._segment_in(json.loads(message)) for message in messages}
+                found |= {self._segment_in(message) for message in messages}
                 start += step
         for _, message in self.client.hscan_iter(unacked_keys(gallery_id)["unacked_key"], count=1000):
-            found.add(self._segment_in(json.loads(message)[0]))
+            found.add(self._segment_in(message))
         return found - {-1}
 
-    def _segment_in(self, message: dict[str, Any]) -> int:
-        # Task ids are <plan>.<segment>.<digest>.<row or r>; see produce.
-        plan_id, _, rest = str(message["headers"]["id"]).partition(".")
-        return int(rest.partition(".")[0]) if plan_id == self._plan.plan_id else -1
+    def _segment_in(self, message: str | bytes) -> int:
+        """The segment of one message, or of one in hand, which kombu keeps with its place; -1: none of this plan."""
+        try:
+            content: Any = json.loads(message)
+            # Task ids are <plan>.<segment>.<digest>.<row or r>; see produce.
+            task_id = (content[0] if isinstance(content, list) else content)["headers"]["id"]
+            plan_id, _, rest = str(task_id).partition(".")
+            return int(rest.partition(".")[0]) if plan_id == self._plan.plan_id else -1
+        except (ValueError, KeyError, IndexError, TypeError):
+            return -1  # Not ours; a worker will drop it.
 
     def lease(self, what: str, timeout_s: float, wait_s: float) -> Lock:
         """A lease that runs out by itself; use it as a context manager, which raises where it cannot be had."""

@@ -1,14 +1,15 @@
 """Planning: what is still to do, in which shards, whatever the disk holds."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.errors import PlanMismatch, RuijiError
+from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
-from pipeline.plan import check_matches, close_plan, is_closed, open_plan
+from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan, todo_file
 from pipeline.planning import Settings, make_plan
 from pipeline.reduce import reduce_segment
 from pipeline.store import claim_gallery, read_gallery, read_json
@@ -96,6 +97,67 @@ def test_a_cancelled_plan_keeps_its_numbers_and_its_features(tmp_path: Path, mod
     assert [segment.shard for segment in again.segments] == [3, 4]
     assert again.paths(again.segments[0]) == plan.paths(plan.segments[1])
     assert not reduce_segment(again, again.segments[0], lambda: None).missing, "its features are taken up"
+
+
+def test_what_a_cancelled_plan_failed_is_tried_again(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 5)
+    paths = plan.paths(plan.segments[0])
+    embed(plan, paths[:1])
+    fail(plan, paths[1], "too-large")
+    cancel_plan(plan)
+    again = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 5))
+    assert again is not None
+    assert [again.is_done(path) for path in paths[:3]] == [True, False, False]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("other", [False, True])
+def test_features_of_other_library_versions_do_not_come_into_a_new_plans_shards(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, other: bool
+) -> None:
+    plan = new_plan(tmp_path, model_path, 10, keep_features=keep)
+    embed(plan, plan.paths(plan.segments[0]) + plan.paths(plan.segments[1]))
+    reduce_segment(plan, plan.segments[0], lambda: None)
+    cancel_plan(plan)
+    if keep:
+        for path in plan.folder.glob("0000.*"):
+            path.unlink()
+    if other:
+        monkeypatch.setattr("pipeline.planning.library_versions", lambda: {**plan.versions, "onnxruntime": "0.1"})
+    again = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 10))
+    assert again is not None
+    # With kept features the first segment is one that was published and lost.
+    for segment in again.segments[: 2 if keep else 1]:
+        assert {again.is_done(path) for path in again.paths(segment)} == {not other}
+
+
+def test_a_todo_list_that_lost_its_end_is_not_taken_for_a_list(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    todo = todo_file(plan.folder, plan.plan_id)
+    for damaged in (todo.read_bytes()[:-3], b""):
+        todo.write_bytes(damaged)
+        assert plan.paths(plan.segments[0]) if damaged else True
+        with pytest.raises(GalleryMismatch, match="ruiji cancel"):
+            plan.paths(plan.segments[1])
+    cancel_plan(plan)
+    assert plan_for(tmp_path, model_path, pictures(tmp_path / "media", 6)) is not None
+
+
+def test_the_todo_list_is_on_the_disk_before_its_plan(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def note(number: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", note)
+    plan = new_plan(tmp_path, model_path, 3)
+    assert "todo" in synced, synced
+    assert synced.index("todo") < synced.index("run")
+    assert open_plan(plan.folder) == plan
 
 
 def test_objects_that_left_the_list_are_stale(tmp_path: Path, model_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import base64
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue
+from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
 from pipeline.plan import Plan
@@ -74,6 +75,30 @@ def test_a_publishing_that_was_cut_off_is_done_again(plan: Plan, chords: Chords,
     armed = chords.armed()[0]
     chords.set_armed(plan.segments[0], type(armed)(**{**vars(armed), "complete": False}))
     assert producer.fill_window(1) == 4
+
+
+def test_a_slow_folder_costs_the_lease_nothing(
+    plan: Plan, chords: Chords, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.produce._ARM_LEASE_S", 0.3)
+    look = Plan.is_done
+
+    def slow(self: Plan, path: str) -> bool:
+        time.sleep(0.2)
+        return look(self, path)
+
+    monkeypatch.setattr(Plan, "is_done", slow)
+    assert producer.fill_window(1) == 4
+    assert chords.armed()[0].complete
+
+
+def test_messages_that_are_not_ours_are_no_segments(plan: Plan, chords: Chords, producer: Producer) -> None:
+    producer.fill_window(1)
+    nearly = json.dumps({"headers": {"id": f"{plan.plan_id}.x.y"}})
+    for junk in ("no json", "[]", "3", "{}", nearly):
+        chords.client.lpush(embed_queue(plan.gallery_id), junk)
+        chords.client.hset(unacked_keys(plan.gallery_id)["unacked_key"], junk, junk)
+    assert chords.queued_segments() == {0}
 
 
 def test_the_sum_is_the_list_at_every_stage(plan: Plan, chords: Chords, producer: Producer, redis_url: str) -> None:

@@ -58,6 +58,8 @@ def test_messages_that_ruiji_did_not_send_harm_nothing(
     pickled = forged(plan, [])
     pickled["body"] = base64.b64encode(pickle.dumps([[Bomb(tmp_path / "exploded")], {}, {}])).decode()
     pickled["content-type"], pickled["content-encoding"] = "application/x-python-serialize", "binary"
+    misshapen = forged(plan, [])
+    misshapen["body"] = base64.b64encode(b"[]").decode()
     messages = [
         pickled,
         forged(plan, [plan.plan_id, 0, "../secret.png"]),
@@ -69,6 +71,12 @@ def test_messages_that_ruiji_did_not_send_harm_nothing(
         forged(plan, [plan.plan_id]),
         forged(plan, ["../../../../etc", 0, paths[0]]),
         forged(plan, "no list"),
+        # Not a line of the segment: the name of a healthy object elsewhere, and names that are no file's.
+        forged(plan, [plan.plan_id, 0, f"nowhere/{paths[0].rpartition('/')[2]}"]),
+        forged(plan, [plan.plan_id, 1, plan.paths(plan.segments[0])[0]]),
+        forged(plan, [plan.plan_id, 0, "....png"]),
+        forged(plan, [plan.plan_id, 0, "a" * 300 + ".png"]),
+        misshapen,
         forged(plan, ["id"], name="os.system"),
     ]
     client = connect(redis_url)
@@ -82,10 +90,12 @@ def test_messages_that_ruiji_did_not_send_harm_nothing(
     assert not (tmp_path / "exploded").exists()
     assert json.loads(ruiji("status", "--json").stdout)["done"] == 20
     assert not list(ruiji.gallery.rglob("*secret*"))
+    assert not list(tmp_path.rglob("*.error.json"))
     assert ruiji("verify").stdout == ""
     assert client.llen(embed_queue(plan.gallery_id)) == 0, "none of them comes back for ever"
     output = capfd.readouterr().err
     assert "task_refused" in output and "process_died" not in output
+    assert "batch_failed" not in output and "machine_fault" not in output
 
 
 def test_a_worker_of_another_model_or_without_a_state_folder_refuses_to_start(
