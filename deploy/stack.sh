@@ -44,18 +44,32 @@ password() {
 	own secrets/redis_password
 }
 
+# It talks on stderr even where all is well.
+openssl_quietly() { said=$(openssl "$@" 2>&1) || { say "openssl failed:"; say "$said"; exit 1; }; }
+
 # A CA of this installation's own, and the certificate of the host that runs Redis, for ten years.
 certificates() {
-	case $1 in *[!0-9.]*) name=DNS:$1 ;; *) name=IP:$1 ;; esac
+	command -v openssl >/dev/null || { say "no openssl: install it (on Debian or Ubuntu apt-get install openssl)"; exit 1; }
+	host=${1#[}; host=${host%]} # Around an IPv6 address, as in a URL.
+	case $host in *:*) name=IP:$host ;; *[!0-9.]*) name=DNS:$host ;; *) name=IP:$host ;; esac
 	mkdir -p secrets
 	cd secrets
 	umask 077
-	new="openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-	$new -x509 -days 3650 -subj "/CN=ruiji's own CA" -keyout ca_key -out redis_ca 2>/dev/null
-	$new -subj "/CN=$1" -keyout redis_key -out request 2>/dev/null
+	new="req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+	# Every other host trusts this one.
+	if [ -e redis_ca ]; then
+		[ -e ca_key ] || { say "secrets/redis_ca has lost its ca_key: put that back, or remove redis_ca for a new CA," \
+			"whose redis_ca every other host then needs"; exit 2; }
+		say "with the CA that is in secrets/; Redis takes its new certificate at the next make down and make up"
+	else
+		openssl_quietly $new -x509 -days 3650 -subj "/CN=ruiji's own CA" -keyout ca_key -out redis_ca
+	fi
+	openssl_quietly $new -subj "/CN=$host" -keyout new_key -out request
 	echo "subjectAltName=$name,DNS:redis,DNS:localhost,IP:127.0.0.1" > extensions
-	openssl x509 -req -in request -CA redis_ca -CAkey ca_key -CAcreateserial -days 3650 -extfile extensions \
-		-out redis_certificate 2>/dev/null
+	openssl_quietly x509 -req -in request -CA redis_ca -CAkey ca_key -CAcreateserial -days 3650 -extfile extensions \
+		-out new_certificate
+	mv new_key redis_key
+	mv new_certificate redis_certificate
 	rm -f request extensions redis_ca.srl
 	# Public, and read by Redis under an id of its own.
 	chmod 644 redis_ca redis_certificate
@@ -104,18 +118,19 @@ here() { say "on this machine (.venv, no containers)"; [ -x .venv/bin/ruiji ] ||
 # Runs until `down`, also when this terminal is closed.
 background() { name=$1; shift; setsid "$@" >>.up/"$name".log 2>&1 </dev/null & echo $! > .up/"$name".pid; }
 
+# Whether what was started under this name runs: after a reboot its number may be a stranger's.
+alive() { { tr '\0' ' ' < "/proc/$(cat .up/"$1".pid)/cmdline" | grep -q "bin/ruiji $1"; } 2>/dev/null; }
+
 end() { # a process and all that it started, in order
-	[ -e .up/"$1".pid ] || return 0
-	pid=$(cat .up/"$1".pid)
-	kill "$pid" 2>/dev/null || true
-	while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-	rm .up/"$1".pid
+	if alive "$1"; then kill "$(cat .up/"$1".pid)" || true; fi
+	while alive "$1"; do sleep 0.2; done
+	rm -f .up/"$1".pid
 }
 
 here_up() {
 	mkdir -p .up
 	echo mode=here > $note
-	if [ -z "$(setting RUIJI_REDIS_URL)" ] && [ ! -e .up/redis.pid ]; then
+	if [ -z "$(setting RUIJI_REDIS_URL)" ] && ! alive redis; then
 		: > .up/redis.log
 		background redis .venv/bin/ruiji redis
 		until grep -q '^Redis at' .up/redis.log; do

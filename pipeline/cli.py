@@ -29,6 +29,9 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, help="Look at models.")
 app.add_typer(model_app, name="model")
 
+#: Commands that take up what an interruption left.
+_GO_ON = {"enqueue", "retry", "run"}
+
 
 def main() -> None:
     """Run the command line: errors go to stderr as one line, exit codes are those of `pipeline.errors`."""
@@ -37,16 +40,20 @@ def main() -> None:
     settings.load_dotenv()
     # A SIGTERM ends a command as Ctrl-C does, in order; workers have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # By name, because the arrows between the packages point the other way.
-    for package in ("workers.cli", "search.cli"):
-        importlib.import_module(package).register(app)
     try:
+        # By name, because the arrows between the packages point the other way.
+        for package in ("workers.cli", "search.cli"):
+            importlib.import_module(package).register(app)
         app()
     except RuijiError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; run it again to go on where it stopped", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Typer makes the latter of the former.
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
+        if _GO_ON.intersection(sys.argv[1:2]):
+            print("interrupted; run it again to go on where it stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -254,7 +261,8 @@ def run(
         window_segments,
         visibility_timeout_s,
     )
-    status = run_here(work, list_path, workers, device.value, settings.state_folder(state_dir))
+    folder = settings.make_state_folder(state_dir)
+    status = run_here(work, list_path, workers, device.value, folder, log_format.value)
     print(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}", file=sys.stderr)
     raise typer.Exit(_exit_code(status))
 
@@ -271,7 +279,7 @@ def status(
     state_dir: settings.StateDir = None,
 ) -> None:
     """Say how every object of the list stands; exit code 3 while some are failed or not done."""
-    from pipeline.broker.app import connect
+    from pipeline.broker.app import broker_faults, connect
     from pipeline.logs import set_up
     from pipeline.run import follow
     from pipeline.status import StatusReader
@@ -288,7 +296,8 @@ def status(
         print(f"from the disk alone ({error})", file=sys.stderr)
     if watch and client is not None:
         follow(folder, client)
-    now = StatusReader(folder, client).read(exact)
+    with broker_faults():
+        now = StatusReader(folder, client).read(exact)
     if as_json:
         print(json.dumps(now.as_json(), ensure_ascii=False))
     else:
@@ -333,17 +342,18 @@ def redis(state_dir: settings.StateDir = None) -> None:
     from pipeline.broker.app import public_url
     from pipeline.broker.embedded import embedded_redis
 
-    folder = settings.state_folder(state_dir)
+    folder = settings.make_state_folder(state_dir)
     url_file = settings.redis_url_file(state_dir)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with embedded_redis(folder / "redis") as url:
+    with embedded_redis(folder / "redis") as (url, check):
         try:
             with open(url_file, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
                 file.write(url + "\n")
             print(f"Redis at {public_url(url)}, address and password in {url_file}; Ctrl-C stops it", file=sys.stderr)
-            stop.wait()
+            while not stop.wait(1):
+                check()
         finally:
             url_file.unlink(missing_ok=True)
 

@@ -1,6 +1,5 @@
 """A run from the outside: enqueue a list, follow its progress, and the whole of it on one machine."""
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import redis
 
-from pipeline.broker.app import connect, make_app
+from pipeline.broker.app import broker_faults, connect, make_app
 from pipeline.broker.chords import Chords
-from pipeline.broker.embedded import die_with_parent, embedded_redis
+from pipeline.broker.embedded import die_with_parent, embedded_redis, locked
 from pipeline.errors import PlanMismatch, RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
-from pipeline.plan import Plan, check_matches, close_plan, open_plan
+from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
@@ -77,7 +76,7 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
         retry: plan failed objects again, and nothing else.
 
     Raises:
-        ObjectListError, ModelError: bad input. BrokerUnavailable: no Redis.
+        ObjectListError, ModelError: bad input. BrokerUnavailable: no Redis, or it fails meanwhile.
         GalleryMismatch, PlanMismatch: the folder belongs to another model, another plan is open.
     """
     if not work.media_dir.is_dir():
@@ -104,7 +103,8 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
     published = 0
     if plan is not None and client is not None and redis_url is not None:
         app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
-        published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
+        with broker_faults():
+            published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
     return Enqueued(plan, resumed, published, objects.lines, objects.notes)
 
 
@@ -112,31 +112,32 @@ def cancel(folder: Path) -> Plan | None:
     """Close the open plan; workers drop its tasks, its features stay and are taken up by the next plan."""
     plan = open_plan(folder)
     if plan is not None:
-        close_plan(plan)
+        cancel_plan(plan)
     return plan
 
 
-def follow(folder: Path, client: redis.Redis, check: Callable[[], None] = lambda: None) -> Status:
+def follow(folder: Path, client: redis.Redis, *checks: Callable[[], None]) -> Status:
     """Show progress on stderr until no plan is open; returns the final status.
 
     Args:
-        check: called at each look; raises to end the wait.
+        checks: called at each look, also while Redis is away; each raises to end the wait.
     """
     from pipeline.progress import show_progress
 
     reader = StatusReader(folder, client)
     with show_progress() as update:
         while True:
-            check()
-            status = _read_patiently(reader)
+            status = _read_patiently(reader, checks)
             update(status)
             if status.plan is None:
                 return status
             time.sleep(FOLLOW_INTERVAL_S)
 
 
-def _read_patiently(reader: StatusReader) -> Status:
+def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) -> Status:
     while True:
+        for check in checks:
+            check()
         try:
             return reader.read()
         except redis.RedisError as error:
@@ -144,33 +145,36 @@ def _read_patiently(reader: StatusReader) -> Status:
             time.sleep(2)
 
 
-def run_here(work: Work, list_path: Path | None, workers: int | None, device: str, state_dir: Path) -> Status:
+def run_here(
+    work: Work, list_path: Path | None, workers: int | None, device: str, state_dir: Path, log_format: str
+) -> Status:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait, stop.
 
     Args:
         list_path: the object list; None: `objects.txt` of the media folder, else one is made and kept
             in the gallery folder.
         state_dir: host-local folder for the Redis.
+        log_format: how the workers write events, `text` or `json`.
 
     Raises:
         UsageError: another `ruiji run` is at work on the same folder.
-        RuijiError: the workers cannot start.
+        RuijiError: the workers cannot start, or the Redis died.
     """
     name = hashlib.sha256(os.fsencode(work.folder.resolve())).hexdigest()[:16]
     private = state_dir / "runs" / name
     private.mkdir(parents=True, exist_ok=True)
     # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
     with (
-        _locked(private / "lock", work.folder),
+        locked(private / "lock", f"another ruiji run is at work on {work.folder} on this machine"),
         tempfile.TemporaryDirectory(dir=private) as data,
-        embedded_redis(Path(data)) as url,
+        embedded_redis(Path(data)) as (url, check_redis),
     ):
         client = connect(url)
         enqueued = _enqueue_listed(work, list_path, url)
         if enqueued.plan is not None:
-            with _worker_processes(work, url, workers, device, state_dir) as check:
+            with _worker_processes(work, url, workers, device, state_dir, log_format) as check_workers:
                 while enqueued.plan is not None:
-                    follow(work.folder, client, check)
+                    follow(work.folder, client, check_redis, check_workers)
                     # What was taken up first may have been an older plan; then there may be more.
                     enqueued = _enqueue_listed(work, list_path, url)
     return StatusReader(work.folder, None).read()
@@ -194,24 +198,14 @@ def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:
 
 
 @contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another ruiji run is at work on {folder} on this machine") from None
-        yield
-
-
-@contextmanager
 def _worker_processes(
-    work: Work, url: str, workers: int | None, device: str, state_dir: Path
+    work: Work, url: str, workers: int | None, device: str, state_dir: Path, log_format: str
 ) -> Iterator[Callable[[], None]]:
     command = [sys.executable, "-m", "pipeline", "worker", "--device", device]
     command += ["--media-dir", str(work.media_dir), "--feature-dir", str(work.feature_dir), "--model", str(work.model)]
     command += ["--window-segments", str(work.window_segments)]
     command += ["--visibility-timeout-s", str(work.visibility_timeout_s)]
-    command += ["--state-dir", str(state_dir)]
+    command += ["--state-dir", str(state_dir), "--log-format", log_format]
     command += ["--processes", str(workers)] if workers else []
     # The URL holds a password, and a command line is everybody's to read.
     environment = {**os.environ, "RUIJI_REDIS_URL": url}

@@ -6,14 +6,15 @@ enqueued: on a worker only the machine's own settings count.
 """
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import typer
 
-from pipeline.errors import UsageError
+from pipeline.errors import RuijiError, UsageError
 
 
 class Device(StrEnum):
@@ -276,6 +277,23 @@ def state_folder(state_dir: Path | None) -> Path:
     return Path(base) / "ruiji"
 
 
+def make_state_folder(state_dir: Path | None) -> Path:
+    """The state folder, made where it is missing, for its owner only: the embedded Redis' password lies in it.
+
+    Raises:
+        RuijiError: it cannot be made.
+    """
+    folder = state_folder(state_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RuijiError(
+            f"cannot make the state folder {folder}: {error.strerror}; name one on this host with --state-dir "
+            "(RUIJI_STATE_DIR)"
+        ) from None
+    return folder
+
+
 def list_file(list_path: Path | None, media_dir: Path) -> Path:
     """The object list to read."""
     return list_path if list_path is not None else media_dir / "objects.txt"
@@ -294,8 +312,8 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
     unless the URL says `ssl_cert_reqs=none`.
 
     Raises:
-        UsageError: none is given and none was started, the URL has another scheme, or the password
-            file or the CA's file cannot be read.
+        UsageError: none is given and none was started, the URL has another scheme or cannot be taken apart,
+            or the password file or the CA's file cannot be read.
     """
     if redis_url is None:
         try:
@@ -304,9 +322,7 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
             raise UsageError(
                 "no Redis: start the embedded one with `ruiji redis` (make redis), or set RUIJI_REDIS_URL (--redis-url)"
             ) from None
-    parts = urlsplit(redis_url)
-    if parts.scheme not in ("redis", "rediss") or not parts.netloc:
-        raise UsageError("--redis-url must be redis://HOST:PORT/DB or rediss://…")
+    parts = _split(redis_url)
     if parts.scheme == "rediss":
         parts = parts._replace(query=_tls_query(parts.query))
     if password_file is not None and "@" not in parts.netloc:
@@ -316,6 +332,22 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
             raise UsageError(f"cannot read the password file {password_file}: {error.strerror}") from None
         parts = parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}")
     return urlunsplit(parts)
+
+
+def _split(redis_url: str) -> SplitResult:
+    try:
+        parts = urlsplit(redis_url)
+        # An unquoted password ends the host too early: what comes after it is then port, path or nothing.
+        whole = parts.hostname and parts.port != 0 and re.fullmatch(r"/?\d*", parts.path)
+    except ValueError:
+        whole = False
+    if not whole or parts.scheme not in ("redis", "rediss"):
+        # Without the URL, which may show a password.
+        raise UsageError(
+            "--redis-url (RUIJI_REDIS_URL) must be redis://:PASSWORD@HOST:PORT/DB or rediss://…; characters like / # ? "
+            "in the password must be percent-encoded (/ as %2F), or it comes from --redis-password-file"
+        )
+    return parts
 
 
 def _tls_query(query: str) -> str:

@@ -172,8 +172,12 @@ class GalleryInfo:
 
 
 def gallery_folder(feature_dir: Path, model: Path) -> Path:
-    """The folder of one model's features, named as in the article."""
-    return feature_dir / model.stem
+    """The folder of one model's features, named as in the article: as its file without the ending.
+
+    Args:
+        model: the file, which need not exist, or the name alone, which can have a dot.
+    """
+    return feature_dir / (model.stem if model.suffix.lower() == ".onnx" else model.name)
 
 
 def read_gallery(folder: Path) -> GalleryInfo | None:

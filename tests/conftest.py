@@ -28,7 +28,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of one real Redis for all tests."""
-    with embedded_redis(tmp_path_factory.mktemp("redis")) as url:
+    with embedded_redis(tmp_path_factory.mktemp("redis")) as (url, _):
         yield url
 
 

@@ -1,4 +1,4 @@
-"""What a new user types is there: variables, make targets, compose files, locks."""
+"""What a new user types or looks up is there: variables, make targets, compose files, locks, events."""
 
 import json
 import os
@@ -8,16 +8,59 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
+
+from pipeline import cli
+from search import cli as search_cli
+from workers import cli as workers_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Set by `ruiji worker` for its own processes only.
 INTERNAL = {"RUIJI_IN_HAND"}
+#: Commands that no container runs, or that get what they need from `ruiji worker`.
+NOT_IN_COMPOSE = {"redis", "run", "worker-process"}
+#: What only a process that embeds needs: compose's reducers and commands get no device.
+EMBEDDING = {
+    *("RUIJI_DEVICE", "RUIJI_PROCESSES", "RUIJI_THREADS", "RUIJI_BATCH_IMAGES", "RUIJI_GPU_MEMORY_MB"),
+    *("RUIJI_SLOTS_PER_DEVICE", "RUIJI_NO_SLOT"),
+}
 
 
 def test_the_example_environment_names_every_variable_and_no_other() -> None:
     variables = set(re.findall(r'envvar="(RUIJI_\w+)"', (ROOT / "pipeline" / "settings.py").read_text())) - INTERNAL
     example = set(re.findall(r"^#?(RUIJI_\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert example == variables
+
+
+def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> None:
+    root = typer.Typer()
+    for package in (workers_cli, search_cli):
+        package.register(root)
+    read: dict[str, set[str]] = {}
+    for app in (cli.app, root):
+        for name, command in typer.main.get_command(app).commands.items():
+            read[name] = {option.envvar for option in command.params if option.envvar} - INTERNAL
+    assert {"enqueue", "search", "worker"} <= set(read)
+
+    common, _, services = (ROOT / "docker-compose.yml").read_text().partition("\nservices:\n")
+    worker = re.split(r"^  (?=\w)", services, flags=re.MULTILINE)[2]
+    assert worker.startswith("worker:")
+    everywhere, to_workers = (
+        set(re.findall(r"^ +(RUIJI_\w+):", text, re.MULTILINE))
+        for text in (common, worker + (ROOT / "docker-compose.gpu.yml").read_text())
+    )
+    for name in read.keys() - NOT_IN_COMPOSE:
+        assert read[name] - everywhere <= (EMBEDDING & to_workers if name == "worker" else EMBEDDING), name
+
+
+def test_the_table_of_events_names_every_event_and_no_other() -> None:
+    source = "".join(
+        path.read_text() for package in ("pipeline", "workers", "search") for path in (ROOT / package).rglob("*.py")
+    )
+    logged = set(re.findall(r'"event": "(\w+)"', source))
+    table = (ROOT / "docs" / "reliability.md").read_text().partition("\n## Events\n")[2].partition("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert named == logged
 
 
 def test_make_alone_explains_every_target() -> None:
@@ -38,6 +81,12 @@ def test_locks_have_hashes_no_torch_and_one_runtime(lock: str) -> None:
     assert ("onnxruntime" if lock == "gpu" else "onnxruntime-gpu") not in names
     for block in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
         assert "--hash=sha256:" in block, block.splitlines()[0]
+
+
+def test_all_builds_of_onnx_runtime_have_one_version() -> None:
+    # Workers take no task of a plan that was made with another one.
+    locks = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.lock"))
+    assert len(set(re.findall(r"^onnxruntime(?:-gpu)?==(\S+)", locks, re.MULTILINE))) == 1
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker command line")

@@ -85,7 +85,7 @@ def worker(
     pinned: AbstractContextManager[dict[str, str]] = nullcontext({})
     if cuda:
         pinned = one_device(url, slots_per_device, wait=no_slot is WhenNoSlot.wait)
-    folder, state = gallery_folder(feature_dir, model), settings.state_folder(state_dir)
+    folder, state = gallery_folder(feature_dir, model), settings.make_state_folder(state_dir)
     with pinned as shown:
         raise typer.Exit(Supervisor(roles, environment | shown, folder, state).run())
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import redis
 
 from pipeline.broker.app import connect, public_url
-from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt
+from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan
@@ -73,18 +73,23 @@ def examine(
         yield Check("bad", "model", str(error))
         return
     yield Check("ok", "model", f"{model_path.name}, d = {model.spec.length}, fingerprint {model.fingerprint[:12]}")
-    yield _space(folder, model)
-    yield _versions(folder)
+    yield _examined("space", lambda: _space(folder, model))
+    yield _examined("libraries", lambda: _versions(folder))
     try:
         encoder = Encoder(model, device)
     except RuijiError as error:
         yield Check("bad", "device", str(error))
         return
     yield Check("ok", "device", f"{encoder.device} (asked for: {device})")
+    yield _examined("features", lambda: _sample(folder, media_dir, encoder))
+
+
+def _examined(name: str, look: Callable[[], Check]) -> Check:
+    """What a look finds at the gallery, also where that is too damaged to look."""
     try:
-        yield _sample(folder, media_dir, encoder)
+        return look()
     except (RuijiError, OSError, ValueError) as error:
-        yield Check("bad", "features", f"cannot be compared: {error}; see ruiji verify")
+        return Check("bad", name, f"cannot be examined: {error}; see ruiji verify")
 
 
 def _redis(url: str | None) -> Check:
@@ -160,7 +165,7 @@ def _space(folder: Path, model: Model) -> Check:
     try:
         status = StatusReader(folder, None).read()
         left = status.running + status.pending
-    except RuijiError:
+    except UsageError:
         left = 0  # Nothing was enqueued yet.
     plan = open_plan(folder)
     row = 4 * model.spec.length

@@ -1,14 +1,17 @@
 """The Celery app: queues, settings with their reasons, and the connection to Redis."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.exceptions import BatchPublishError, OperationalError
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from pipeline.errors import BrokerUnavailable
+from pipeline.errors import BrokerUnavailable, UsageError
 
 EMBED_TASK = "ruiji.embed"
 REDUCE_TASK = "ruiji.reduce"
@@ -90,22 +93,38 @@ def connect(redis_url: str) -> redis.Redis:
 
     Raises:
         BrokerUnavailable: Redis does not answer; the message hides the password.
+        UsageError: the URL has an option that there is not, or one with a wrong value.
     """
-    client = redis.Redis.from_url(
-        redis_url,
-        decode_responses=True,
-        socket_connect_timeout=5,
-        health_check_interval=30,
-        retry=Retry(ExponentialBackoff(cap=1), 3),
-    )
     try:
+        client = redis.Redis.from_url(
+            redis_url,
+            decode_responses=True,
+            socket_connect_timeout=5,
+            health_check_interval=30,
+            retry=Retry(ExponentialBackoff(cap=1), 3),
+        )
         client.ping()
     except redis.RedisError as error:
         raise BrokerUnavailable(
             f"cannot reach Redis at {public_url(redis_url)}: {error}. Start one with `ruiji redis` "
             "(make redis) or docker compose, or correct RUIJI_REDIS_URL"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"correct the options after ? in RUIJI_REDIS_URL (--redis-url): {error}") from None
     return client
+
+
+@contextmanager
+def broker_faults() -> Iterator[None]:
+    """Turn what goes wrong with Redis meanwhile (connection lost, memory full, a lease not had) into one error."""
+    try:
+        yield
+    except (redis.RedisError, OperationalError, BatchPublishError) as error:
+        # Of a batch kombu only says that it failed.
+        reason = error.__cause__ if isinstance(error, BatchPublishError) else error
+        raise BrokerUnavailable(
+            f"trouble with Redis: {reason}. Nothing is lost: run it again once Redis is well, and it goes on"
+        ) from error
 
 
 def public_url(redis_url: str) -> str:

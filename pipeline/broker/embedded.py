@@ -5,6 +5,7 @@ listens on loopback only, with a generated password, and keeps its queue in an a
 """
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import secrets
@@ -13,12 +14,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.broker.app import connect
-from pipeline.errors import BrokerUnavailable, RuijiError
+from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
+from pipeline.settings import redis_url_file
 
 _START_TIMEOUT_S = 10.0
 
@@ -45,51 +47,72 @@ def find_server() -> str:
 
 
 @contextmanager
-def embedded_redis(data_dir: Path) -> Iterator[str]:
+def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """Run a Redis while the block runs.
 
     Args:
-        data_dir: where its append-only file lives; made where missing; one server at a time.
+        data_dir: where its append-only file lives, in the state folder; made where missing; one server at a time.
 
     Yields:
-        Its URL, password included.
+        Its URL, password included, and a check to be called now and then, which raises once the server has died.
 
     Raises:
+        UsageError: a server is at work in this folder.
         RuijiError: there is no server, or it does not start (with the end of its log).
     """
     data_dir = data_dir.resolve()  # Redis changes into it before it opens its log.
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = data_dir / "redis.log"
-    password, port = secrets.token_urlsafe(24), _free_port()
-    settings = [
-        "bind 127.0.0.1",
-        f"port {port}",
-        # The configuration comes through a pipe, so that no process list shows the password.
-        f"requirepass {password}",
-        f'dir "{data_dir}"',
-        f'logfile "{log}"',
-        "appendonly yes",
-        # A queue may never drop messages to make room.
-        "maxmemory-policy noeviction",
-        'save ""',
-    ]
-    server = subprocess.Popen(
-        [find_server(), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent
+    refusal = (
+        f"a Redis is at work in {data_dir} already, and a second one would destroy its queue; other commands find it "
+        f"by {redis_url_file(data_dir.parent)}. Stop it first, or give this one another --state-dir (RUIJI_STATE_DIR)"
     )
-    try:
-        assert server.stdin is not None
-        server.stdin.write("\n".join(settings).encode() + b"\n")
-        server.stdin.close()
-        url = f"redis://:{password}@127.0.0.1:{port}/0"
-        _wait_until_up(server, url, log)
-        yield url
-    finally:
-        server.terminate()
+    with locked(data_dir / "lock", refusal) as lock:
+        port, password = _address(data_dir / "address")
+        settings = [
+            "bind 127.0.0.1",
+            f"port {port}",
+            # The configuration comes through a pipe, so that no process list shows the password.
+            f"requirepass {password}",
+            f'dir "{data_dir}"',
+            f'logfile "{log}"',
+            "appendonly yes",
+            # A queue may never drop messages to make room.
+            "maxmemory-policy noeviction",
+            'save ""',
+        ]
+        server = subprocess.Popen(
+            [find_server(), "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            # The server holds the lock too: it may outlive this process.
+            pass_fds=[lock],
+            # Ctrl-C reaches this process only, which then ends it last: workers have to give back what they hold.
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+        def check() -> None:
+            if server.poll() is not None:
+                raise RuijiError(
+                    f"the embedded Redis has died (exit code {server.returncode}). All that is done is on the disk: "
+                    f"run it again to go on. {_end_of(log)}"
+                )
+
         try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            assert server.stdin is not None
+            server.stdin.write("\n".join(settings).encode() + b"\n")
+            server.stdin.close()
+            url = f"redis://:{password}@127.0.0.1:{port}/0"
+            _wait_until_up(server, url, log)
+            yield url, check
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
@@ -100,14 +123,55 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> No
             return
         except BrokerUnavailable:
             if server.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:]) if log.exists() else ""
-                raise RuijiError(f"the embedded Redis did not start; {log} ends with:\n{tail}") from None
+                raise RuijiError(f"the embedded Redis did not start. {_end_of(log)}") from None
             time.sleep(0.05)
 
 
-def _free_port() -> int:
+def _end_of(log: Path) -> str:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:]) if log.exists() else ""
+    return f"{log} ends with:\n{tail}"
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[int]:
+    """Hold a lock on a file while the block runs, and as long as children have what this yields, its descriptor.
+
+    Raises:
+        UsageError: somebody else on this machine holds it; `refusal` is the message.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(refusal) from None
+        yield file.fileno()
+
+
+def _address(file: Path) -> tuple[int, str]:
+    """Port and password: the last server's, so that who was connected to it finds the next one.
+
+    A port that somebody else has taken meanwhile is given up.
+    """
+    try:
+        number, password = file.read_text().split()
+        port = _free_port(int(number))
+    except (OSError, ValueError, OverflowError):
+        port, password = _free_port(0), secrets.token_urlsafe(24)
+    with open(file, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+        out.write(f"{port} {password}\n")
+    return port, password
+
+
+def _free_port(port: int) -> int:
+    """This port, if it is free; for 0 any that is.
+
+    Raises:
+        OSError: it is taken.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        # Connections that ended a minute ago still have it; a server may take it all the same.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         return int(probe.getsockname()[1])
 
 

@@ -5,6 +5,7 @@ namespaces are in `tests/compose`.
 """
 
 import contextlib
+import os
 import re
 import shutil
 import socket
@@ -104,6 +105,38 @@ def certificates(tmp_path: Path) -> Path:
     script = shutil.copy(ROOT / "deploy" / "stack.sh", tmp_path / "deploy")
     subprocess.run([script, "certificates", "127.0.0.1"], check=True)
     return tmp_path / "secrets"
+
+
+def make_certificates(folder: Path, host: str, code: int = 0, **environment: str) -> str:
+    """`make certificates` once more; returns what it says."""
+    command = [folder.parent / "deploy" / "stack.sh", "certificates", host]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def test_a_second_certificate_keeps_the_ca_that_other_hosts_trust(certificates: Path) -> None:
+    ca, first = (certificates / "redis_ca").read_bytes(), (certificates / "redis_certificate").read_bytes()
+    assert "the CA that is in secrets/" in make_certificates(certificates, "[fd00::1]")
+    assert (certificates / "redis_ca").read_bytes() == ca
+    assert (certificates / "redis_certificate").read_bytes() != first
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "redis_certificate", certificates / "redis_key")
+    look = ["openssl", "verify", "-CAfile", "redis_ca", "-verify_ip", "fd00::1", "redis_certificate"]
+    subprocess.run(look, cwd=certificates, check=True)
+    (certificates / "ca_key").unlink()
+    assert "put that back" in make_certificates(certificates, "gpu-a.lan", code=2)
+
+
+def test_a_certificate_that_cannot_be_made_says_why_and_leaves_the_old_one(certificates: Path, tmp_path: Path) -> None:
+    before = {name: (certificates / name).read_bytes() for name in ("redis_key", "redis_certificate")}
+    assert "bad ip address" in make_certificates(certificates, "999.1.1.1", code=1)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "dirname", "id", "sed", "tail"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    assert "no openssl: install it" in make_certificates(certificates, "gpu-a.lan", code=1, PATH=str(tools))
+    assert {name: (certificates / name).read_bytes() for name in before} == before
 
 
 @pytest.fixture

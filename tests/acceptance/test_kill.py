@@ -13,6 +13,7 @@ import pytest
 from pipeline.broker.app import REDUCE_TASK, connect, unacked_keys
 from pipeline.broker.chords import Chords
 from pipeline.plan import open_plan
+from tests.acceptance.test_redis import server_of
 from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
@@ -21,6 +22,9 @@ from tests.factories import Ruiji, pictures, wait_until
 COUNT, ROWS = 120, "30"
 #: Short, so that what a dead worker held comes back soon; both are documented settings.
 FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": ROWS}
+
+#: What a command says at its end that goes on when it is run again.
+INTERRUPTED = "interrupted; run it again to go on where it stopped\n"
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +175,7 @@ def test_a_segment_that_could_not_be_given_back_is_taken_up_again(
 
 @TRANSPORTS
 def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
-    ruiji: Ruiji, redis_url: str, expected: dict[str, str], transport: str
+    ruiji: Ruiji, redis_url: str, expected: dict[str, str], transport: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_VISIBILITY_TIMEOUT_S": "3600"}
     ruiji.environment["RUIJI_TRANSPORT"] = transport
@@ -180,6 +184,7 @@ def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
     wait_for_progress(ruiji)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=30) == 0
+    assert INTERRUPTED not in capfd.readouterr().err
     client = connect(redis_url)
     held = list(client.keys("ruiji:*:unacked"))
     assert held == [], "nothing waits for the visibility timeout"
@@ -188,14 +193,46 @@ def test_sigterm_finishes_what_is_in_hand_and_gives_the_rest_back(
     finish(ruiji, expected)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(ruiji: Ruiji, expected: dict[str, str]) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    ruiji: Ruiji, expected: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
     ruiji.environment = dict(FAST)
     started = ruiji.start("run", "--workers", "2")
     wait_until(lambda: list(ruiji.gallery.glob("0000.json")), what="the first shard")
-    os.kill(started.pid, signal.SIGINT)
+    # As a terminal's Ctrl-C: to all that did not leave the group.
+    os.killpg(started.pid, signal.SIGINT)
     assert started.wait(timeout=60) == 130
+    said = capfd.readouterr().err
+    assert said.endswith(INTERRUPTED) and said.count(INTERRUPTED) == 1 and "Traceback" not in said
     wait_until(lambda: not processes("embed"), timeout_s=10, what="the end of the workers")
     first = (ruiji.gallery / "0000.json").stat().st_mtime_ns
     ruiji("run", "--workers", "2")
     assert ruiji.shard_digests() == expected
     assert (ruiji.gallery / "0000.json").stat().st_mtime_ns == first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_enqueue_says_how_it_goes_on(
+    ruiji: Ruiji, redis_url: str, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures(ruiji.media, 3)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    started = ruiji.start("enqueue", "--wait")
+    wait_until(lambda: "0 done" in capfd.readouterr().err, what="the wait")
+    started.send_signal(number)
+    assert started.wait(timeout=60) == 130
+    assert capfd.readouterr().err.endswith(INTERRUPTED)
+
+
+def test_a_run_whose_redis_dies_ends_and_goes_on_when_it_is_run_again(
+    ruiji: Ruiji, expected: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ruiji.environment = dict(FAST)
+    started = ruiji.start("run", "--workers", "2")
+    wait_until(lambda: list(ruiji.gallery.glob("0000.json")), what="the first shard")
+    server_of(started.pid).kill()
+    assert started.wait(timeout=90) == 1
+    said = capfd.readouterr().err
+    assert "error: " in said and "run it again" in said
+    ruiji("run", "--workers", "2")
+    assert ruiji.shard_digests() == expected

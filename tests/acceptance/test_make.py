@@ -1,5 +1,7 @@
 """The make targets that work with containers too, on a machine without an engine; `tests/compose` has the others."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +43,20 @@ def test_without_an_engine_the_same_targets_work_on_this_machine_and_say_so(stac
     assert "2 embed processes" in stack.make("scale", "WORKERS=2").stderr
     assert "on this machine" in stack.make("down").stderr
     assert not (stack.folder / ".up").exists() and not (stack.folder.parent / "state" / "redis.url").exists()
+
+
+def test_after_a_reboot_the_numbers_of_old_processes_are_strangers(stack: Stack) -> None:
+    notes = stack.folder / ".up"
+    notes.mkdir()
+    (notes / "with").write_text("mode=here\n")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "ruiji"]) as stranger:
+        try:
+            for name in ("redis", "worker"):
+                (notes / f"{name}.pid").write_text(f"{stranger.pid}\n")
+            assert "1 embed processes" in stack.make("up", "WORKERS=1").stderr
+            stack.make("list")
+            assert "12 done" in stack.make("enqueue", "ARGS=--wait").stderr
+            stack.make("down")
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()

@@ -32,6 +32,11 @@ def test_run_makes_shards_in_list_order_and_a_second_run_embeds_nothing(ruiji: R
     assert ruiji.shard_digests() == before
 
 
+def test_the_workers_of_a_run_write_events_as_it_does(ruiji: Ruiji) -> None:
+    pictures(ruiji.media, 3)
+    assert '"event": "worker_ready"' in run(ruiji, "--log-format", "json")
+
+
 def test_a_deleted_shard_is_made_again_under_its_number_with_the_same_bytes(ruiji: Ruiji) -> None:
     pictures(ruiji.media, 25)
     run(ruiji)

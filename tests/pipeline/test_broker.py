@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.app.task import Context
+from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import LockError
 
-from pipeline.broker.app import EMBED_TASK, connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.broker.app import EMBED_TASK, broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.errors import BrokerUnavailable
 from tests.conftest import ROOT
 
 GALLERY = "g"
@@ -197,3 +201,9 @@ def test_a_process_killed_while_it_sweeps_holds_up_the_others_for_seconds(redis_
     died = subprocess.run([sys.executable, "-c", held, redis_url, transport], cwd=ROOT)
     assert died.returncode == 9
     assert 0 < connect(redis_url).pttl(unacked_keys(GALLERY)["unacked_mutex_key"]) <= 10_000
+
+
+@pytest.mark.parametrize("kind", [RedisConnectionError, LockError, OperationalError])
+def test_what_goes_wrong_with_redis_is_one_error_that_says_what_to_do(kind: type[Exception]) -> None:
+    with pytest.raises(BrokerUnavailable, match=r"the reason\. Nothing is lost: run it again"), broker_faults():
+        raise kind("the reason")

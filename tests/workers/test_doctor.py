@@ -80,6 +80,16 @@ def test_folders_that_are_not_there_or_damaged(tmp_path: Path, model_path: Path,
     assert look(tmp_path, model_path, redis_url)["features"].state in ("bad", "warn")
 
 
+@pytest.mark.parametrize(("file", "ill"), [("0002.json", "libraries"), ("run/plan.json", "space")])
+def test_a_damaged_file_of_ours_ends_its_checks_not_the_doctor(
+    tmp_path: Path, model_path: Path, plan: Plan, redis_url: str, file: str, ill: str
+) -> None:
+    (plan.folder / file).write_text("{")
+    checks = look(tmp_path, model_path, redis_url)
+    assert checks[ill].state == "bad" and f"{file} is damaged" in checks[ill].detail
+    assert checks["device"].state == "ok" and "features" in checks
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, model_path: Path, redis_url: str) -> None:
     (tmp_path / "features").write_text("in the way")
     assert look(tmp_path, model_path, redis_url)["folder"].state == "bad"

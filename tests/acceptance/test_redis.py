@@ -1,0 +1,150 @@
+"""The Redis that commands start, are given and lose, as a user meets it."""
+
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.broker.app import connect, embed_queue
+from pipeline.store import read_gallery
+from tests.factories import Ruiji, pictures, wait_until
+
+
+def server_of(pid: int) -> psutil.Process:
+    """The embedded server that a `ruiji` process runs."""
+    (server,) = [process for process in psutil.Process(pid).children() if "server" in process.name()]
+    return server
+
+
+def started(ruiji: Ruiji) -> tuple[psutil.Process, str]:
+    """Start `ruiji redis`; returns its process and the address that it left."""
+    url_file = ruiji.state / "redis.url"
+    url_file.unlink(missing_ok=True)
+    process = ruiji.start("redis")
+    wait_until(
+        lambda: url_file.exists() and url_file.read_text().endswith("\n"), what="the address of the embedded Redis"
+    )
+    return psutil.Process(process.pid), url_file.read_text().strip()
+
+
+def test_a_second_redis_on_one_state_folder_is_refused_and_the_first_goes_on(ruiji: Ruiji) -> None:
+    _, url = started(ruiji)
+    connect(url).set("queued", "1")
+    refused = ruiji("redis", code=2).stderr
+    assert str(ruiji.state / "redis.url") in refused and "--state-dir" in refused and "Traceback" not in refused
+    assert (ruiji.state / "redis.url").read_text().strip() == url
+    assert connect(url).get("queued") == "1"
+
+
+def test_a_state_folder_is_taken_until_the_server_has_ended_and_keeps_its_queue(ruiji: Ruiji) -> None:
+    command, url = started(ruiji)
+    connect(url).set("queued", "1")
+    server = server_of(command.pid)
+    # As one that takes its time to write out its file.
+    server.suspend()
+    try:
+        command.kill()
+        command.wait()
+        assert "destroy its queue" in ruiji("redis", code=2).stderr
+    finally:
+        server.resume()
+    server.wait(timeout=30)
+    _, again = started(ruiji)
+    assert connect(again).get("queued") == "1"
+
+
+def test_who_was_connected_finds_the_next_server(ruiji: Ruiji) -> None:
+    pictures(ruiji.media, 30)
+    command, url = started(ruiji)
+    ruiji("enqueue")
+    worker = ruiji.start("worker", "--processes", "1", "--role", "embed")
+    command.terminate()
+    command.wait(timeout=30)
+    _, again = started(ruiji)
+    assert again == url
+    ruiji.start("worker", "--role", "reduce")
+    ruiji("enqueue", "--wait")
+    assert worker.poll() is None
+    # Only where somebody else has the port is there another one.
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    ruiji.stop_all()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        _, elsewhere = started(ruiji)
+    assert elsewhere != url
+
+
+def test_a_server_that_dies_ends_ruiji_redis_and_takes_its_address_along(
+    ruiji: Ruiji, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, _ = started(ruiji)
+    server_of(command.pid).kill()
+    assert command.wait(timeout=30) == 1
+    assert not (ruiji.state / "redis.url").exists()
+    said = capfd.readouterr().err
+    assert "the embedded Redis has died (exit code -9)" in said and "run it again" in said
+
+
+def test_the_state_folder_is_made_for_its_owner_only(ruiji: Ruiji, tmp_path: Path) -> None:
+    ruiji.state = tmp_path / "new" / "state"
+    started(ruiji)
+    assert ruiji.state.stat().st_mode & 0o077 == 0
+    pictures(ruiji.media, 1)
+    ruiji("run", "--workers", "1", "--state-dir", str(tmp_path / "other"))
+    assert (tmp_path / "other").stat().st_mode & 0o077 == 0
+    (tmp_path / "file").write_text("")
+    assert "--state-dir" in ruiji("redis", "--state-dir", str(tmp_path / "file"), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:sesame/open@127.0.0.1:1/0",
+        "redis://:12/sesame@127.0.0.1:1/0",
+        "redis://user:12/sesame@127.0.0.1:1/0",
+        "redis://:sesame#open@127.0.0.1:1/0",
+        "redis://:sesame@[::1:1/0",
+    ],
+)
+def test_a_url_that_cannot_be_taken_apart_is_refused_and_not_shown(ruiji: Ruiji, url: str) -> None:
+    pictures(ruiji.media, 1)
+    refused = ruiji("enqueue", "--redis-url", url, code=2).stderr
+    assert "percent-encoded" in refused and "--redis-password-file" in refused
+    assert "sesame" not in refused and "Traceback" not in refused
+
+
+@pytest.mark.parametrize("option", ["no_such_option=1", "socket_timeout=soon"])
+def test_a_wrong_option_of_a_url_is_named(ruiji: Ruiji, option: str) -> None:
+    pictures(ruiji.media, 1)
+    refused = ruiji("enqueue", "--redis-url", f"redis://127.0.0.1:1/0?{option}", code=2).stderr
+    assert option.partition("=")[0] in refused and "Traceback" not in refused
+
+
+def test_a_redis_that_fails_meanwhile_is_told_in_a_line_and_the_next_enqueue_goes_on(
+    ruiji: Ruiji, redis_url: str
+) -> None:
+    pictures(ruiji.media, 12)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "10"}
+    client = connect(redis_url)
+    client.config_set("maxmemory", "1")
+    try:
+        full = ruiji("enqueue", code=1).stderr
+    finally:
+        client.config_set("maxmemory", "0")
+    gallery = read_gallery(ruiji.gallery)
+    assert gallery is not None
+    queue = embed_queue(gallery.gallery_id)
+    client.set(queue, "no list")
+    spoilt = ruiji("enqueue", code=1).stderr
+    client.delete(queue)
+    assert "12 tasks published now" in ruiji("enqueue").stderr
+    (armed,) = client.keys("ruiji:*:plan:*")
+    client.delete(armed)
+    client.set(armed, "no hash")
+    unread = ruiji("status", code=1).stderr
+    for said in (full, spoilt, unread):
+        assert "Nothing is lost: run it again" in said and "Traceback" not in said
+    assert "maxmemory" in full and "wrong kind of value" in spoilt and "wrong kind of value" in unread
