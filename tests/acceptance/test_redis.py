@@ -59,6 +59,7 @@ def test_who_was_connected_finds_the_next_server(ruiji: Ruiji) -> None:
     command, url = started(ruiji)
     ruiji("enqueue")
     worker = ruiji.start("worker", "--processes", "1", "--role", "embed")
+    wait_until(lambda: list(ruiji.state.glob("ready/*")), what="the worker")
     command.terminate()
     command.wait(timeout=30)
     _, again = started(ruiji)
