@@ -43,7 +43,7 @@ LIBRARIES = (
 )
 #: Of a stage alone: images, and how many a process takes at once.
 _STAGE_IMAGES, _CHUNK = 2_048, 64
-#: A look at the GPU's memory takes some 50 ms of CPU.
+#: A look at the GPU's memory starts a process, whose CPU counts with the pipeline's.
 _MEMORY_INTERVAL_S = 3.0
 CORES = len(os.sched_getaffinity(0))
 

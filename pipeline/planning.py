@@ -259,7 +259,7 @@ def _forget_other_versions(plan: Plan, todo: Path) -> None:
     A cancelled plan leaves what it had done, and one that keeps features leaves all.
     """
     before = {segment.plan for segment in plan.segments} - {plan.plan_id}
-    earlier = [closed for closed, _ in closed_plans(plan.folder) if closed.plan_id in before]
+    earlier = [closed for closed, _ in closed_plans(plan.folder) if closed.plan_id in before] if before else []
     latest = latest_closed_plan(plan.folder)
     if any(
         one.versions != plan.versions and (one.keep_features or one.unpublished())

@@ -73,7 +73,7 @@ class Producer:
                 return 0
             return self._arm(segment, lease.reacquire, heals=now.heals + 1 if now else 0)
 
-    def _arm(self, segment: Segment, renew: Any, heals: int) -> int:
+    def _arm(self, segment: Segment, still_ours: Any, heals: int) -> int:
         plan = self._plan
         rows = [
             (segment.first + number, path) for number, path in enumerate(plan.paths(segment)) if not plan.is_done(path)
@@ -92,7 +92,7 @@ class Producer:
         self._chords.set_armed(segment, armed)
         if rows:
             self._chords.begin_group(group, len(rows))
-            self._publish(group, rows, segment, dict(body), renew)
+            self._publish(group, rows, segment, dict(body), still_ours)
         else:
             body.apply_async()
         self._chords.set_armed(segment, Armed(group, len(rows), complete=True, heals=heals, at=armed.at))
@@ -100,7 +100,7 @@ class Producer:
         logger.info("segment published", extra=extra)
         return len(rows)
 
-    def _publish(self, group: str, rows: list[tuple[int, str]], segment: Segment, body: Any, renew: Any) -> None:
+    def _publish(self, group: str, rows: list[tuple[int, str]], segment: Segment, body: Any, still_ours: Any) -> None:
         amqp, plan = self._app.amqp, self._plan
         queue = amqp.queues[embed_queue(plan.gallery_id)]
         with self._app.producer_or_acquire() as producer:
@@ -124,4 +124,4 @@ class Producer:
                             message.headers.pop(name, None)
                         # The exchange without a name routes by the queue's: there is nothing to declare.
                         amqp.send_task_message(producer, EMBED_TASK, message, queue=queue, declare=(), retry=False)
-                renew()
+                still_ours()

@@ -120,12 +120,13 @@ def evaluate(
             raise UsageError("--sheet shows pictures: say where they are with --media-dir")
         check_target(sheet, SHEET_QUERIES, TOP_K)
 
+    from pipeline.store import gallery_folder
     from search import protocol, report, scores
     from search.full_ranking import full_ranking
-    from search.gallery import find_gallery, open_gallery
+    from search.gallery import open_gallery
     from search.labels import read_annotations
 
-    folder = find_gallery(feature_dir, model_path)
+    folder = gallery_folder(feature_dir, model_path)
     gallery = open_gallery(folder, include_stale)
     junk = frozenset(junk_label or ())
     if labels is None:
