@@ -30,9 +30,9 @@ help: ## Explain the targets
 	@touch $@
 
 # One stamp per lock; each lock contains the smaller ones.
-.venv/cpu: requirements/cpu.lock pyproject.toml .venv/made
-.venv/demo: requirements/demo.lock pyproject.toml .venv/made
-.venv/dev: requirements/dev.lock pyproject.toml .venv/made
+.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c .venv/made
+.venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
+.venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
 .venv/cpu .venv/demo .venv/dev:
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
@@ -40,7 +40,7 @@ help: ## Explain the targets
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml .venv/made
+.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c .venv/made
 	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
 		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $< and torch (several GB)"
@@ -170,4 +170,4 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 		--custom-compile-command "make lock" -o requirements/gpu.lock
 
 clean: ## Remove .venv and what was built; no features, no data
-	rm -rf .venv build demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo-output *.egg-info workers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

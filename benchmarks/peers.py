@@ -21,6 +21,7 @@ from benchmarks.data import FEATURE_LENGTH, MODEL
 from pipeline.model import load_model
 from pipeline.settings import SHARD_ROWS
 from workers.graph import PIXELS_INPUT, taking_pixels
+from workers.resize import resize
 
 #: Of a DataLoader's batches.
 _BATCH_IMAGES = 8
@@ -78,7 +79,8 @@ def article(media: Path, listed: Path, output: Path, threads: int = 0) -> None:
 def bare_loop(media: Path, listed: Path, output: Path) -> None:
     """The best loop without a queue: a process a core, one thread each, whole files by rename, then shards.
 
-    It has ruiji's quicker graph too, so that what is left between the two is the queue and what comes with it.
+    It has ruiji's quicker graph and resizing too, so that what is left between the two is the queue and what comes with
+    it.
     """
     lines = listed.read_text().splitlines()
     counter = multiprocessing.Value(c_int, 0)
@@ -111,9 +113,10 @@ def _bare_worker(media: Path, lines: list[str], output: Path, counter: "Synchron
             return
         for line in lines[start : start + 16]:
             with open(f"{root}/{line}", "rb", buffering=0) as file:
-                pixels = simplejpeg.decode_jpeg(file.read())
-            small = PIL.Image.fromarray(pixels).resize((224, 224))
-            (feature,) = session.run(["feature_vector"], {PIXELS_INPUT: np.asarray(small)[np.newaxis]})
+                pixels = simplejpeg.decode_jpeg(file.read(), "RGBA")
+            small = resize(pixels, 224, 224, "bicubic")
+            assert small is not None
+            (feature,) = session.run(["feature_vector"], {PIXELS_INPUT: small[np.newaxis]})
             object_id = line.rpartition("/")[2]
             folder = f"{target}/{object_id[0:2]}/{object_id[2:4]}"
             if folder not in made:

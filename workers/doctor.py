@@ -1,6 +1,7 @@
 """The doctor: whether this machine can do its part, and whether its features agree with the gallery's."""
 
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from pipeline.store import (
 from pipeline.versions import library_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
+from workers.resize import is_compiled
 
 #: Rows that are embedded again, spread over the gallery.
 SAMPLE_ROWS = 12
@@ -81,6 +83,7 @@ def examine(
         yield Check("bad", "device", str(error))
         return
     yield Check("ok", "device", f"{encoder.device} (asked for: {device})")
+    yield _resizing()
     yield _examined("features", lambda: _sample(folder, media_dir, encoder))
 
 
@@ -182,6 +185,19 @@ def _space(folder: Path, model: Model) -> Check:
     if stat.f_files and stat.f_favail < flying:
         return Check("bad", "space", f"{detail}; {stat.f_favail} files can be made, {flying} are needed at once")
     return Check("ok" if free > need else "bad", "space", detail)
+
+
+def _resizing() -> Check:
+    if is_compiled():
+        return Check("ok", "resizing", "compiled, with Pillow's pixels")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Check("ok", "resizing", "by Pillow")
+    return Check(
+        "warn",
+        "resizing",
+        "by Pillow, which takes three times as long for the same pixels: there was no C compiler when ruiji was"
+        " installed (apt-get install gcc libc6-dev, then install it again), or the processor has no AVX2",
+    )
 
 
 def _versions(folder: Path) -> Check:

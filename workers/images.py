@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
+from workers.resize import has_filter, resize
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +158,15 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
 
 
 def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
-    image = _plain_jpeg(file, spec, max_pixels)
-    if image is None:
-        image = _opened(file, spec, max_pixels)
+    plain = _plain_jpeg(file, spec, max_pixels)
+    decoded = _opened(file, spec, max_pixels) if plain is None else plain
+    if isinstance(decoded, Image.Image):
+        image = decoded
+    else:
+        resized = resize(decoded, spec.width, spec.height, spec.resize) if decoded.shape[2] == 4 else None
+        if resized is not None:
+            return resized
+        image = Image.fromarray(decoded[:, :, :3])
     if image.mode != spec.color:
         image = image.convert(spec.color)
     image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
@@ -167,27 +174,28 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint
     return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
 
 
-def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image:
-    """An image of any format, upright where the spec says so."""
+def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | NDArray[np.uint8]:
+    """An image of any format, upright where the spec says so; a color JPEG as `_decoded_jpeg` has it."""
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("it is not an image in a known format", "undecodable") from None
     with image:
         _check_size(*image.size, max_pixels)
-        orientation = _orientation(image) if spec.exif_orientation else 1
+        turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation else None
         if spec.jpeg_draft:
             # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
             side = 2 * max(spec.width, spec.height)
             image.draft(None, (side, side))
         elif image.format == "JPEG" and image.mode == "RGB" and isinstance(file, io.BytesIO):
-            image = _decoded_jpeg(file) or image
+            pixels = _decoded_jpeg(file, spec)
+            if pixels is not None:
+                return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
         image.load()
-        turn = _UPRIGHT.get(orientation)
         return image if turn is None else image.transpose(turn)
 
 
-def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | None:
+def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
     """A color JPEG that nothing is to be done about but decoding it, without Pillow's look at it; None: not sure."""
     if spec.jpeg_draft or not isinstance(file, io.BytesIO) or not _has_no_metadata(file.getbuffer()):
         return None
@@ -198,7 +206,7 @@ def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image
     if color != "YCbCr":
         return None
     _check_size(width, height, max_pixels)
-    return _decoded_jpeg(file)
+    return _decoded_jpeg(file, spec)
 
 
 def _has_no_metadata(data: memoryview) -> bool:
@@ -218,11 +226,17 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
 
 
-def _decoded_jpeg(file: io.BytesIO) -> Image.Image | None:
-    """A color JPEG through simplejpeg: the same pixels a little sooner. None: it is for Pillow to decide."""
+def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec) -> NDArray[np.uint8] | None:
+    """The pixels of a color JPEG through simplejpeg, which are Pillow's, a little sooner.
+
+    Returns:
+        uint8[h, w, c], RGB, and a fourth channel where `resize` is to have them. None: it is for Pillow to decide.
+    """
+    colors = "RGBA" if spec.color == "RGB" and has_filter(spec.resize) else "RGB"
     # Strict: at the least oddity of the data.
     with suppress(ValueError):
-        return Image.fromarray(simplejpeg.decode_jpeg(file.getbuffer(), "RGB", strict=True))
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(file.getbuffer(), colors, strict=True)
+        return pixels
     return None
 
 
