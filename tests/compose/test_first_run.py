@@ -60,6 +60,11 @@ def test_the_feature_folder_was_made_and_its_files_are_the_users(finished: Stack
     assert user == f"{owner.st_uid}:{owner.st_gid}" and owner.st_uid != 0
 
 
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="the processor has no AVX2")
+def test_the_image_has_the_compiled_resizing(finished: Stack) -> None:
+    assert "ok    resizing   compiled" in finished.compose("exec", "worker", "ruiji", "doctor", code=None)
+
+
 def test_containers_are_not_root_and_write_nowhere_but_to_the_features(finished: Stack) -> None:
     attempt = f"id -u; touch {finished.media}/x; touch {finished.model.parent}/x; touch /opt/ruiji/x"
     for service in ("worker", "reducer"):
