@@ -37,6 +37,7 @@ help: ## Explain the targets
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
 	@$(PIP) install --require-hashes -r $<
+	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -46,6 +47,7 @@ help: ## Explain the targets
 	@echo "installing $< and torch (several GB)"
 	@$(PIP) install --require-hashes -r $<
 	@$(PIP) install -r requirements/torch.txt
+	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 

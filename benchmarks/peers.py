@@ -79,8 +79,8 @@ def article(media: Path, listed: Path, output: Path, threads: int = 0) -> None:
 def bare_loop(media: Path, listed: Path, output: Path) -> None:
     """The best loop without a queue: a process a core, one thread each, whole files by rename, then shards.
 
-    It has ruiji's quicker graph and resizing too, so that what is left between the two is the queue and what comes with
-    it.
+    It has ruiji's quicker graph and compiled resizing too, so that what is left between the two is the queue and what
+    comes with it.
     """
     lines = listed.read_text().splitlines()
     counter = multiprocessing.Value(c_int, 0)

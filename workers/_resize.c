@@ -6,7 +6,10 @@
 
    One instruction multiplies 16-bit numbers in pairs and adds each pair to 32 bits. A weight has 23 bits and a sign, so
    it is multiplied as two halves. Output rows are made in order, and between the passes only the rows are kept that the
-   next output needs, so that nothing goes through memory in between.
+   next output needs, so that they stay in the cache.
+
+   No part of Python is needed to compile this. Whoever changes what the functions take changes their names: a library
+   from before may still lie beside newer code.
 */
 
 #include <stddef.h>
@@ -14,7 +17,7 @@
 
 /* Known by these numbers in workers/resize.py. */
 enum { BILINEAR = 0, BICUBIC = 1 };
-enum { DONE = 0, NOT_HERE = 1, NO_MEMORY = 2 };
+enum { DONE = 0, LEFT_TO_PILLOW = 1, NO_MEMORY = 2 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -24,8 +27,8 @@ enum { DONE = 0, NOT_HERE = 1, NO_MEMORY = 2 };
 #include <string.h>
 
 enum { WEIGHT_BITS = 22, LOW_BITS = 11, HALF = 1 << (WEIGHT_BITS - 1) };
-/* Windows of more taps, as those of an image that is narrower than its window, are left to Pillow. */
-enum { MAX_TAPS = 1024 };
+/* More taps than this are left to Pillow, and so are sides that no picture has; products of sizes fit into an int. */
+enum { MAX_TAPS = 1024, MAX_SIDE = 1 << 20 };
 
 /* Where the window of each output begins, and its weights: for every two taps a pair of upper halves, then one of
    lower halves, each pair in 32 bits. All windows are `taps` long, an even number, and lie within the image. */
@@ -62,13 +65,13 @@ static int make_axis(axis *made, int size, int outputs, int filter) {
     double raw[MAX_TAPS];
     int low, taps = 0;
 
-    if (2 * support + 2 > MAX_TAPS) return NOT_HERE;
+    if (2 * support + 2 > MAX_TAPS) return LEFT_TO_PILLOW;
     for (int output = 0; output < outputs; output++) {
         int length = window((output + 0.5) * scale, support, size, &low) - low;
         if (length > taps) taps = length;
     }
     taps += taps % 2;
-    if (taps > size) return NOT_HERE;
+    if (taps > size) return LEFT_TO_PILLOW;
     made->taps = taps;
     made->first = malloc(outputs * sizeof *made->first);
     made->weights = calloc((size_t)outputs * taps, sizeof *made->weights);
@@ -182,9 +185,10 @@ static int rows_first(
     /* One row more than a window has, since they come two at a time; and the output's. */
     int ring_rows = rows->taps + 1, ready = 0;
     ptrdiff_t length = 4 * (ptrdiff_t)width, out_length = 4 * (ptrdiff_t)out_width;
-    uint8_t *ring = malloc((ring_rows + 1) * out_length), *row = ring + ring_rows * out_length;
+    uint8_t *ring = malloc((ring_rows + 1) * out_length);
 
     if (!ring) return NO_MEMORY;
+    uint8_t *row = ring + ring_rows * out_length;
     for (int y = 0; y < out_height; y++) {
         for (; ready < rows->first[y] + rows->taps; ready += 2) {
             int below = ready + 1 < height ? ready + 1 : ready;
@@ -205,9 +209,10 @@ static int columns_first(
     const axis *rows, const axis *columns
 ) {
     ptrdiff_t length = 4 * (ptrdiff_t)width, out_length = 4 * (ptrdiff_t)out_width;
-    uint8_t *between = malloc(2 * (length + out_length)), *resized = between + 2 * length;
+    uint8_t *between = malloc(2 * (length + out_length));
 
     if (!between) return NO_MEMORY;
+    uint8_t *resized = between + 2 * length;
     for (int y = 0; y < out_height; y += 2) {
         int count = y + 1 < out_height ? 2 : 1;
         for (int n = 0; n < count; n++) resize_columns(pixels, height, (int)length, rows, y + n, between + n * length);
@@ -222,9 +227,11 @@ static int resize(
     const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width, int filter
 ) {
     axis columns = {0}, rows = {0};
-    /* Four pixels are a vector. */
-    int outcome = width < 4 || out_width < 4 ? NOT_HERE : make_axis(&columns, width, out_width, filter);
+    int outcome = LEFT_TO_PILLOW;
 
+    /* Four pixels are a vector. */
+    if (width >= 4 && out_width >= 4 && width <= MAX_SIDE && out_width <= MAX_SIDE)
+        outcome = make_axis(&columns, width, out_width, filter);
     if (outcome == DONE) outcome = make_axis(&rows, height, out_height, filter);
     if (outcome == DONE) {
         /* Pillow 13's rule; before, rows always came first. */
@@ -245,7 +252,7 @@ static int supported(void) {
 #else
 
 static int resize(const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width, int filter) {
-    return NOT_HERE;
+    return LEFT_TO_PILLOW;
 }
 
 static int supported(void) {

@@ -1,7 +1,6 @@
 """The doctor: whether this machine can do its part, and whether its features agree with the gallery's."""
 
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from pipeline.store import (
 from pipeline.versions import library_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
-from workers.resize import is_compiled
+from workers.resize import NO_INSTRUCTIONS, why_not
 
 #: Rows that are embedded again, spread over the gallery.
 SAMPLE_ROWS = 12
@@ -188,16 +187,11 @@ def _space(folder: Path, model: Model) -> Check:
 
 
 def _resizing() -> Check:
-    if is_compiled():
+    reason = why_not()
+    if reason is None:
         return Check("ok", "resizing", "compiled, with Pillow's pixels")
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return Check("ok", "resizing", "by Pillow")
-    return Check(
-        "warn",
-        "resizing",
-        "by Pillow, which takes three times as long for the same pixels: there was no C compiler when ruiji was"
-        " installed (apt-get install gcc libc6-dev, then install it again), or the processor has no AVX2",
-    )
+    told = f"by Pillow, which takes three times as long for the same pixels: {reason}"
+    return Check("ok" if reason == NO_INSTRUCTIONS else "warn", "resizing", told)
 
 
 def _versions(folder: Path) -> Check:

@@ -158,8 +158,9 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
 
 
 def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
-    plain = _plain_jpeg(file, spec, max_pixels)
-    decoded = _opened(file, spec, max_pixels) if plain is None else plain
+    decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
+    if decoded is None:
+        decoded = _opened(file, spec, max_pixels)
     if isinstance(decoded, Image.Image):
         image = decoded
     else:
@@ -175,7 +176,7 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint
 
 
 def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | NDArray[np.uint8]:
-    """An image of any format, upright where the spec says so; a color JPEG as `_decoded_jpeg` has it."""
+    """An image of any format, upright where the spec says so; most color JPEGs as `_decoded_jpeg` has them."""
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -188,9 +189,12 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | N
             side = 2 * max(spec.width, spec.height)
             image.draft(None, (side, side))
         elif image.format == "JPEG" and image.mode == "RGB" and isinstance(file, io.BytesIO):
-            pixels = _decoded_jpeg(file, spec)
-            if pixels is not None:
-                return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+            # Turned by Pillow, an array would have to be copied twice to become one again.
+            pixels = _decoded_jpeg(file, spec, for_pillow=turn is not None)
+            if pixels is not None and turn is None:
+                return pixels
+            image = image if pixels is None else Image.fromarray(pixels)
+            del pixels
         image.load()
         return image if turn is None else image.transpose(turn)
 
@@ -206,7 +210,7 @@ def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.
     if color != "YCbCr":
         return None
     _check_size(width, height, max_pixels)
-    return _decoded_jpeg(file, spec)
+    return _decoded_jpeg(file, spec, for_pillow=False)
 
 
 def _has_no_metadata(data: memoryview) -> bool:
@@ -226,13 +230,17 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
 
 
-def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec) -> NDArray[np.uint8] | None:
+def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArray[np.uint8] | None:
     """The pixels of a color JPEG through simplejpeg, which are Pillow's, a little sooner.
 
+    Args:
+        for_pillow: Pillow is to do what comes next.
+
     Returns:
-        uint8[h, w, c], RGB, and a fourth channel where `resize` is to have them. None: it is for Pillow to decide.
+        uint8[h, w, c], RGB: c = 4, the last one unused, where `resize` can take them, else 3. None: it is for Pillow to
+        decode.
     """
-    colors = "RGBA" if spec.color == "RGB" and has_filter(spec.resize) else "RGB"
+    colors = "RGBA" if not for_pillow and spec.color == "RGB" and has_filter(spec.resize) else "RGB"
     # Strict: at the least oddity of the data.
     with suppress(ValueError):
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(file.getbuffer(), colors, strict=True)

@@ -1,7 +1,8 @@
 """Pillow's `Image.resize` with vector instructions: the same bits in a third of the time, where it was compiled.
 
 `workers/_resize.c` says how. It is no Python extension, only a library, so that a compiler is all that it takes. Pillow
-resizes where there was none when ruiji was installed, on other processors, and where Pillow's own bits are others.
+resizes where there was none when ruiji was installed, on other processors, and where the installed Pillow's pixels are
+others.
 """
 
 import ctypes
@@ -13,19 +14,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _FILTERS = {"bilinear": 0, "bicubic": 1}
-_DONE, _NOT_HERE = 0, 1
+_DONE, _LEFT_TO_PILLOW = 0, 1
 #: Sizes of the pictures it is tried with before it is used: one for each order of the passes.
 _TRIED = ((40, 60), (60, 40))
+NO_INSTRUCTIONS = "the processor has no AVX2"
 
 
-def is_compiled() -> bool:
-    """Whether it is here and runs on this processor."""
-    return _library() is not None
+def why_not() -> str | None:
+    """Why it cannot be used here; None: it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
 
 
 def has_filter(name: str) -> bool:
-    """Whether it resizes with this filter, by Pillow's name in small letters."""
-    return name in _FILTERS and is_compiled()
+    """Whether it can be used, with this filter, by Pillow's name in small letters."""
+    return name in _FILTERS and why_not() is None
 
 
 def resize(pixels: NDArray[np.uint8], width: int, height: int, filter_name: str) -> NDArray[np.uint8] | None:
@@ -33,22 +36,21 @@ def resize(pixels: NDArray[np.uint8], width: int, height: int, filter_name: str)
 
     Args:
         pixels: uint8[h, w, 4], contiguous; the last channel is left out.
+        width, height: of the result, in Pillow's order.
         filter_name: one that `has_filter`.
 
     Returns:
-        uint8[height, width, 3]; None: the image is smaller than the filter, or 100 times as large as the result, and
-        Pillow has to do it.
+        uint8[height, width, 3]; None: it cannot be used here, or a side is shorter than the filter or than 4 pixels, or
+        more than some 250 times the result's, and Pillow has to do it.
 
     Raises:
         MemoryError: there is none left.
-        ValueError: the pixels are not as said above, or it is not compiled.
+        ValueError: the pixels are not as said above.
     """
-    library = _library()
-    if library is None:
-        raise ValueError("it is not compiled")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 4 or not pixels.flags.c_contiguous:
         raise ValueError("pixels must be uint8[h, w, 4], contiguous")
-    return _resize(library, pixels, width, height, filter_name)
+    library = _library()
+    return None if isinstance(library, str) else _resize(library, pixels, width, height, filter_name)
 
 
 def _resize(
@@ -58,27 +60,34 @@ def _resize(
     outcome = library.ruiji_resize(
         pixels.ctypes.data, *pixels.shape[:2], out.ctypes.data, height, width, _FILTERS[filter_name]
     )
-    if outcome not in (_DONE, _NOT_HERE):
+    if outcome not in (_DONE, _LEFT_TO_PILLOW):
         raise MemoryError("no memory to resize an image")
     return out if outcome == _DONE else None
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | str:
+    """The library, or why it cannot be used."""
     found = find_spec("workers._resize")
     if found is None or found.origin is None:
-        return None
+        return (
+            "there was no C compiler when ruiji was installed;"
+            " install gcc and libc6-dev, then ruiji again (make clean setup)"
+        )
     try:
         library = ctypes.CDLL(found.origin)
-    except OSError:  # Made for another machine.
-        return None
-    size = [ctypes.c_int, ctypes.c_int]
-    library.ruiji_resize.argtypes = [ctypes.c_void_p, *size, ctypes.c_void_p, *size, ctypes.c_int]
-    return library if library.ruiji_resize_supported() and _has_pillows_bits(library) else None
+        size = [ctypes.c_int, ctypes.c_int]
+        library.ruiji_resize.argtypes = [ctypes.c_void_p, *size, ctypes.c_void_p, *size, ctypes.c_int]
+        supported = library.ruiji_resize_supported()
+    except (OSError, AttributeError) as error:  # Made for another machine, or another version of ruiji.
+        return f"the compiled library is none of this ruiji's ({error}); install ruiji again (make clean setup)"
+    if not supported:
+        return NO_INSTRUCTIONS
+    return library if _has_pillows_bits(library) else "the pixels of the installed Pillow are others"
 
 
 def _has_pillows_bits(library: ctypes.CDLL) -> bool:
-    """Tried with pictures of noise: it may have been compiled beside another Pillow, or by another's mistake."""
+    """Tried with pictures of noise, in case it is used beside another Pillow, or was compiled wrongly."""
     for size in _TRIED:
         # Knuth's multiplicative hash of the places; numpy's generators are slow to import.
         hashed = np.arange(4 * size[0] * size[1], dtype=np.uint32) * np.uint32(2654435761)

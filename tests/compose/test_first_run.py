@@ -10,6 +10,7 @@ import pytest
 
 from tests.compose.stack import Stack
 from tests.conftest import SHARED
+from workers.resize import NO_INSTRUCTIONS
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_the_feature_folder_was_made_and_its_files_are_the_users(finished: Stack
     assert user == f"{owner.st_uid}:{owner.st_gid}" and owner.st_uid != 0
 
 
-@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="the processor has no AVX2")
 def test_the_image_has_the_compiled_resizing(finished: Stack) -> None:
-    assert "ok    resizing   compiled" in finished.compose("exec", "worker", "ruiji", "doctor", code=None)
+    answer = finished.compose("exec", "worker", "ruiji", "doctor", code=None)
+    assert "ok    resizing   compiled" in answer or NO_INSTRUCTIONS in answer
 
 
 def test_containers_are_not_root_and_write_nowhere_but_to_the_features(finished: Stack) -> None:

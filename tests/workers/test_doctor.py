@@ -1,6 +1,5 @@
 """The doctor's checks, on things that are well and on things made ill."""
 
-import platform
 import subprocess
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from pipeline.plan import Plan, close_plan
 from pipeline.reduce import reduce_segment
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
+from workers import doctor
 from workers.doctor import Check, examine
 from workers.embed import Job, embed_batch
 from workers.encoder import Encoder
-from workers.resize import is_compiled
+from workers.resize import NO_INSTRUCTIONS
 
 
 @pytest.fixture
@@ -36,10 +36,20 @@ def look(tmp_path: Path, model_path: Path, url: str | None) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
+@pytest.mark.parametrize(
+    ("reason", "state"), [(None, "ok"), (NO_INSTRUCTIONS, "ok"), ("there was no C compiler; install gcc", "warn")]
+)
+def test_it_says_who_resizes_and_why(
+    tmp_path: Path, model_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, reason: str | None, state: str
+) -> None:
+    monkeypatch.setattr(doctor, "why_not", lambda: reason)
+    check = look(tmp_path, model_path, None)["resizing"]
+    assert check.state == state and (reason or "compiled") in check.detail
+
+
 def test_where_all_is_well_it_says_so(tmp_path: Path, model_path: Path, plan: Plan, redis_url: str) -> None:
     checks = look(tmp_path, model_path, redis_url)
     assert {check.state for name, check in checks.items() if name != "resizing"} == {"ok"}
-    assert (checks["resizing"].state == "ok") == (is_compiled() or platform.machine() != "x86_64")
     assert set(checks) == {"redis", "media", "folder", "model", "space", "libraries", "device", "resizing", "features"}
     assert "10 objects embedded again, cosine at least 1.0000000" in checks["features"].detail
     assert "cpu" in checks["device"].detail
