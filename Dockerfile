@@ -2,10 +2,10 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-ARG ACCEL=cpu
-ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # For the resizing, which is Pillow's where there is no compiler. It stays in this stage.
 RUN (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev) || echo "no compiler: Pillow resizes" >&2
+ARG ACCEL=cpu
+ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/ruiji
 # What changes rarely first: the lock, then the code.
 COPY requirements/${ACCEL}.lock requirements/torch.txt /build/requirements/
