@@ -17,7 +17,8 @@ import redis
 
 from pipeline.broker.app import broker_faults, connect, make_app
 from pipeline.broker.chords import Chords
-from pipeline.broker.embedded import die_with_parent, embedded_redis, locked
+from pipeline.broker.embedded import embedded_redis, locked
+from pipeline.children import python_command, start_child
 from pipeline.errors import PlanMismatch, RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
@@ -201,7 +202,7 @@ def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:
 def _worker_processes(
     work: Work, url: str, workers: int | None, device: str, state_dir: Path, log_format: str
 ) -> Iterator[Callable[[], None]]:
-    command = [sys.executable, "-m", "pipeline", "worker", "--device", device]
+    command = python_command("pipeline", "worker", "--device", device)
     command += ["--media-dir", str(work.media_dir), "--feature-dir", str(work.feature_dir), "--model", str(work.model)]
     command += ["--window-segments", str(work.window_segments)]
     command += ["--visibility-timeout-s", str(work.visibility_timeout_s)]
@@ -209,14 +210,12 @@ def _worker_processes(
     command += ["--processes", str(workers)] if workers else []
     # The URL holds a password, and a command line is everybody's to read.
     environment = {**os.environ, "RUIJI_REDIS_URL": url}
-    process = subprocess.Popen(
+    process = start_child(
         command,
         env=environment,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="backslashreplace",
-        start_new_session=True,
-        preexec_fn=die_with_parent,
     )
     # Through this process, so that their lines and the progress bar do not write over each other.
     relay = threading.Thread(target=_relay, args=(process.stderr,), daemon=True)

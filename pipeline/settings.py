@@ -262,11 +262,16 @@ STALL_TIMEOUT_S = 30
 
 
 def load_dotenv() -> None:
-    """Read `.env` of the current folder into the environment; variables that are set win."""
+    """Take ruiji's own variables from `.env` in the current folder; those that are set already win.
+
+    No others: a `PATH` or `PYTHONPATH` in a folder of somebody else's would have its programs run.
+    """
     if os.path.exists(".env"):
         import dotenv
 
-        dotenv.load_dotenv(".env", override=False)
+        for name, value in dotenv.dotenv_values(".env").items():
+            if name.startswith("RUIJI_") and value is not None:
+                os.environ.setdefault(name, value)
 
 
 def state_folder(state_dir: Path | None) -> Path:

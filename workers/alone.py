@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.broker.embedded import die_with_parent
+from pipeline.children import python_command, start_child
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
 from pipeline.plan import Limits
@@ -48,13 +48,11 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits) -> NDArray[np.uint
         MachineFault: the file could not be read at all.
     """
     request = {"path": os.fspath(path), "spec": asdict(spec), "limits": asdict(limits)}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "workers.alone"],
+    child = start_child(
+        python_command("workers.alone"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # So that what `select` sees is all there is.
-        start_new_session=True,
-        preexec_fn=die_with_parent,
     )
     assert child.stdin is not None and child.stdout is not None
     try:

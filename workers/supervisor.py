@@ -9,13 +9,12 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.broker.embedded import die_with_parent
+from pipeline.children import python_command, start_child
 from pipeline.errors import RuijiError
 from pipeline.plan import open_plan
 from workers.in_hand import Hold, left_behind, read_in_hand
@@ -112,16 +111,14 @@ class Supervisor:
         self._stopping = True
 
     def _start(self, role: str, deaths: int = 0) -> _Child:
-        command = [sys.executable, "-m", "pipeline", "worker-process", "--role", role]
+        command = python_command("pipeline", "worker-process", "--role", role)
         in_hand = self._in_hand / secrets.token_hex(8)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
-        process = subprocess.Popen(
+        process = start_child(
             command,
             env={**self._environment, "RUIJI_IN_HAND": str(in_hand)},
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
         )
         return _Child(role, process, in_hand, deaths=deaths)
 

@@ -161,7 +161,7 @@ def ruiji(folder: Path, arguments: Sequence[str], shorten: int = 0) -> str:
     environment["RUIJI_STATE_DIR"] = str(folder / "state")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments],
+        [sys.executable, "-P", "-m", "pipeline", *arguments],
         check=False,
         cwd=folder,
         env=environment,

