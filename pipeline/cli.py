@@ -3,7 +3,6 @@
 import atexit
 import gc
 import importlib
-import json
 import signal
 import sys
 from pathlib import Path
@@ -11,22 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import settings
-from pipeline.errors import EXIT_INCOMPLETE, RuijiError, UsageError
+from pipeline import settings, streams
+from pipeline.arguments import Commands
+from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, RuijiError, UsageError
 from pipeline.settings import Device, ListFormat, LogFormat, ObjectIds, Reason
 
 if TYPE_CHECKING:
     from pipeline.run import Enqueued
     from pipeline.status import Status
 
-app = typer.Typer(
+app = Commands(
     name="ruiji",
     help="Turn a sorted list of images into a searchable gallery of features, and find look-alikes in it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-model_app = typer.Typer(no_args_is_help=True, help="Look at models.")
+model_app = Commands(no_args_is_help=True, help="Look at models.")
 app.add_typer(model_app, name="model")
 
 #: Commands that take up what an interruption left.
@@ -37,24 +37,51 @@ def main() -> None:
     """Run the command line: errors go to stderr as one line, exit codes are those of `pipeline.errors`."""
     # At its end Python looks through all that was ever loaded, a tenth of the time of a small search: not through this.
     atexit.register(gc.freeze)
-    settings.load_dotenv()
     # A SIGTERM ends a command as Ctrl-C does, in order; workers have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    streams.open_streams()
+    code, message = _run()
+    if message:
+        streams.note(f"error: {message}")
+    sys.exit(code)
+
+
+def _run() -> tuple[int, str]:
+    """Run the command that was asked for; returns its exit code and, if it failed, what to say.
+
+    Only a bug has a traceback: what machine and input can cause is one line.
+    """
     try:
+        settings.load_dotenv()
         # By name, because the arrows between the packages point the other way.
         for package in ("workers.cli", "search.cli"):
             importlib.import_module(package).register(app)
-        app()
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
     except RuijiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as end:
-        # Typer makes the latter of the former.
-        if isinstance(end, SystemExit) and end.code != 130:
-            raise
-        if _GO_ON.intersection(sys.argv[1:2]):
-            print("interrupted; run it again to go on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        return error.exit_code, str(error)
+    except typer.TyperException as error:
+        return error.exit_code, error.format_message()
+    except OSError as error:
+        return RuijiError.exit_code, _said(error)
+    except SystemExit as end:
+        # What Typer makes of a pipe that nobody reads any more.
+        if isinstance(end.__context__, BrokenPipeError):
+            return RuijiError.exit_code, _said(end.__context__)
+        raise
+    except MemoryError as error:
+        return RuijiError.exit_code, ": ".join(filter(None, ("out of memory", str(error))))
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED and _GO_ON.intersection(sys.argv[1:2]):
+        streams.note("interrupted; run it again to go on where it stopped")
+    return code, ""
+
+
+def _said(error: OSError) -> str:
+    if isinstance(error, BrokenPipeError) and error.filename == streams.STDOUT:
+        return ""  # Whoever reads has read enough.
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
 
 
 @app.command("list")
@@ -70,7 +97,7 @@ def list_objects(
         lines = write_list(folder, target)
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
-    print(f"{lines} objects in {target}", file=sys.stderr)
+    streams.note(f"{lines} objects in {target}")
 
 
 @app.command()
@@ -119,15 +146,14 @@ def enqueue(
 
 def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
     for note in done.notes:
-        print(note, file=sys.stderr)
+        streams.note(note)
     if done.plan is None:
-        print(f"nothing to do: {nothing.format(done.objects)}", file=sys.stderr)
+        streams.note(f"nothing to do: {nothing.format(done.objects)}")
         return
     verb = "carries on" if done.resumed else "opened"
-    print(
+    streams.note(
         f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
-        f"{len(done.plan.segments)} shards, {done.published} tasks published now",
-        file=sys.stderr,
+        f"{len(done.plan.segments)} shards, {done.published} tasks published now"
     )
 
 
@@ -179,7 +205,7 @@ def retry(
     done = enqueue(work, settings.list_file(list_path, media_dir), url, wanted)
     _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
     if done.plan is not None and url is None:
-        print("no Redis is running: ruiji run does it", file=sys.stderr)
+        streams.note("no Redis is running: ruiji run does it")
     if wait and url is not None:
         raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
 
@@ -215,15 +241,15 @@ def verify(
     folder = gallery_folder(feature_dir, model)
     findings = verify_gallery(folder)
     for finding in findings:
-        print(finding)
+        streams.tell(finding)
     broken = [finding for finding in findings if finding.broken]
     if repair:
         for note in repair_findings(folder, findings):
-            print(note, file=sys.stderr)
+            streams.note(note)
         broken = [finding for finding in broken if not finding.repairable]
     elif any(finding.repairable for finding in findings):
-        print("ruiji verify --repair mends what can be mended", file=sys.stderr)
-    print(f"findings: {len(findings)}; broken{' still' if repair else ''}: {len(broken)}", file=sys.stderr)
+        streams.note("ruiji verify --repair mends what can be mended")
+    streams.note(f"findings: {len(findings)}; broken{' still' if repair else ''}: {len(broken)}")
     raise typer.Exit(GalleryMismatch.exit_code if broken else 0)
 
 
@@ -263,7 +289,7 @@ def run(
     )
     folder = settings.make_state_folder(state_dir)
     status = run_here(work, list_path, workers, device.value, folder, log_format.value)
-    print(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}", file=sys.stderr)
+    streams.note(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}")
     raise typer.Exit(_exit_code(status))
 
 
@@ -293,34 +319,34 @@ def status(
     except RuijiError as error:
         if watch:
             raise
-        print(f"from the disk alone ({error})", file=sys.stderr)
+        streams.note(f"from the disk alone ({error})")
     if watch and client is not None:
         follow(folder, client)
     with broker_faults():
         now = StatusReader(folder, client).read(exact)
     if as_json:
-        print(json.dumps(now.as_json(), ensure_ascii=False))
+        print(streams.to_json(now.as_json()), file=streams.exact_stdout())
     else:
         _print_status(now)
     raise typer.Exit(_exit_code(now))
 
 
 def _print_status(now: "Status") -> None:
-    print(f"{'shard':>7}  {'state':<8} {'objects':>9} {'done':>9} {'failed':>7}")
+    streams.tell(f"{'shard':>7}  {'state':<8} {'objects':>9} {'done':>9} {'failed':>7}")
     for shard in now.shards:
-        print(f"{shard.shard:>7}  {shard.state:<8} {shard.objects:>9} {shard.done:>9} {shard.failed:>7}")
-    print(
+        streams.tell(f"{shard.shard:>7}  {shard.state:<8} {shard.objects:>9} {shard.done:>9} {shard.failed:>7}")
+    streams.tell(
         f"{now.objects} objects: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
         + (f"; {now.stale} stale rows beside" if now.stale else "")
     )
-    print(f"plan {now.plan} is open" if now.plan else "no plan is open")
+    streams.tell(f"plan {now.plan} is open" if now.plan else "no plan is open")
     for worker in now.workers:
         rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
         name = f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}"
-        print(f"{name}: {worker['state']} {rate}".rstrip())
+        streams.tell(f"{name}: {worker['state']} {rate}".rstrip())
         if worker["images"]:
             split = "  ".join(f"{stage} {ms:g}" for stage, ms in worker["ms_per_image"].items())
-            print(f"    ms an image: {split}")
+            streams.tell(f"    ms an image: {split}")
 
 
 @app.command()
@@ -330,7 +356,7 @@ def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
     from pipeline.store import gallery_folder
 
     plan = cancel_plan(gallery_folder(feature_dir, model))
-    print(f"plan {plan.plan_id} closed" if plan else "no plan is open", file=sys.stderr)
+    streams.note(f"plan {plan.plan_id} closed" if plan else "no plan is open")
 
 
 @app.command()
@@ -351,7 +377,7 @@ def redis(state_dir: settings.StateDir = None) -> None:
         try:
             with open(url_file, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
                 file.write(url + "\n")
-            print(f"Redis at {public_url(url)}, address and password in {url_file}; Ctrl-C stops it", file=sys.stderr)
+            streams.note(f"Redis at {public_url(url)}, address and password in {url_file}; Ctrl-C stops it")
             while not stop.wait(1):
                 check()
         finally:
@@ -364,7 +390,7 @@ def inspect(model: Annotated[Path, typer.Argument(help="The .onnx file.")]) -> N
     from pipeline.model import describe_model
 
     for name, value in describe_model(model):
-        print(f"{name:<14} {value}")
+        streams.tell(f"{name:<14} {value}")
 
 
 def _exit_code(now: "Status") -> int:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 EXIT_INCOMPLETE = 3
 EXIT_EMPTY = 5
+EXIT_INTERRUPTED = 130
 
 
 class RuijiError(Exception):

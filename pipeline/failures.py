@@ -1,7 +1,5 @@
 """The failed objects: which, why, and where that is recorded."""
 
-import csv
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +10,7 @@ from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import Plan, open_plan
 from pipeline.planning import stale_failed_file
 from pipeline.store import fruitless_folder, read_gallery, read_record, recorded_shards, shard_file
+from pipeline.streams import csv_writer, shown, to_json
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,16 @@ def _coming(plan: Plan) -> Iterator[FailedObject]:
 
 def write_failures(failed: Iterable[FailedObject], form: str, out: TextIO) -> int:
     """Write failed objects as `table` (for people), `csv` (with a header) or `jsonl`; returns how many there were."""
-    names = [field.name for field in fields(FailedObject)]
-    rows = csv.writer(out, lineterminator="\n")
+    write_row = csv_writer(out)
     if form == "csv":
-        rows.writerow(names)
+        write_row(field.name for field in fields(FailedObject))
     count = 0
     for entry in failed:
         count += 1
         if form == "csv":
-            rows.writerow(asdict(entry).values())
+            write_row(asdict(entry).values())
         elif form == "jsonl":
-            out.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+            out.write(to_json(asdict(entry)) + "\n")
         else:
-            out.write(f"{entry.reason:<14} {entry.path}: {entry.message}\n")
+            out.write(shown(f"{entry.reason:<14} {entry.path}: {entry.message}") + "\n")
     return count

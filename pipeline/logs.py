@@ -4,6 +4,9 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
+
+from pipeline.streams import shown
 
 #: LogRecord attributes that are not ours; whatever else a record carries came in through `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -32,7 +35,7 @@ class EventFormatter(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         words = [clock, record.levelname.lower(), *([str(event)] if event else []), record.getMessage()]
         words += [f"{key}={value}" for key, value in fields.items()]
-        return " ".join(words) + (f"\n{trace}" if trace else "")
+        return shown(" ".join(words)) + (f"\n{trace}" if trace else "")
 
 
 class EventHandler(logging.Handler):
@@ -40,7 +43,9 @@ class EventHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, or several where there is a traceback."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        # A log that is full or gone stops nobody's work.
+        with suppress(OSError):
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def set_up(log_format: str, level: int = logging.INFO) -> None:

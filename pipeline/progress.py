@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pipeline.streams import note
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -72,7 +74,7 @@ def show_progress() -> "Iterator[Callable[[Status], None]]":
             rate.add(status.done + status.failed)
             if time.monotonic() - last[0] >= LINE_INTERVAL_S or status.plan is None:
                 last[0] = time.monotonic()
-                print(describe(status, rate), file=sys.stderr, flush=True)
+                note(describe(status, rate))
 
         yield line
         return
@@ -103,7 +105,7 @@ def show_steps(unit: str) -> Iterator[Callable[[int, int], None]]:
         def line(done: int, total: int) -> None:
             if time.monotonic() - last[0] >= LINE_INTERVAL_S:
                 last[0] = time.monotonic()
-                print(words(done, total), file=sys.stderr, flush=True)
+                note(words(done, total))
 
         yield line
         return

@@ -265,35 +265,59 @@ def load_dotenv() -> None:
     """Take ruiji's own variables from `.env` in the current folder; those that are set already win.
 
     No others: a `PATH` or `PYTHONPATH` in a folder of somebody else's would have its programs run.
+
+    Raises:
+        UsageError: it is not UTF-8. OSError: it cannot be read.
     """
     if os.path.exists(".env"):
         import dotenv
 
-        for name, value in dotenv.dotenv_values(".env").items():
+        try:
+            values = dotenv.dotenv_values(".env", encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(f".env is not UTF-8: {error}") from None
+        for name, value in values.items():
             if name.startswith("RUIJI_") and value is not None:
                 os.environ.setdefault(name, value)
 
 
 def state_folder(state_dir: Path | None) -> Path:
-    """The host-local state folder, by the XDG convention unless one is given."""
+    """The host-local state folder, by the XDG convention unless one is given.
+
+    Raises:
+        UsageError: none is given, and the user has no home folder.
+    """
     if state_dir is not None:
         return state_dir
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "ruiji"
+    base = os.environ.get("XDG_STATE_HOME")
+    if base:
+        return Path(base) / "ruiji"
+    try:
+        return Path.home() / ".local" / "state" / "ruiji"
+    except RuntimeError:
+        raise UsageError(
+            "this user has no home folder for ruiji's state; name a folder with --state-dir (RUIJI_STATE_DIR)"
+        ) from None
 
 
 def make_state_folder(state_dir: Path | None) -> Path:
     """The state folder, made where it is missing, for its owner only: the embedded Redis' password lies in it.
 
     Raises:
-        RuijiError: it cannot be made.
+        RuijiError: it cannot be made, or not be written to.
     """
+    import tempfile
+
     folder = state_folder(state_dir)
+    doing = "make"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        doing = "write to"
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RuijiError(
-            f"cannot make the state folder {folder}: {error.strerror}; name one on this host with --state-dir "
+            f"cannot {doing} the state folder {folder}: {error.strerror}; name one on this host with --state-dir "
             "(RUIJI_STATE_DIR)"
         ) from None
     return folder
@@ -323,7 +347,7 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
     if redis_url is None:
         try:
             return redis_url_file(state_dir).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             raise UsageError(
                 "no Redis: start the embedded one with `ruiji redis` (make redis), or set RUIJI_REDIS_URL (--redis-url)"
             ) from None
@@ -332,9 +356,11 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
         parts = parts._replace(query=_tls_query(parts.query))
     if password_file is not None and "@" not in parts.netloc:
         try:
-            password = password_file.read_text(encoding="utf-8").strip()
+            password = password_file.read_text(encoding="utf-8-sig").strip()
         except OSError as error:
             raise UsageError(f"cannot read the password file {password_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"the password file {password_file} is not UTF-8") from None
         parts = parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}")
     return urlunsplit(parts)
 

@@ -4,7 +4,6 @@ What they need beyond the standard library and typer is imported when they run.
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.arguments import Commands
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
+from pipeline.streams import exact_stdout, note, tell, to_json
 from search import evaluate
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
@@ -103,7 +104,7 @@ Format = Annotated[
 ]
 GroupFormatOption = Annotated[
     GroupFormat,
-    typer.Option("--format", help="paths: one path a line, an empty line between groups."),
+    typer.Option("--format", help="paths: one path a line, an empty line between groups (nothing with -0)."),
 ]
 Null = Annotated[
     bool, typer.Option("--null", "-0", help="With --format paths: end each path by a null character, for xargs -0.")
@@ -120,7 +121,7 @@ IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also search
 FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit code 5 where nothing is found.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Say on stderr which way the search takes, and why.")]
 
-gallery_app = typer.Typer(no_args_is_help=True, help="Look at galleries.")
+gallery_app = Commands(no_args_is_help=True, help="Look at galleries.")
 
 
 def register(app: typer.Typer) -> None:
@@ -199,7 +200,7 @@ def search(
         embedded = embed_images(files, *loading, max_pixels)
         _say_other_versions(whole)
         for image, reason in embedded.failures:
-            _say(f"{printable(str(image))}: {reason}; left out")
+            note(f"{image}: {reason}; left out")
             failed = True
         queries += image_queries(embedded, whole, media_dir)
 
@@ -217,7 +218,7 @@ def search(
     if failed:
         raise typer.Exit(EXIT_INCOMPLETE)
     if not any(rows for _, rows in found):
-        _say("nothing found")
+        note("nothing found")
         raise typer.Exit(EXIT_EMPTY if fail_if_empty else 0)
 
 
@@ -260,13 +261,13 @@ def near_duplicates(
     _say_unusable(gallery)
     multiply, why = choose_multiply(gallery, device)
     if explain:
-        _say(f"plan: {why}")
+        note(f"plan: {why}")
     with show_steps("pairs") as progress:
         groups = find_groups(gallery, threshold, multiply, progress)
     lines = [] if sheet is None or media_dir is None else _group_lines(groups, annotations, media_dir)
     write_groups(groups, output_format, media_dir, null)
     extra = sum(len(group.members) - 1 for group in groups)
-    _say(f"{len(groups)} groups; {extra} objects beside the first of their group")
+    note(f"{len(groups)} groups; {extra} objects beside the first of their group")
     if sheet is not None:
         from search.sheet import write_sheet
 
@@ -299,7 +300,7 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
             f"cannot write to {folder / 'cache'}: nothing is kept of {unkept} shards; check its permissions and that "
             f"the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
         )
-    _say(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
+    note(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
 
 
 @gallery_app.command()
@@ -313,10 +314,10 @@ def info(
 
     facts = describe_gallery(find_gallery(feature_dir, model_path))
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        print(to_json(facts), file=exact_stdout())
         return
     for name, value in facts.items():
-        typer.echo(f"{name:<15} {'-' if value is None else f'{value:,}' if isinstance(value, int) else value}")
+        tell(f"{name:<15} {'-' if value is None else f'{value:,}' if isinstance(value, int) else value}")
 
 
 def _check_null(null: bool, paths: bool) -> None:
@@ -376,22 +377,18 @@ def _rank(
     work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded, gallery.in_memory())
     plan = make_plan(work, look_at_machine(device))
     if explain:
-        _say(f"plan: {plan}")
+        note(f"plan: {plan}")
     features = np.stack([query.feature for query in queries])
     ranking = rank(gallery, features, top_k + more, metric, plan.scan(gallery), plan.queries_at_once)
     for query, out, hits in zip(queries, excluding, ranking.hits, strict=True):
         yield [hit for hit in hits if not (out and is_self(query, hit.object_id, hit.path))][:top_k]
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def _say_provenance(gallery: "Gallery") -> None:
     if gallery.fingerprint is None:
-        _say("warning: unverified gallery: nothing says which model and preprocessing made these shards")
+        note("warning: unverified gallery: nothing says which model and preprocessing made these shards")
     if len(gallery.versions) > 1:
-        _say("warning: shards were made with different library versions; similarities can differ in their last digits")
+        note("warning: shards were made with different library versions; similarities can differ in their last digits")
 
 
 def _say_other_versions(gallery: "Gallery") -> None:
@@ -403,18 +400,18 @@ def _say_other_versions(gallery: "Gallery") -> None:
             f"{name} {made} (here {here.get(name)})" for name, made in versions.items() if here.get(name) != made
         ]
         if changed:
-            _say(f"warning: shards were made with {', '.join(changed)}; similarities can differ in their last digits")
+            note(f"warning: shards were made with {', '.join(changed)}; similarities can differ in their last digits")
 
 
 def _say_unusable(gallery: "Gallery") -> None:
     zero, nonfinite = gallery.unusable_rows
     if zero or nonfinite:
-        _say(
+        note(
             f"warning: left out {zero} objects whose feature is all zero and "
             f"{nonfinite} whose feature has NaN or infinite values"
         )
     if gallery.searched_rows == zero + nonfinite:
-        _say("the gallery has no object that can be ranked")
+        note("the gallery has no object that can be ranked")
 
 
 def _show(sheet: Path | None, html: Path | None, lines: "list[SheetLine]", max_pixels: int) -> None:
@@ -472,4 +469,4 @@ def _group_lines(groups: "list[Group]", annotations: "Annotations | None", media
 
 
 def _say_missing(text: str, missing: int) -> None:
-    _say(text + (f" ({missing} pictures could not be opened)" if missing else ""))
+    note(text + (f" ({missing} pictures could not be opened)" if missing else ""))

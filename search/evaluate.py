@@ -9,6 +9,7 @@ import typer
 
 from pipeline.errors import UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
+from pipeline.streams import exact_stdout, note, tell
 from search.options import TOP_K
 
 if TYPE_CHECKING:
@@ -149,11 +150,11 @@ def evaluate(
     )
     if output_format is ReportFormat.table:
         for line in report.as_table(evaluation, per_class):
-            typer.echo(line)
+            tell(line)
     elif output_format is ReportFormat.json:
-        typer.echo(report.as_json(evaluation))
+        print(report.as_json(evaluation), file=exact_stdout())
     else:
-        typer.echo(report.as_csv(evaluation), nl=False)
+        print(report.as_csv(evaluation), end="", file=exact_stdout())
     if plot is not None:
         from search.plots import draw_curves
 
@@ -164,7 +165,7 @@ def evaluate(
     for target in (trec, plot, sheet):
         if target is not None:
             pictures = f" ({missing} pictures could not be opened)" if target is sheet and missing else ""
-            typer.echo(f"written: {target}{pictures}", err=True)
+            note(f"written: {target}{pictures}")
 
 
 def _make_products(device: Device) -> "Callable[[Float64], Products] | None":

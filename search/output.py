@@ -1,14 +1,10 @@
 """How answers are written to stdout: tables for people, every digit in a stable order for machines."""
 
-import csv
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import typer
-
+from pipeline.streams import csv_writer, exact_stdout, shown, to_json
 from search.options import GroupFormat, OutputFormat
 
 if TYPE_CHECKING:
@@ -22,7 +18,7 @@ _LEFT = {"object_id", "path", "label"}
 
 
 def printable(text: str) -> str:
-    """Text that stdout can hold: file names need not be UTF-8, stdout has to be."""
+    """A name as text of UTF-8: file names need not be that, JSON and CSV have to be."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -54,7 +50,7 @@ def write_hits(
     """
     if form is OutputFormat.table:
         for line in _query_tables(found):
-            typer.echo(line)
+            print(line)
     elif form is OutputFormat.json:
         _write_json([{"query": query, "hits": rows} for query, rows in found])
     elif form is OutputFormat.jsonl:
@@ -63,7 +59,7 @@ def write_hits(
         columns = list(hit_columns(found))
         _write_csv(("query", *columns), ({"query": query, **row} for query, rows in found for row in rows))
     else:
-        _write_paths((row["path"] for _, rows in found for row in rows), media_dir, "\0" if null else "\n")
+        _write_paths((row["path"] for _, rows in found for row in rows), media_dir, null)
 
 
 def hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
@@ -73,7 +69,12 @@ def hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
 
 
 def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path | None, null: bool) -> None:
-    """Write groups of near-duplicates."""
+    """Write groups of near-duplicates.
+
+    Args:
+        null: with `paths`, end each by a null character instead of a new line; nothing is then between groups, because
+            `xargs -0` would take it for one more path.
+    """
     if form is GroupFormat.json:
         _write_json([group_object(number, group) for number, group in enumerate(groups, 1)])
     elif form is GroupFormat.jsonl:
@@ -85,17 +86,14 @@ def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path |
         )
     elif form is GroupFormat.table:
         for number, group in enumerate(groups, 1):
-            typer.echo(
-                f"{'' if number == 1 else chr(10)}group {number}: {len(group.members)} objects, {group.pairs} pairs"
-            )
+            print(f"{'' if number == 1 else chr(10)}group {number}: {len(group.members)} objects, {group.pairs} pairs")
             for line in _table(("object_id", "path", "similarity"), group_rows(group)):
-                typer.echo(line)
+                print(line)
     else:
-        end = "\0" if null else "\n"
         for number, group in enumerate(groups):
-            if number:
-                sys.stdout.write(end)
-            _write_paths((member.path for member in group.members), media_dir, end)
+            if number and not null:
+                print()
+            _write_paths((member.path for member in group.members), media_dir, null)
 
 
 def group_rows(group: "Group") -> list[Row]:
@@ -112,30 +110,33 @@ def group_object(number: int, group: "Group") -> dict[str, object]:
 
 
 def _write_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    print(to_json(value, indent=1), file=exact_stdout())
 
 
 def _write_json_lines(values: Iterator[Mapping[str, object]]) -> None:
+    out = exact_stdout()
     for value in values:
-        typer.echo(json.dumps(value, ensure_ascii=False))
+        print(to_json(value), file=out)
 
 
 def _write_csv(columns: Sequence[str], rows: Iterator[Mapping[str, object]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([row[column] for column in columns] for row in rows)
+    write_row = csv_writer(exact_stdout())
+    write_row(columns)
+    for row in rows:
+        write_row(row[column] for column in columns)
 
 
-def _write_paths(paths: Iterator[object], media_dir: Path | None, end: str) -> None:
+def _write_paths(paths: Iterator[object], media_dir: Path | None, null: bool) -> None:
+    out = exact_stdout()
     for path in paths:
-        sys.stdout.write(f"{path if media_dir is None else media_dir / str(path)}{end}")
+        print(path if media_dir is None else media_dir / str(path), end="\0" if null else "\n", file=out)
 
 
 def _query_tables(found: "Sequence[tuple[str, list[Row]]]") -> Iterator[str]:
     columns = hit_columns(found)
     for number, (query, rows) in enumerate(found):
         if len(found) > 1:
-            yield f"query: {query}" if number == 0 else f"\nquery: {query}"
+            yield f"{chr(10) if number else ''}query: {shown(query)}"
         yield from _table(columns, rows)
 
 
@@ -152,4 +153,4 @@ def _table(columns: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
 def _cell(value: "int | float | str | None") -> str:
     if value is None:
         return "-"
-    return f"{value:.6f}" if isinstance(value, float) else str(value)
+    return f"{value:.6f}" if isinstance(value, float) else shown(value)

@@ -1,8 +1,6 @@
 """An evaluation in words and files: table, JSON, CSV, a TREC run, and a sheet of the worst queries."""
 
-import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RuijiError, UsageError
+from pipeline.streams import csv_writer, shown, to_json
 from search.full_ranking import Placed, Task, full_ranking
 from search.gallery import Gallery
 from search.metrics import METRICS
@@ -105,20 +104,24 @@ def as_json(evaluation: Evaluation) -> str:
         },
         "classes": [{"label": one.label, "queries": one.queries, **_means(one)} for one in evaluation.classes],
     }
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    return to_json(value, indent=1)
 
 
 def as_csv(evaluation: Evaluation) -> str:
     """One line a metric, first of all queries (an empty label), then of each label, which have only `value`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, _CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+    write_row = csv_writer(text)
+
+    def write(**values: object) -> None:
+        write_row(values.get(column, "") for column in _CSV_COLUMNS)
+
+    write_row(_CSV_COLUMNS)
     valid = len(evaluation.scores.queries)
     for key, one in evaluation.summaries.items():
-        writer.writerow({"label": "", "queries": valid, "metric": key, **asdict(one)})
+        write(label="", queries=valid, metric=key, **asdict(one))
     for label in evaluation.classes:
         for key, value in _means(label).items():
-            writer.writerow({"label": label.label, "queries": label.queries, "metric": key, "value": value})
+            write(label=label.label, queries=label.queries, metric=key, value=value)
     return text.getvalue()
 
 
@@ -131,6 +134,7 @@ def _reasons(what: str, counts: Counter[str]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> Iterator[str]:
+    rows = [tuple(map(shown, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

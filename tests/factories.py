@@ -130,6 +130,17 @@ class Ruiji:
         assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def shell(self, script: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+        """Run a shell script in which `ruiji` is the command, below the media folder's parent."""
+        function = f'ruiji() {{ "{sys.executable}" -m pipeline "$@"; }}\n'
+        return subprocess.run(
+            ["bash", "-c", function + script],
+            env=self._environment() | environment,
+            cwd=self.media.parent,
+            capture_output=True,
+            timeout=240,
+        )
+
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """Start a command that stays; its output goes to the test's own."""
         process = subprocess.Popen(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import settings
+from pipeline import settings, streams
 from pipeline.settings import Device, TransportKind, WhenNoSlot
 
 
@@ -113,7 +113,7 @@ def doctor(
         url = None
     states = set()
     for check in examine(media_dir, feature_dir, model, url, device.value):
-        print(check, flush=True)
+        streams.tell(check)
         states.add(check.state)
     code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
     raise typer.Exit(code)

@@ -1,0 +1,208 @@
+"""The command line as a whole: one line for what machine and input can cause, streams that are closed, full or odd."""
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cli
+from pipeline.model import load_model
+from pipeline.settings import load_dotenv
+from pipeline.streams import csv_writer, shown, to_json
+from tests.factories import Ruiji, picture
+from tests.search.galleries import write_gallery
+
+
+@pytest.fixture
+def gallery(ruiji: Ruiji) -> list[str]:
+    """A gallery of five objects with random features; their paths."""
+    paths = [f"cat/{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        picture(ruiji.media / path, number)
+    model = load_model(ruiji.model)
+    features = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    write_gallery(ruiji.gallery, model, features, paths, 5)
+    return paths
+
+
+def name(gallery: list[str]) -> str:
+    return gallery[0].rpartition("/")[2]
+
+
+def only_line(errors: str | bytes) -> str:
+    text = errors if isinstance(errors, str) else errors.decode()
+    lines = text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    return lines[0]
+
+
+EMPTY = [
+    ("search", ""),
+    ("search", "a.png", ""),
+    ("search", "--id", ""),
+    ("search", "--id="),
+    ("search", "--feature", ""),
+    ("search", "--id", "x", "--where", ""),
+    ("search", "--id", "x", "--labels", ""),
+    ("search", "--id", "x", "--html", ""),
+    ("near-duplicates", "--sheet", ""),
+    ("evaluate", "--labels", ""),
+    ("evaluate", "--labels-from-folder", "--trec", ""),
+    ("run", "--media-dir", ""),
+    ("run", "--list", ""),
+    ("run", "--state-dir", ""),
+    ("enqueue", "--redis-url", ""),
+    ("worker", "--media-dir="),
+    ("status", "--feature-dir", ""),
+    ("verify", "--model", ""),
+    ("gallery", "info", "--feature-dir", ""),
+    ("model", "inspect", ""),
+    ("list", ""),
+    ("list", "media", "--out", ""),
+    ("redis", "--state-dir", ""),
+]
+
+
+@pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+def test_an_empty_argument_is_bad_input(ruiji: Ruiji, gallery: list[str], arguments: tuple[str, ...]) -> None:
+    done = ruiji(*arguments, code=2)
+    assert "is empty" in only_line(done.stderr)
+    assert not done.stdout
+    assert not (ruiji.media.parent / "objects.txt").exists()
+
+
+def test_an_empty_variable_is_one_that_is_not_set(ruiji: Ruiji, gallery: list[str]) -> None:
+    ruiji.environment["RUIJI_MEDIA_DIR"] = ""
+    assert "Missing option '--media-dir'" in only_line(ruiji("run", code=2).stderr)
+
+
+@pytest.mark.parametrize("value", ["nan", "-nan", "NaN", "inf", "-inf"])
+@pytest.mark.parametrize("arguments", [("near-duplicates", "--threshold"), ("search", "--id", "x", "--min-similarity")])
+def test_a_number_that_is_none_is_bad_input(
+    ruiji: Ruiji, gallery: list[str], arguments: tuple[str, ...], value: str
+) -> None:
+    assert f"'{arguments[-1]}'" in only_line(ruiji(*arguments, value, code=2).stderr)
+
+
+def test_what_the_command_line_cannot_read_is_one_line(ruiji: Ruiji) -> None:
+    for arguments in (["search", "--nope"], ["nope"], ["search", "--top-k", "many"], ["run", "--device", "tpu"]):
+        only_line(ruiji(*arguments, code=2).stderr)
+
+
+COMMANDS = {
+    "search": "search --id NAME",
+    "csv": "search --id NAME --format csv",
+    "jsonl": "search --id NAME --format jsonl",
+    "paths": "search --id NAME --format paths",
+    "near-duplicates": "near-duplicates --threshold 0.01",
+    "evaluate": "evaluate --labels-from-folder",
+    "info": "gallery info --json",
+    "status": "status",
+    "inspect": 'model inspect "$RUIJI_MODEL"',
+    "doctor": "doctor",
+    "help": "search --help",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_an_answer_that_cannot_be_written_is_one_line(ruiji: Ruiji, gallery: list[str], command: str) -> None:
+    command = command.replace("NAME", name(gallery))
+    full = ruiji.shell(f"ruiji {command} > /dev/full")
+    assert full.returncode == 1
+    errors = full.stderr.decode()
+    assert "Traceback" not in errors and errors.endswith("error: stdout: No space left on device\n")
+    closed = ruiji.shell(f"ruiji {command} >&-")
+    assert closed.returncode == 1
+    assert closed.stderr.decode().endswith("error: stdout: Bad file descriptor\n")
+
+
+def test_a_reader_that_has_read_enough_is_no_error(ruiji: Ruiji, gallery: list[str]) -> None:
+    done = ruiji.shell(f"ruiji search --id {name(gallery)} --format jsonl | true; exit ${{PIPESTATUS[0]}}")
+    assert done.stderr == b""
+
+
+def test_notes_never_get_into_the_answer(ruiji: Ruiji, gallery: list[str]) -> None:
+    done = ruiji.shell(f"ruiji search --id {name(gallery)} --explain --format json 2>&-")
+    assert done.returncode == 0
+    json.loads(done.stdout)
+    assert ruiji.shell(f"ruiji search --id {name(gallery)} --explain 2> /dev/full").returncode == 0
+
+
+def test_odd_names_are_escaped_for_people_and_exact_for_programs(ruiji: Ruiji, gallery: list[str]) -> None:
+    odd = "日本 \x1b[31m\u202e\r.png"
+    paths = [odd, *gallery[1:]]
+    write_gallery(ruiji.features / "odd", load_model(ruiji.model), np.eye(5, 12, dtype=np.float32), paths, 5)
+    asked = f"--model odd --id {name(gallery[1:])} -k 9"
+
+    def said(form: str, **environment: str) -> bytes:
+        done = ruiji.shell(f"ruiji search {asked} --format {form}", **environment)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout
+
+    assert "日本 \\x1b[31m\\u202e\\r.png" in said("table").decode()
+    for locale in ({"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
+        said("table", **locale).decode("ascii")
+        for form in ("json", "jsonl", "csv", "paths"):
+            assert said(form, **locale) == said(form)
+    assert odd in [hit["path"] for hit in json.loads(said("json"))[0]["hits"]]
+    assert f'"{odd}"'.encode() in said("csv")
+    assert f"{odd}\n".encode() in said("paths")
+
+
+def test_shown_text_has_nothing_that_a_terminal_obeys_or_hides() -> None:
+    assert shown("a\u00a0日本 e\u0301 👩\u200d👧") == "a\u00a0日本 e\u0301 👩\u200d👧"
+    assert shown("a\nb\tc\x9b\u2028\u200b\ufeff\udce9\ud800") == r"a\nb\tc\x9b\u2028\u200b\ufeff\xe9\ud800"
+    assert json.loads(to_json("é\ud800")) == "é\ud800"
+    assert to_json("é") == '"é"'
+
+
+def test_a_csv_row_is_one_record_to_every_reader() -> None:
+    from io import StringIO
+
+    out = StringIO()
+    csv_writer(out)(["a\rb", "c\nd", 'e"f', "g\r\n", "h"])
+    assert out.getvalue() == '"a\rb","c\nd","e""f","g\r\n",h\n'
+
+
+@pytest.mark.parametrize("command", ["redis", "run", "worker"])
+def test_a_state_folder_that_cannot_be_used_is_one_line(ruiji: Ruiji, gallery: list[str], command: str) -> None:
+    # Nobody may write there, root neither.
+    ruiji.environment["RUIJI_REDIS_URL"] = "redis://127.0.0.1:1"
+    assert "cannot write to the state folder /proc" in only_line(ruiji(command, "--state-dir", "/proc", code=1).stderr)
+    ruiji.model.with_suffix(".txt").touch()
+    told = only_line(ruiji(command, "--state-dir", str(ruiji.model.with_suffix(".txt")), code=1).stderr)
+    assert "cannot make the state folder" in told
+
+
+def test_a_dotenv_may_have_a_byte_order_mark_and_has_to_be_utf8(
+    ruiji: Ruiji, gallery: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUIJI_LIST", "")
+    monkeypatch.delenv("RUIJI_LIST")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfRUIJI_LIST=x\n")
+    load_dotenv()
+    assert os.environ["RUIJI_LIST"] == "x"
+    (tmp_path / ".env").write_bytes(b"RUIJI_LIST=\xff\n")
+    assert ".env is not UTF-8" in only_line(ruiji("gallery", "info", code=2).stderr)
+
+
+def test_an_error_of_the_disk_or_of_memory_is_one_line(ruiji: Ruiji, gallery: list[str]) -> None:
+    long = "x" * 5000
+    told = only_line(ruiji("gallery", "info", "--feature-dir", long, code=1).stderr)
+    assert re.search(r"x/.*: File name too long$", told)
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(**_: object) -> None:
+        np.empty(1 << 60, np.uint8)
+
+    monkeypatch.setattr(cli, "app", allocate)
+    monkeypatch.setattr(importlib, "import_module", lambda _: cli)
+    monkeypatch.setattr(cli, "register", lambda _: None, raising=False)
+    code, message = cli._run()
+    assert (code, message.partition(":")[0]) == (1, "out of memory")
