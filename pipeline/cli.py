@@ -91,10 +91,15 @@ def list_objects(
 ) -> None:
     """Write the sorted object list of all images below a folder."""
     from pipeline.objects import write_list
+    from pipeline.targets import check_targets
 
     target = out or folder / "objects.txt"
+    check_targets({"--out": target})
+    if target.exists() and not target.is_file():
+        raise UsageError(f"--out {target} is no file that can be replaced; name one")
     try:
-        lines = write_list(folder, target)
+        # What a link names is replaced, not the link.
+        lines = write_list(folder, target.resolve())
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
     streams.note(f"{lines} objects in {target}")

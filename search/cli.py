@@ -33,7 +33,7 @@ Images = Annotated[
     typer.Argument(
         metavar="IMAGE",
         help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv with img_path), "
-        "- for a list on stdin.",
+        "- for a list on stdin (of lines, or as find -print0 writes it).",
     ),
 ]
 GalleryModel = Annotated[
@@ -173,16 +173,20 @@ def search(
         raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
     _check_null(null, output_format is OutputFormat.paths)
     _check_pictures(sheet, html, media_dir)
+    if exclude_self and features:
+        raise UsageError("--exclude-self: no object is known that a --feature is of; search with --id, or leave it out")
     if exclude_self and images and media_dir is None:
         raise UsageError(
             "--exclude-self knows the object of a picture by its path in the media folder: say where that is with "
             "--media-dir"
         )
+    files = image_files(images or [], sys.stdin, media_dir)
+    read = [labels, *(images or []), *files, *(features or [])]
+    _check_targets({"--sheet": sheet, "--html": html}, feature_dir, model_path, media_dir, read, images)
     conditions, annotations = _read_filters(where, labels)
     whole = _open(feature_dir, model_path, include_stale, output_format is OutputFormat.paths)
-    files = image_files(images or [], sys.stdin, media_dir)
     queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
-    _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k)
+    _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k, whole.rows)
     loading = None
     if files:
         if model_path is None:
@@ -255,6 +259,7 @@ def near_duplicates(
         raise UsageError("--threshold must be above 0")
     _check_null(null, output_format is GroupFormat.paths)
     _check_pictures(sheet, None, media_dir)
+    _check_targets({"--sheet": sheet}, feature_dir, model_path, media_dir, [labels])
     conditions, annotations = _read_filters(where, labels)
     whole = _open(feature_dir, model_path, include_stale, output_format is GroupFormat.paths)
     gallery = apply_conditions(whole, conditions, annotations)
@@ -326,7 +331,7 @@ def _check_null(null: bool, paths: bool) -> None:
 
 
 def _check_pictures(
-    sheet: Path | None, html: Path | None, media_dir: Path | None, queries: int = 0, top_k: int = 0
+    sheet: Path | None, html: Path | None, media_dir: Path | None, queries: int = 0, top_k: int = 0, objects: int = 0
 ) -> None:
     for option, target in (("--sheet", sheet), ("--html", html)):
         if target is not None and media_dir is None:
@@ -335,6 +340,28 @@ def _check_pictures(
         from search.sheet import check_target
 
         check_target(sheet, queries, top_k)
+    if html is not None:
+        from search.page import check_page
+
+        check_page(queries, top_k, objects)
+
+
+def _check_targets(
+    targets: dict[str, Path | None],
+    feature_dir: Path,
+    model_path: Path | None,
+    media_dir: Path | None,
+    inputs: list[Path | None],
+    queries: list[Path] | None = None,
+) -> None:
+    if not any(targets.values()):
+        return
+    from pipeline.targets import check_targets
+    from search.gallery import find_gallery
+
+    model = [] if model_path is None else [model_path, model_path.with_suffix(".toml")]
+    folders = [path for path in queries or [] if path.is_dir()]
+    check_targets(targets, [*inputs, *model], media_dir, find_gallery(feature_dir, model_path), folders)
 
 
 def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[Condition], Annotations | None]":

@@ -122,12 +122,15 @@ def evaluate(
         check_target(sheet, SHEET_QUERIES, TOP_K)
 
     from pipeline.store import gallery_folder
+    from pipeline.targets import check_targets
     from search import protocol, report, scores
     from search.full_ranking import full_ranking
     from search.gallery import open_gallery
     from search.labels import read_annotations
 
     folder = gallery_folder(feature_dir, model_path)
+    read = [labels, model_path, model_path.with_suffix(".toml")]
+    check_targets({"--trec": trec, "--plot": plot, "--sheet": sheet}, read, media_dir, folder)
     gallery = open_gallery(folder, include_stale)
     junk = frozenset(junk_label or ())
     if labels is None:

@@ -1,16 +1,21 @@
-"""One HTML page with queries and their hits: pictures inside, no scripts, nothing loaded from elsewhere."""
+"""One HTML page with queries and their hits: pictures inside, each once, no scripts, nothing loaded from elsewhere."""
 
 import base64
 import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import RuijiError
+from pipeline.errors import UsageError
+from pipeline.streams import shown
+from pipeline.targets import writing
 from search.queries import open_picture
 from search.sheet import SheetHit, SheetLine
 
 #: A picture's longer side, in pixels: sharp at twice the size that it is shown in.
 _SIDE = 320
+#: Places for pictures, which a browser lays out in a few seconds, and pictures, about 20 kB each.
+_MAX_PLACES, _MAX_PICTURES = 20_000, 5_000
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --faint: #6e6e73; --tile: #f5f5f7; --rule: #d2d2d7;
   --right: #1f9d4d; --wrong: #d1342f; }
@@ -27,11 +32,29 @@ figure.query { position: sticky; left: 0; background: var(--paper); padding-righ
   color: var(--faint); border: 4px solid transparent; border-radius: 6px; box-sizing: border-box; }
 .right .tile { border-color: var(--right); }
 .wrong .tile { border-color: var(--wrong); }
-img { max-width: 100%; max-height: 100%; object-fit: contain; }
-img.small { width: 100%; height: 100%; image-rendering: pixelated; }
+i { width: 100%; height: 100%; background: center / contain no-repeat; print-color-adjust: exact; }
+i.small { image-rendering: pixelated; }
 figcaption b { display: block; margin-top: 6px; }
 figcaption span { display: block; color: var(--faint); font-size: 12px; overflow-wrap: anywhere; }
 """
+
+
+def check_page(queries: int, top_k: int, objects: int) -> None:
+    """Check, before any work, that a page can be looked at.
+
+    Args:
+        objects: in the gallery, which bounds the pictures of all hits.
+
+    Raises:
+        UsageError: it would be too large.
+    """
+    hits = min(top_k, objects)
+    places, pictures = queries * (1 + hits), queries + min(queries * hits, objects)
+    if places > _MAX_PLACES or pictures > _MAX_PICTURES:
+        raise UsageError(
+            f"a page of {queries} queries with {hits} hits would have up to {pictures} pictures in {places} places, "
+            f"more than {_MAX_PICTURES} in {_MAX_PLACES}; search with fewer queries, or a smaller --top-k"
+        )
 
 
 def write_page(target: Path, title: str, about: str, lines: list[SheetLine], max_pixels: int) -> int:
@@ -46,32 +69,50 @@ def write_page(target: Path, title: str, about: str, lines: list[SheetLine], max
     Raises:
         RuijiError: the file cannot be written.
     """
-    missing = 0
-    parts = [
-        "<!doctype html>",
-        f'<html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{_STYLE}</style>",
-        f"<header><h1>{_text(title)}</h1><p>{_text(about)}</p></header>",
-    ]
+    numbers = {
+        picture: number for number, picture in enumerate(dict.fromkeys(p for p in _places(lines) if p is not None))
+    }
+    #: Picture → the classes that show it; those that cannot be opened are not there.
+    classes: dict[Path, str] = {}
+    with writing(target) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as file:
+
+        def write(text: str) -> None:
+            file.write(text + "\n")
+
+        write("<!doctype html>")
+        write(f'<html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>')
+        write('<meta name="viewport" content="width=device-width, initial-scale=1">')
+        write(f"<style>{_STYLE}")
+        # Each picture once, as the background of its class, however many places it is in.
+        for picture, number in numbers.items():
+            thumbnail = _thumbnail(picture, max_pixels)
+            if thumbnail is not None:
+                url, small = thumbnail
+                classes[picture] = f"p{number} small" if small else f"p{number}"
+                write(f".p{number} {{ background-image: url({url}) }}")
+        write("</style>")
+        write(f"<header><h1>{_text(title)}</h1><p>{_text(about)}</p></header>")
+        for line in lines:
+            write("<section>")
+            fact = "query" if line.label is None else f"query · {line.label}"
+            write(_figure(classes.get(line.query) if line.query else None, "query", fact, line.title))
+            for rank, hit in enumerate(line.hits, 1):
+                label = "" if hit.label is None else f" · {hit.label}"
+                fact = f"{rank} · {hit.similarity:.4f}{label}"
+                shown_by = classes.get(hit.picture) if hit.picture else None
+                write(_figure(shown_by, _verdict(line, hit), fact, hit.object_id))
+            if not line.hits:
+                write("<p>nothing found</p>")
+            write("</section>")
+        write("</html>")
+    return len(numbers) - len(classes) + sum(picture is None for picture in _places(lines))
+
+
+def _places(lines: list[SheetLine]) -> Iterator[Path | None]:
     for line in lines:
-        parts.append("<section>")
-        fact = "query" if line.label is None else f"query · {line.label}"
-        missing += _figure(parts, line.query, "query", fact, line.title, max_pixels)
-        for rank, hit in enumerate(line.hits, 1):
-            label = "" if hit.label is None else f" · {hit.label}"
-            fact = f"{rank} · {hit.similarity:.4f}{label}"
-            missing += _figure(parts, hit.picture, _verdict(line, hit), fact, hit.object_id, max_pixels)
-        if not line.hits:
-            parts.append("<p>nothing found</p>")
-        parts.append("</section>")
-    parts.append("</html>\n")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n".join(parts), encoding="utf-8")
-    except OSError as error:
-        raise RuijiError(f"cannot write the page {target}: {error.strerror}") from None
-    return missing
+        yield line.query
+        for hit in line.hits:
+            yield hit.picture
 
 
 def _verdict(line: SheetLine, hit: SheetHit) -> str:
@@ -80,29 +121,33 @@ def _verdict(line: SheetLine, hit: SheetHit) -> str:
     return "right" if hit.label == line.label else "wrong"
 
 
-def _figure(parts: list[str], picture: Path | None, kind: str, fact: str, name: str, max_pixels: int) -> bool:
-    """Add one picture with its caption; True where there is no picture."""
-    source = None if picture is None else _data_url(picture, max_pixels)
-    image = "no picture" if source is None else f'<img {source[1]}src="{source[0]}" alt="{_text(name)}">'
-    parts.append(
+def _figure(shown_by: str | None, kind: str, fact: str, name: str) -> str:
+    """One place for a picture, with its caption.
+
+    Args:
+        shown_by: the classes of its picture; None where there is none.
+    """
+    image = "no picture"
+    if shown_by is not None:
+        image = f'<i class="{shown_by}" role="img" aria-label="{_text(name)}"></i>'
+    return (
         f'<figure class="{kind}"><div class="tile">{image}</div>'
         f"<figcaption><b>{_text(fact)}</b><span>{_text(name)}</span></figcaption></figure>"
     )
-    return source is None
 
 
-def _data_url(path: Path, max_pixels: int) -> tuple[str, str] | None:
+def _thumbnail(path: Path, max_pixels: int) -> tuple[str, bool] | None:
+    """A picture as a URL, and whether it is small: digits and icons are shown pixel by pixel, so nothing is lost."""
     picture = open_picture(path, max_pixels, _SIDE)
     if picture is None:
         return None
-    buffer = io.BytesIO()
-    # Small pictures (digits, icons) are shown pixel by pixel, so nothing of them may be lost.
     small = max(picture.size) <= _SIDE // 4
     picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
     picture.save(buffer, "PNG" if small else "JPEG", quality=85)
     kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", 'class="small" ' if small else ""
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small
 
 
 def _text(value: str) -> str:
-    return html.escape(value.encode("utf-8", "replace").decode())
+    return html.escape(shown(value))

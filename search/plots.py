@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import UsageError
+from pipeline.targets import writing
 from search.metrics import RECALL_LEVELS
 from search.scores import CMC_RANKS, Scores
 
@@ -51,8 +52,5 @@ def draw_curves(target: Path, scores: Scores) -> None:
         axes.grid(color=_FAINT, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise RuijiError(f"cannot write {target}: {error.strerror}") from None
+    with writing(target) as file:
+        figure.savefig(file, dpi=150, format=target.suffix[1:].lower())

@@ -147,7 +147,8 @@ def _protocol(
     ranked = [row for row in kept if GALLERY in row.kinds]
     if not asking or not ranked:
         lacking = GALLERY if asking else QUERY
-        reasons = "; ".join(f"{count} {reason}" for reason, count in (excluded + left_out).items())
+        # A row that is a query and ranked is in both.
+        reasons = "; ".join(f"{count} {reason}" for reason, count in (excluded | left_out).items())
         raise UsageError(f"nothing to evaluate: no row can serve as {lacking}" + (f" ({reasons})" if reasons else ""))
     codes = _codes(row.label for row in kept)
     places = _codes(row.camera for row in kept)

@@ -4,12 +4,13 @@ Images go through the same steps and the same encoder as the gallery's own. That
 reasons why search reaches into `workers`; they are imported only when a query needs them.
 """
 
+import codecs
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,25 +94,27 @@ def query_model(path: Path, gallery: Gallery) -> Model:
     return model
 
 
-def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None) -> list[Path]:
+def image_files(given: list[Path], stdin: TextIO, media_dir: Path | None) -> list[Path]:
     """The image files that arguments stand for, in order.
 
     A folder stands for the images below it, sorted; `-` for the lines of stdin; a `.txt` file for its lines, relative
     to its folder; a `.csv` for the `img_path` of its lines (of those with `data_type` query where it has that column),
-    relative to the media folder if one is given, else to its own folder. Anything else is an image.
+    relative to the media folder if one is given, else to its own folder. Anything else is an image. What has a null
+    character is a list of names that end in one, as `find -print0` writes it.
 
     Raises:
-        UsageError: a list cannot be read, names no image, or is a `.csv` without `img_path`.
+        UsageError: a list cannot be read, names no image or what cannot be a file, or is a `.csv` without `img_path`.
     """
     files: list[Path] = []
     for path in given:
         before = len(files)
-        if str(path) == "-":
-            files += [Path(line) for line in map(_without_newline, stdin) if line]
-        elif path.is_dir():
+        source = "stdin" if str(path) == "-" else str(path)
+        if source == "stdin":
+            files += map(Path, _listed(source, stdin.buffer.read))
+        elif os.path.isdir(path):
             files += [path / name for name in sorted(scan(path))]
         elif path.suffix.lower() == ".txt":
-            files += [path.parent / line for line in _lines(path) if line]
+            files += [path.parent / line for line in _listed(source, path.read_bytes)]
         elif path.suffix.lower() == ".csv":
             from search.labels import PATH_COLUMN, TYPE_COLUMN, read_annotations
 
@@ -126,19 +129,23 @@ def image_files(given: list[Path], stdin: Iterator[str], media_dir: Path | None)
         else:
             files.append(path)
         if len(files) == before:
-            raise UsageError(f"{'stdin' if str(path) == '-' else path} names no image to search with")
+            raise UsageError(f"{source} names no image to search with")
+        if odd := next((file for file in files[before:] if "\0" in str(file)), None):
+            raise UsageError(f"{source} has a name with a null character, {odd}")
     return files
 
 
-def _without_newline(line: str) -> str:
-    return line.rstrip("\r\n")
-
-
-def _lines(path: Path) -> list[str]:
+def _listed(source: str, read: Callable[[], bytes]) -> list[str]:
+    """The lines of a list, or what lies between null characters; without a byte order mark and empty ones."""
     try:
-        return [_without_newline(os.fsdecode(line)) for line in path.read_bytes().splitlines()]
+        data = read()
     except OSError as error:
-        raise UsageError(f"cannot read the list {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read the list {source}: {error.strerror}") from None
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and b"\0" in data:
+        raise UsageError(f"the list {source} is UTF-16; write it as UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    names = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
+    return [os.fsdecode(name) for name in names if name]
 
 
 def gallery_queries(gallery: Gallery, object_ids: list[str], media_dir: Path | None) -> list[Query]:

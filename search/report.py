@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import UsageError
 from pipeline.streams import csv_writer, shown, to_json
+from pipeline.targets import writing
 from search.full_ranking import Placed, Task, full_ranking
 from search.gallery import Gallery
 from search.metrics import METRICS
@@ -158,19 +159,15 @@ def write_run(target: Path, gallery: Gallery, task: Task, answers: Iterator[Plac
             raise UsageError(f"a TREC run file cannot name the object {object_id!r}: its id has white space")
         return object_id
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("w", encoding="utf-8", newline="\n") as file:
-            for answer in answers:
-                query = name(int(task.queries[answer.query]))
-                hits = zip(answer.top.tolist(), answer.similarities.tolist(), strict=True)
-                file.writelines(
-                    f"{query} Q0 {name(row)} {rank} {similarity!r} ruiji\n"
-                    for rank, (row, similarity) in enumerate(hits, 1)
-                )
-                yield answer
-    except OSError as error:
-        raise RuijiError(f"cannot write {target}: {error.strerror}") from None
+    with writing(target) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as file:
+        for answer in answers:
+            query = name(int(task.queries[answer.query]))
+            hits = zip(answer.top.tolist(), answer.similarities.tolist(), strict=True)
+            file.writelines(
+                f"{query} Q0 {name(row)} {rank} {similarity!r} ruiji\n"
+                for rank, (row, similarity) in enumerate(hits, 1)
+            )
+            yield answer
 
 
 def draw_worst(

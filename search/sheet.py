@@ -5,7 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import UsageError
+from pipeline.streams import shown
+from pipeline.targets import writing
 from search.queries import open_picture
 
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -116,11 +118,8 @@ def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str
                 color = _RIGHT if hit.label == line.label else _WRONG
                 box = [left - _BORDER, top - _BORDER, left + _TILE + _BORDER - 1, top + _TILE + _BORDER - 1]
                 draw.rectangle(box, outline=color, width=_BORDER)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(target, quality=90)
-    except OSError as error:
-        raise RuijiError(f"cannot write the sheet {target}: {error.strerror}") from None
+    with writing(target) as file:
+        sheet.save(file, "PNG" if target.suffix.lower() == ".png" else "JPEG", quality=90)
     return missing
 
 
@@ -152,13 +151,13 @@ def _picture(sheet: Image.Image, path: Path | None, left: int, top: int, max_pix
 def _caption(draw: ImageDraw.ImageDraw, left: int, top: int, name: str, fact: str) -> None:
     """Two lines below a tile: the fact in ink, the name below it, shortened in its middle."""
     bold, small = _font(15), _font(12)
-    draw.text((left, top + _TILE + 6), fact, fill=_INK, font=bold)
+    draw.text((left, top + _TILE + 6), shown(fact), fill=_INK, font=bold)
     draw.text((left, top + _TILE + 25), _shortened(name, small), fill=_FAINT, font=small)
 
 
 def _shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     # The ending tells formats apart and the beginning tells ids apart, so the middle goes.
-    name = name.encode("utf-8", "replace").decode()
+    name = shown(name)
     if font.getlength(name) <= _TILE:
         return name
     kept = len(name)

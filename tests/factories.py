@@ -86,6 +86,14 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 60.0, what: s
         time.sleep(0.05)
 
 
+def only_line(errors: str | bytes) -> str:
+    """What a command said on stderr, which has to be one line that begins with `error: `."""
+    text = errors if isinstance(errors, str) else errors.decode()
+    lines = text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    return lines[0]
+
+
 @dataclass
 class Ruiji:
     """Runs `ruiji` sub-commands in processes of their own."""

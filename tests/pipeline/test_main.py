@@ -13,31 +13,18 @@ from pipeline import cli
 from pipeline.model import load_model
 from pipeline.settings import load_dotenv
 from pipeline.streams import csv_writer, shown, to_json
-from tests.factories import Ruiji, picture
-from tests.search.galleries import write_gallery
+from tests.factories import Ruiji, only_line
+from tests.search.galleries import write_gallery, write_pictures_gallery
 
 
 @pytest.fixture
 def gallery(ruiji: Ruiji) -> list[str]:
-    """A gallery of five objects with random features; their paths."""
-    paths = [f"cat/{number}.png" for number in range(5)]
-    for number, path in enumerate(paths):
-        picture(ruiji.media / path, number)
-    model = load_model(ruiji.model)
-    features = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
-    write_gallery(ruiji.gallery, model, features, paths, 5)
-    return paths
+    """A gallery of five pictures; their paths."""
+    return write_pictures_gallery(ruiji)
 
 
 def name(gallery: list[str]) -> str:
     return gallery[0].rpartition("/")[2]
-
-
-def only_line(errors: str | bytes) -> str:
-    text = errors if isinstance(errors, str) else errors.decode()
-    lines = text.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), text
-    return lines[0]
 
 
 EMPTY = [

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.model import Model
+from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
+from pipeline.settings import MAX_PIXELS
 from pipeline.store import Record, claim_gallery, shard_contents, shard_file, write_record
 from search.gallery import Gallery, Shard
+from search.queries import embed_images, load_encoder
+from tests.factories import Ruiji, picture
 
 
 def in_memory(features: NDArray[np.float32], ids: list[str] | None = None, cuts: tuple[int, ...] = ()) -> Gallery:
@@ -46,6 +49,16 @@ def write_gallery(folder: Path, model: Model, features: NDArray[np.float32], pat
     for number, start in enumerate(range(0, len(features), shard_rows)):
         rows = slice(start, start + shard_rows)
         write_shard(folder, number, features[rows], paths[rows], model.fingerprint)
+
+
+def write_pictures_gallery(ruiji: Ruiji) -> list[str]:
+    """Five pictures in the folder `cat` of the media folder, and their gallery with the features of its model."""
+    paths = [f"cat/{number}.png" for number in range(5)]
+    images = [picture(ruiji.media / path, number) for number, path in enumerate(paths)]
+    model = load_model(ruiji.model)
+    features = embed_images(images, model, load_encoder(model, "cpu"), MAX_PIXELS).features
+    write_gallery(ruiji.gallery, model, features, paths, 5)
+    return paths
 
 
 def write_article_shard(folder: Path, number: int, features: NDArray[np.float32], ids: list[str]) -> None:

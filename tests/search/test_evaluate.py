@@ -22,8 +22,8 @@ from search.gallery import open_gallery
 from search.metrics import METRICS
 from search.options import Metric
 from search.ranking import rank
-from tests.factories import tiny_model
-from tests.search.galleries import write_article_shard, write_gallery
+from tests.factories import Ruiji, only_line, tiny_model
+from tests.search.galleries import write_article_shard, write_gallery, write_pictures_gallery
 from tests.search.test_search_cli import imported_by
 
 COLUMNS = ("data_type", "img_name", "img_path", "label", "id", "camera")
@@ -333,3 +333,9 @@ def test_cuda_that_does_not_work_is_an_error_and_no_fallback(reference: World) -
         if torch.cuda.is_available():
             pytest.skip("CUDA works here")
     assert "--device cuda" in reference.refused("--device", "cuda")
+
+
+def test_rows_that_take_no_part_are_counted_once(ruiji: Ruiji) -> None:
+    paths = write_pictures_gallery(ruiji)
+    done = ruiji("evaluate", "--labels-from-folder", "--junk-label", "cat", code=2)
+    assert only_line(done.stderr).endswith(f"no row can serve as query ({len(paths)} junk label cat)")

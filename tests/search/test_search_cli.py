@@ -22,8 +22,8 @@ from pipeline.settings import MAX_PIXELS
 from pipeline.store import gallery_folder
 from search.cli import register
 from search.queries import embed_images, load_encoder
-from tests.factories import pictures, tiny_model
-from tests.search.galleries import write_article_shard, write_gallery, write_shard
+from tests.factories import Ruiji, only_line, pictures, tiny_model
+from tests.search.galleries import write_article_shard, write_gallery, write_pictures_gallery, write_shard
 
 COUNT = 12
 
@@ -418,6 +418,44 @@ def test_folders_lists_and_stdin_stand_for_their_pictures(world: World, tmp_path
     assert "give it a column img_path" in world.refused(UsageError, tmp_path / "names.csv")
 
 
+def test_lists_may_have_a_byte_order_mark_or_null_characters(ruiji: Ruiji) -> None:
+    paths = [str(ruiji.media / path) for path in write_pictures_gallery(ruiji)]
+    base = ruiji.media.parent
+    (base / "marked.txt").write_bytes("\ufeff".encode() + "\r\n".join(paths).encode())
+    (base / "marked.csv").write_bytes("\ufeffimg_path\n".encode() + "\n".join(paths).encode())
+    (base / "null.txt").write_bytes(b"".join(f"{path}\0".encode() for path in paths))
+    (base / "wide.txt").write_text(paths[0], encoding="utf-16")
+    (base / "odd.csv").write_bytes(b"img_path\na\0b.png\n")
+
+    def queries(words: str) -> list[str]:
+        done = ruiji.shell(f"{words} --format json")
+        assert done.returncode == 0, done.stderr
+        return [found["query"] for found in json.loads(done.stdout)]
+
+    for words in ("ruiji search marked.txt", "ruiji search marked.csv", "ruiji search null.txt"):
+        assert queries(words) == paths
+    for words in ("cat marked.txt |", "cat null.txt |", "find media -print0 | grep -z png | sort -z |"):
+        assert [Path(path).name for path in queries(f"{words} ruiji search -")] == [Path(path).name for path in paths]
+    for words, told in (
+        ("ruiji search wide.txt", "is UTF-16"),
+        ("ruiji search odd.csv", "null character"),
+        ("ruiji search - <&-", "cannot read the list stdin"),
+        ("ruiji search - < /dev/null", "stdin names no image"),
+        (r"printf '\377.png\n' | ruiji search -", r"\xff.png: there is no such file"),
+        (f"ruiji search {'x' * 5000}", "no query can be searched with"),
+        (f"ruiji search {'x' * 5000}.txt", "cannot read the list"),
+    ):
+        done = ruiji.shell(words)
+        assert done.returncode == 2
+        assert told in only_line(done.stderr)
+
+
+def test_excluding_itself_is_refused_for_a_feature_of_nobody_knows_what(world: World, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.ones(12, np.float32))
+    assert "--feature" in world.refused(UsageError, "--feature", tmp_path / "one.npy", "--exclude-self")
+    assert world.search("--feature", tmp_path / "one.npy", "--include-self").exit_code == 0
+
+
 # Filters
 
 
@@ -495,12 +533,28 @@ def test_a_page_is_whole_in_itself(world: World, labels: Path, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert f"page: {target}" in result.stderr
     text = target.read_text()
-    assert text.count('src="data:image/') == 12
+    assert text.count("url(data:image/") == 12 == text.count('role="img"')
     assert "<script" not in text
     assert "http" not in text
     assert text.count('class="right"') == 5
     assert text.count('class="wrong"') == 6
     assert "--media-dir" in world.refused(UsageError, "--id", names(world)[0], "--html", target)
+
+
+def test_a_page_has_each_picture_once_however_often_it_is_seen(world: World, tmp_path: Path) -> None:
+    target = tmp_path / "out.html"
+    result = world.search(world.media, "--html", target, "--media-dir", world.media, "-k", "100")
+    assert result.exit_code == 0, result.output
+    text = target.read_text()
+    assert text.count("url(data:image/") == COUNT
+    assert text.count('role="img"') == COUNT * (1 + COUNT)
+    assert [text.count(f'class="p{number} small"') for number in range(COUNT)] == [1 + COUNT] * COUNT
+
+
+def test_a_page_that_nobody_could_look_at_is_refused_before_any_work(world: World, tmp_path: Path) -> None:
+    (tmp_path / "many.txt").write_text(f"{world.media / world.paths[0]}\n" * 2000)
+    told = world.refused(UsageError, tmp_path / "many.txt", "--html", tmp_path / "o.html", "--media-dir", world.media)
+    assert "22000 places, more than" in told and "smaller --top-k" in told
 
 
 def frames(world: World, image: str | Path, labels: Path, target: Path) -> tuple[int, int]:
@@ -578,6 +632,9 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
     assert [group["pairs"] for group in groups] == [3, 1]
     assert [json.loads(line) for line in found("jsonl").stdout.splitlines()] == groups
     assert found("paths").stdout == f"{own_world.paths[0]}\nc/0.png\nc/1.png\n\n{own_world.paths[1]}\nc/2.png\n"
+    # xargs -0 would take an empty record for a path.
+    members = [own_world.paths[0], "c/0.png", "c/1.png", own_world.paths[1], "c/2.png"]
+    assert found("paths", "-0").stdout == "".join(f"{path}\0" for path in members)
     assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity"
     assert "group 1: 3 objects, 3 pairs" in found("table").stdout
     sheet = tmp_path / "groups.png"

@@ -75,4 +75,4 @@ def test_every_python_child_is_started_by_the_one_command_that_leaves_the_folder
                 words = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom) else ""
                 if words in ("sys.executable", "subprocess.Popen") or "multiprocessing" in words:
                     annotation = words == "subprocess.Popen"
-                    assert file.name == "children.py" or annotation and "Popen(" not in file.read_text(), file
+                    assert file.name == "children.py" or (annotation and "Popen(" not in file.read_text()), file
