@@ -496,7 +496,7 @@ def _reduce_round(keep: bool, raw_first: bool) -> tuple[float, float]:
             segment = plan.segments[0]
             files = [plan.feature_file(plan.scheme.object_id(path)) for path in plan.paths(segment)]
             for file, feature in zip(files, features, strict=True):
-                write_feature(file, feature)
+                write_feature(file, feature, plan.tag)
             # A virtual machine has to fetch memory that it never used from its host, 0.14 s for a shard: whoever writes
             # first would pay that for both. What is deleted here is used again first.
             used = work / "used"

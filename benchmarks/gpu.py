@@ -22,7 +22,8 @@ from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
 from pipeline.errors import UsageError
 from pipeline.model import ModelSpec, load_model
 from pipeline.settings import MAX_PIXELS
-from pipeline.store import write_feature
+from pipeline.store import versions_tag, write_feature
+from pipeline.versions import library_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
 
@@ -82,9 +83,9 @@ def _decode(spec: ModelSpec, files: list[Path]) -> None:
 
 
 def _write(files: list[Path]) -> None:
-    feature = np.ones(FEATURE_LENGTH, np.float32)
+    feature, tag = np.ones(FEATURE_LENGTH, np.float32), versions_tag(library_versions())
     for path in files:
-        write_feature(path, feature)
+        write_feature(path, feature, tag)
 
 
 def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], float]:

@@ -15,7 +15,7 @@ from benchmarks.data import ROOT
 from pipeline.broker.app import connect
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
-from pipeline.plan import plan_file
+from pipeline.plan import open_plan
 from pipeline.status import StatusReader
 from pipeline.store import claim_gallery, gallery_folder
 
@@ -101,13 +101,13 @@ class Ruiji:
             RuntimeError: it failed.
         """
         process = self.start("enqueue", "--list", str(listed))
-        wait_until(lambda: plan_file(self.gallery).exists() or process.poll(), "the plan")
+        wait_until(lambda: open_plan(self.gallery) or process.poll(), "the plan")
         if process.poll():
             raise RuntimeError("ruiji enqueue failed")
 
     def finished(self) -> bool:
         """Whether the plan is closed and its per-image files and their folders are gone."""
-        return not plan_file(self.gallery).exists() and not any(self.gallery.glob("[0-9a-f][0-9a-f]"))
+        return open_plan(self.gallery) is None and not any(self.gallery.glob("[0-9a-f][0-9a-f]"))
 
     def stop(self) -> None:
         """Stop everything, in order."""

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import UsageError
+from pipeline.generations import read_marks
 from pipeline.objects import IdScheme, read_lines
-from pipeline.plan import Plan, open_plan
-from pipeline.planning import stale_failed_file
-from pipeline.store import fruitless_folder, read_gallery, read_record, recorded_shards, shard_file
+from pipeline.plan import Plan, Published, open_plan
+from pipeline.store import fruitless_folder, read_gallery, read_record, shard_file
 from pipeline.streams import csv_writer, shown, to_json
 
 
@@ -38,9 +38,9 @@ def failed_objects(folder: Path) -> Iterator[FailedObject]:
     if gallery is None:
         raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
     recorded = _recorded(folder, IdScheme(gallery.object_id))
-    if stale_failed_file(folder).exists():
-        for object_id in read_lines(stale_failed_file(folder)):
-            recorded.pop(object_id, None)
+    _, marks = read_marks(folder)
+    for object_id in (*marks.failed, *(object_id for ids in marks.ids.values() for object_id in ids)):
+        recorded.pop(object_id, None)
     plan = open_plan(folder)
     if plan is not None and plan.retry:
         # What is being tried again is no failure until it fails again.
@@ -55,8 +55,9 @@ def failed_objects(folder: Path) -> Iterator[FailedObject]:
 def _recorded(folder: Path, scheme: IdScheme) -> dict[str, FailedObject]:
     """By object id; a later record replaces an earlier one, and a row from a retry removes it."""
     found: dict[str, FailedObject] = {}
-    settled = [(shard, folder) for shard in recorded_shards(folder)]
-    settled += [(shard, fruitless_folder(folder)) for shard in recorded_shards(fruitless_folder(folder))]
+    published = Published(folder)
+    settled = [(shard, folder) for shard in published.shards()]
+    settled += [(shard, fruitless_folder(folder)) for shard in published.fruitless()]
     for shard, place in sorted(settled):
         record = read_record(place, shard)
         for failure in record.failed:

@@ -1,15 +1,17 @@
 """The plan: what one enqueue found still to do, frozen on disk and cut into segments.
 
-The open plan is `run/plan.json`; closed ones lie in `run/done/`.
+A plan is open from the commit of its generation (see `pipeline.generations`) until `run/done/<plan id>/plan.json` is
+linked, with the list of the shards that it has published. A record that this list lacks came too late: it does not
+exist.
 """
 
 import contextlib
+import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import GalleryMismatch, PlanMismatch
+from pipeline.errors import GalleryMismatch, MachineFault, PlanMismatch
+from pipeline.generations import RUN_FORMAT, commit_file, current, first_plan_file, is_plan_id, note_format
 from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
-    FORMAT,
     GalleryInfo,
     Record,
     fruitless_folder,
@@ -31,10 +33,14 @@ from pipeline.store import (
     recorded_shards,
     shard_file,
     sync_folder,
+    versions_tag,
     write_atomic,
+    write_error,
+    write_feature,
 )
 
-_PLAN_ID = re.compile(r"[0-9a-f]{16}")
+#: Length of a segment's digest; what is looked for are accidents.
+_DIGEST_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Segment:
         first: number of its first line, from 0; lines: how many; offset: byte at which they start.
         plan, plan_segment: the plan and segment that first reserved the shard's number, told by its record.
         retry: whether all its objects failed in earlier shards.
+        digest: the first digits of the sha256 (hex) of its lines; empty in plans from before they had one.
     """
 
     index: int
@@ -57,6 +64,7 @@ class Segment:
     plan: str
     plan_segment: int
     retry: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,30 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the plan decided that first made a shard; whoever makes it again is held to it.
+
+    Attributes:
+        versions: names of the libraries whose versions its record tells.
+    """
+
+    limits: Limits
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The frozen work of one enqueue.
 
     Attributes:
+        generation: the number that it was committed under; 0: before there were any.
         plan_id: a digest of the content below; the same work always has the same id.
         list_digest, list_lines: of the checked object list.
         probes: a few paths that were readable when the plan was made.
         versions: of the libraries that can change a feature's bits.
+        origins: by plan id, of the shards that are made again.
+        given_up: numbers of lost shards that cannot be made again, because nothing tells any more what was in them;
+            their objects are planned as new ones.
     """
 
     folder: Path
@@ -98,6 +122,9 @@ class Plan:
     probes: tuple[str, ...]
     versions: dict[str, str]
     segments: tuple[Segment, ...]
+    generation: int = 0
+    origins: dict[str, Origin] = field(default_factory=dict)
+    given_up: tuple[int, ...] = ()
 
     @cached_property
     def scheme(self) -> IdScheme:
@@ -110,6 +137,38 @@ class Plan:
         return any(segment.retry for segment in self.segments)
 
     @property
+    def repair(self) -> bool:
+        """Whether it makes lost shards again, and nothing else."""
+        return all(segment.plan != self.plan_id for segment in self.segments)
+
+    @cached_property
+    def tag(self) -> bytes:
+        """What its feature files end with: a shard's record names one set of library versions."""
+        return versions_tag(self.versions)
+
+    def opened_ns(self) -> int:
+        """When it was committed, by the clock of the disk; ns since 1970."""
+        return self._commit.stat().st_mtime_ns
+
+    @property
+    def _commit(self) -> Path:
+        return commit_file(self.folder, self.generation) if self.generation else first_plan_file(self.folder)
+
+    def there(self) -> bool:
+        """Whether the gallery folder shows the plan, open or closed: it may be another folder by now."""
+        return self._commit.exists()
+
+    def limits_of(self, segment: Segment) -> Limits:
+        """The limits under which a segment's objects are embedded."""
+        origin = self.origins.get(segment.plan)
+        return self.limits if origin is None else origin.limits
+
+    def versions_of(self, segment: Segment) -> dict[str, str]:
+        """What the segment's record tells of libraries: of a shard that is made again, what it told before."""
+        origin = self.origins.get(segment.plan)
+        return self.versions if origin is None else {n: v for n, v in self.versions.items() if n in origin.versions}
+
+    @property
     def lines(self) -> int:
         """How many objects the plan is to do."""
         return self.segments[-1].first + self.segments[-1].lines
@@ -118,15 +177,30 @@ class Plan:
         """The segment's objects, in the order of their rows.
 
         Raises:
-            GalleryMismatch: the todo list is damaged.
+            GalleryMismatch: the todo list is lost or damaged.
         """
         path = todo_file(self.folder, self.plan_id)
-        with path.open("rb") as file:
-            file.seek(segment.offset)
-            lines = [file.readline() for _ in range(segment.lines)]
-        if not lines[-1].endswith(b"\n"):
-            raise GalleryMismatch(f"{path} is shorter than its plan says; run ruiji cancel, then ruiji enqueue")
+        advice = "restore it from a copy, or run ruiji cancel, then ruiji enqueue"
+        if not segment.digest and not self._whole:
+            raise GalleryMismatch(f"{path} is not as its plan says; {advice}")
+        try:
+            with path.open("rb") as file:
+                file.seek(segment.offset)
+                lines = [file.readline() for _ in range(segment.lines)]
+        except FileNotFoundError:
+            raise GalleryMismatch(f"{path} is lost, which says what the plan's objects are; {advice}") from None
+        if segment.digest and segment_digest(lines) != segment.digest:
+            raise GalleryMismatch(f"{path} is not as its plan says; {advice}")
         return [line.decode().removesuffix("\n") for line in lines]
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether the todo list is the one that gave the plan its id, for plans whose segments have no digests."""
+        try:
+            with todo_file(self.folder, self.plan_id).open("rb") as file:
+                return plan_id_of(self, hashlib.file_digest(file, "sha256").hexdigest()) == self.plan_id
+        except FileNotFoundError:
+            return False
 
     def object_file(self, object_id: str, ending: str) -> str:
         """The name of an object's feature (`.npy`) or error file (`.error.json`).
@@ -144,12 +218,20 @@ class Plan:
         return Path(self.object_file(object_id, ".error.json"))
 
     def feature(self, object_id: str) -> NDArray[np.float32] | None:
-        """An object's feature, float32[d], or None where it has no valid feature file."""
-        return read_feature(self.object_file(object_id, ".npy"), self.length)
+        """An object's feature, float32[d], or None if it has no valid file by the plan's library versions."""
+        return read_feature(self.object_file(object_id, ".npy"), self.length, self.tag, not self.generation)
+
+    def keep_feature(self, object_id: str, feature: NDArray[np.float32]) -> None:
+        """Write an object's feature, float32[d]."""
+        write_feature(self.object_file(object_id, ".npy"), feature, self.tag)
 
     def error(self, object_id: str) -> tuple[str, str] | None:
-        """(reason, message) of an object that failed, or None where it has no readable error file."""
-        return read_error(self.object_file(object_id, ".error.json"))
+        """(reason, message) of an object that failed under this plan, or None."""
+        return read_error(self.object_file(object_id, ".error.json"), self.plan_id, not self.generation)
+
+    def keep_error(self, object_id: str, reason: str, message: str) -> None:
+        """Record that an object failed under this plan."""
+        write_error(self.error_file(object_id), reason, message, self.plan_id)
 
     def is_done(self, path: str) -> bool:
         """Whether an object has a valid feature file or an error file."""
@@ -187,16 +269,83 @@ class Plan:
             recorded |= set(recorded_shards(fruitless_folder(self.folder)))
         return [segment for segment in self.segments if segment.shard not in recorded]
 
+    @cached_property
+    def _left(self) -> dict[int, Segment]:
+        """Segments that were not seen published, by index."""
+        return {segment.index: segment for segment in self.unpublished()}
 
-def plan_file(folder: Path) -> Path:
-    """The open plan."""
-    return folder / "run" / "plan.json"
+    def first_unpublished(self, count: int, besides: Collection[int] = ()) -> list[Segment]:
+        """The first segments without a record; after a first listing each one is looked at until it has one.
+
+        So a look costs the same however many shards there are.
+
+        Args:
+            besides: indices of segments to pass over.
+        """
+        found: list[Segment] = []
+        for segment in [*self._left.values()] if count > 0 else []:
+            if segment.index in besides:
+                continue
+            if self._drop_published(segment):
+                continue
+            found.append(segment)
+            if len(found) == count:
+                break
+        return found
+
+    def still_unpublished(self, indices: Iterable[int]) -> list[Segment]:
+        """Those of these segments that have no record, in order."""
+        candidates = [self._left[index] for index in sorted(indices) if index in self._left]
+        return [segment for segment in candidates if not self._drop_published(segment)]
+
+    def _drop_published(self, segment: Segment) -> bool:
+        if not self.published(segment):
+            return False
+        del self._left[segment.index]
+        return True
+
+    def all_published(self) -> bool:
+        """Whether every segment has its record; looked up once more if it seems so, since one may have been removed."""
+        if self.first_unpublished(1):
+            return False
+        self.__dict__.pop("_left")
+        return not self._left
+
+
+def segment_digest(lines: Iterable[bytes]) -> str:
+    """The digest of a segment's lines, newlines included."""
+    total = hashlib.sha256()
+    for line in lines:
+        total.update(line)
+    return total.hexdigest()[:_DIGEST_DIGITS]
+
+
+def plan_id_of(plan: Plan, todo_digest: str, again: int = 0) -> str:
+    """A plan's id: a digest of its work.
+
+    Args:
+        todo_digest: sha256 (hex) of its todo list.
+        again: how many closed plans of the very same work there were.
+    """
+    content: list[object] = [plan.list_digest, plan.fingerprint, plan.shard_rows, plan.object_id]
+    content += [asdict(plan.limits), todo_digest]
+    content += [[segment.shard, segment.lines] for segment in plan.segments]
+    content += [again] if again else []
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def todo_file(folder: Path, plan_id: str) -> Path:
-    """A plan's todo list, one path a line; closed plans keep theirs beside them."""
+    """A plan's todo list, one path a line; closed plans have theirs beside them."""
     closed = _closed_folder(folder, plan_id) / "todo.txt"
-    return closed if closed.exists() else folder / "run" / f"{plan_id}.todo.txt"
+    if closed.exists():
+        return closed
+    now = current(folder)
+    return now.made_folder / "todo.txt" if now.number else first_todo_file(folder, plan_id)
+
+
+def first_todo_file(folder: Path, plan_id: str) -> Path:
+    """The todo list of an open plan from before generations."""
+    return folder / "run" / f"{plan_id}.todo.txt"
 
 
 def _closed_folder(folder: Path, plan_id: str) -> Path:
@@ -208,9 +357,9 @@ def suspects_folder(folder: Path, plan_id: str) -> Path:
     return folder / "run" / "suspects" / plan_id
 
 
-def is_plan_id(value: object) -> bool:
-    """Whether this can be a plan's id; nothing else may become part of a file name."""
-    return isinstance(value, str) and _PLAN_ID.fullmatch(value) is not None
+def emptied_folder(folder: Path, plan_id: str) -> Path:
+    """Where an open plan notes the shards whose per-image files are gone."""
+    return folder / "run" / "emptied" / plan_id
 
 
 def is_closed(folder: Path, plan_id: str) -> bool:
@@ -222,71 +371,207 @@ def open_plan(folder: Path) -> Plan | None:
     """The open plan, or None.
 
     Raises:
-        GalleryMismatch: `plan.json` is damaged or of another format.
+        GalleryMismatch: it is damaged, or of a newer format.
     """
+    while True:
+        now = current(folder)
+        if now.plan_id is None or is_closed(folder, now.plan_id):
+            return None
+        path = now.made_folder / "plan.json" if now.number else first_plan_file(folder)
+        try:
+            plan, _ = _read_plan(folder, path)
+        except FileNotFoundError:
+            # Closed since, and the next generation removed it; else it is lost.
+            if current(folder).number != now.number or is_closed(folder, now.plan_id):
+                continue
+            raise GalleryMismatch(f"the open plan {path} is lost; restore it from a copy") from None
+        if (plan.plan_id, plan.generation) == (now.plan_id, now.number):
+            return plan
+        raise GalleryMismatch(f"{path} is damaged: it is not the plan {now.plan_id}; restore it from a copy")
+
+
+def _read_plan(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
+    """A plan, and what stands beside it in its file."""
+    value = read_json(path, RUN_FORMAT)
     try:
-        return _from_json(folder, read_json(plan_file(folder)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (TypeError, KeyError):
-        raise GalleryMismatch(f"{plan_file(folder)} is damaged; move it away and run ruiji enqueue") from None
+        extra = {key: value.pop(key) for key in ("format", "published", "fruitless") if key in value}
+        segments = tuple(Segment(*entry) for entry in value.pop("segments"))
+        origins = {
+            plan_id: Origin(Limits(**origin["limits"]), tuple(origin["versions"]))
+            for plan_id, origin in value.pop("origins", {}).items()
+        }
+        limits, probes = Limits(**value.pop("limits")), tuple(value.pop("probes"))
+        given_up = tuple(value.pop("given_up", ()))
+        plan = Plan(
+            folder=folder, limits=limits, probes=probes, segments=segments, origins=origins, given_up=given_up, **value
+        )
+    except (TypeError, KeyError, AttributeError):
+        raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
+    if not _sound(plan, extra):
+        raise GalleryMismatch(f"{path} is damaged; restore it from a copy")
+    return plan, extra
 
 
-def _from_json(folder: Path, value: dict[str, Any]) -> Plan:
-    value = {key: item for key, item in value.items() if key not in ("format", "published")}
-    value["limits"] = Limits(**value["limits"])
-    value["probes"] = tuple(value["probes"])
-    value["segments"] = tuple(Segment(*entry) for entry in value["segments"])
-    return Plan(folder=folder, **value)
+def _sound(plan: Plan, extra: dict[str, Any]) -> bool:
+    """Whether a plan that was read has what its types say; what names files has nothing else in it."""
+    counts = [plan.length, plan.list_lines, plan.shard_rows, plan.generation, *plan.given_up]
+    for limits in (plan.limits, *(origin.limits for origin in plan.origins.values())):
+        counts += asdict(limits).values()
+    first = 0
+    for index, segment in enumerate(plan.segments):
+        counts += [segment.index, segment.shard, segment.first, segment.lines, segment.offset, segment.plan_segment]
+        if (segment.index, segment.first) != (index, first) or not is_plan_id(segment.plan) or segment.lines == 0:
+            return False
+        if type(segment.retry) is not bool or type(segment.digest) is not str:
+            return False
+        first += segment.lines
+    for numbers in (extra.get("published", []), extra.get("fruitless", [])):
+        if type(numbers) is not list:
+            return False
+        counts += numbers
+    if type(plan.versions) is not dict:
+        return False
+    texts = [plan.gallery_id, plan.fingerprint, plan.list_digest, *plan.probes, *plan.versions, *plan.versions.values()]
+    return (
+        is_plan_id(plan.plan_id)
+        and bool(plan.segments)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(type(text) is str for text in texts)
+        and all(is_plan_id(plan_id) for plan_id in plan.origins)
+        and plan.object_id in ("basename", "path")
+        and type(plan.keep_features) is bool
+    )
 
 
 def _to_json(plan: Plan, **extra: object) -> bytes:
     value = {key: item for key, item in asdict(plan).items() if key != "folder"}
     # One row of numbers a segment: a plan of 10^8 objects has 10^4 of them.
     value["segments"] = [list(asdict(segment).values()) for segment in plan.segments]
-    return json.dumps({"format": FORMAT, **value, **extra}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({"format": RUN_FORMAT, **value, **extra}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
-def commit_plan(plan: Plan) -> Plan | None:
-    """Make this the open plan; returns the open plan, which another process may have committed first.
-
-    Its todo list must lie in its place.
-    """
-    if not write_atomic(plan_file(plan.folder), [_to_json(plan)], exclusive=True, sync=True):
-        return open_plan(plan.folder)
-    sync_folder(plan.folder / "run")
-    return plan
+def write_plan(made: Path, plan: Plan) -> None:
+    """Write a plan that is to be committed, beside its todo list; durable when this returns."""
+    write_atomic(made / "plan.json", [_to_json(plan)], sync=True)
+    with (made / "todo.txt").open("rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(made)
+    sync_folder(made.parent)
 
 
 def closed_plans(folder: Path) -> Iterator[tuple[Plan, frozenset[int]]]:
-    """Closed plans, oldest id first, each with the shards that it had published when it was closed."""
+    """Closed plans by id, each with the shards that it had published when it was closed.
+
+    Raises:
+        GalleryMismatch: one is damaged.
+    """
+    for path in _closed_files(folder):
+        plan, extra = _read_closed(folder, path)
+        yield plan, frozenset(extra["published"])
+
+
+def _closed_files(folder: Path) -> list[Path]:
     done = folder / "run" / "done"
-    for path in sorted(done.iterdir()) if done.is_dir() else []:
-        if (path / "plan.json").exists():
-            value = read_json(path / "plan.json")
-            yield _from_json(folder, value), frozenset(value["published"])
+    files = [path / "plan.json" for path in sorted(done.iterdir())] if done.is_dir() else []
+    return [path for path in files if path.exists()]
 
 
-def latest_closed_plan(folder: Path) -> Plan | None:
-    """The plan that was closed last, or None."""
-    files = list((folder / "run" / "done").glob("*/plan.json"))
-    if not files:
-        return None
-    return _from_json(folder, read_json(max(files, key=lambda path: path.stat().st_mtime_ns)))
+def _read_closed(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
+    plan, extra = _read_plan(folder, path)
+    if plan.plan_id != path.parent.name or "published" not in extra:
+        raise GalleryMismatch(f"{path} is damaged; restore it from a copy")
+    return plan, extra
+
+
+class Published:
+    """Which records exist, asked again and again: a closed plan never changes and is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open = OpenPlan(folder)
+        # By id of a closed plan: the numbers of which a record, and one without rows, came too late.
+        self._late: dict[str, tuple[set[int], set[int]]] = {}
+
+    def shards(self) -> list[int]:
+        """Numbers of all shards that exist, ascending: they have a record, and it did not come too late."""
+        recorded = recorded_shards(self._folder)
+        if not recorded:
+            return []
+        late = self._too_late(0)
+        if (plan := self._open.now()) is not None:
+            late |= set(plan.given_up)
+        return [shard for shard in recorded if shard not in late]
+
+    def fruitless(self) -> list[int]:
+        """Numbers of the retried segments of which all failed again, likewise."""
+        recorded = recorded_shards(fruitless_folder(self._folder))
+        late = self._too_late(1) if recorded else set()
+        return [shard for shard in recorded if shard not in late]
+
+    def _too_late(self, kind: int) -> set[int]:
+        for path in _closed_files(self._folder):
+            if path.parent.name not in self._late:
+                plan, extra = _read_closed(self._folder, path)
+                own = {segment.shard for segment in plan.segments if segment.plan == plan.plan_id}
+                fruitless = own - set(extra.get("fruitless", own))
+                self._late[plan.plan_id] = (own - set(extra["published"])) | set(plan.given_up), fruitless
+        return set().union(*(late[kind] for late in self._late.values()))
+
+
+def published_shards(folder: Path) -> list[int]:
+    """Numbers of all shards that exist, ascending.
+
+    Raises:
+        GalleryMismatch: a plan is damaged.
+    """
+    return Published(folder).shards()
+
+
+class OpenPlan:
+    """The open plan, read once, and asked with two looks at names whether it is still open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._plan: Plan | None = None
+
+    def get(self, plan_id: str) -> Plan | None:
+        """The plan if it is open, or None if it was finished or cancelled.
+
+        Raises:
+            MachineFault: it is neither; its file may show late here, or the folder is another one.
+        """
+        plan = self._plan
+        if plan is None or plan.plan_id != plan_id or not plan.there():
+            plan = self._plan = open_plan(self._folder)
+        if plan is not None and plan.plan_id == plan_id and not is_closed(self._folder, plan_id):
+            return plan
+        if plan is not None or is_closed(self._folder, plan_id):
+            return None
+        raise MachineFault(f"{self._folder} does not show the plan {plan_id}; is it the same folder on all machines?")
+
+    def now(self) -> Plan | None:
+        """The plan that is open now, if any."""
+        plan = self._plan
+        if plan is None or not plan.there() or is_closed(self._folder, plan.plan_id):
+            plan = self._plan = open_plan(self._folder)
+        return plan
 
 
 def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_rows: int) -> None:
     """Raise unless enqueuing would carry on with this open plan.
 
+    A repair or a retry is carried on whatever the list: it takes nothing from it.
+
     Raises:
         PlanMismatch: the list, the model or the shard size differs.
     """
+    ours = not plan.repair and not plan.retry
     differences = [
         what
         for what, differs in (
-            ("another object list", plan.list_digest != objects.digest),
+            ("another object list", ours and plan.list_digest != objects.digest),
             ("another model", plan.fingerprint != gallery.fingerprint),
-            (f"shards of {plan.shard_rows} rows", plan.shard_rows != shard_rows),
+            (f"shards of {plan.shard_rows} rows", ours and plan.shard_rows != shard_rows),
             (f"--object-id {plan.object_id}", plan.object_id != gallery.object_id),
         )
         if differs
@@ -299,37 +584,47 @@ def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_r
 
 
 def close_plan(plan: Plan) -> None:
-    """Move the open plan to the closed ones; whoever comes second finds nothing to do.
+    """Close the open plan; whoever comes second finds nothing to do.
 
-    What it has published until now is what later counts as lost when it is gone.
+    The link of `run/done/<plan id>/plan.json` decides. Its list names what was published until then: that counts as
+    lost when it is gone, and all else that the plan may still publish never exists.
     """
-    published = sorted({s.shard for s in plan.segments} & set(recorded_shards(plan.folder)))
     target = _closed_folder(plan.folder, plan.plan_id)
-    open_todo = plan.folder / "run" / f"{plan.plan_id}.todo.txt"
     target.mkdir(parents=True, exist_ok=True)
-    # In this order a crash leaves either an open plan with its list, or a closed one with its list.
-    if not (target / "todo.txt").exists():
-        with contextlib.suppress(FileExistsError):
-            os.link(open_todo, target / "todo.txt")
-    write_atomic(target / "plan.json", [_to_json(plan, published=published)], sync=True)
+    todo = todo_file(plan.folder, plan.plan_id)
+    if todo.parent != target:
+        # A lost list does not keep a plan from being closed.
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.link(todo, target / "todo.txt")
+    settled = {segment.shard for segment in plan.segments}
+    lists = {
+        "published": sorted(settled & set(recorded_shards(plan.folder))),
+        "fruitless": sorted(settled & set(recorded_shards(fruitless_folder(plan.folder)))),
+    }
+    write_atomic(target / "plan.json", [_to_json(plan, **lists)], exclusive=True, sync=True)
     sync_folder(target)
-    current = open_plan(plan.folder)
-    if current is not None and current.plan_id == plan.plan_id:
-        plan_file(plan.folder).unlink(missing_ok=True)
-    open_todo.unlink(missing_ok=True)
+    sync_folder(target.parent)
+    if not plan.generation:
+        note_format(plan.folder)
+        first_todo_file(plan.folder, plan.plan_id).unlink(missing_ok=True)
     shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
-    sync_folder(plan.folder / "run")
+    shutil.rmtree(emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
 
 
 def cancel_plan(plan: Plan) -> None:
     """Close a plan that is not finished.
 
-    Its features are taken up by the next plan. Its failures are not: that plan may have other limits, and what was
-    missing may be there.
+    Its features are taken up by the next plan. Its failures are not: they name their plan, since the next one may have
+    other limits, and what was missing may be there.
     """
     close_plan(plan)
-    # A walk, because the plan may be of 10^8 objects of which a few failed.
-    for top in plan.folder.iterdir():
-        if len(top.name) <= 2:
-            for path in top.rglob("*.error.json"):
-                path.unlink(missing_ok=True)
+
+
+def came_too_late(plan: Plan, segment: Segment) -> bool:
+    """Whether the plan was closed before this segment was published: a record that was linked since does not exist."""
+    try:
+        closed, extra = _read_plan(plan.folder, _closed_folder(plan.folder, plan.plan_id) / "plan.json")
+    except FileNotFoundError:
+        return False
+    # What is made again stands on the list of the plan that made it first.
+    return segment.plan == closed.plan_id and segment.shard not in {*extra["published"], *extra.get("fruitless", [])}

@@ -5,35 +5,50 @@ Works by merging files sorted by id, so that 10^7 objects pass in bounded memory
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import RuijiError
+from pipeline.errors import GalleryMismatch, RuijiError, UsageError
+from pipeline.generations import ListState, commit, current, making, marks_digest, read_marks, write_marks
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
-from pipeline.plan import Limits, Plan, Segment, closed_plans, commit_plan, latest_closed_plan, todo_file
+from pipeline.plan import (
+    Limits,
+    Origin,
+    Plan,
+    Published,
+    Segment,
+    closed_plans,
+    is_closed,
+    open_plan,
+    plan_id_of,
+    published_shards,
+    segment_digest,
+    write_plan,
+)
 from pipeline.store import (
-    FORMAT,
+    SHARD_ENDINGS,
     GalleryInfo,
     fruitless_folder,
-    read_json,
     read_record,
     recorded_shards,
     shard_file,
-    to_json,
-    write_atomic,
+    sync_folder,
 )
 from pipeline.versions import library_versions
 
 #: How many objects, spread over the list, tell an unmounted media folder from missing files.
 PROBES = 8
+#: What an entry has in place of a row: the object failed; it is made again with its lost shard.
+_FAILED, _MADE_AGAIN = -1, -2
+#: An enqueue that others came before looks again; each time somebody got done, so it ends.
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Retry:
 
     def wants(self, entries: list["_Entry"]) -> bool:
         """Whether an object failed, has no row from an earlier retry, and failed last for the reason."""
-        if not entries or any(entry.shard < 0 or entry.row >= 0 for entry in entries):
+        if not entries or any(entry.row != _FAILED for entry in entries):
             return False
         return self.reason in (None, max(entries, key=lambda entry: entry.shard).reason)
 
@@ -65,8 +80,7 @@ class _Entry:
     """Where an object stands that needs no planning.
 
     Attributes:
-        shard: -1: a lost shard that is being made again.
-        row: -1: it failed, for this reason.
+        row: -1: it failed, for this reason; -2: it is made again with its lost shard.
     """
 
     object_id: str
@@ -80,6 +94,14 @@ class _Entry:
         return cls(object_id, int(shard), int(row), reason)
 
 
+@dataclass(frozen=True)
+class _Lost:
+    """A segment whose published shard is gone, and the closed plan that made it first."""
+
+    segment: Segment
+    plan: Plan
+
+
 def make_plan(
     folder: Path,
     media_dir: Path,
@@ -88,95 +110,72 @@ def make_plan(
     settings: Settings,
     retry: Retry | None = None,
 ) -> Plan | None:
-    """Find out what is to do, and commit it as the open plan.
+    """Find out what is to do, and commit it as the open plan; accept the list.
 
     Shards that a closed plan had published and that are gone are made again under their numbers; objects
-    that are in no shard, and have not failed in one, become new shards. Also saves what status and
+    that are in no shard, and have not failed in one, become new shards. With the plan goes what status and
     search need to know about the list: its size, and which rows belong to objects no longer on it.
+    Nothing that others see is written before all is checked and made.
 
     Args:
         retry: plan failed objects of the list again, into new shards, and nothing else.
 
     Returns:
-        The open plan (another process may have committed it first), or None where nothing is to do.
+        The open plan (another process may have committed it first), or None if nothing is to do.
 
     Raises:
-        RuijiError: none of the objects can be found below the media folder.
+        RuijiError: none of the objects can be found below the media folder, or other enqueues come in between again and
+            again.
+        GalleryMismatch: a file that tells what is done is damaged.
     """
-    run = folder / "run"
-    run.mkdir(parents=True, exist_ok=True)
-    scheme = IdScheme(gallery.object_id)
-    with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-plan-") as name:
-        scratch = Path(name)
-        lost, next_shard = lost_segments(folder)
-        todo = scratch / "todo"
-        segments = _copy_lost(folder, lost, todo)
-        done = _done_by_id(folder, scheme, todo, scratch)
-        fresh = _compare(folder, objects, done, scratch, retry)
-        if retry is not None:
-            segments = []
-            todo.write_bytes(b"")
-            # What a run that kept its features left: the objects are to be tried, not just found failed.
-            _forget(folder, scheme, fresh, (".error.json",))
-        offset = todo.stat().st_size
-        first = segments[-1].first + segments[-1].lines if segments else 0
-        new = _cut(fresh, settings.shard_rows, len(segments), next_shard, first, offset)
-        segments += [replace(segment, retry=retry is not None) for segment in new]
-        if not segments:
-            return None
-        with todo.open("ab") as out, fresh.open("rb") as source:
-            shutil.copyfileobj(source, out)
-        plan = _draft(folder, media_dir, gallery, objects, settings, segments, todo)
-        _forget_other_versions(plan, todo)
-        _place(todo, plan)
-    return commit_plan(plan)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    for _ in range(_ATTEMPTS):
+        # Before anything is looked at: the commit proves that it is still so.
+        before = current(folder)
+        if (plan := open_plan(folder)) is not None:
+            return plan
+        with making(folder) as made:
+            plan, state = _make(folder, made, media_dir, gallery, objects, settings, retry, before.number + 1)
+            if plan is None and state == before.objects and marks_digest(before.marks_folder) == state.marks:
+                return None
+            if commit(before, made, plan.plan_id if plan is not None else None, state):
+                return plan
+    raise RuijiError(f"other enqueues into {folder} come in between all the time; run it again")
 
 
-def make_repair_plan(folder: Path) -> Plan | None:
-    """Commit a plan of the lost shards alone, with the choices of the plan that made the first of them.
-
-    Needs neither the list nor Redis: a running reducer's watchdog finds the open plan on the disk.
-
-    Returns:
-        The open plan, or None where no shard is lost.
-    """
-    lost, _ = lost_segments(folder)
-    if not lost:
-        return None
-    made_by = {plan.plan_id: plan for plan, _ in closed_plans(folder)}[lost[0].plan]
-    latest = read_json(folder / "run" / "list.json")
-    with tempfile.TemporaryDirectory(dir=folder / "run", prefix=".tmp-plan-") as name:
-        todo = Path(name, "todo")
-        segments = _copy_lost(folder, lost, todo)
-        draft = replace(
-            made_by,
-            list_digest=latest["digest"],
-            list_lines=latest["lines"],
-            versions=library_versions(),
-            segments=tuple(segments),
-        )
-        plan = _named(draft, todo)
-        _forget_other_versions(plan, todo)
-        _place(todo, plan)
-    return commit_plan(plan)
-
-
-def _place(todo: Path, plan: Plan) -> None:
-    """Move a todo list to where its plan finds it, on the disk before the plan is."""
-    with todo.open("rb") as file:
-        os.fsync(file.fileno())
-    todo.rename(plan.folder / "run" / f"{plan.plan_id}.todo.txt")
-
-
-def _draft(
+def _make(
     folder: Path,
+    made: Path,
     media_dir: Path,
     gallery: GalleryInfo,
     objects: ObjectList,
     settings: Settings,
-    segments: list[Segment],
-    todo: Path,
-) -> Plan:
+    retry: Retry | None,
+    generation: int,
+) -> tuple[Plan | None, ListState]:
+    """Write a plan, if anything is to do, and the marks of the list into `made`."""
+    scheme = IdScheme(gallery.object_id)
+    todo = made / "todo.txt"
+    with tempfile.TemporaryDirectory(dir=made, prefix=".tmp-") as name:
+        scratch = Path(name)
+        lost, given_up, next_shard = lost_segments(folder)
+        lost_lines = scratch / "lost"
+        segments = _copy_lost(lost, lost_lines)
+        done = _done_by_id(folder, scheme, segments, lost_lines, scratch)
+        fresh, state = _compare(folder, made, objects, done, scratch, retry)
+        if retry is not None:
+            segments = []
+            lost_lines.write_bytes(b"")
+        offset = lost_lines.stat().st_size
+        first = segments[-1].first + segments[-1].lines if segments else 0
+        new = _cut(fresh, settings.shard_rows, len(segments), next_shard, first, offset)
+        segments += [replace(segment, retry=retry is not None) for segment in new]
+        if not segments:
+            return None, state
+        with todo.open("wb") as out:
+            for part in (lost_lines, fresh):
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, out)
     draft = Plan(
         folder=folder,
         plan_id="",
@@ -192,19 +191,117 @@ def _draft(
         probes=_probes(media_dir, objects),
         versions=library_versions(),
         segments=tuple(segments),
+        generation=generation,
+        origins=_origins(lost if retry is None else []),
+        given_up=tuple(given_up),
     )
-    return _named(draft, todo)
+    plan = _named(draft, todo)
+    write_plan(made, plan)
+    return plan, state
+
+
+def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
+    """Commit a plan of the lost shards alone, each under the limits of the plan that made it.
+
+    Needs neither the list nor Redis: a running reducer's watchdog finds the open plan on the disk.
+
+    Args:
+        broken: published shards that are to be made again too; they are set aside just before the commit.
+
+    Returns:
+        The open plan (another process may have committed it first), or None if no shard can be made again.
+
+    Raises:
+        UsageError: a lost shard had rows that are not on the list, which only an enqueue with the list can tell.
+    """
+    while True:
+        before = current(folder)
+        if (plan := open_plan(folder)) is not None:
+            return plan
+        lost, _, _ = lost_segments(folder, broken)
+        if not lost:
+            return None
+        now, marks = read_marks(folder)
+        if now.number != before.number:
+            continue
+        marked = sorted({entry.segment.shard for entry in lost} & {*marks.bits, *marks.ids})
+        if marked:
+            raise UsageError(
+                f"the lost shard {marked[0]:04d} had objects that left the object list, and which rows they will be in "
+                "is not known: run ruiji enqueue (or ruiji run) with the list, which makes the shard again"
+            )
+        with making(folder) as made:
+            segments = _copy_lost(lost, made / "todo.txt")
+            if before.marks_folder.is_dir():
+                shutil.copytree(before.marks_folder, made / "stale")
+            state = before.objects
+            draft = replace(
+                lost[0].plan,
+                plan_id="",
+                list_digest=state.digest if state is not None else lost[0].plan.list_digest,
+                list_lines=state.lines if state is not None else lost[0].plan.list_lines,
+                versions=library_versions(),
+                segments=tuple(segments),
+                generation=before.number + 1,
+                origins=_origins(lost),
+                given_up=(),
+            )
+            plan = _named(draft, made / "todo.txt")
+            write_plan(made, plan)
+            if state is None:
+                state = ListState(plan.list_digest, plan.list_lines, 0, 0)
+            for shard in broken:
+                set_aside(folder, shard)
+            if commit(before, made, plan.plan_id, replace(state, marks=marks_digest(made / "stale"))):
+                return plan
+            for shard in broken:
+                put_back(folder, shard)
+
+
+def broken_folder(folder: Path) -> Path:
+    """Where broken shards lie that are made again, each in a folder of its number."""
+    return folder / "run" / "broken"
+
+
+def set_aside(folder: Path, shard: int) -> None:
+    """Move a shard's files away, its record first."""
+    target = broken_folder(folder) / f"{shard:04d}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for ending in ("json", *SHARD_ENDINGS):
+        with suppress(FileNotFoundError):
+            shard_file(folder, shard, ending).rename(shard_file(target, shard, ending))
+    sync_folder(folder)
+
+
+def put_back(folder: Path, shard: int) -> None:
+    """Undo `set_aside`, unless the shard was made again meanwhile."""
+    source = broken_folder(folder) / f"{shard:04d}"
+    if shard_file(folder, shard, "json").exists():
+        return
+    for ending in (*SHARD_ENDINGS, "json"):
+        with suppress(FileNotFoundError):
+            shard_file(source, shard, ending).rename(shard_file(folder, shard, ending))
+    sync_folder(folder)
+
+
+def _origins(lost: list[_Lost]) -> dict[str, Origin]:
+    return {entry.plan.plan_id: Origin(entry.plan.limits, tuple(sorted(entry.plan.versions))) for entry in lost}
 
 
 def _named(draft: Plan, todo: Path) -> Plan:
     """The plan with its id, a digest of the work; segments that no plan has reserved before become its own."""
     with todo.open("rb") as file:
+        segments = tuple(
+            replace(segment, digest=segment_digest(itertools.islice(file, segment.lines))) for segment in draft.segments
+        )
+        file.seek(0)
         todo_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    content: list[object] = [draft.list_digest, draft.fingerprint, draft.shard_rows, draft.object_id]
-    content += [asdict(draft.limits), todo_digest]
-    content += [[segment.shard, segment.lines] for segment in draft.segments]
-    plan_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    segments = tuple(replace(segment, plan=segment.plan or plan_id) for segment in draft.segments)
+    for again in itertools.count():
+        plan_id = plan_id_of(draft, todo_digest, again)
+        if not is_closed(draft.folder, plan_id):
+            break
+    segments = tuple(replace(segment, plan=segment.plan or plan_id) for segment in segments)
     return replace(draft, plan_id=plan_id, segments=segments)
 
 
@@ -226,80 +323,73 @@ def _probes(media_dir: Path, objects: ObjectList) -> tuple[str, ...]:
     )
 
 
-def lost_segments(folder: Path) -> tuple[list[Segment], int]:
-    """Segments whose published shard is gone, by shard number, and the first number never reserved."""
-    recorded = set(recorded_shards(folder))
-    next_shard = max(recorded, default=-1) + 1
-    lost: dict[int, Segment] = {}
+def lost_segments(folder: Path, broken: Collection[int] = ()) -> tuple[list[_Lost], list[int], int]:
+    """Published shards that are gone, as segments by shard number; and the first number never reserved.
+
+    Args:
+        broken: shards that count as gone.
+
+    Returns:
+        Those that can be made again; the numbers of those that cannot, because their todo list is damaged; the number.
+    """
+    recorded = set(published_shards(folder)) - set(broken)
+    next_shard = max(recorded_shards(folder), default=-1) + 1
+    lost: dict[int, _Lost] = {}
+    given_up: set[int] = set()
+    gone: set[int] = set()
     for plan, published in closed_plans(folder):
+        gone |= set(plan.given_up)
         for segment in plan.segments:
             next_shard = max(next_shard, segment.shard + 1)
             if segment.shard in published and segment.shard not in recorded and segment.plan == plan.plan_id:
-                lost[segment.shard] = segment
-    return [lost[shard] for shard in sorted(lost)], next_shard
+                try:
+                    plan.paths(segment)
+                    lost[segment.shard] = _Lost(segment, plan)
+                except GalleryMismatch:
+                    given_up.add(segment.shard)
+    return [lost[shard] for shard in sorted(lost) if shard not in gone], sorted(given_up | gone), next_shard
 
 
-def _copy_lost(folder: Path, lost: list[Segment], todo: Path) -> list[Segment]:
+def _copy_lost(lost: list[_Lost], todo: Path) -> list[Segment]:
     segments: list[Segment] = []
     first = 0
     with todo.open("wb") as out:
-        for index, old in enumerate(lost):
-            segments.append(replace(old, index=index, first=first, offset=out.tell()))
-            with todo_file(folder, old.plan).open("rb") as source:
-                source.seek(old.offset)
-                for _ in range(old.lines):
-                    out.write(source.readline())
-            first += old.lines
+        for index, entry in enumerate(lost):
+            segments.append(replace(entry.segment, index=index, first=first, offset=out.tell()))
+            out.write("".join(f"{path}\n" for path in entry.plan.paths(entry.segment)).encode())
+            first += entry.segment.lines
     return segments
 
 
-def _forget_other_versions(plan: Plan, todo: Path) -> None:
-    """Drop what plans with other library versions left of these objects: a shard's record names one set of versions.
-
-    A cancelled plan leaves what it had done, and one that keeps features leaves all.
-    """
-    before = {segment.plan for segment in plan.segments} - {plan.plan_id}
-    earlier = [closed for closed, _ in closed_plans(plan.folder) if closed.plan_id in before] if before else []
-    latest = latest_closed_plan(plan.folder)
-    if any(
-        one.versions != plan.versions and (one.keep_features or one.unpublished())
-        for one in [*earlier, *([latest] if latest else [])]
-    ):
-        _forget(plan.folder, plan.scheme, todo, (".npy", ".error.json"))
-
-
-def _forget(folder: Path, scheme: IdScheme, paths: Path, endings: tuple[str, ...]) -> None:
-    for path in read_lines(paths):
-        object_id = scheme.object_id(path)
-        for ending in endings:
-            with suppress(FileNotFoundError):
-                os.unlink(f"{folder}/{scheme.nested(object_id, ending)}")
-
-
-def _done_by_id(folder: Path, scheme: IdScheme, lost: Path, scratch: Path) -> Path:
+def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], lost_lines: Path, scratch: Path) -> Path:
     """The entries of all that needs no planning, a line each, by id."""
     raw, by_id = scratch / "done", scratch / "done-by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
-        for shard in recorded_shards(folder):
+        published = Published(folder)
+        for shard in published.shards():
             record = read_record(folder, shard)
             for row, path in enumerate(read_lines(shard_file(folder, shard, "paths.txt"))):
                 out.write(f"{scheme.object_id(path)}\t{shard}\t{row}\t\n")
             for failure in record.failed:
                 out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
-        fruitless = fruitless_folder(folder)
-        for shard in recorded_shards(fruitless):
-            for failure in read_record(fruitless, shard).failed:
+        for shard in published.fruitless():
+            for failure in read_record(fruitless_folder(folder), shard).failed:
                 out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
-        for path in read_lines(lost):
-            out.write(f"{scheme.object_id(path)}\t-1\t-1\t\n")
+        lines = read_lines(lost_lines)
+        for segment in lost:
+            for path in itertools.islice(lines, segment.lines):
+                out.write(f"{scheme.object_id(path)}\t{segment.shard}\t-2\t\n")
     sort_lines(raw, by_id, by_first_field=True)
     return by_id
 
 
-def _compare(folder: Path, objects: ObjectList, done: Path, scratch: Path, retry: Retry | None) -> Path:
-    """Write the paths of the list that are to do, sorted; save what is done and not on the list."""
+def _compare(
+    folder: Path, made: Path, objects: ObjectList, done: Path, scratch: Path, retry: Retry | None
+) -> tuple[Path, ListState]:
+    """Write the paths of the list that are to do, sorted, and the marks of what is done and not on the list."""
     raw, fresh = scratch / "fresh-by-id", scratch / "fresh"
     stale: dict[int, list[int]] = {}
+    remade: dict[int, list[str]] = {}
     stale_failed: list[str] = []
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         for path, entries in _merged(objects.by_id, done):
@@ -308,13 +398,22 @@ def _compare(folder: Path, objects: ObjectList, done: Path, scratch: Path, retry
                     out.write(path + "\n")
                 continue
             rows = [entry for entry in entries if entry.row >= 0]
+            again = [entry for entry in entries if entry.row == _MADE_AGAIN]
             for entry in rows:
                 stale.setdefault(entry.shard, []).append(entry.row)
-            if not rows and any(entry.shard >= 0 for entry in entries):
+            for entry in again:
+                remade.setdefault(entry.shard, []).append(entry.object_id)
+            if not rows and not again:
                 stale_failed.append(entries[0].object_id)
     sort_lines(raw, fresh)
-    _save_list(folder, objects, stale, stale_failed)
-    return fresh
+    bits: dict[int, bytes] = {}
+    for shard, numbers in stale.items():
+        mask = np.zeros(count_lines(shard_file(folder, shard, "paths.txt")), dtype=bool)
+        mask[numbers] = True
+        bits[shard] = np.packbits(mask).tobytes()
+    rows_marked = sum(map(len, stale.values()))
+    state = write_marks(made, bits, remade, stale_failed, objects.digest, objects.lines, rows_marked)
+    return fresh, state
 
 
 def _merged(by_id: Path, done: Path) -> Iterator[tuple[str | None, list[_Entry]]]:
@@ -335,29 +434,6 @@ def _merged(by_id: Path, done: Path) -> Iterator[tuple[str | None, list[_Entry]]
     while held is not None:
         yield None, held[1]
         held = next(groups, None)
-
-
-def stale_failed_file(folder: Path) -> Path:
-    """Ids of failed objects that are no longer on the list, one a line."""
-    return folder / "run" / "stale" / "failed.txt"
-
-
-def _save_list(folder: Path, objects: ObjectList, stale: dict[int, list[int]], stale_failed: list[str]) -> None:
-    bitmaps = folder / "run" / "stale"
-    shutil.rmtree(bitmaps, ignore_errors=True)
-    for shard, rows in stale.items():
-        mask = np.zeros(count_lines(shard_file(folder, shard, "paths.txt")), dtype=bool)
-        mask[rows] = True
-        write_atomic(bitmaps / f"{shard:04d}.bits", [np.packbits(mask).tobytes()])
-    if stale_failed:
-        write_atomic(stale_failed_file(folder), ["".join(f"{object_id}\n" for object_id in stale_failed).encode()])
-    summary = {
-        "digest": objects.digest,
-        "lines": objects.lines,
-        "stale": sum(map(len, stale.values())),
-        "stale_failed": len(stale_failed),
-    }
-    write_atomic(folder / "run" / "list.json", [to_json({"format": FORMAT, **summary})])
 
 
 def _cut(fresh: Path, shard_rows: int, index: int, shard: int, first: int, offset: int) -> list[Segment]:

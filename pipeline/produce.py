@@ -49,12 +49,10 @@ class Producer:
         published = 0
         lease = self._chords.lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
         with renewed(lease):
-            unpublished = self._plan.unpublished()
             armed = self._chords.armed()
-            wanted = [s for s in unpublished if s.index in armed and not armed[s.index].complete]
-            in_flight = sum(s.index in armed for s in unpublished)
-            fresh = (s for s in unpublished if s.index not in armed)
-            wanted += [s for s, _ in zip(fresh, range(segments_in_flight - in_flight), strict=False)]
+            in_flight = self._plan.still_unpublished(armed)
+            wanted = [segment for segment in in_flight if not armed[segment.index].complete]
+            wanted += self._plan.first_unpublished(segments_in_flight - len(in_flight), besides=armed)
             for segment in wanted:
                 published += self._arm(segment, lease.reacquire, heals=0)
         return published

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import MachineFault, ShardCorrupt
-from pipeline.plan import Plan, Segment
+from pipeline.plan import Plan, Segment, came_too_late, emptied_folder
 from pipeline.store import (
     TEMPORARY_PREFIX,
     Failure,
@@ -25,6 +25,9 @@ from pipeline.store import (
     write_atomic,
     write_record,
 )
+
+#: File systems stamp folders by a clock that lags behind by a tick.
+_CLOCK_STEP_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,46 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
     which commits the shard. Inputs are deleted after that, unless the plan keeps them.
 
     Args:
-        still_ours: called before each file gets its name; raises when another reducer took over.
+        still_ours: called before each file gets its name; raises if another reducer took over.
 
     Raises:
-        MachineFault: the disk failed; nothing is lost, the segment can be reduced again.
+        MachineFault: the disk failed, or the plan was closed meanwhile; nothing is lost.
+        GalleryMismatch: the plan's todo list is damaged.
     """
-    paths = plan.paths(segment)
     record = plan.record(segment)
     if record is None:
+        paths = plan.paths(segment)
         ids, features, failures, missing = _collect(plan, paths)
         if missing:
             return Reduced(missing=tuple(missing))
         failed = {failure.path for failure in failures}
         kept = [path for path in paths if path not in failed]
         record = _publish(plan, segment, ids, kept, features, failures, still_ours)
-    if not plan.keep_features:
-        for path in paths:
-            plan.forget(path)
+    if came_too_late(plan, segment):
+        # Its features stay for the next plan.
+        raise MachineFault(f"the plan {plan.plan_id} was closed before shard {segment.shard:04d} was published")
+    empty_segment(plan, segment)
     return Reduced(rows=record.rows, failed=len(record.failed))
+
+
+def empty_segment(plan: Plan, segment: Segment) -> None:
+    """Delete the per-image files of a published segment and note that, unless the plan keeps them."""
+    if plan.keep_features:
+        return
+    for path in plan.paths(segment):
+        plan.forget(path)
+    write_atomic(emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
+
+
+def not_emptied(plan: Plan) -> list[Segment]:
+    """Segments of a plan whose per-image files may be there still: it may not be closed as finished before."""
+    if plan.keep_features:
+        return []
+    try:
+        emptied = set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
+    except FileNotFoundError:
+        emptied = set()
+    return [segment for segment in plan.segments if str(segment.index) not in emptied]
 
 
 def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:
@@ -102,7 +127,7 @@ def _publish(
         fingerprint=plan.fingerprint,
         plan=segment.plan,
         segment=segment.plan_segment,
-        versions=plan.versions,
+        versions=plan.versions_of(segment),
         failed=tuple(failures),
         retry=segment.retry,
     )
@@ -127,37 +152,41 @@ def _publish(
     return other
 
 
-def nested_folders(plan: Plan) -> set[Path]:
-    """The folders that a plan's features and errors lie in until their shards are published."""
-    return {plan.feature_file(plan.scheme.object_id(path)).parent for s in plan.segments for path in plan.paths(s)}
-
-
-def remove_leftovers(plan: Plan, nested: set[Path]) -> None:
-    """Remove what killed processes left half-written, of an open plan of which all is published.
+def tidy(plan: Plan) -> None:
+    """Remove what killed processes left half-written and the folders that an open plan has emptied; all is published.
 
     The one writer that can still be at work then is a late duplicate: it loses its file, which is the
-    machine's fault to it, and finds at its next try that the shard is there.
-
-    Args:
-        nested: its `nested_folders`.
+    machine's fault to it, and finds at its next try that the shard is there. One folder's names are held at a time, and
+    only folders are read that changed since the plan was made.
     """
-    for folder in [plan.folder, *nested]:
-        with suppress(OSError):
-            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-                path.unlink(missing_ok=True)
+    since = plan.opened_ns() - _CLOCK_STEP_NS
+    _remove_temporary(plan.folder)
+    for outer in nested_folders(plan.folder):
+        for inner in nested_folders(outer):
+            _tidy(inner, since)
+        _tidy(outer, since)
 
 
-def remove_empty_folders(plan: Plan, nested: set[Path]) -> None:
-    """Remove the nested folders that a finished plan has emptied; full ones stay.
+def nested_folders(folder: Path) -> Iterator[Path]:
+    """The folders in which per-image files lie, below the gallery folder or one of them."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if len(entry.name) <= 2 and entry.is_dir(follow_symlinks=False):
+                yield Path(entry.path)
 
-    Args:
-        nested: its `nested_folders`.
-    """
-    # The inner folders first: the outer ones are empty only after that.
-    for folder in [*nested, *{folder.parent for folder in nested}]:
-        if folder != plan.folder and folder != plan.folder.parent:
-            with suppress(OSError):
-                os.rmdir(folder)
+
+def _tidy(folder: Path, since_ns: int) -> None:
+    with suppress(OSError):
+        if folder.stat().st_mtime_ns >= since_ns:
+            _remove_temporary(folder)
+            os.rmdir(folder)  # A full one stays.
+
+
+def _remove_temporary(folder: Path) -> None:
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(TEMPORARY_PREFIX):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:

@@ -9,14 +9,10 @@ import redis
 
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
-from pipeline.plan import Plan, Segment, open_plan
-from pipeline.store import (
-    fruitless_folder,
-    read_gallery,
-    read_json,
-    read_record,
-    recorded_shards,
-)
+from pipeline.generations import ListState, read_marks
+from pipeline.objects import IdScheme, read_lines
+from pipeline.plan import OpenPlan, Plan, Published, Segment
+from pipeline.store import read_gallery, read_record, shard_file
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,8 @@ class StatusReader:
             raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
         self._folder = folder
         self._gallery_id = gallery.gallery_id
+        self._scheme = IdScheme(gallery.object_id)
+        self._plans, self._records = OpenPlan(folder), Published(folder)
         self._client = client
         self._published: dict[int, ShardStatus] = {}
 
@@ -89,21 +87,23 @@ class StatusReader:
             exact: look for every single file of the open plan; else the chords' counters are
                 believed wherever Redis has them.
         """
-        try:
-            latest = read_json(self._folder / "run" / "list.json")
-        except FileNotFoundError:
-            latest = {"lines": 0, "stale": 0, "stale_failed": 0}
         # The plan first: one that closes meanwhile then only looks unfinished, never too short.
-        plan = open_plan(self._folder)
-        shards = [self._shard(number) for number in recorded_shards(self._folder)]
+        plan = self._plans.now()
+        generation, marks = read_marks(self._folder)
+        latest = generation.objects or ListState("", 0, 0, 0)
+        shards = [self._shard(number) for number in self._records.shards()]
+        stale, stale_failed = latest.stale, latest.stale_failed
+        for number, ids in marks.ids.items():
+            rows, failed = self._remade(number, ids)
+            stale, stale_failed = stale + rows, stale_failed + failed
         in_hand = 0
         if plan is not None:
             coming, in_hand = self._coming(plan, {shard.shard for shard in shards}, exact)
             shards += coming
-        objects = int(latest["lines"])
-        done = min(objects, max(0, sum(s.done for s in shards) - int(latest["stale"])))
+        objects = latest.lines
+        done = min(objects, max(0, sum(s.done for s in shards) - stale))
         failed = sum(s.failed for s in shards) - sum(s.objects for s in shards if s.retry)
-        failed = min(objects - done, max(0, failed - int(latest["stale_failed"])))
+        failed = min(objects - done, max(0, failed - stale_failed))
         running = min(in_hand, objects - done - failed)
         return Status(
             objects=objects,
@@ -111,11 +111,20 @@ class StatusReader:
             failed=failed,
             running=running,
             pending=objects - done - failed - running,
-            stale=int(latest["stale"]),
+            stale=stale,
             plan=plan.plan_id if plan else None,
             shards=sorted(shards, key=lambda shard: shard.shard),
             workers=self._workers(),
         )
+
+    def _remade(self, number: int, ids: frozenset[str]) -> tuple[int, int]:
+        """How many rows and failed objects of a shard that was made again are not on the list; 0 until it is there."""
+        if number not in self._published:
+            return 0, 0
+        rows = sum(
+            self._scheme.object_id(path) in ids for path in read_lines(shard_file(self._folder, number, "paths.txt"))
+        )
+        return rows, sum(failure.object_id in ids for failure in read_record(self._folder, number).failed)
 
     def _shard(self, number: int) -> ShardStatus:
         if number not in self._published:
@@ -128,7 +137,7 @@ class StatusReader:
 
     def _coming(self, plan: Plan, published: set[int], exact: bool) -> tuple[list[ShardStatus], int]:
         # A retry's segment of which all failed again is settled too, and changes no sum.
-        settled = published | set(recorded_shards(fruitless_folder(self._folder)) if plan.retry else ())
+        settled = published | set(self._records.fruitless() if plan.retry else ())
         segments = [s for s in plan.segments if s.shard not in settled]
         chords = Chords(self._client, plan) if self._client is not None else None
         if chords is None or exact or not chords.known():

@@ -28,6 +28,8 @@ from pipeline.objects import IdScheme
 #: Version of everything on disk; a newer one is refused.
 FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
+#: Length of the tag that follows a feature's array.
+TAG_BYTES = 16
 #: What a search keeps for the next one, inside the gallery folder. Features lie in folders of two characters, so the
 #: name is free.
 CACHE_FOLDER = "cache"
@@ -84,7 +86,8 @@ def write_atomic(
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # A network folder may repeat a call that had succeeded: whose file it is tells, not the answer.
+                return os.path.samefile(temporary, path)
             finally:
                 os.unlink(temporary)
             return True
@@ -128,8 +131,11 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, newest: int = FORMAT) -> Any:
     """Parse one of our own JSON files.
+
+    Args:
+        newest: the latest format that the caller can read.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -142,8 +148,8 @@ def read_json(path: str | Path) -> Any:
         version = value["format"]
     except (ValueError, KeyError, TypeError):
         raise GalleryMismatch(f"{path} is damaged; restore it, or move it away and run ruiji enqueue") from None
-    if version != FORMAT:
-        raise GalleryMismatch(f"{path} has format {version}, this ruiji reads format {FORMAT}; update ruiji")
+    if version not in range(1, newest + 1):
+        raise GalleryMismatch(f"{path} has format {version}, this ruiji reads formats up to {newest}; update ruiji")
     return value
 
 
@@ -237,45 +243,66 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def write_feature(path: str | Path, feature: NDArray[np.float32]) -> None:
-    """Write one feature, float32[d], as `.npy`. Not fsynced: a lost feature is made again."""
+def versions_tag(versions: dict[str, str]) -> bytes:
+    """16 bytes that stand for a set of library versions; they follow the array in a feature file."""
+    return hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).digest()[:TAG_BYTES]
+
+
+def write_feature(path: str | Path, feature: NDArray[np.float32], tag: bytes) -> None:
+    """Write one feature, float32[d], as `.npy` with a tag behind the array. Not fsynced: a lost feature is made again.
+
+    Args:
+        tag: the `versions_tag` of the libraries that made it.
+    """
     data = np.ascontiguousarray(feature, dtype="<f4")
-    # In one piece, which is one call less to the system for every image.
-    write_atomic(path, [_npy_header("<f4", data.shape) + data.tobytes()])
+    # In one piece, which is one call less to the system per image.
+    write_atomic(path, [_npy_header("<f4", data.shape) + data.tobytes() + tag])
 
 
-def read_feature(path: str | Path, length: int) -> NDArray[np.float32] | None:
-    """One feature, float32[d], or None where the file is missing, truncated, foreign or not finite."""
+def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = False) -> NDArray[np.float32] | None:
+    """One feature, float32[d]; None if the file is missing, truncated, foreign, not finite or of other libraries.
+
+    Args:
+        tag: the `versions_tag` that it must have.
+        untagged: whether a file without any tag counts, as ruiji wrote them before it tagged features.
+    """
     header = _npy_header("<f4", (length,))
-    expected = len(header) + 4 * length
-    # One call each to open, read and close: a reducer does this for every image, and a file object asks for more.
+    whole = len(header) + 4 * length
+    # One call each to open, read and close: a reducer does this per image, and a file object asks for more.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a pipe of this name would block here for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        data = os.read(descriptor, expected + 1)
-    except IsADirectoryError:
+        data = os.read(descriptor, whole + TAG_BYTES + 1)
+    except (IsADirectoryError, BlockingIOError):
         return None
     finally:
         os.close(descriptor)
-    if len(data) != expected or not data.startswith(header):
+    if not data.startswith(header) or not (data[whole:] == tag or (untagged and len(data) == whole)):
         return None
-    feature = np.frombuffer(data, dtype="<f4", offset=len(header))
+    feature = np.frombuffer(data, dtype="<f4", count=length, offset=len(header))
     return feature if np.isfinite(feature).all() else None
 
 
-def write_error(path: Path, reason: str, message: str) -> None:
-    """Record that one object failed."""
-    write_atomic(path, [to_json({"format": FORMAT, "message": message, "reason": reason})])
+def write_error(path: Path, reason: str, message: str, plan_id: str) -> None:
+    """Record that one object failed, under the limits of one plan."""
+    write_atomic(path, [to_json({"format": FORMAT, "message": message, "plan": plan_id, "reason": reason})])
 
 
-def read_error(path: str | Path) -> tuple[str, str] | None:
-    """(reason, message) of a failed object, or None where there is no readable error file."""
+def read_error(path: str | Path, plan_id: str, unnamed: bool = False) -> tuple[str, str] | None:
+    """(reason, message) of an object that failed; None if there is no readable error file of this plan.
+
+    Args:
+        unnamed: whether a file that names no plan counts, as ruiji wrote them before.
+    """
     try:
         value = read_json(path)
+        if value.get("plan", plan_id if unnamed else None) != plan_id:
+            return None
         return str(value["reason"]), str(value["message"])
-    except (FileNotFoundError, NotADirectoryError, GalleryMismatch, KeyError):
+    except (FileNotFoundError, NotADirectoryError, GalleryMismatch, KeyError, AttributeError):
         return None
 
 

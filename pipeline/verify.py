@@ -3,22 +3,25 @@
 `repair` removes leftovers, rebuilds what follows from the plan (paths, ids), and plans the rest again.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
-from pipeline.objects import IdScheme, read_lines, sort_lines
-from pipeline.plan import Plan, closed_plans, open_plan
-from pipeline.planning import lost_segments, make_repair_plan
+from pipeline.generations import current, made_folder
+from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
+from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest, todo_file
+from pipeline.planning import broken_folder, lost_segments, make_repair_plan, set_aside
+from pipeline.reduce import nested_folders
 from pipeline.store import (
     CACHE_FOLDER,
     SHARD_ENDINGS,
@@ -80,19 +83,36 @@ def verify(folder: Path) -> list[Finding]:
     if gallery is None:
         raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
     plan = open_plan(folder)
-    reserved = {s.shard for s in plan.segments} if plan is not None else set()
-    makeable = set(reserved)
-    for closed, _ in closed_plans(folder):
-        reserved |= {segment.shard for segment in closed.segments}
-        makeable |= {segment.shard for segment in closed.segments if segment.plan == closed.plan_id}
-    shards = recorded_shards(folder)
-    findings = [found for shard in shards if (found := _check(folder, gallery, shard, shard in makeable))]
+    plans = list(_plans(folder, plan))
+    findings, unreadable = _lists(folder, plans)
+    reserved = {segment.shard for each in plans for segment in each.segments}
+    makeable = {
+        segment.shard
+        for each in plans
+        for segment in each.segments
+        if segment.plan == each.plan_id and segment.shard not in unreadable
+    }
+    shards = published_shards(folder)
+    findings += [found for shard in shards if (found := _check(folder, gallery, shard, shard in makeable))]
+    lost, given_up, _ = lost_segments(folder)
+    open_shards = {segment.shard for segment in plan.segments} if plan is not None else set()
+    findings += [
+        Finding("lost-shard", f"{shard:04d}", f"its record is gone ({lines} objects)", True, shard)
+        for shard, lines in ((entry.segment.shard, entry.segment.lines) for entry in lost)
+        if shard not in open_shards
+    ]
+    settled = {shard for each in plans for shard in each.given_up}
     findings += [
         Finding(
-            "lost-shard", f"{segment.shard:04d}", f"its record is gone ({segment.lines} objects)", True, segment.shard
+            "lost-shard",
+            f"{shard:04d}",
+            "its record is gone, and so is the list of what was in it; the next ruiji enqueue (or ruiji run) makes new "
+            "shards of those of its objects that are on the object list",
+            False,
+            shard,
         )
-        for segment in lost_segments(folder)[0]
-        if plan is None or segment.shard not in {s.shard for s in plan.segments}
+        for shard in given_up
+        if shard not in settled
     ]
     known = set(shards) | reserved
     findings += [
@@ -100,10 +120,87 @@ def verify(folder: Path) -> list[Finding]:
         for shard in range(max(shards, default=-1) + 1)
         if shard not in known
     ]
+    findings += [
+        Finding(
+            "leftover", f"{shard:04d}", "it was published after its plan was closed, and does not count", True, shard
+        )
+        for shard in recorded_shards(folder)
+        if shard not in shards
+    ]
     sound = [shard for shard in shards if shard not in {found.shard for found in findings}]
-    findings += _twice(folder, IdScheme(gallery.object_id), sound)
-    findings += _strangers(folder, set(shards), plan)
+    scheme = IdScheme(gallery.object_id)
+    with _scratch(folder) as scratch:
+        findings += _twice(scheme, folder, sound, scratch)
+        findings += _strangers(folder, set(recorded_shards(folder)), plan)
+        if plan is None and not any(each.keep_features for each in plans):
+            findings += _inputs(folder, scheme, sound, scratch)
+    findings += _broken_copies(folder)
     return findings
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for sorting: in the gallery, where there is room, unless it may only be read."""
+    place = folder / "run"
+    with tempfile.TemporaryDirectory(
+        dir=place if os.access(place, os.W_OK) else None, prefix=f"{TEMPORARY_PREFIX}verify-"
+    ) as name:
+        yield Path(name)
+
+
+def _plans(folder: Path, plan: Plan | None) -> Iterator[Plan]:
+    if plan is not None:
+        yield plan
+    yield from (closed for closed, _ in closed_plans(folder))
+
+
+def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:
+    """The todo lists against their plans; also the shards of which nothing tells what is to be in them."""
+    findings: list[Finding] = []
+    unreadable: set[int] = set()
+    for plan in plans:
+        damaged = set()
+        for segment in plan.segments:
+            try:
+                plan.paths(segment)
+            except GalleryMismatch:
+                damaged.add(segment.shard)
+        if damaged:
+            name = str(todo_file(folder, plan.plan_id).relative_to(folder))
+            findings.append(
+                Finding(
+                    "damaged",
+                    name,
+                    f"it is lost or not as its plan says, so {len(damaged)} shards could not be made again",
+                    _rebuilt_list(plan) is not None,
+                )
+            )
+            unreadable |= damaged
+    return findings, unreadable
+
+
+def _rebuilt_list(plan: Plan) -> list[bytes] | None:
+    """A plan's todo list from the shards that it made, or None if they do not tell all of it."""
+    lines: list[bytes] = []
+    try:
+        for segment in plan.segments:
+            record = plan.record(segment)
+            if record is None:
+                return None
+            paths = {failure.path for failure in record.failed}
+            if record.rows:
+                paths |= set(read_lines(shard_file(plan.folder, segment.shard, SHARD_ENDINGS[2])))
+            lines += sorted(f"{path}\n".encode() for path in paths)
+    except (GalleryMismatch, OSError, ValueError):
+        return None
+    todo, first = b"".join(lines), 0
+    for segment in plan.segments:
+        if segment.digest and segment_digest(lines[first : first + segment.lines]) != segment.digest:
+            return None
+        first += segment.lines
+    if not plan.segments[0].digest and plan_id_of(plan, hashlib.sha256(todo).hexdigest()) != plan.plan_id:
+        return None
+    return lines
 
 
 def _check(folder: Path, gallery: GalleryInfo, shard: int, makeable: bool) -> Finding | None:
@@ -142,29 +239,85 @@ def _check_content(folder: Path, record: Record, scheme: IdScheme) -> None:
             raise ShardCorrupt(f"row {start + int(np.argmin(finite))} has values that are not finite")
 
 
-def _twice(folder: Path, scheme: IdScheme, shards: list[int]) -> Iterator[Finding]:
+def _twice(scheme: IdScheme, folder: Path, shards: list[int], scratch: Path) -> Iterator[Finding]:
     """Objects with a row in two shards; sorted on disk, so that 10^7 objects pass in bounded memory."""
-    with tempfile.TemporaryDirectory(dir=folder / "run", prefix=f"{TEMPORARY_PREFIX}verify-") as name:
-        raw, by_id = Path(name, "raw"), Path(name, "by-id")
-        with raw.open("w", encoding="utf-8", newline="\n") as out:
-            for shard in shards:
-                for path in read_lines(shard_file(folder, shard, SHARD_ENDINGS[2])):
-                    out.write(f"{scheme.object_id(path)}\t{shard:04d}\n")
-        sort_lines(raw, by_id, by_first_field=True)
-        previous, first = "", ""
-        for line in read_lines(by_id):
-            object_id, _, place = line.partition("\t")
-            if object_id == previous:
-                yield Finding("twice", object_id, f"has rows in the shards {first} and {place}", False)
-            previous, first = object_id, place
+    raw, by_id = scratch / "raw", scratch / "by-id"
+    with raw.open("w", encoding="utf-8", newline="\n") as out:
+        for shard in shards:
+            for path in read_lines(shard_file(folder, shard, SHARD_ENDINGS[2])):
+                out.write(f"{scheme.object_id(path)}\t{shard:04d}\n")
+    sort_lines(raw, by_id, by_first_field=True)
+    previous, first = "", ""
+    for line in read_lines(by_id):
+        object_id, _, place = line.partition("\t")
+        if object_id == previous:
+            yield Finding("twice", object_id, f"has rows in the shards {first} and {place}", False)
+        previous, first = object_id, place
+
+
+def _inputs(folder: Path, scheme: IdScheme, shards: list[int], scratch: Path) -> Iterator[Finding]:
+    """Per-image files that nobody takes up: of objects that are in a shard, and failures of closed plans."""
+    found, files = scratch / "found", scratch / "files"
+    with found.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as out:
+        for outer in nested_folders(folder):
+            for place, _, names in os.walk(outer):
+                prefix = os.path.relpath(place, folder)
+                out.writelines(f"{prefix}/{name}\n" for name in names if name.endswith((".npy", ".error.json")))
+    if not found.stat().st_size:
+        return
+    sort_lines(found, files)
+    raw, done = scratch / "nested", scratch / "done"
+    with raw.open("w", encoding="utf-8", newline="\n") as out:
+        for shard in shards:
+            for path in read_lines(shard_file(folder, shard, SHARD_ENDINGS[2])):
+                out.write(scheme.nested(scheme.object_id(path), ".npy") + "\n")
+    sort_lines(raw, done)
+    with done.open("rb") as rows, files.open("rb") as nested:
+        row = rows.readline()
+        for line in nested:
+            name = line.rstrip(b"\n")
+            while row and row < line:
+                row = rows.readline()
+            if name.endswith(b".error.json"):
+                yield Finding("leftover", os.fsdecode(name), "a failure of a plan that is closed")
+            elif row == line:
+                yield Finding("leftover", os.fsdecode(name), "its object is in a shard")
+
+
+def _broken_copies(folder: Path) -> Iterator[Finding]:
+    """Shards that a repair set aside: they can go once they were made again with no fewer rows."""
+    place = broken_folder(folder)
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+        name = f"run/broken/{path.name}"
+        shard = int(path.name) if path.name.isdigit() else -1
+        try:
+            made = read_record(folder, shard).rows
+        except (FileNotFoundError, GalleryMismatch):
+            yield Finding("foreign", name, "a broken shard that a repair set aside; it is not made again yet", False)
+            continue
+        before = _rows(path, shard)
+        if made >= before:
+            yield Finding("leftover", name, "a broken shard that a repair set aside; it was made again")
+        else:
+            yield Finding(
+                "foreign",
+                name,
+                f"a broken shard with {before} rows that was made again with {made}; keep it or delete it",
+                False,
+            )
 
 
 def _strangers(folder: Path, shards: set[int], plan: Plan | None) -> Iterator[Finding]:
     """Leftovers and foreign files of the gallery folder; while a plan is open its workers' files are none."""
-    for path in sorted((folder / "run").glob(f"{TEMPORARY_PREFIX}*")):
+    now = current(folder)
+    made = made_folder(folder)
+    candidates = [*(folder / "run").glob(f"{TEMPORARY_PREFIX}*"), *(made.iterdir() if made.is_dir() else [])]
+    if plan is None or plan.generation:
+        candidates += (folder / "run").glob("*.todo.txt")
+    for path in sorted(candidates):
         with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _ENQUEUE_S:
-                yield Finding("leftover", f"run/{path.name}", "a killed ruiji enqueue left it")
+            if path != now.made_folder and time.time() - path.stat().st_mtime > _ENQUEUE_S:
+                yield Finding("leftover", str(path.relative_to(folder)), "a killed ruiji enqueue left it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         match = _SHARD_NAME.fullmatch(entry.name)
         if entry.name in ("gallery.json", "run", CACHE_FOLDER):
@@ -194,74 +347,102 @@ def _nested(folder: Path, top: Path, plan: Plan | None) -> Iterator[Finding]:
                 yield Finding("foreign", shown, "ruiji did not make it", False)
 
 
+def _rows(folder: Path, shard: int) -> int:
+    """How many rows a shard has by its record, or by its paths if that is broken."""
+    try:
+        return read_record(folder, shard).rows
+    except (FileNotFoundError, GalleryMismatch):
+        paths = shard_file(folder, shard, SHARD_ENDINGS[2])
+        return count_lines(paths) if paths.exists() else 0
+
+
 def repair(folder: Path, findings: list[Finding]) -> list[str]:
     """Mend what `verify` found; returns what was done and what is left to do, for people.
 
-    Leftovers are deleted. A broken shard whose record and features are sound gets its paths and ids
-    from its plan; any other is deleted, record first, and planned again: only its objects are embedded.
+    Leftovers are deleted. A broken shard whose record and features are sound gets its paths and ids from its plan. Any
+    other is planned again, and only its objects are embedded; nothing of it is touched before its plan is ready, and
+    then it is set aside below `run/broken`.
 
     Raises:
         MachineFault: the folder cannot be written.
+        UsageError: a shard can only be made again by an enqueue with the object list.
     """
     notes = []
+    broken = set()
     for finding in findings:
         if finding.kind == "leftover":
-            path = folder / finding.name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(folder, finding)
             notes.append(f"removed {finding.name}")
+        elif finding.kind == "damaged" and finding.repairable:
+            _write_list(folder, finding)
+            notes.append(f"wrote {finding.name} anew from the shards")
         elif finding.kind == "broken-shard" and finding.repairable:
             assert finding.shard is not None
             if _rebuilt(folder, finding.shard):
                 notes.append(f"rebuilt the paths and ids of shard {finding.name} from its plan")
-                continue
-            for ending in ("json", *SHARD_ENDINGS):
-                shard_file(folder, finding.shard, ending).unlink(missing_ok=True)
-                sync_folder(folder)
-            notes.append(f"removed the broken shard {finding.name}")
-    lost = lost_segments(folder)[0]
+            else:
+                broken.add(finding.shard)
     plan = open_plan(folder)
     if plan is not None:
-        if lost or plan.unpublished():
+        for shard in sorted(broken & {segment.shard for segment in plan.segments}):
+            set_aside(folder, shard)
+            notes.append(f"set aside the broken shard {shard:04d}, which the open plan makes again")
+        later = sorted(broken - {segment.shard for segment in plan.segments})
+        if later:
+            names = ", ".join(f"{shard:04d}" for shard in later)
+            notes.append(f"left {names} as they are: run ruiji verify --repair again once the open plan is finished")
+        if plan.unpublished():
             notes.append(
-                f"the plan {plan.plan_id} is open: its workers make its shards, the next ruiji enqueue (or ruiji run) "
-                "plans older ones"
+                f"the plan {plan.plan_id} is open: its workers make its shards, or the next ruiji enqueue or ruiji run"
             )
-    elif lost:
-        plan = make_repair_plan(folder)
-        assert plan is not None
-        notes.append(
-            f"plan {plan.plan_id} opened: {plan.lines} objects of {len(plan.segments)} shards are to be embedded "
-            "again; running workers take them up by themselves, else use ruiji run"
-        )
+    elif broken or any(finding.kind == "lost-shard" and finding.repairable for finding in findings):
+        plan = make_repair_plan(folder, broken)
+        if plan is not None:
+            notes.append(
+                f"plan {plan.plan_id} opened: {plan.lines} objects of {len(plan.segments)} shards are to be embedded "
+                "again; running workers take them up by themselves, else use ruiji run"
+            )
     return notes
 
 
+def _remove(folder: Path, finding: Finding) -> None:
+    if finding.shard is not None:
+        # The record first: without it nobody takes the rest for a shard.
+        for ending in ("json", *SHARD_ENDINGS):
+            shard_file(folder, finding.shard, ending).unlink(missing_ok=True)
+        return
+    path = folder / finding.name
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_list(folder: Path, finding: Finding) -> None:
+    for plan in _plans(folder, open_plan(folder)):
+        path = todo_file(folder, plan.plan_id)
+        if str(path.relative_to(folder)) == finding.name and (lines := _rebuilt_list(plan)) is not None:
+            write_atomic(path, lines, sync=True)
+
+
 def _rebuilt(folder: Path, shard: int) -> bool:
-    """Write a shard's paths and ids from its plan, where that makes the shard what its record says."""
+    """Write a shard's paths and ids from its plan, if that makes the shard what its record says."""
     try:
         record = read_record(folder, shard)
-        gallery = read_gallery(folder)
-        assert gallery is not None
-        plans = {plan.plan_id: plan for plan in _plans(folder)}
-        plan = plans[record.plan]
+        (plan,) = (plan for plan in _plans(folder, open_plan(folder)) if plan.plan_id == record.plan)
         (segment,) = (segment for segment in plan.segments if segment.shard == shard)
         failed = {failure.path for failure in record.failed}
         paths = [path for path in plan.paths(segment) if path not in failed]
         ids = [plan.scheme.object_id(path) for path in paths]
         contents = shard_contents(np.empty((0, record.length), np.float32), ids, paths)
-        for ending in SHARD_ENDINGS[1:]:
-            write_atomic(shard_file(folder, shard, ending), [contents[ending]], sync=True)
-        sync_folder(folder)
-        return _check(folder, gallery, shard, True) is None
+        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in SHARD_ENDINGS[1:]):
+            return False
+        with shard_file(folder, shard, SHARD_ENDINGS[0]).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256[SHARD_ENDINGS[0]]:
+                return False
     except (GalleryMismatch, KeyError, ValueError, FileNotFoundError):
         return False
-
-
-def _plans(folder: Path) -> Iterator[Plan]:
-    plan = open_plan(folder)
-    if plan is not None:
-        yield plan
-    yield from (closed for closed, _ in closed_plans(folder))
+    for ending in SHARD_ENDINGS[1:]:
+        write_atomic(shard_file(folder, shard, ending), [contents[ending]], sync=True)
+    sync_folder(folder)
+    return True

@@ -10,29 +10,38 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import LockError
 
-from pipeline.broker.chords import Armed, Chords
+from pipeline.broker.chords import Armed, Chords, renewed
 from pipeline.errors import RuijiError
-from pipeline.plan import Plan, close_plan, open_plan
+from pipeline.plan import OpenPlan, Plan, close_plan
 from pipeline.produce import Producer
-from pipeline.reduce import nested_folders, remove_empty_folders, remove_leftovers
+from pipeline.reduce import empty_segment, not_emptied, tidy
 
 logger = logging.getLogger(__name__)
 
-#: One look costs a listing of the gallery folder and a few small reads from Redis.
+#: One look costs a few looks at names and a few small reads from Redis.
 CHECK_INTERVAL_S = 2.0
+#: What a dead process was closing, another closes after this long.
+_CLOSE_LEASE_S = 10.0
 
 
 def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) -> bool:
-    """Do what comes after a shard: arm the next segment, or close the plan; True when it was closed."""
-    if plan.unpublished():
+    """Do what comes after a shard: arm the next segment, or close the plan; True if it was closed."""
+    if not plan.all_published():
         Producer(app, Chords(client, plan), plan).fill_window(window_segments)
         return False
-    nested = nested_folders(plan)
-    # Before the plan is closed: after that the folder may be the next plan's.
-    remove_leftovers(plan, nested)
-    close_plan(plan)
-    Chords(client, plan).forget_plan()
-    remove_empty_folders(plan, nested)
+    chords = Chords(client, plan)
+    try:
+        with renewed(chords.lease("close", _CLOSE_LEASE_S, wait_s=0)):
+            for segment in not_emptied(plan):
+                # Its reducer may be at it still.
+                with renewed(chords.lease(f"reduce.{segment.index}", _CLOSE_LEASE_S, wait_s=0)):
+                    empty_segment(plan, segment)
+            # Before the plan is closed: after that the folders may be the next plan's.
+            tidy(plan)
+            close_plan(plan)
+    except LockError:
+        return False  # Another process is at it; the watchdogs look again.
+    chords.forget_plan()
     logger.info("plan finished", extra={"event": "plan_finished", "plan": plan.plan_id})
     return True
 
@@ -46,7 +55,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self._app = app
         self._client = client
-        self._folder = folder
+        self._plans = OpenPlan(folder)
         self._window = window_segments
         self._stall_timeout_s = stall_timeout_s
         # How far each armed segment is, and since when it stands there.
@@ -69,7 +78,7 @@ class Watchdog(threading.Thread):
                 logger.exception("watchdog", extra={"event": "watchdog_waits"})
 
     def _look(self) -> None:
-        plan = open_plan(self._folder)
+        plan = self._plans.now()
         if plan is None:
             self._seen.clear()
             return
@@ -86,8 +95,8 @@ class Watchdog(threading.Thread):
         if not stalled:
             return
         queued = chords.queued_segments()
-        for segment in plan.unpublished():
-            if segment.index in stalled and segment.index not in queued:
+        for segment in plan.still_unpublished(stalled):
+            if segment.index not in queued:
                 count = Producer(self._app, chords, plan).arm_again(segment, stalled[segment.index])
                 extra = {"event": "segment_rebuilt", "shard": segment.shard, "images": count}
                 logger.warning("lost tasks published again", extra=extra)
@@ -95,7 +104,7 @@ class Watchdog(threading.Thread):
     def _stalled(self, plan: Plan, chords: Chords) -> dict[int, Armed]:
         """Armed segments, not published, whose counters have not moved for the stall timeout, by index."""
         armed = chords.armed()
-        unpublished = [s for s in plan.unpublished() if s.index in armed]
+        unpublished = plan.still_unpublished(armed)
         entries = [armed[s.index] for s in unpublished]
         now = time.monotonic()
         seen = {}

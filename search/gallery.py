@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
+from pipeline.generations import Marks, read_marks
+from pipeline.plan import published_shards
 from pipeline.store import (
     CACHE_FOLDER,
     SHARD_ENDINGS,
@@ -22,7 +24,6 @@ from pipeline.store import (
     gallery_folder,
     read_gallery,
     read_record,
-    recorded_shards,
     shard_file,
 )
 from search.cache import ShardCache
@@ -386,7 +387,8 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
 def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gallery:
     shards = []
     versions: list[dict[str, str]] = []
-    for number in recorded_shards(folder):
+    marks = read_marks(folder)[1] if not include_stale else None
+    for number in published_shards(folder):
         record = read_record(folder, number)
         name = f"{number:04d}"
         if record.fingerprint != info.fingerprint:
@@ -404,7 +406,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         paths_file = shard_file(folder, number, "paths.txt")
         if not paths_file.is_file():
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {_RESTORE}")
-        stale = None if include_stale else _stale(folder, number, record.rows)
+        stale = None if marks is None else _stale(marks, folder, number, object_ids)
         cache = ShardCache(folder / CACHE_FOLDER, name, record.sha256[SHARD_ENDINGS[0]][:16])
         shards.append(Shard(name, features, object_ids, paths_file, stale, cache))
         if record.versions not in versions:
@@ -472,12 +474,17 @@ def _check_rows(folder: Path, number: int, features: NDArray[np.float32], object
         )
 
 
-def _stale(folder: Path, number: int, rows: int) -> NDArray[np.bool_] | None:
-    path = folder / "run" / "stale" / f"{number:04d}.bits"
-    try:
-        bits = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except FileNotFoundError:
+def _stale(marks: Marks, folder: Path, number: int, object_ids: NDArray[np.str_]) -> NDArray[np.bool_] | None:
+    """bool[rows], True for rows whose object is no longer on the list; None if there are none."""
+    rows = len(object_ids)
+    if number in marks.ids:
+        return np.isin(object_ids, list(marks.ids[number]))
+    if number not in marks.bits:
         return None
+    bits = np.frombuffer(marks.bits[number], dtype=np.uint8)
     if len(bits) != (rows + 7) // 8:
-        raise ShardCorrupt(f"{path} has {len(bits)} bytes for {rows} rows; run ruiji enqueue again, which rewrites it")
+        raise ShardCorrupt(
+            f"shard {number:04d} in {folder} has {rows} rows, and {len(bits)} bytes say which left the object list; "
+            "run ruiji enqueue again, which writes them anew"
+        )
     return np.unpackbits(bits, count=rows).astype(bool)

@@ -14,7 +14,7 @@ from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
 from pipeline.objects import read_lines
-from pipeline.plan import open_plan
+from pipeline.plan import open_plan, published_shards
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import (
@@ -22,7 +22,6 @@ from pipeline.store import (
     gallery_folder,
     read_gallery,
     read_record,
-    recorded_shards,
     shard_file,
     sync_folder,
     write_atomic,
@@ -202,7 +201,7 @@ def _versions(folder: Path) -> Check:
         return Check(
             "bad", "libraries", f"{told}; the open plan wants {plan.versions}: this machine takes none of its tasks"
         )
-    shards = recorded_shards(folder)
+    shards = published_shards(folder)
     if shards and (made := read_record(folder, shards[-1]).versions) != ours:
         return Check("warn", "libraries", f"{told}; the latest shard was made with {made}")
     return Check("ok", "libraries", told)
@@ -210,7 +209,7 @@ def _versions(folder: Path) -> Check:
 
 def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
     gallery = read_gallery(folder)
-    shards = [shard for shard in recorded_shards(folder) if read_record(folder, shard).rows] if gallery else []
+    shards = [shard for shard in published_shards(folder) if read_record(folder, shard).rows] if gallery else []
     if gallery is None or not shards:
         return Check("ok", "features", "no shard yet to compare with")
     if gallery.fingerprint != encoder.model.fingerprint:

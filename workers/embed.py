@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
 from pipeline.plan import Plan, Segment
-from pipeline.store import write_error, write_feature
 from workers.alone import ChildDied, decode_alone
 from workers.images import decode, open_image
 from workers.in_hand import InHand
@@ -61,7 +60,8 @@ def embed_guarded(
     ordinary = [n for n in range(len(jobs)) if n not in suspects]
     if ordinary:
         batch = [jobs[n] for n in ordinary]
-        with hand.hold(plan.plan_id, [job.path for job in batch], plan.limits.max_image_s):
+        image_s = max(plan.limits_of(job.segment).max_image_s for job in batch)
+        with hand.hold(plan.plan_id, [job.path for job in batch], image_s):
             done = embed_batch(plan, batch, encoder, media_dir, ledger, decoders)
         for n, outcome in zip(ordinary, done, strict=True):
             outcomes[n] = outcome
@@ -76,7 +76,7 @@ def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, ha
         suspect = read_suspect(plan, job.path)
         try:
             with contextlib.ExitStack() as stack:
-                alone = partial(_decode_suspect, plan, suspect, hand, stack, media_dir / job.path)
+                alone = partial(_decode_suspect, plan, job, suspect, hand, stack, media_dir / job.path)
                 (outcome,) = embed_batch(plan, [job], encoder, media_dir, decode_file=alone)
         except ChildDied as death:
             extra = {"event": "suspect_died", "path": job.path, "reason": death.reason, "deaths": suspect.deaths + 1}
@@ -89,6 +89,7 @@ def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, ha
 
 def _decode_suspect(
     plan: Plan,
+    job: Job,
     suspect: Suspect,
     hand: InHand,
     stack: contextlib.ExitStack,
@@ -98,11 +99,12 @@ def _decode_suspect(
     max_pixels: int,
 ) -> NDArray[np.uint8]:
     """Decode from the path, not from the file that this process has open."""
+    limits = plan.limits_of(job.segment)
     if suspect.deaths >= MOST_DEATHS:
-        raise suspect.failure(plan)
-    pixels = decode_alone(path, spec, plan.limits)
+        raise suspect.failure(limits)
+    pixels = decode_alone(path, spec, limits)
     # From here on, a death of this process is the death of this object alone.
-    stack.enter_context(hand.hold(plan.plan_id, [suspect.path], plan.limits.max_image_s, alone=True))
+    stack.enter_context(hand.hold(plan.plan_id, [suspect.path], limits.max_image_s, alone=True))
     return pixels
 
 
@@ -135,7 +137,7 @@ def embed_batch(
     outcomes = [LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.path) else DONE for job in jobs]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
     load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
-    loaded = (decoders.map if decoders else map)(load, (job.path for _, job in waiting))
+    loaded = (decoders.map if decoders else map)(load, (job for _, job in waiting))
     # As many at once as the encoder runs at once, so that a feature is on disk as soon as it can be.
     for start in range(0, len(waiting), encoder.run_images):
         part = waiting[start : start + encoder.run_images]
@@ -174,7 +176,7 @@ def _embed(
     for (number, job, _), feature in zip(ready, features, strict=True):
         if np.isfinite(feature).all():
             with ledger.busy("write"):
-                write_feature(plan.object_file(plan.scheme.object_id(job.path), ".npy"), feature)
+                plan.keep_feature(plan.scheme.object_id(job.path), feature)
             yield number, DONE
         else:
             error = ImageError("the model gives values that are not finite", "not-finite")
@@ -188,15 +190,15 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
 
 
 def _load(
-    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, decode_file: Decode, path: str
+    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, decode_file: Decode, job: Job
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
 
     def pixels() -> NDArray[np.uint8]:
         with ledger.busy("read"):
-            file = open_image(f"{media_dir}/{path}", media_root)
+            file = open_image(f"{media_dir}/{job.path}", media_root)
         with file, ledger.busy("decode"):
-            return decode_file(file, encoder.model.spec, plan.limits.max_pixels)
+            return decode_file(file, encoder.model.spec, plan.limits_of(job.segment).max_pixels)
 
     try:
         try:
@@ -224,7 +226,7 @@ def check_media(plan: Plan, media_dir: Path) -> None:
 
 
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
-    write_error(plan.error_file(plan.scheme.object_id(job.path)), error.reason, str(error))
+    plan.keep_error(plan.scheme.object_id(job.path), error.reason, str(error))
     extra = {"event": "object_failed", "path": job.path, "reason": error.reason, "attempts": error.attempts}
     # The decoder's own words: for the log only, they differ between releases and machines.
     logger.warning("%s", error, extra=extra, exc_info=error.__cause__)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.errors import GalleryMismatch, ImageError
-from pipeline.plan import Plan, suspects_folder
+from pipeline.plan import Limits, Plan, suspects_folder
 from pipeline.store import FORMAT, read_json, to_json, write_atomic
 
 #: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.
@@ -28,11 +28,11 @@ class Suspect:
     deaths: int
     reason: str
 
-    def failure(self, plan: Plan) -> ImageError:
+    def failure(self, limits: Limits) -> ImageError:
         """What the object fails with after the last death."""
         words = {
-            "timeout": f"decoding it takes longer than {plan.limits.max_image_s} s",
-            "memory": f"decoding it takes more than {plan.limits.max_image_mb} MB of memory",
+            "timeout": f"decoding it takes longer than {limits.max_image_s} s",
+            "memory": f"decoding it takes more than {limits.max_image_mb} MB of memory",
         }
         return ImageError(words.get(self.reason, "it ended every process that worked on it"), self.reason, self.deaths)
 

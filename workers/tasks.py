@@ -16,7 +16,8 @@ from redis.exceptions import LockError
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords, renewed
 from pipeline.errors import MachineFault
-from pipeline.plan import Plan, is_closed, is_plan_id, open_plan, plan_file
+from pipeline.generations import is_plan_id
+from pipeline.plan import OpenPlan, Plan, is_closed
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.versions import library_versions
@@ -39,34 +40,6 @@ _REDUCE_WAIT_S = 30.0
 _LATE_FILE_WAIT_S = 1.0
 #: A segment whose features vanish is published again this often at once, then only by the watchdog.
 _QUICK_HEALS = 3
-
-
-class OpenPlan:
-    """The open plan, read again only when its file changes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stamp: tuple[int, int] | None = None
-        self._plan: Plan | None = None
-
-    def get(self, plan_id: str) -> Plan | None:
-        """The plan if it is open, or None if it was finished or cancelled.
-
-        Raises:
-            MachineFault: it is neither; its file may show late here, or the folder is another one.
-        """
-        try:
-            stat = plan_file(self._folder).stat()
-            stamp = (stat.st_ino, stat.st_mtime_ns)
-        except OSError:
-            stamp = None
-        if stamp is None or stamp != self._stamp:
-            self._plan, self._stamp = open_plan(self._folder), stamp
-        if self._plan is not None and self._plan.plan_id == plan_id:
-            return self._plan
-        if self._plan is not None or is_closed(self._folder, plan_id):
-            return None
-        raise MachineFault(f"{self._folder} does not show the plan {plan_id}; is it the same folder on all machines?")
 
 
 def check_versions(plan: Plan) -> None:
@@ -205,12 +178,11 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
     segment, chords = plan.segments[index], Chords(client, plan)
     started = time.monotonic()
     lease = chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
-    plans = OpenPlan(plan.folder)
 
     def still_ours() -> None:
         lease.reacquire()
-        # Its objects may be another plan's by now, and would have two rows.
-        if plans.get(plan.plan_id) is None:
+        # Spares work only: what is linked after the plan was closed does not exist.
+        if is_closed(plan.folder, plan.plan_id):
             raise MachineFault(f"the plan {plan.plan_id} was closed meanwhile")
 
     with renewed(lease):

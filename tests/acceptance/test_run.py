@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.plan import open_plan
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 
@@ -178,7 +179,7 @@ def test_a_bad_list_is_refused_with_what_to_do(ruiji: Ruiji, redis_url: str, con
     refused = ruiji("enqueue", code=None)
     assert refused.returncode in (1, 2)
     assert words in refused.stderr and "Traceback" not in refused.stderr
-    assert not (ruiji.gallery / "run" / "plan.json").exists()
+    assert open_plan(ruiji.gallery) is None
 
 
 def test_a_wrong_model_redis_or_folder_is_refused_with_what_to_do(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> None:

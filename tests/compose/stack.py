@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from pipeline.plan import open_plan
 from pipeline.status import StatusReader
 from tests.conftest import ROOT
 from tests.factories import wait_until
@@ -92,7 +93,7 @@ class Stack:
 
     def running(self) -> bool:
         """Whether a plan is open; only a look at the folder, so that it can be asked often."""
-        return (self.gallery / "run" / "plan.json").exists()
+        return open_plan(self.gallery) is not None
 
     def wait_for_progress(self) -> None:
         """Wait until a few more objects are done than now; the run may not be over by then."""

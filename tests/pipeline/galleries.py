@@ -8,7 +8,7 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan
 from pipeline.planning import Retry, Settings, make_plan
-from pipeline.store import claim_gallery, gallery_folder, write_error, write_feature
+from pipeline.store import claim_gallery, gallery_folder
 from tests.factories import pictures
 
 SCHEME = IdScheme("basename")
@@ -49,12 +49,12 @@ def feature_of(path: str) -> np.ndarray:
 def embed(plan: Plan, paths: list[str]) -> None:
     """Write the features of some objects."""
     for path in paths:
-        write_feature(plan.feature_file(plan.scheme.object_id(path)), feature_of(path))
+        plan.keep_feature(plan.scheme.object_id(path), feature_of(path))
 
 
 def fail(plan: Plan, path: str, reason: str = "undecodable") -> None:
     """Record one object as failed."""
-    write_error(plan.error_file(plan.scheme.object_id(path)), reason, "in our words")
+    plan.keep_error(plan.scheme.object_id(path), reason, "in our words")
 
 
 def files(folder: Path) -> dict[str, bytes]:

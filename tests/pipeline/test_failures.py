@@ -113,7 +113,7 @@ def test_a_cancelled_retry_leaves_the_failures(
     assert stands(first.folder) == (7, 3, 0)
     again = retry(tmp_path, model_path, paths)
     assert again is not None
-    assert not again.error_file(again.scheme.object_id(paths[1])).exists(), "it is tried, not just found failed"
+    assert not again.is_done(paths[1]), "it is tried, not just found failed"
 
 
 def test_a_lost_shard_of_a_retry_is_made_again_and_counts_once(

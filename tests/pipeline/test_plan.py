@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
+from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
 from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan, todo_file
 from pipeline.planning import Settings, make_plan
 from pipeline.reduce import reduce_segment
-from pipeline.store import claim_gallery, read_gallery, read_json
+from pipeline.store import claim_gallery, read_gallery
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
 
@@ -136,7 +137,6 @@ def test_a_todo_list_that_lost_its_end_is_not_taken_for_a_list(tmp_path: Path, m
     todo = todo_file(plan.folder, plan.plan_id)
     for damaged in (todo.read_bytes()[:-3], b""):
         todo.write_bytes(damaged)
-        assert plan.paths(plan.segments[0]) if damaged else True
         with pytest.raises(GalleryMismatch, match="ruiji cancel"):
             plan.paths(plan.segments[1])
     cancel_plan(plan)
@@ -155,8 +155,8 @@ def test_the_todo_list_is_on_the_disk_before_its_plan(
 
     monkeypatch.setattr(os, "fsync", note)
     plan = new_plan(tmp_path, model_path, 3)
-    assert "todo" in synced, synced
-    assert synced.index("todo") < synced.index("run")
+    assert "todo.txt" in synced, synced
+    assert synced.index("todo.txt") < synced.index("generations")
     assert open_plan(plan.folder) == plan
 
 
@@ -165,11 +165,14 @@ def test_objects_that_left_the_list_are_stale(tmp_path: Path, model_path: Path) 
     finish(plan)
     paths = pictures(tmp_path / "media", 6)
     assert plan_for(tmp_path, model_path, [paths[0], *paths[2:5]]) is None
-    bits = np.fromfile(plan.folder / "run" / "stale" / "0000.bits", dtype=np.uint8)
-    assert np.unpackbits(bits, count=4).tolist() == [0, 1, 0, 0]
-    assert read_json(plan.folder / "run" / "list.json")["stale"] == 2
+    now, marks = read_marks(plan.folder)
+    assert np.unpackbits(np.frombuffer(marks.bits[0], np.uint8), count=4).tolist() == [0, 1, 0, 0]
+    assert now.objects is not None
+    assert now.objects.stale == 2
+    assert plan_for(tmp_path, model_path, [paths[0], *paths[2:5]]) is None
+    assert current(plan.folder).number == now.number, "the same again is nothing new"
     assert plan_for(tmp_path, model_path, paths) is None
-    assert not (plan.folder / "run" / "stale").exists(), "they are back"
+    assert read_marks(plan.folder)[1].bits == {}, "they are back"
 
 
 def test_an_open_plan_is_only_carried_on_with_the_same_work(tmp_path: Path, model_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.reduce import missing_after_reread, nested_folders, reduce_segment, remove_empty_folders, remove_leftovers
+from pipeline.reduce import missing_after_reread, reduce_segment, tidy
 from pipeline.store import TEMPORARY_PREFIX, check_shard, read_record
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan
 
@@ -108,7 +108,7 @@ def test_inputs_and_their_folders_go_unless_they_are_kept(tmp_path: Path, model_
         plan = new_plan(tmp_path / str(keep), model_path, 3, keep_features=keep)
         embed(plan, plan.paths(plan.segments[0]))
         reduce_segment(plan, plan.segments[0], ours)
-        remove_empty_folders(plan, nested_folders(plan))
+        tidy(plan)
         assert len(list(plan.folder.glob("??/??/*.npy"))) == (3 if keep else 0)
         assert bool(list(plan.folder.glob("??"))) is keep
 
@@ -121,5 +121,5 @@ def test_half_written_files_of_the_killed_go_and_nothing_else(tmp_path: Path, mo
     for folder in (plan.folder, plan.feature_file(plan.scheme.object_id(plan.paths(plan.segments[0])[0])).parent):
         (folder / f"{TEMPORARY_PREFIX}0123-4").write_bytes(b"half of it")
     assert len(sorted(plan.folder.rglob("*"))) == len(before) + 2
-    remove_leftovers(plan, nested_folders(plan))
+    tidy(plan)
     assert sorted(plan.folder.rglob("*")) == before

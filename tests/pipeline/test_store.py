@@ -25,6 +25,7 @@ from pipeline.store import (
     recorded_shards,
     shard_contents,
     shard_file,
+    versions_tag,
     write_atomic,
     write_error,
     write_feature,
@@ -42,12 +43,13 @@ def npy(header: str, data: bytes) -> bytes:
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + header.ljust(length - 1).encode() + b"\n" + data
 
 
+TAG = versions_tag({"numpy": "2"})
 FEATURE = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", bytes.fromhex("0000803f000000c00000003f"))
 
 
 def test_a_feature_file_is_these_bytes(tmp_path: Path) -> None:
-    write_feature(tmp_path / "aa" / "bb" / "f.npy", np.array([1, -2, 0.5], np.float32))
-    assert (tmp_path / "aa" / "bb" / "f.npy").read_bytes() == FEATURE
+    write_feature(tmp_path / "aa" / "bb" / "f.npy", np.array([1, -2, 0.5], np.float32), TAG)
+    assert (tmp_path / "aa" / "bb" / "f.npy").read_bytes() == FEATURE + TAG
     assert np.load(tmp_path / "aa" / "bb" / "f.npy", allow_pickle=False).tolist() == [1, -2, 0.5]
 
 
@@ -104,34 +106,49 @@ def test_a_record_is_these_bytes(tmp_path: Path) -> None:
     "data",
     [
         b"",
-        FEATURE[:-1],
-        FEATURE + b"\0",
-        FEATURE[:-4] + bytes.fromhex("0000c07f"),
-        FEATURE[:-4] + bytes.fromhex("0000807f"),
-        FEATURE.replace(b"<f4", b"<i4"),
-        FEATURE.replace(b"(3,)", b"(2,)"),
+        FEATURE,
+        FEATURE + TAG[:-1],
+        FEATURE + TAG + b"\0",
+        FEATURE + versions_tag({"numpy": "3"}),
+        FEATURE[:-4] + bytes.fromhex("0000c07f") + TAG,
+        FEATURE[:-4] + bytes.fromhex("0000807f") + TAG,
+        FEATURE.replace(b"<f4", b"<i4") + TAG,
+        FEATURE.replace(b"(3,)", b"(2,)") + TAG,
     ],
-    ids=["empty", "truncated", "longer", "NaN", "infinite", "dtype", "shape"],
+    ids=["empty", "untagged", "truncated", "longer", "libraries", "NaN", "infinite", "dtype", "shape"],
 )
 def test_a_feature_file_that_is_not_whole_does_not_count(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "f.npy").write_bytes(FEATURE)
-    assert read_feature(tmp_path / "f.npy", 3) is not None
+    (tmp_path / "f.npy").write_bytes(FEATURE + TAG)
+    assert read_feature(tmp_path / "f.npy", 3, TAG) is not None
     (tmp_path / "f.npy").write_bytes(data)
-    assert read_feature(tmp_path / "f.npy", 3) is None
+    assert read_feature(tmp_path / "f.npy", 3, TAG) is None
+    # Plans from before tags take features without one, and no other kind of damage.
+    assert (read_feature(tmp_path / "f.npy", 3, TAG, untagged=True) is not None) == (data == FEATURE)
 
 
 def test_what_is_no_file_is_no_feature(tmp_path: Path) -> None:
-    assert read_feature(tmp_path / "none.npy", 3) is None
-    assert read_feature(tmp_path, 3) is None
-    (tmp_path / "f.npy").write_bytes(FEATURE)
-    assert read_feature(tmp_path / "f.npy", 4) is None
+    assert read_feature(tmp_path / "none.npy", 3, TAG) is None
+    assert read_feature(tmp_path, 3, TAG) is None
+    (tmp_path / "f.npy").write_bytes(FEATURE + TAG)
+    assert read_feature(tmp_path / "f.npy", 4, TAG) is None
+    os.mkfifo(tmp_path / "pipe.npy")
+    assert read_feature(tmp_path / "pipe.npy", 3, TAG) is None, "a pipe is not waited for"
+    writer = os.open(tmp_path / "pipe.npy", os.O_RDWR)
+    assert read_feature(tmp_path / "pipe.npy", 3, TAG) is None, "nor if somebody writes into it"
+    os.close(writer)
 
 
-def test_error_files_come_back_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
-    write_error(tmp_path / "e.json", "missing", "there is no such file")
-    assert read_error(tmp_path / "e.json") == ("missing", "there is no such file")
-    (tmp_path / "e.json").write_text("{")
-    assert read_error(tmp_path / "e.json") is None
+def test_error_files_come_back_to_their_plan_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    write_error(tmp_path / "e.json", "missing", "there is no such file", "0" * 16)
+    assert read_error(tmp_path / "e.json", "0" * 16) == ("missing", "there is no such file")
+    assert read_error(tmp_path / "e.json", "1" * 16) is None
+    assert read_error(tmp_path / "e.json", "1" * 16, unnamed=True) is None
+    (tmp_path / "e.json").write_text('{"format": 1, "message": "m", "reason": "missing"}')
+    assert read_error(tmp_path / "e.json", "1" * 16) is None
+    assert read_error(tmp_path / "e.json", "1" * 16, unnamed=True) == ("missing", "m"), "as they were written before"
+    for damaged in ("{", "[]", '{"format": 1}', '{"format": 9}'):
+        (tmp_path / "e.json").write_text(damaged)
+        assert read_error(tmp_path / "e.json", "0" * 16) is None
 
 
 def test_a_write_that_fails_leaves_nothing_and_is_the_machines_fault(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.plan import Plan, close_plan, open_plan
-from pipeline.reduce import nested_folders, reduce_segment, remove_empty_folders
+from pipeline.reduce import reduce_segment, tidy
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
 from search.gallery import open_gallery
@@ -30,8 +30,8 @@ def finish(plan: Plan) -> None:
     for segment in plan.unpublished():
         embed(plan, plan.paths(segment))
         reduce_segment(plan, segment, lambda: None)
+    tidy(plan)
     close_plan(plan)
-    remove_empty_folders(plan, nested_folders(plan))
 
 
 def kinds(folder: Path) -> list[tuple[str, str]]:
@@ -90,7 +90,11 @@ def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, en
     else:
         assert again is not None
         assert [segment.shard for segment in again.segments] == [1]
+        assert not (plan.folder / "0001.json").exists(), "a broken shard is set aside, not deleted"
         finish(again)
+        # What was set aside can go once the shard is there again.
+        assert gone or kinds(plan.folder) == [("leftover", "run/broken/0001")]
+        repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
     assert verify(plan.folder) == []
 

@@ -148,7 +148,7 @@ def test_stale_objects_are_marked_unless_asked_for(folder: Path) -> None:
 
 def test_a_stale_bitmap_of_another_size_is_refused(folder: Path) -> None:
     write_atomic(folder / "run" / "stale" / "0001.bits", [b"\x00\x00"])
-    with pytest.raises(ShardCorrupt, match=r"0001\.bits"):
+    with pytest.raises(ShardCorrupt, match="shard 0001"):
         open_gallery(folder)
 
 

@@ -93,7 +93,7 @@ def test_folders_that_are_not_there_or_damaged(tmp_path: Path, model_path: Path,
     assert look(tmp_path, model_path, redis_url)["features"].state in ("bad", "warn")
 
 
-@pytest.mark.parametrize(("file", "ill"), [("0002.json", "libraries"), ("run/plan.json", "space")])
+@pytest.mark.parametrize(("file", "ill"), [("0002.json", "libraries"), ("run/generations/000001.json", "space")])
 def test_a_damaged_file_of_ours_ends_its_checks_not_the_doctor(
     tmp_path: Path, model_path: Path, plan: Plan, redis_url: str, file: str, ill: str
 ) -> None:

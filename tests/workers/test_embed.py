@@ -12,7 +12,6 @@ from pipeline.errors import MachineFault
 from pipeline.model import load_model
 from pipeline.plan import Plan
 from pipeline.reduce import reduce_segment
-from pipeline.store import read_error, read_feature
 from tests.pipeline.galleries import new_plan
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch
 from workers.encoder import Encoder
@@ -35,7 +34,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def failure(plan: Plan, job: Job) -> str | None:
-    error = read_error(plan.error_file(plan.scheme.object_id(job.path)))
+    error = plan.error(plan.scheme.object_id(job.path))
     return error[0] if error else None
 
 
@@ -45,7 +44,7 @@ def test_every_object_ends_as_a_feature_or_a_failure(tmp_path: Path, plan: Plan,
     (tmp_path / "media" / batch[2].path).unlink()
     assert embed_batch(plan, batch, encoder, tmp_path / "media") == [DONE, FAILED, FAILED, DONE]
     assert [failure(plan, job) for job in batch] == [None, "undecodable", "missing", None]
-    assert read_feature(plan.feature_file(batch[0].path.rpartition("/")[2]), 12) is not None
+    assert plan.feature(batch[0].path.rpartition("/")[2]) is not None
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, plan: Plan, encoder: Encoder) -> None:

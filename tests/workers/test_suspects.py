@@ -12,7 +12,6 @@ from pipeline.errors import ImageError, MachineFault
 from pipeline.model import load_model
 from pipeline.plan import Limits, Plan, close_plan, suspects_folder
 from pipeline.reduce import reduce_segment
-from pipeline.store import read_error
 from tests.conftest import ROOT
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
@@ -111,7 +110,7 @@ def test_the_third_death_fails_the_image_and_no_other(
     note_deaths(plan, [job.path for job in batch[1:]], "crashed-worker", alone=False)
     outcomes = undisturbed + embed_guarded(plan, batch[1:], encoder, tmp_path / "media", InHand())
     assert outcomes == [DONE, DONE, FAILED, DONE]
-    error = read_error(plan.error_file(plan.scheme.object_id(batch[2].path)))
+    error = plan.error(plan.scheme.object_id(batch[2].path))
     assert error is not None
     assert error[0] == {"segfault": "crashed-worker", "hog": "memory", "endless": "timeout"}[kind]
     assert suspect_names(plan) == frozenset(), "nothing is held against what is settled"

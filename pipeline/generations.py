@@ -1,0 +1,303 @@
+"""Generations: every object list that was accepted, numbered, and the plan that it opened.
+
+    run/generations/000007.json    the commit: the list in figures, the plan's id or null, the name of what was made
+    run/made/<name>/               what was made for it, whole before the commit: plan.json, todo.txt, stale/
+
+The highest number counts. Whoever wants to open a plan or to accept a list first reads the current number, then looks
+at all that decides the plan, makes everything ready, and links the next number's file. link(2) gives a name to one of
+many, and a number is never used again: so its success proves that nothing was committed since the look. There is no
+other lock; a killed enqueue leaves a folder below `run/made` that nobody names.
+"""
+
+import hashlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import GalleryMismatch
+from pipeline.store import read_json, sync_folder, to_json, write_atomic
+
+#: Version of the files in `run/`; the first had one open plan under a fixed name, and no generations.
+RUN_FORMAT = 2
+
+_COMMIT = re.compile(r"(\d{6,})\.json")
+_MADE = re.compile(r"[0-9a-f]{16}")
+_PLAN_ID = re.compile(r"[0-9a-f]{16}")
+_BITS = re.compile(r"(\d{4,})\.bits")
+_IDS = re.compile(r"(\d{4,})\.ids\.txt")
+_FAILED = "failed.txt"
+
+
+@dataclass(frozen=True)
+class ListState:
+    """An accepted object list against the shards there are.
+
+    Attributes:
+        digest, lines: of the list.
+        stale: rows of objects that are not on it; stale_failed: failed objects that are not on it.
+        remade: shards that were lost and had objects that are not on it; their rows are known once they are made.
+        marks: digest of the files that say which rows these are.
+    """
+
+    digest: str
+    lines: int
+    stale: int
+    stale_failed: int
+    remade: tuple[int, ...] = ()
+    marks: str = ""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was committed last.
+
+    Attributes:
+        number: 0: nothing, or what ruiji left before it had generations.
+        made: name of its folder below `run/made`.
+        plan_id: of the plan that it opened, which may be closed by now; None if nothing was to do.
+        objects: None if no list was accepted yet.
+    """
+
+    folder: Path
+    number: int = 0
+    made: str = ""
+    plan_id: str | None = None
+    objects: ListState | None = None
+
+    @property
+    def made_folder(self) -> Path:
+        """What was made for this generation."""
+        return made_folder(self.folder) / self.made
+
+    @property
+    def marks_folder(self) -> Path:
+        """Which rows are stale."""
+        return self.made_folder / "stale" if self.number else self.folder / "run" / "stale"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is no longer on the object list.
+
+    Attributes:
+        bits: by shard, `numpy.packbits` of a bool[rows].
+        ids: by shard that is made again, the object ids.
+        failed: ids of failed objects.
+    """
+
+    bits: dict[int, bytes]
+    ids: dict[int, frozenset[str]]
+    failed: tuple[str, ...]
+
+
+def is_plan_id(value: object) -> bool:
+    """Whether this can be a plan's id; nothing else may become part of a file name."""
+    return isinstance(value, str) and _PLAN_ID.fullmatch(value) is not None
+
+
+def generations_folder(folder: Path) -> Path:
+    """Where the commits lie."""
+    return folder / "run" / "generations"
+
+
+def made_folder(folder: Path) -> Path:
+    """Where what is made for a generation lies, committed or not."""
+    return folder / "run" / "made"
+
+
+def first_plan_file(folder: Path) -> Path:
+    """The open plan of a gallery from before generations; since then a note that makes an older ruiji refuse."""
+    return folder / "run" / "plan.json"
+
+
+def current(folder: Path) -> Generation:
+    """What was committed last.
+
+    Raises:
+        GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
+    """
+    try:
+        names = [path.name for path in generations_folder(folder).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    numbers = [int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))]
+    if not numbers:
+        return _before(folder)
+    path = commit_file(folder, max(numbers))
+    value = read_json(path, RUN_FORMAT)
+    try:
+        made, plan_id = value["made"], value["plan"]
+        if not _MADE.fullmatch(made) or not (plan_id is None or is_plan_id(plan_id)):
+            raise ValueError
+        return Generation(folder, max(numbers), made, plan_id, _list_state(value["list"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
+
+
+def _before(folder: Path) -> Generation:
+    """What a ruiji without generations left."""
+    plan_id = objects = None
+    path = first_plan_file(folder)
+    try:
+        value = read_json(path, RUN_FORMAT)
+        if value["format"] == 1:
+            plan_id = value["plan_id"]
+            if not is_plan_id(plan_id):
+                raise GalleryMismatch(f"{path} is damaged: it has no plan's id; restore it from a copy")
+        path = folder / "run" / "list.json"
+        objects = _list_state(read_json(path))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise GalleryMismatch(f"{path} is damaged; move it away and run ruiji enqueue") from None
+    return Generation(folder, plan_id=plan_id, objects=objects)
+
+
+def _list_state(value: dict[str, Any]) -> ListState:
+    counts = {name: value[name] for name in ("lines", "stale", "stale_failed")}
+    remade, digest, marks = value.get("remade", []), value["digest"], value.get("marks", "")
+    if any(type(count) is not int or count < 0 for count in [*counts.values(), *remade]):
+        raise ValueError
+    if not isinstance(digest, str) or not isinstance(marks, str):
+        raise TypeError
+    return ListState(digest=digest, remade=tuple(remade), marks=marks, **counts)
+
+
+def commit_file(folder: Path, number: int) -> Path:
+    """The file whose link commits a generation."""
+    return generations_folder(folder) / f"{number:06d}.json"
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder of its own below `run/made`; it goes when the block ends, unless it was committed."""
+    name = secrets.token_hex(8)
+    path = made_folder(folder) / name
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        if current(folder).made != name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def commit(after: Generation, made: Path, plan_id: str | None, objects: ListState) -> bool:
+    """Make this the generation that follows another; durable when this returns.
+
+    Args:
+        made: its folder, from `making`, synced.
+
+    Returns:
+        False if another enqueue was first: nothing that was looked at counts any more.
+
+    Raises:
+        MachineFault: the folder cannot be written.
+    """
+    folder = after.folder
+    path = commit_file(folder, after.number + 1)
+    path.parent.mkdir(exist_ok=True)
+    note_format(folder)
+    value = {"format": RUN_FORMAT, "list": asdict(objects), "made": made.name, "plan": plan_id}
+    if not write_atomic(path, [to_json(value)], exclusive=True, sync=True):
+        return False
+    sync_folder(path.parent)
+    # The figures and marks of the list before serve nobody now; a closed plan's todo list has a place of its own.
+    if after.number:
+        shutil.rmtree(after.made_folder, ignore_errors=True)
+    return True
+
+
+def note_format(folder: Path) -> None:
+    """Leave the note by which a ruiji without generations refuses the gallery, in the place of its open plan."""
+    path = first_plan_file(folder)
+    try:
+        if read_json(path, RUN_FORMAT)["format"] == RUN_FORMAT:
+            return
+    except FileNotFoundError:
+        pass
+    write_atomic(path, [to_json({"format": RUN_FORMAT, "see": "generations"})])
+
+
+def write_marks(
+    made: Path,
+    stale: dict[int, bytes],
+    ids: dict[int, list[str]],
+    failed: list[str],
+    digest: str,
+    lines: int,
+    rows: int,
+) -> ListState:
+    """Write which rows are stale, for a generation to come.
+
+    Args:
+        stale, ids, failed: as in `Marks`.
+        digest, lines: of the list.
+        rows: how many rows `stale` marks.
+    """
+    folder = made / "stale"
+    for shard, bits in stale.items():
+        write_atomic(folder / f"{shard:04d}.bits", [bits], sync=True)
+    for shard, object_ids in ids.items():
+        write_atomic(folder / f"{shard:04d}.ids.txt", [_lines(object_ids)], sync=True)
+    if failed:
+        write_atomic(folder / _FAILED, [_lines(failed)], sync=True)
+    return ListState(digest, lines, rows, len(failed), tuple(sorted(ids)), marks_digest(folder))
+
+
+def _lines(object_ids: list[str]) -> bytes:
+    return "".join(f"{object_id}\n" for object_id in object_ids).encode()
+
+
+def marks_digest(folder: Path) -> str:
+    """sha256 (hex) over names and bytes of a folder of marks."""
+    total = hashlib.sha256()
+    for name, data in _mark_files(folder):
+        total.update(f"{name} {len(data)}\n".encode())
+        total.update(data)
+    return total.hexdigest()
+
+
+def _mark_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _BITS.fullmatch(path.name) or _IDS.fullmatch(path.name) or path.name == _FAILED:
+            yield path.name, path.read_bytes()
+
+
+def read_marks(folder: Path) -> tuple[Generation, Marks]:
+    """The current generation and its marks, of one moment.
+
+    Raises:
+        GalleryMismatch: the marks are damaged or lost.
+    """
+    while True:
+        now = current(folder)
+        bits: dict[int, bytes] = {}
+        ids: dict[int, frozenset[str]] = {}
+        failed: tuple[str, ...] = ()
+        digest = hashlib.sha256()
+        try:
+            for name, data in _mark_files(now.marks_folder):
+                digest.update(f"{name} {len(data)}\n".encode())
+                digest.update(data)
+                if match := _BITS.fullmatch(name):
+                    bits[int(match[1])] = data
+                elif match := _IDS.fullmatch(name):
+                    ids[int(match[1])] = frozenset(data.decode().split("\n")[:-1])
+                else:
+                    failed = tuple(data.decode().split("\n")[:-1])
+        except FileNotFoundError:
+            pass  # The next generation removes them.
+        whole = now.objects is None or not now.objects.marks or now.objects.marks == digest.hexdigest()
+        if current(folder).number != now.number:
+            continue
+        if not whole:
+            raise GalleryMismatch(
+                f"{now.marks_folder}, which says what is no longer on the object list, is damaged; "
+                "run ruiji enqueue (or ruiji run) with the list, which writes it anew"
+            )
+        return now, Marks(bits, ids, failed)
