@@ -128,13 +128,22 @@ def current(folder: Path) -> Generation:
     numbers = [int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))]
     if not numbers:
         return _before(folder)
-    path = commit_file(folder, max(numbers))
+    return read_generation(folder, max(numbers))
+
+
+def read_generation(folder: Path, number: int) -> Generation:
+    """One that was committed, from 1.
+
+    Raises:
+        FileNotFoundError: it was not. GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
+    """
+    path = commit_file(folder, number)
     value = read_json(path, RUN_FORMAT)
     try:
         made, plan_id = value["made"], value["plan"]
         if not _MADE.fullmatch(made) or not (plan_id is None or is_plan_id(plan_id)):
             raise ValueError
-        return Generation(folder, max(numbers), made, plan_id, _list_state(value["list"]))
+        return Generation(folder, number, made, plan_id, _list_state(value["list"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
 

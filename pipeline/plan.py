@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, MachineFault, PlanMismatch
-from pipeline.generations import RUN_FORMAT, commit_file, current, first_plan_file, is_plan_id, note_format
+from pipeline.generations import (
+    RUN_FORMAT,
+    commit_file,
+    current,
+    first_plan_file,
+    is_plan_id,
+    note_format,
+    read_generation,
+)
 from pipeline.objects import IdScheme, ObjectList
 from pipeline.store import (
     GalleryInfo,
@@ -179,28 +188,50 @@ class Plan:
         Raises:
             GalleryMismatch: the todo list is lost or damaged.
         """
-        path = todo_file(self.folder, self.plan_id)
         advice = "restore it from a copy, or run ruiji cancel, then ruiji enqueue"
         if not segment.digest and not self._whole:
-            raise GalleryMismatch(f"{path} is not as its plan says; {advice}")
+            raise GalleryMismatch(f"{self.todo} is not as its plan says; {advice}")
         try:
-            with path.open("rb") as file:
+            with self._open_todo() as file:
                 file.seek(segment.offset)
                 lines = [file.readline() for _ in range(segment.lines)]
         except FileNotFoundError:
-            raise GalleryMismatch(f"{path} is lost, which says what the plan's objects are; {advice}") from None
+            raise GalleryMismatch(f"{self.todo} is lost, which says what the plan's objects are; {advice}") from None
         if segment.digest and segment_digest(lines) != segment.digest:
-            raise GalleryMismatch(f"{path} is not as its plan says; {advice}")
+            raise GalleryMismatch(f"{self.todo} is not as its plan says; {advice}")
         return [line.decode().removesuffix("\n") for line in lines]
 
     @cached_property
     def _whole(self) -> bool:
         """Whether the todo list is the one that gave the plan its id, for plans whose segments have no digests."""
         try:
-            with todo_file(self.folder, self.plan_id).open("rb") as file:
+            with self._open_todo() as file:
                 return plan_id_of(self, hashlib.file_digest(file, "sha256").hexdigest()) == self.plan_id
         except FileNotFoundError:
             return False
+
+    @property
+    def todo(self) -> Path:
+        """The todo list, one path a line: beside the open plan, then beside the closed one."""
+        return self._first_todo if self._first_todo.exists() else self.closed_folder / "todo.txt"
+
+    @cached_property
+    def _first_todo(self) -> Path:
+        if not self.generation:
+            return self.folder / "run" / f"{self.plan_id}.todo.txt"
+        return read_generation(self.folder, self.generation).made_folder / "todo.txt"
+
+    def _open_todo(self) -> BufferedReader:
+        # In this order: the first is removed only after the plan was closed.
+        try:
+            return self._first_todo.open("rb")
+        except FileNotFoundError:
+            return (self.closed_folder / "todo.txt").open("rb")
+
+    @property
+    def closed_folder(self) -> Path:
+        """Where it lies once it is closed."""
+        return _closed_folder(self.folder, self.plan_id)
 
     def object_file(self, object_id: str, ending: str) -> str:
         """The name of an object's feature (`.npy`) or error file (`.error.json`).
@@ -332,20 +363,6 @@ def plan_id_of(plan: Plan, todo_digest: str, again: int = 0) -> str:
     content += [[segment.shard, segment.lines] for segment in plan.segments]
     content += [again] if again else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def todo_file(folder: Path, plan_id: str) -> Path:
-    """A plan's todo list, one path a line; closed plans have theirs beside them."""
-    closed = _closed_folder(folder, plan_id) / "todo.txt"
-    if closed.exists():
-        return closed
-    now = current(folder)
-    return now.made_folder / "todo.txt" if now.number else first_todo_file(folder, plan_id)
-
-
-def first_todo_file(folder: Path, plan_id: str) -> Path:
-    """The todo list of an open plan from before generations."""
-    return folder / "run" / f"{plan_id}.todo.txt"
 
 
 def _closed_folder(folder: Path, plan_id: str) -> Path:
@@ -589,13 +606,11 @@ def close_plan(plan: Plan) -> None:
     The link of `run/done/<plan id>/plan.json` decides. Its list names what was published until then: that counts as
     lost when it is gone, and all else that the plan may still publish never exists.
     """
-    target = _closed_folder(plan.folder, plan.plan_id)
+    target = plan.closed_folder
     target.mkdir(parents=True, exist_ok=True)
-    todo = todo_file(plan.folder, plan.plan_id)
-    if todo.parent != target:
-        # A lost list does not keep a plan from being closed.
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
-            os.link(todo, target / "todo.txt")
+    # A lost list does not keep a plan from being closed.
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        os.link(plan._first_todo, target / "todo.txt")
     settled = {segment.shard for segment in plan.segments}
     lists = {
         "published": sorted(settled & set(recorded_shards(plan.folder))),
@@ -606,7 +621,7 @@ def close_plan(plan: Plan) -> None:
     sync_folder(target.parent)
     if not plan.generation:
         note_format(plan.folder)
-        first_todo_file(plan.folder, plan.plan_id).unlink(missing_ok=True)
+        plan._first_todo.unlink(missing_ok=True)
     shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
     shutil.rmtree(emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
 
@@ -623,7 +638,7 @@ def cancel_plan(plan: Plan) -> None:
 def came_too_late(plan: Plan, segment: Segment) -> bool:
     """Whether the plan was closed before this segment was published: a record that was linked since does not exist."""
     try:
-        closed, extra = _read_plan(plan.folder, _closed_folder(plan.folder, plan.plan_id) / "plan.json")
+        closed, extra = _read_plan(plan.folder, plan.closed_folder / "plan.json")
     except FileNotFoundError:
         return False
     # What is made again stands on the list of the plan that made it first.

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import MachineFault, ShardCorrupt
-from pipeline.plan import Plan, Segment, came_too_late, emptied_folder
+from pipeline.plan import Plan, Segment, came_too_late, close_plan, emptied_folder
 from pipeline.store import (
     TEMPORARY_PREFIX,
     Failure,
@@ -77,15 +77,27 @@ def empty_segment(plan: Plan, segment: Segment) -> None:
     write_atomic(emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
 
 
-def not_emptied(plan: Plan) -> list[Segment]:
-    """Segments of a plan whose per-image files may be there still: it may not be closed as finished before."""
-    if plan.keep_features:
-        return []
+def finish_plan(plan: Plan, hold: Callable[[Segment], AbstractContextManager[None]]) -> None:
+    """Close a plan of which all is published, once its per-image files and what killed processes left are gone.
+
+    Args:
+        hold: held while a segment's files are deleted; raises if somebody else is at them.
+    """
+    emptied = _emptied(plan)
+    for segment in plan.segments:
+        if str(segment.index) not in emptied and not plan.keep_features:
+            with hold(segment):
+                empty_segment(plan, segment)
+    # Before the plan is closed: after that the folders may be the next plan's.
+    tidy(plan)
+    close_plan(plan)
+
+
+def _emptied(plan: Plan) -> set[str]:
     try:
-        emptied = set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
+        return set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
     except FileNotFoundError:
-        emptied = set()
-    return [segment for segment in plan.segments if str(segment.index) not in emptied]
+        return set()
 
 
 def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:

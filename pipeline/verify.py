@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.generations import current, made_folder
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
-from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest, todo_file
+from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest
 from pipeline.planning import broken_folder, lost_segments, make_repair_plan, set_aside
 from pipeline.reduce import nested_folders
 from pipeline.store import (
@@ -166,7 +166,7 @@ def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:
             except GalleryMismatch:
                 damaged.add(segment.shard)
         if damaged:
-            name = str(todo_file(folder, plan.plan_id).relative_to(folder))
+            name = str(plan.todo.relative_to(folder))
             findings.append(
                 Finding(
                     "damaged",
@@ -420,7 +420,7 @@ def _remove(folder: Path, finding: Finding) -> None:
 
 def _write_list(folder: Path, finding: Finding) -> None:
     for plan in _plans(folder, open_plan(folder)):
-        path = todo_file(folder, plan.plan_id)
+        path = plan.todo
         if str(path.relative_to(folder)) == finding.name and (lines := _rebuilt_list(plan)) is not None:
             write_atomic(path, lines, sync=True)
 

@@ -12,9 +12,9 @@ from redis.exceptions import LockError
 
 from pipeline.broker.chords import Armed, Chords, renewed
 from pipeline.errors import RuijiError
-from pipeline.plan import OpenPlan, Plan, close_plan
+from pipeline.plan import OpenPlan, Plan
 from pipeline.produce import Producer
-from pipeline.reduce import empty_segment, not_emptied, tidy
+from pipeline.reduce import finish_plan
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,10 @@ def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) 
     chords = Chords(client, plan)
     try:
         with renewed(chords.lease("close", _CLOSE_LEASE_S, wait_s=0)):
-            for segment in not_emptied(plan):
-                # Its reducer may be at it still.
-                with renewed(chords.lease(f"reduce.{segment.index}", _CLOSE_LEASE_S, wait_s=0)):
-                    empty_segment(plan, segment)
-            # Before the plan is closed: after that the folders may be the next plan's.
-            tidy(plan)
-            close_plan(plan)
+            # A segment's reducer may be at its files still.
+            finish_plan(
+                plan, lambda segment: renewed(chords.lease(f"reduce.{segment.index}", _CLOSE_LEASE_S, wait_s=0))
+            )
     except LockError:
         return False  # Another process is at it; the watchdogs look again.
     chords.forget_plan()

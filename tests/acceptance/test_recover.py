@@ -85,6 +85,8 @@ def test_a_broken_shard_is_found_and_made_again(ruiji: Ruiji, failed: list[str],
     # The running worker finds the plan on the disk by itself.
     ruiji("status", "--watch", code=3)
     assert ruiji.shard_digests() == before
+    assert ruiji("verify").stdout.split()[:2] == ["leftover", "run/broken/0001:"], "the broken one was set aside"
+    ruiji("verify", "--repair")
     assert ruiji("verify").stdout == ""
 
 

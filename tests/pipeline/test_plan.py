@@ -10,7 +10,7 @@ from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
 from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
-from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan, todo_file
+from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan
 from pipeline.planning import Settings, make_plan
 from pipeline.reduce import reduce_segment
 from pipeline.store import claim_gallery, read_gallery
@@ -134,7 +134,7 @@ def test_features_of_other_library_versions_do_not_come_into_a_new_plans_shards(
 
 def test_a_todo_list_that_lost_its_end_is_not_taken_for_a_list(tmp_path: Path, model_path: Path) -> None:
     plan = new_plan(tmp_path, model_path, 6)
-    todo = todo_file(plan.folder, plan.plan_id)
+    todo = plan.todo
     for damaged in (todo.read_bytes()[:-3], b""):
         todo.write_bytes(damaged)
         with pytest.raises(GalleryMismatch, match="ruiji cancel"):

@@ -1,0 +1,394 @@
+"""No interleaving, and no kill, gives an object two rows, another's failure, or other libraries' bits.
+
+Each actor is stopped before each of its steps, or killed there, while others do what they do; then all goes to its end
+and every object must count once. That this finds faults is shown by putting each fault back.
+"""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import generations, planning, reduce
+from pipeline import plan as plan_module
+from pipeline import verify as verify_module
+from pipeline.errors import RuijiError
+from pipeline.objects import ObjectList
+from pipeline.plan import Plan, open_plan
+from pipeline.planning import Retry
+from tests.pipeline.explorer import BAD, BIG, LARGE, SMALL, Stepper, World, stepped
+
+ALL = ["a.png", "b.png", BAD, BIG, "c.png"]
+PART = ["a.png", "b.png"]
+OTHER = ["b.png", "c.png", "d.png"]
+#: None of these is there.
+AWAY = ["x.png"]
+
+Action = Callable[[World], object]
+
+
+def _open(world: World) -> Plan:
+    plan = open_plan(world.folder)
+    assert plan is not None
+    return plan
+
+
+def _reducer(world: World) -> object:
+    plan = world.state["plan"]
+    return world.reduce(plan, plan.segments[0])
+
+
+def _embedder(world: World) -> object:
+    plan = world.state["plan"]
+    return [world.embed(plan, segment) for segment in plan.segments]
+
+
+def _watchdog(world: World) -> object:
+    return world.finish(world.state["plan"])
+
+
+def _upgrade(world: World) -> None:
+    world.versions["numpy"] = "2"
+
+
+def _cancel_and_enqueue(world: World) -> None:
+    world.cancel()
+    world.enqueue(ALL)
+
+
+def _cancel_and_all(world: World) -> None:
+    world.cancel()
+    world.enqueue(ALL)
+    world.work()
+
+
+def _cancel_late_record_all(world: World) -> None:
+    """A reducer names its record only after the plan was cancelled and the list enqueued again."""
+    plan = world.state["plan"]
+    Stepper("/0000.json", kill=False).run(
+        lambda: world.reduce(plan, plan.segments[0]), lambda: _cancel_and_enqueue(world)
+    )
+    world.work()
+
+
+def _upgrade_and_part(world: World) -> None:
+    world.cancel()
+    _upgrade(world)
+    world.enqueue(PART)
+    world.work()
+
+
+def _other_list(world: World) -> None:
+    world.enqueue(OTHER)
+    world.work()
+
+
+def _refused(world: World) -> None:
+    before = generations.current(world.folder)
+    with pytest.raises(RuijiError, match="is it mounted"):
+        world.enqueue(AWAY)
+    assert generations.current(world.folder).objects == before.objects
+
+
+def _nothing(world: World) -> None:
+    pass
+
+
+# What the folder is when the actor begins.
+
+
+def empty(world: World) -> None:
+    world.state["list"] = ALL
+
+
+def planned(world: World) -> None:
+    world.state.update(list=ALL, plan=world.enqueue(ALL))
+
+
+def planned_small(world: World) -> None:
+    world.state.update(list=ALL, plan=world.enqueue(ALL, SMALL))
+
+
+def embedded(world: World) -> None:
+    planned(world)
+    plan = _open(world)
+    for segment in plan.segments:
+        world.embed(plan, segment)
+
+
+def published(world: World) -> None:
+    embedded(world)
+    plan = _open(world)
+    for segment in plan.segments:
+        world.reduce(plan, segment)
+
+
+def done(world: World) -> None:
+    published(world)
+    world.work()
+
+
+def shrunk(world: World) -> None:
+    done(world)
+    world.enqueue(PART)
+    world.state["list"] = PART
+
+
+def broken(world: World) -> None:
+    done(world)
+    world.flip(0)
+
+
+def lost_and_shrunk(world: World) -> None:
+    shrunk(world)
+    world.lose(1)
+
+
+def repairing(world: World) -> None:
+    broken(world)
+    world.repair()
+    plan = world.state["plan"] = _open(world)
+    for segment in plan.segments:
+        world.embed(plan, segment)
+
+
+def retrying(world: World) -> None:
+    done(world)
+    plan = world.state["plan"] = world.enqueue(ALL, LARGE, Retry())
+    assert plan is not None
+    for segment in plan.segments:
+        world.embed(plan, segment)
+
+
+def cancelled(world: World) -> None:
+    embedded(world)
+    world.cancel()
+
+
+BEGINNINGS: dict[str, Action] = {
+    each.__name__: each
+    for each in (
+        empty, planned, planned_small, embedded, published, done, shrunk, broken, lost_and_shrunk, repairing, retrying,
+        cancelled,
+    )
+}  # fmt: skip
+ACTORS: dict[str, Action] = {
+    "enqueue": lambda world: world.enqueue(world.state["list"]),
+    "enqueue other": lambda world: world.enqueue(OTHER),
+    "enqueue what is away": _refused,
+    "embed": _embedder,
+    "reduce": _reducer,
+    "watchdog": _watchdog,
+    "cancel": lambda world: world.cancel(),
+    "repair": lambda world: world.repair(),
+    "retry": lambda world: world.enqueue(ALL, LARGE, Retry()),
+}
+MEANWHILE: dict[str, Action] = {
+    "nothing": _nothing,
+    "enqueue other and all of it": _other_list,
+    "work": lambda world: world.work(),
+    "reduce": _reducer,
+    "cancel": lambda world: world.cancel(),
+    "cancel, enqueue": _cancel_and_enqueue,
+    "cancel, enqueue, all of it": _cancel_and_all,
+    "cancel, upgrade, a part": _upgrade_and_part,
+    "cancel, late record, enqueue, all of it": _cancel_late_record_all,
+    "repair": lambda world: world.repair(),
+}
+
+#: Actors by what they need to find.
+PAIRS = [
+    *itertools.product(("empty", "done", "shrunk", "cancelled", "lost_and_shrunk"), ("enqueue", "enqueue other")),
+    *itertools.product(("planned", "planned_small"), ("embed", "cancel")),
+    *itertools.product(("embedded", "repairing", "retrying"), ("reduce", "cancel")),
+    *itertools.product(("published",), ("watchdog", "cancel", "reduce")),
+    *itertools.product(("broken", "lost_and_shrunk"), ("repair", "enqueue")),
+    *itertools.product(("done",), ("retry", "enqueue what is away")),
+]
+
+
+def explore(tmp_path: Path, beginning: str, actor: str, meanwhile: str, kill: bool) -> Iterator[int]:
+    """Stop the actor at each of its steps in turn; yields the steps that held."""
+    prepared = World(tmp_path / "prepared")
+    with _library_versions(prepared):
+        BEGINNINGS[beginning](prepared)
+    for at in itertools.count():
+        world = _copy(prepared, tmp_path / "world")
+        with _library_versions(world):
+            stepper = Stepper(at, kill)
+            if not stepper.run(lambda: ACTORS[actor](world), lambda: MEANWHILE[meanwhile](world)):  # noqa: B023
+                MEANWHILE[meanwhile](world)
+            try:
+                # A late duplicate that is killed leaves its file.
+                world.check(world.state["list"], tidy=actor != "embed")
+            except Exception as error:
+                raise AssertionError(f"{beginning}: {actor} stopped at {at}, kill {kill}; then {meanwhile}") from error
+        yield at
+        if not stepper.reached:
+            return
+    raise AssertionError
+
+
+def _copy(prepared: World, root: Path) -> World:
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(prepared.root, root)
+    world = World(root, dict(prepared.versions), state=dict(prepared.state))
+    plan = world.state.get("plan")
+    if plan is not None:
+        world.state["plan"] = _reread(plan, world)
+    return world
+
+
+def _reread(plan: Plan, world: World) -> Plan:
+    from dataclasses import replace
+
+    return replace(plan, folder=world.folder)
+
+
+class _library_versions:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        self._before = planning.library_versions
+        planning.library_versions = lambda: dict(self._world.versions)  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        planning.library_versions = self._before
+
+
+def _cases() -> list[tuple[str, str, str, bool]]:
+    cases = []
+    for (beginning, actor), meanwhile, kill in itertools.product(PAIRS, MEANWHILE, (False, True)):
+        if meanwhile in ("reduce", "cancel, late record, enqueue, all of it") and beginning not in (
+            "embedded",
+            "published",
+            "repairing",
+            "retrying",
+        ):
+            continue
+        cases.append((beginning, actor, meanwhile, kill))
+    return cases
+
+
+CASES = _cases()
+#: A change of any size runs a part of them; `make chaos` runs all.
+CHOSEN = CASES if os.environ.get("CHAOS") == "long" else CASES[::7]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "actor", "meanwhile", "kill"), CHOSEN, ids=lambda value: str(value).replace(" ", "-")
+)
+def test_whatever_comes_between_every_object_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beginning: str, actor: str, meanwhile: str, kill: bool
+) -> None:
+    with stepped(monkeypatch):
+        assert len(list(explore(tmp_path, beginning, actor, meanwhile, kill))) > 1 or actor in ("cancel", "watchdog")
+
+
+# Faults that were there once, each put back by one line, with the cases that find it.
+
+
+def _commit_without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is committed as the next one, whatever was committed since the look (two enqueues at once)."""
+    real = generations.commit
+    monkeypatch.setattr(planning, "commit", lambda before, *rest: real(generations.current(before.folder), *rest))
+
+
+def _late_records_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record counts that was linked after its plan was closed (cancel while a reducer names its record)."""
+    monkeypatch.setattr(plan_module.Published, "_too_late", lambda self, kind: set())
+
+
+def _closing_is_not_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who closes a plan second writes its list anew."""
+    real = plan_module.write_atomic
+
+    def write(path: Any, chunks: Any, exclusive: bool = False, sync: bool = False) -> bool:
+        return real(path, chunks, exclusive=exclusive and "done" not in Path(path).parts, sync=sync)
+
+    monkeypatch.setattr(plan_module, "write_atomic", write)
+
+
+def _failures_of_any_plan_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure under a cancelled plan's limits enters the next plan."""
+    real = plan_module.read_error
+
+    def read(path: Any, plan_id: str, unnamed: bool) -> Any:
+        for named in [plan_id, *(folder.name for folder in Path(path).parents[2].glob("run/done/*"))]:
+            if (found := real(path, named, unnamed)) is not None:
+                return found
+        return None
+
+    monkeypatch.setattr(plan_module, "read_error", read)
+
+
+def _features_of_any_libraries_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature of other library versions enters a shard."""
+    monkeypatch.setattr(plan_module, "versions_tag", lambda versions: b"0" * 16)
+
+
+def _removed_objects_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is marked in a lost shard that is made again."""
+    real = planning.write_marks
+    monkeypatch.setattr(planning, "write_marks", lambda made, stale, ids, *rest: real(made, stale, {}, *rest))
+
+
+def _closed_before_inputs_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is closed whose reducer died between its record and its deletions."""
+    monkeypatch.setattr(reduce, "_emptied", lambda plan: {str(segment.index) for segment in plan.segments})
+
+
+def _the_list_is_accepted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An enqueue says what the list is before it knows whether it will be refused."""
+    real = planning._compare
+
+    def compare(folder: Path, made: Path, objects: ObjectList, *rest: Any) -> Any:
+        fresh, state = real(folder, made, objects, *rest)
+        if objects.lines == len(AWAY):
+            generations.commit(generations.current(folder), made, None, state)
+        return fresh, state
+
+    monkeypatch.setattr(planning, "_compare", compare)
+
+
+def _repair_deletes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repair removes a broken shard before its plan is committed."""
+    real = verify_module.make_repair_plan
+
+    def make(folder: Path, broken: Any) -> Any:
+        for shard in broken:
+            for path in folder.glob(f"{shard:04d}.*"):
+                path.unlink()
+        shutil.rmtree(folder / "run" / "done")
+        return real(folder, broken)
+
+    monkeypatch.setattr(verify_module, "make_repair_plan", make)
+
+
+FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, str, str, bool]]] = [
+    (_commit_without_proof, ("empty", "enqueue", "enqueue other and all of it", False)),
+    (_late_records_count, ("embedded", "reduce", "cancel, enqueue", False)),
+    (_closing_is_not_exclusive, ("embedded", "cancel", "cancel, late record, enqueue, all of it", False)),
+    (_failures_of_any_plan_count, ("planned_small", "embed", "cancel, enqueue, all of it", False)),
+    (_features_of_any_libraries_count, ("cancelled", "enqueue", "cancel, upgrade, a part", False)),
+    (_removed_objects_come_back, ("lost_and_shrunk", "enqueue", "nothing", False)),
+    (_closed_before_inputs_are_gone, ("embedded", "reduce", "work", True)),
+    (_the_list_is_accepted_first, ("done", "enqueue what is away", "nothing", False)),
+]
+
+
+@pytest.mark.parametrize(("fault", "case"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_that_is_put_back_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, case: tuple[str, str, str, bool]
+) -> None:
+    with stepped(monkeypatch):
+        list(explore(tmp_path / "right", *case))
+        with monkeypatch.context() as patch:
+            fault(patch)
+            with pytest.raises(AssertionError):
+                list(explore(tmp_path / "wrong", *case))
