@@ -1,0 +1,119 @@
+"""A gallery that ruiji made before it had generations, with a plan half done: it is read, continued or closed.
+
+Made by ruiji 0.1.0 as of 2026-11-28: two shards of a closed plan, with one failure and one row that left the list; an
+open plan with one shard, one feature, one failure and one object that nobody looked at.
+"""
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import GalleryMismatch
+from pipeline.generations import current
+from pipeline.plan import Plan, cancel_plan, open_plan
+from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.status import StatusReader
+from pipeline.store import read_json
+from pipeline.verify import verify
+from search.gallery import open_gallery
+from tests.factories import pictures
+from tests.pipeline.galleries import embed, files, plan_for
+
+DATA = Path(__file__).resolve().parent.parent / "data" / "before-generations"
+OPEN, CLOSED = "06d7f3734df35db3", "9cd00348ef7a59db"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of its folder, as gallery of `tiny.onnx`."""
+    shutil.copytree(DATA / "tiny", tmp_path / "features" / "tiny")
+    return tmp_path / "features" / "tiny"
+
+
+def enqueue(tmp_path: Path) -> Plan | None:
+    paths = pictures(tmp_path / "media", 12)
+    return plan_for(tmp_path, DATA / "tiny.onnx", [*paths[:4], *paths[5:]])
+
+
+def finish(plan: Plan) -> None:
+    for segment in plan.unpublished():
+        embed(plan, [path for path in plan.paths(segment) if not plan.is_done(path)])
+        assert not reduce_segment(plan, segment, lambda: None).missing
+    finish_plan(plan, lambda segment: nullcontext())
+
+
+def figures(folder: Path) -> tuple[int, ...]:
+    status = StatusReader(folder, None).read()
+    return status.objects, status.done, status.failed, status.pending, status.stale
+
+
+def test_it_is_searched_and_its_plan_is_continued(tmp_path: Path, old: Path) -> None:
+    before = files(old)
+    assert figures(old) == (11, 8, 2, 1, 1)
+    assert open_gallery(old).stale_rows == 1
+    plan = enqueue(tmp_path)
+    assert plan is not None
+    assert (plan.plan_id, plan.generation) == (OPEN, 0)
+    assert [plan.is_done(path) for path in plan.paths(plan.segments[1])] == [True, True, False]
+    finish(plan)
+    assert figures(old) == (11, 9, 2, 0, 1)
+    after = files(old)
+    assert {name: after[name] for name in before} == before
+    assert after["0003.json"].count(b'"too-large"') == 1, "what failed is taken over"
+    assert [finding for finding in verify(old) if finding.broken] == []
+    # The next list is a generation, and a ruiji that knows none refuses the folder.
+    assert enqueue(tmp_path) is None
+    assert current(old).number == 1
+    assert read_json(old / "run" / "plan.json", 2)["format"] == 2
+    assert figures(old) == (11, 9, 2, 0, 1)
+
+
+def test_its_plan_is_closed_and_planned_anew(tmp_path: Path, old: Path) -> None:
+    plan = open_plan(old)
+    assert plan is not None
+    cancel_plan(plan)
+    assert open_plan(old) is None
+    assert list((old / "run").glob("*.todo.txt")) == []
+    again = enqueue(tmp_path)
+    assert again is not None
+    assert (again.generation, [segment.shard for segment in again.segments]) == (1, [4])
+    # Neither an untagged feature nor another plan's failure counts in a plan that knows of tags.
+    assert [again.is_done(path) for path in again.paths(again.segments[0])] == [False] * 3
+    finish(again)
+    assert figures(old) == (11, 10, 1, 0, 1)
+    assert verify(old) == []
+
+
+def test_a_damaged_list_is_noticed_by_its_plans_id(tmp_path: Path, old: Path) -> None:
+    todo = old / "run" / f"{OPEN}.todo.txt"
+    data = bytearray(todo.read_bytes())
+    data[30] ^= 1
+    todo.write_bytes(data)
+    plan = open_plan(old)
+    assert plan is not None
+    with pytest.raises(GalleryMismatch, match="ruiji cancel"):
+        plan.paths(plan.segments[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_lost_shard_whose_list_is_damaged_becomes_new_shards(tmp_path: Path, old: Path, damage: str) -> None:
+    plan = enqueue(tmp_path)
+    assert plan is not None
+    finish(plan)
+    todo = old / "run" / "done" / CLOSED / "todo.txt"
+    data = todo.read_bytes()
+    todo.unlink()
+    if damage != "gone":
+        todo.write_bytes(data[: len(data) // 4] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    kinds = [(finding.kind, finding.name, finding.repairable) for finding in verify(old)]
+    assert kinds == [("damaged", f"run/done/{CLOSED}/todo.txt", True)]
+    for path in old.glob("0000.*"):
+        path.unlink()
+    again = enqueue(tmp_path)
+    assert again is not None
+    assert (again.given_up, [segment.shard for segment in again.segments]) == ((0,), [4])
+    finish(again)
+    assert figures(old)[:4] == (11, 10, 1, 0), "the failure of shard 0 is tried again too"
+    assert [finding.kind for finding in verify(old) if finding.broken] == ["damaged"]
