@@ -5,7 +5,6 @@ win), so that a half-written file never has a final name. The layout is specifie
 """
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -14,7 +13,6 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt
 from pipeline.model import Model
+from pipeline.npy import npy_header
 from pipeline.objects import IdScheme
 
 #: Version of everything on disk; a newer one is refused.
@@ -236,13 +235,6 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
 # Features and errors of single objects
 
 
-@cache
-def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
 def versions_tag(versions: dict[str, str]) -> bytes:
     """16 bytes that stand for a set of library versions; they follow the array in a feature file."""
     return hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).digest()[:TAG_BYTES]
@@ -256,7 +248,7 @@ def write_feature(path: str | Path, feature: NDArray[np.float32], tag: bytes) ->
     """
     data = np.ascontiguousarray(feature, dtype="<f4")
     # In one piece, which is one call less to the system per image.
-    write_atomic(path, [_npy_header("<f4", data.shape) + data.tobytes() + tag])
+    write_atomic(path, [npy_header("<f4", data.shape) + data.tobytes() + tag])
 
 
 def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = False) -> NDArray[np.float32] | None:
@@ -266,7 +258,7 @@ def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = Fal
         tag: the `versions_tag` that it must have.
         untagged: whether a file without any tag counts, as ruiji wrote them before it tagged features.
     """
-    header = _npy_header("<f4", (length,))
+    header = npy_header("<f4", (length,))
     whole = len(header) + 4 * length
     # One call each to open, read and close: a reducer does this per image, and a file object asks for more.
     try:
@@ -405,7 +397,7 @@ def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: 
 def _npy(array: NDArray[Any]) -> bytes:
     # numpy writes anything but a real file by way of a copy; joined, a shard's features are copied once.
     array = np.ascontiguousarray(array)
-    return b"".join((_npy_header(array.dtype.str, array.shape), array.reshape(-1).view(np.uint8).data))
+    return b"".join((npy_header(array.dtype.str, array.shape), array.reshape(-1).view(np.uint8).data))
 
 
 def write_record(folder: Path, record: Record) -> bool:

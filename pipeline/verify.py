@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.generations import current, made_folder
+from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
 from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest
 from pipeline.planning import broken_folder, lost_segments, make_repair_plan, set_aside
@@ -222,8 +223,8 @@ def _check(folder: Path, gallery: GalleryInfo, shard: int, makeable: bool) -> Fi
 def _check_content(folder: Path, record: Record, scheme: IdScheme) -> None:
     name = f"{record.shard:04d}"
     try:
-        features = np.load(shard_file(folder, record.shard, SHARD_ENDINGS[0]), mmap_mode="r", allow_pickle=False)
-        ids = np.load(shard_file(folder, record.shard, SHARD_ENDINGS[1]), allow_pickle=False)
+        features = map_npy(shard_file(folder, record.shard, SHARD_ENDINGS[0])).array
+        ids = map_npy(shard_file(folder, record.shard, SHARD_ENDINGS[1])).array
         paths = list(read_lines(shard_file(folder, record.shard, SHARD_ENDINGS[2])))
     except ValueError as error:
         raise ShardCorrupt(f"{name} has bytes as recorded that are no arrays: {error}") from None

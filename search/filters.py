@@ -82,8 +82,8 @@ def _wanted(
     paths: Sequence[str | None] = shard.paths or [None] * len(shard.features)
     return np.array(
         [
-            _is_meant(str(object_id), path, conditions, annotations)
-            for object_id, path in zip(shard.object_ids, paths, strict=True)
+            _is_meant(object_id, path, conditions, annotations)
+            for object_id, path in zip(shard.ids(), paths, strict=True)
         ],
         dtype=bool,
     )

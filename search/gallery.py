@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.generations import Marks, read_marks
+from pipeline.npy import NpyError, map_npy
 from pipeline.plan import published_shards
 from pipeline.store import (
     CACHE_FOLDER,
@@ -101,6 +102,18 @@ class Shard:
         rows, length = self.features.shape
         return rows, length
 
+    def ids(self, rows: slice = slice(None)) -> list[str]:
+        """The object ids of some of its rows, or of all.
+
+        Raises:
+            ShardCorrupt: one of them is no text.
+        """
+        ids: list[str] = self.object_ids[rows].tolist()
+        for object_id in ids:
+            if not (object_id.isascii() or _is_text(object_id)):
+                raise ShardCorrupt(f"the object ids of shard {self.name} are no text; {_RESTORE}")
+        return ids
+
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
         """bool[rows], True for rows that are not searched, stale or filtered; None where all are."""
@@ -120,7 +133,7 @@ class Shard:
         try:
             # Every line ends with a newline; split at once, because a hit asks for one of thousands.
             paths = tuple(self.paths_file.read_bytes().decode().split("\n")[:-1])
-        except (FileNotFoundError, UnicodeDecodeError):
+        except (OSError, UnicodeDecodeError):
             raise ShardCorrupt(f"{self.paths_file} is missing or damaged; {_RESTORE}") from None
         if len(paths) != len(self.features):
             raise ShardCorrupt(f"{self.paths_file} has {len(paths)} lines for {len(self.features)} rows; {_RESTORE}")
@@ -291,7 +304,7 @@ class Gallery:
     def object_id(self, row: int) -> str:
         """The object id of one gallery row."""
         shard, local = self._locate(row)
-        return str(shard.object_ids[local])
+        return shard.ids(slice(local, local + 1))[0]
 
     def path(self, row: int) -> str | None:
         """The object's path, relative to the media folder, or None where paths are unknown.
@@ -430,15 +443,22 @@ def _open_unverified(folder: Path) -> Gallery:
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
 
 
-def _map(path: Path) -> NDArray[np.generic]:
+def _map(path: Path) -> NDArray[Any]:
     try:
-        array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return map_npy(path).array
     except FileNotFoundError:
         raise ShardCorrupt(f"{path} is missing; {_RESTORE}") from None
-    except (ValueError, EOFError) as error:
+    except NpyError as error:
         raise ShardCorrupt(f"{path} is damaged ({error}); {_RESTORE}") from None
-    # A plain view of the mapping: slicing np.memmap itself costs more than the arithmetic of a small block.
-    return np.asarray(array)
+
+
+def _is_text(object_id: str) -> bool:
+    # The names of files need not be UTF-8; then their bytes are escaped. numpy makes strings of any numbers, which
+    # only come back from bytes as others.
+    try:
+        return object_id.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == object_id
+    except UnicodeEncodeError:
+        return False
 
 
 def _map_features(folder: Path, number: int) -> NDArray[np.float32]:

@@ -25,8 +25,7 @@ def advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
     if mapping is None or rows <= 0:
         return
     row_bytes = array.strides[0]
-    # The array ends where the file does, so what lies before it is the header.
-    first = len(mapping) - array.nbytes + start * row_bytes
+    first = array.ctypes.data - np.ndarray((1,), np.uint8, mapping).ctypes.data + start * row_bytes
     page = first // mmap.PAGESIZE * mmap.PAGESIZE
     with suppress(OSError, ValueError):
         mapping.madvise(advice, page, first - page + rows * row_bytes)

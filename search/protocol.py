@@ -113,7 +113,7 @@ def _look(gallery: Gallery, look: Callable[[int, str, str | None], _Row | str]) 
     row = 0
     for shard in gallery.shards:
         paths = shard.paths
-        for local, object_id in enumerate(shard.object_ids.tolist()):
+        for local, object_id in enumerate(shard.ids()):
             yield look(row, object_id, None if paths is None else paths[local])
             row += 1
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
 from pipeline.model import Model, load_model, recall_model
+from pipeline.npy import NpyError, map_npy
 from pipeline.objects import scan
 from search.exact import unusable
 from search.gallery import Gallery
@@ -177,12 +178,11 @@ def feature_queries(files: list[Path], length: int) -> list[Query]:
     queries: list[Query] = []
     for file in files:
         try:
-            # Not numpy.load, which also opens an archive of arrays (.npz).
-            with file.open("rb") as opened:
-                array = np.lib.format.read_array(opened, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            array = map_npy(file).array
+        except (FileNotFoundError, NpyError) as error:
+            why = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise QueryError(
-                f"--feature {file}: not a .npy file that can be read ({error}); write one with numpy.save"
+                f"--feature {file}: not a .npy file that can be read ({why}); write one with numpy.save"
             ) from None
         if array.dtype.kind != "f" or array.ndim not in (1, 2) or array.shape[-1] != length or not len(array):
             raise QueryError(

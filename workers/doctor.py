@@ -13,6 +13,7 @@ import redis
 from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
+from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan, published_shards
 from pipeline.settings import WINDOW_SEGMENTS
@@ -216,7 +217,11 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         raise GalleryMismatch("the gallery belongs to another model")
     worst, where, compared, skipped = 1.0, "", 0, 0
     for shard, row in _spread(folder, shards):
-        features = np.load(shard_file(folder, shard, "features.npy"), mmap_mode="r", allow_pickle=False)
+        file = shard_file(folder, shard, "features.npy")
+        try:
+            features = map_npy(file).array
+        except (FileNotFoundError, NpyError) as error:
+            raise ShardCorrupt(f"{file} is damaged: {error}") from None
         if features.shape != (read_record(folder, shard).rows, encoder.model.spec.length):
             raise ShardCorrupt(f"shard {shard:04d} has the shape {list(features.shape)}, not as recorded")
         stored = features[row]

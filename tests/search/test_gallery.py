@@ -1,5 +1,8 @@
 """Opening galleries: what is read, what is refused, and how it is said."""
 
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,11 @@ from numpy.typing import NDArray
 from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
+from search.filters import apply_conditions, parse_conditions
 from search.gallery import Gallery, find_gallery, open_gallery
+from search.ranking import numpy_scan, rank
+from search.ranking_codes import codes_scan
+from tests.pipeline.test_npy import HOSTILE
 from tests.search.galleries import write_article_shard, write_gallery, write_shard
 
 
@@ -200,3 +207,46 @@ def test_a_damaged_record_is_an_error_of_ours(folder: Path) -> None:
     (folder / "0001.json").write_text("{")
     with pytest.raises(RuijiError, match=r"0001\.json is damaged"):
         open_gallery(folder)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_hostile_array_is_refused_in_one_line(folder: Path, name: str, ending: str, recorded: bool) -> None:
+    if not recorded:
+        (folder / "gallery.json").unlink()
+    (folder / f"0001.{ending}").write_bytes(HOSTILE[name])
+    with pytest.raises(ShardCorrupt, match=rf"0001\.{ending} is damaged") as caught:
+        open_gallery(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [0x110005, 0xD800], ids=hex)
+def test_object_ids_that_are_no_text_are_refused_when_they_are_read(folder: Path, code: int) -> None:
+    np.save(folder / "0001.object_ids.npy", np.full((4, 9), code, np.uint32).view("<U9")[:, 0])
+    gallery = open_gallery(folder)
+    assert gallery.object_id(0) == "000.jpg"
+    reads: list[Callable[[], object]] = [
+        lambda: gallery.object_id(4),
+        lambda: gallery.object_ids(np.arange(10)),
+        lambda: apply_conditions(gallery, parse_conditions(["path=a"]), None),
+    ]
+    for read_ids in reads:
+        with pytest.raises(ShardCorrupt, match="object ids of shard 0001 are no text"):
+            read_ids()
+
+
+def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, model: Model) -> None:
+    write_gallery(tmp_path, model, some_features(300), some_paths(300), 1)
+    # As many as Python and its libraries need.
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        gallery = open_gallery(tmp_path)
+        for shard in gallery.shards:
+            shard.keep_codes()
+        for scan in (numpy_scan(), codes_scan()):
+            hits = rank(open_gallery(tmp_path), some_features(300)[7:8], 2, scan=scan).hits[0]
+            assert hits[0].object_id == "007.jpg"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -23,6 +23,7 @@ from pipeline.store import gallery_folder
 from search.cli import register
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, only_line, pictures, tiny_model
+from tests.pipeline.test_npy import HOSTILE
 from tests.search.galleries import write_article_shard, write_gallery, write_pictures_gallery, write_shard
 
 COUNT = 12
@@ -370,6 +371,14 @@ def test_excluding_a_picture_itself_needs_the_media_folder_that_it_is_known_by(w
 def test_an_unknown_id_is_refused(world: World) -> None:
     assert "no such object" in world.refused(QueryError, "--id", "none.png")
     assert "nothing to search with" in world.refused(UsageError)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_feature_is_refused_in_one_line(world: World, tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.npy").write_bytes(HOSTILE[name])
+    message = world.refused(QueryError, "--feature", tmp_path / "x.npy")
+    assert message.startswith(f"--feature {tmp_path}/x.npy: not a .npy file that can be read (")
+    assert "\n" not in message
 
 
 def test_features_are_searched_with_one_or_many_at_a_time(world: World, tmp_path: Path) -> None:
