@@ -5,6 +5,7 @@ import gc
 import importlib
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from pipeline import settings, streams
 from pipeline.arguments import Commands
-from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, RuijiError, UsageError
+from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, GalleryMismatch, RuijiError, UsageError
 from pipeline.settings import Device, ListFormat, LogFormat, ObjectIds, Reason
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def main() -> None:
     # A SIGTERM ends a command as Ctrl-C does, in order; workers have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     streams.open_streams()
-    code, message = _run()
+    try:
+        code, message = _run()
+    finally:
+        # What is left of an answer after an error: said once, not again when Python ends.
+        with suppress(OSError):
+            sys.stdout.flush()
     if message:
         streams.note(f"error: {message}")
     sys.exit(code)
@@ -64,6 +70,10 @@ def _run() -> tuple[int, str]:
         return error.exit_code, error.format_message()
     except OSError as error:
         return RuijiError.exit_code, _said(error)
+    except UnicodeEncodeError as error:
+        # Half of a pair, in the ids of a damaged shard; a table and JSON have escapes for it.
+        half = error.object[error.start : error.end]
+        return GalleryMismatch.exit_code, f"a name has {half!r}, which is no character; --format json can say it"
     except SystemExit as end:
         # What Typer makes of a pipe that nobody reads any more.
         if isinstance(end.__context__, BrokenPipeError):
@@ -238,7 +248,6 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
-    from pipeline.errors import GalleryMismatch
     from pipeline.store import gallery_folder
     from pipeline.verify import repair as repair_findings
     from pipeline.verify import verify as verify_gallery

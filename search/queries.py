@@ -300,10 +300,10 @@ def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
     """
     from PIL import Image, ImageOps
 
-    from workers.images import FORMATS
+    from workers.images import FORMATS, open_image
 
     try:
-        with Image.open(image, formats=FORMATS) as picture:
+        with open_image(image) as file, Image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > max_pixels:
                 return None
             picture.draft("RGB", (size, size))

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from examples.digits.demo import DemoError, ruiji
 from examples.mnist import data, draw
+from pipeline.arguments import Commands
 from pipeline.errors import RuijiError
 
 
@@ -53,7 +54,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Other than the recipe's
 Images = Annotated[int | None, typer.Option(min=64, help="Train with so many images only.")]
 DEFAULT_OUTPUT = Path("mnist-output")
 
-app = typer.Typer(
+app = Commands(
     help="Retrieval on MNIST: the article's system on ruiji's pipeline.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,5 +1,6 @@
 """Contact sheets: where things are drawn, and what happens to pictures that cannot be."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,13 @@ def test_pictures_that_cannot_be_opened_are_grey_and_counted(tmp_path: Path) -> 
     good = plain(tmp_path / "good.png", "red")
     (tmp_path / "broken.png").write_bytes(good.read_bytes()[:50])
     too_large = plain(tmp_path / "large.png", "red", (101, 100))
-    pictures = (None, tmp_path / "none.png", tmp_path / "broken.png", too_large, good)
+    os.mkfifo(tmp_path / "pipe.png")  # Opened as files are, it would be waited for.
+    pictures = (None, tmp_path / "none.png", tmp_path / "broken.png", too_large, tmp_path / "pipe.png", good)
     hits = tuple(SheetHit(f"{i}", picture, 0.5) for i, picture in enumerate(pictures))
     sheet, missing = draw(tmp_path / "out.png", [SheetLine(good, hits)])
-    assert missing == 4
-    corners = [sheet.getpixel((236 + 188 * i + 20, 40)) for i in range(5)]
-    assert corners == [(229, 229, 234)] * 4 + [(255, 0, 0)]
+    assert missing == 5
+    corners = [sheet.getpixel((236 + 188 * i + 20, 40)) for i in range(6)]
+    assert corners == [(229, 229, 234)] * 5 + [(255, 0, 0)]
 
 
 def test_borders_are_green_where_labels_agree_and_red_where_not(tmp_path: Path) -> None:
