@@ -235,7 +235,8 @@ def failures(
     from pipeline.failures import failed_objects, write_failures
     from pipeline.store import gallery_folder
 
-    count = write_failures(failed_objects(gallery_folder(feature_dir, model)), form.value, sys.stdout)
+    out = sys.stdout if form is ListFormat.table else streams.exact_stdout()
+    count = write_failures(failed_objects(gallery_folder(feature_dir, model)), form.value, out)
     raise typer.Exit(EXIT_INCOMPLETE if count else 0)
 
 

@@ -40,6 +40,7 @@ def check_targets(
     Raises:
         UsageError: a target is an input, another target, or a folder; lies in the media folder or a gallery; has a
             picture's name without being one, or would be a query the next time.
+        RuijiError: nothing may be written there.
     """
     given = {option: path for option, path in targets.items() if path is not None}
     found = {option: there for option, path in given.items() if (there := _stat(path)) is not None}
@@ -62,6 +63,9 @@ def check_targets(
                 f"{option} {path} has a picture's name, and what is written is none; name it by what it is"
             )
         above = [(folder, _stat(folder)) for folder in Path(place).parents]
+        nearest = next(folder for folder, there in above if there is not None)
+        if option not in found and not os.access(nearest, os.W_OK | os.X_OK):
+            raise RuijiError(f"cannot write {option} {path}: nothing may be written to {nearest}")
         closed = [("the media folder", media_dir), ("the gallery", gallery)]
         closed += [("the gallery", folder) for folder, _ in above if (folder / "gallery.json").is_file()]
         # A sheet would be a query itself the next time.
@@ -117,7 +121,8 @@ def writing(target: Path) -> Iterator[BinaryIO]:
         try:
             with temporary.open("xb") as file:
                 if there is not None:
-                    os.fchmod(file.fileno(), stat.S_IMODE(there.st_mode))
+                    with suppress(OSError):  # Not every file system has modes.
+                        os.fchmod(file.fileno(), stat.S_IMODE(there.st_mode))
                 yield file
             temporary.replace(place)
         except BaseException:
