@@ -10,6 +10,13 @@ from pipeline.streams import shown
 
 #: LogRecord attributes that are not ours; whatever else a record carries came in through `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+#: What is told may come from anywhere, a forged message or a file's name; a line stays one line, and short.
+_LONGEST = 1000
+
+
+def clipped(text: str) -> str:
+    """A text cut to what a line can take, with its whole length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
 class EventFormatter(logging.Formatter):
@@ -24,17 +31,19 @@ class EventFormatter(logging.Formatter):
         fields = {k: v for k, v in vars(record).items() if k not in _STANDARD}
         event = fields.pop("event", None)
         trace = self.formatException(record.exc_info) if record.exc_info else ""
+        trace = "\n".join(map(clipped, trace.splitlines()))
         if self._as_json:
             line: dict[str, object] = {"time": round(record.created, 3), "level": record.levelname.lower()}
             if event:
                 line["event"] = event
-            line |= {"message": record.getMessage(), **fields}
+            line |= {"message": clipped(record.getMessage())}
+            line |= {key: clipped(value) if isinstance(value, str) else value for key, value in fields.items()}
             if trace:
                 line["traceback"] = trace
             return json.dumps(line, ensure_ascii=False, default=str)
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        words = [clock, record.levelname.lower(), *([str(event)] if event else []), record.getMessage()]
-        words += [f"{key}={value}" for key, value in fields.items()]
+        words = [clock, record.levelname.lower(), *([str(event)] if event else []), clipped(record.getMessage())]
+        words += [f"{key}={clipped(str(value))}" for key, value in fields.items()]
         return shown(" ".join(words)) + (f"\n{trace}" if trace else "")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from celery import Celery
 
-from pipeline.broker.app import EMBED_TASK, REDUCE_TASK, embed_queue, reduce_queue
+from pipeline.broker.app import EMBED_TASK, embed_queue
 from pipeline.broker.chords import Armed, Chords, renewed
+from pipeline.broker.messages import chord_body
 from pipeline.plan import Plan, Segment
 
 logger = logging.getLogger(__name__)
@@ -79,13 +80,7 @@ class Producer:
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.
         group = f"{plan.plan_id}.{segment.index}.{digest}"
-        body = self._app.signature(
-            REDUCE_TASK,
-            args=(plan.plan_id, segment.index),
-            immutable=True,
-            task_id=f"{group}.r",
-            queue=reduce_queue(plan.gallery_id),
-        )
+        body = self._app.signature(chord_body(group, plan.plan_id, segment.index, plan.gallery_id))
         armed = Armed(group, len(rows), complete=False, heals=heals, at=time.time())
         self._chords.set_armed(segment, armed)
         if rows:

@@ -15,12 +15,13 @@ from typing import Any
 import redis
 from celery import Task
 from celery.app import trace
-from celery.exceptions import InvalidTaskError
 from celery.utils.imports import symbol_by_name
+from celery.worker import state
 from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
 
 from pipeline.errors import MachineFault
+from workers.consumer import noted
 from workers.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -82,24 +83,21 @@ class BatchTask(Task):  # type: ignore[misc]
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
             with task.ledger.busy("queue"):
-                try:
-                    request = request_class(
-                        message,
-                        on_ack=ack,
-                        on_reject=reject,
-                        app=app,
-                        hostname=consumer.hostname,
-                        eventer=consumer.event_dispatcher,
-                        task=task,
-                        connection_errors=consumer.connection_errors,
-                        body=message.body,
-                        headers=message.headers,
-                        decoded=False,
-                        utc=True,
-                    )
-                except (TypeError, ValueError, KeyError) as error:
-                    # Celery drops such a message, where any other error would end the consumer, again and again.
-                    raise InvalidTaskError(str(error)) from error
+                # What could not become a request was dropped by the consumer before.
+                request = request_class(
+                    message,
+                    on_ack=ack,
+                    on_reject=reject,
+                    app=app,
+                    hostname=consumer.hostname,
+                    eventer=consumer.event_dispatcher,
+                    task=task,
+                    connection_errors=consumer.connection_errors,
+                    body=message.body,
+                    headers=message.headers,
+                    decoded=False,
+                    utc=True,
+                )
                 task_reserved(request)
             buffer.append(request)
             if len(buffer) >= task.batch_images:
@@ -122,6 +120,8 @@ def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -
     except Exception as error:
         if isinstance(error, MachineFault):
             logger.error("%s; the work is given back", error, extra={"event": "machine_fault"})
+        elif isinstance(error, redis.RedisError):
+            noted(error)
         else:
             logger.exception("a batch failed and is given back", extra={"event": "batch_failed"})
         # Rest before giving back: the window stays full meanwhile, so nothing more is taken.
@@ -141,27 +141,18 @@ def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -
 
 def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
     now, pid = time.monotonic(), os.getpid()
-    live = []
     for request in requests:
-        try:
-            payload = request._payload
-            args = tuple(payload[0])
-            request.on_accepted(pid, now)
-            live.append((request, payload, args))
-        except Exception:  # Any undecodable message; it can never be worked on.
-            logger.exception("a message cannot be read and is dropped", extra={"event": "bad_message"})
-            request.reject(requeue=False)
-            task_ready(request)
-    outcomes = task.compute([args for _, _, args in live])
+        request.on_accepted(pid, now)
+    outcomes = task.compute([tuple(request.args) for request in requests])
     with task.ledger.busy("queue"):
         traced = []
         backend = task.backend
         # The stock backend stores the part of each member within its trace.
         batched = hasattr(backend, "store_parts")
         with backend.collected_parts() if batched else nullcontext([]) as parts:
-            for (request, payload, _), outcome in zip(live, outcomes, strict=True):
+            for request, outcome in zip(requests, outcomes, strict=True):
                 task._outcomes[request.id] = outcome
-                arguments = (task.name, request.id, request.request_dict, payload, None, None)
+                arguments = (task.name, request.id, request.request_dict, request._payload, None, None)
                 traced.append((request, trace.fast_trace_task(*arguments)))
         if batched:
             _store_parts(task, backend, parts)
@@ -172,14 +163,11 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
 
 def _store_parts(task: BatchTask, backend: Any, parts: list[Any]) -> None:
     """Store a batch's chord parts. The features are on disk: with Redis away there is nothing better than to wait."""
-    told = False
     while True:
         try:
             backend.store_parts(parts)
             return
         except redis.RedisError as error:
-            if not told:
-                logger.warning("chord parts wait for Redis: %s", error, extra={"event": "redis_away"})
-                told = True
-            if task.stopping.wait(_STORE_AGAIN_S):
+            noted(error)
+            if state.should_stop is not None or task.stopping.wait(_STORE_AGAIN_S):
                 raise

@@ -7,14 +7,12 @@ import os
 import socket
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import redis
 from celery import signals
-from celery.exceptions import SecurityWarning
 from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
@@ -22,6 +20,7 @@ from pipeline.errors import GalleryMismatch
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
+from workers.consumer import Consumer, noted, outage, quiet
 from workers.embed import DONE, FAILED
 from workers.in_hand import InHand
 from workers.ledger import STAGES, Ledger
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: How often a process tells of itself; what it told is forgotten after five times as long.
 _HEARTBEAT_S = 2.0
+#: A consumer whose loop did not turn for this long is stuck. It waits for an answer of Redis for less.
+_SILENT_S = 20.0
 
 
 class Heartbeat(threading.Thread):
@@ -58,7 +59,9 @@ class Heartbeat(threading.Thread):
         self._seconds = ledger.seconds()
         self.stopping = threading.Event()
         self._state: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "role": role}
-        self._state |= {"device": "cpu", "state": "working", "images": 0, "failed": 0, "images_per_s": 0.0}
+        self._state |= {"device": "cpu", "images": 0, "failed": 0, "images_per_s": 0.0}
+        self._waiting: str | None = None
+        self._turned = time.monotonic()
         # Milliseconds an image, of the last beat in which there were any; see `workers.ledger`.
         self._state["ms_per_image"] = dict.fromkeys(STAGES, 0.0)
 
@@ -79,7 +82,24 @@ class Heartbeat(threading.Thread):
 
     def rest(self, why: str | None) -> None:
         """Say why the process rests, or that it goes on."""
-        self.set(state=f"waiting: {why}" if why else "working")
+        self._waiting = why
+
+    def _what(self) -> str:
+        """What the process does: `idle`, `working`, or what it waits for."""
+        if self._waiting is not None:
+            return f"waiting: {self._waiting}"
+        if not self._turns():
+            return "waiting: its connection to Redis is silent"
+        return "working" if reserved_requests else "idle"
+
+    def _turns(self) -> bool:
+        """Whether the consumer showed life of late; what it holds while it does not must go to another worker."""
+        if self._consumer is not None:
+            self._consumer.call_soon(self._turn)
+        return self._channel() is not None and time.monotonic() - self._turned < _SILENT_S
+
+    def _turn(self) -> None:
+        self._turned = time.monotonic()
 
     def run(self) -> None:
         """Beat until the process ends; Redis may come and go."""
@@ -93,16 +113,19 @@ class Heartbeat(threading.Thread):
                 split = {stage: round(1000 * (seconds[stage] - before[stage]) / done, 2) for stage in STAGES}
                 self._state["ms_per_image"] = split
             images, beaten = self._state["images"], now
+            self._state["state"] = what = self._what()
             try:
                 self._client.set(self._key, json.dumps(self._state), ex=int(5 * _HEARTBEAT_S))
-                if self._state["state"] == "working":
+                if not what.startswith("waiting"):
                     self._ready.tell()
-                if now - renewed >= self._renew_s:
+                if now - renewed >= self._renew_s and self._turns():
                     self._renew_claims()
                     renewed = now
                 self._reconnect_where_stuck()
-            except redis.RedisError:
-                continue  # Celery's own connection tells of it.
+            except redis.RedisError as error:
+                noted(error)
+            else:
+                outage.ends()
 
     def _channel(self) -> Any:
         """The channel that messages come through, or None while there is no connection."""
@@ -253,12 +276,12 @@ def run_process(
         if watchdog is not None:
             watchdog.stop()
 
-    # Celery warns root because of pickle, which this app never accepts.
-    warnings.simplefilter("ignore", SecurityWarning)
+    quiet()
     # Threads: CUDA does not survive a fork. One thread a batch in hand; another consumes and acknowledges.
     worker = app.Worker(
         hostname=f"{role}-{os.getpid()}@{socket.gethostname()}",
         pool="threads",
+        consumer_cls=Consumer,
         concurrency=batches,
         queues=[queue],
         loglevel="WARNING",

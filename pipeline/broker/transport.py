@@ -1,51 +1,68 @@
 """kombu's Redis transport with a cheaper and safer consuming side, for workers.
 
-Three changes; the messages, the keys and the visibility timeout stay kombu's, so that workers with and without
+Four changes; the messages, the keys and the visibility timeout stay kombu's, so that workers with and without
 it mix freely:
 
 * messages move from the queue to the unacknowledged ones in one script, many at a time. Stock kombu pops a message and
   books it afterwards: a worker that is killed in between loses it for ever;
 * acknowledgements are sent together, once a turn of the event loop;
-* one client is kept, where kombu makes a new one for each call.
+* one client is kept, where kombu makes a new one for each call;
+* what is no message is dropped before kombu sees it: one that it cannot read ends the process, again and again.
 
 Leans on internals of kombu 5.7. It expects queues as `pipeline.broker.app` declares them: one a worker, without
 priorities.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 
+import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
+
+from pipeline.broker.messages import envelope_fault
+
+logger = logging.getLogger(__name__)
 
 #: Moves up to ARGV[1] messages from the queue KEYS[1] to the hash KEYS[2] and its index KEYS[3], at the time ARGV[2].
 #: Never more than a quarter of the queue, so that the last ones of a run are shared out among the workers.
 #: kombu has put the delivery tag into the message's JSON; the hash holds `[message, exchange, routing key]`. Celery
-#: publishes to the exchange without a name, which routes by the queue's name and needs no binding.
+#: publishes to the exchange without a name, which routes by the queue's name and needs no binding. Returns each message
+#: after the tag under which it is booked; what has none, or one that is taken, is garbage and gets an empty one.
+#: Everything that could fail comes before the first message is taken.
 _FETCH = """
 local share = math.ceil(redis.call('LLEN', KEYS[1]) / 4)
 if share == 0 then return {} end
-local messages = redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))
-for _, message in ipairs(messages) do
-  local tag = string.match(message, '"delivery_tag": *"([^"]+)"')
-  redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "", "' .. KEYS[1] .. '"]')
-  redis.call('ZADD', KEYS[3], ARGV[2], tag)
+redis.call('HLEN', KEYS[2])
+redis.call('ZCARD', KEYS[3])
+local fetched = {}
+for _, message in ipairs(redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))) do
+  local tag = string.match(message, '"delivery_tag": *"([^"]+)"') or ''
+  if #tag > 255 or redis.call('HEXISTS', KEYS[2], tag) == 1 then tag = '' end
+  if tag ~= '' then
+    redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "", "' .. KEYS[1] .. '"]')
+    redis.call('ZADD', KEYS[3], ARGV[2], tag)
+  end
+  table.insert(fetched, tag)
+  table.insert(fetched, message)
 end
-return messages
+return fetched
 """
 #: Puts the unacknowledged message ARGV[1] back to the end of its queue where the next fetch takes from, or to the other
-#: end. kombu's own way watches the whole hash and starts again whenever another worker touches it.
+#: end. kombu's own way watches the whole hash and starts again whenever another worker touches it. What is no message
+#: is dropped: it would stop everything that comes after it.
 _RESTORE = """
 local held = redis.call('HGET', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 if not held then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 local message, queue = string.match(held, '^%[(.*), "[^"]*", "([^"]*)"%]$')
-redis.call(ARGV[2], queue, message)
+if message then redis.pcall(ARGV[2], queue, message) end
 return 1
 """
 #: The part of the window that is empty before more is fetched; the rest keeps the worker busy meanwhile.
@@ -59,7 +76,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
 
     def __init__(self, channel: "Channel", prefetch_count: int = 0) -> None:
         super().__init__(channel, prefetch_count)
-        self._acks: list[str] = []
+        self._acks: list[str | bytes] = []
 
     def can_consume(self) -> bool:
         """Whether so many messages may be fetched that the fetch is worth it; for each one its own would cost more."""
@@ -77,6 +94,10 @@ class QoS(stock.QoS):  # type: ignore[misc]
         if self.channel.closed:
             # The connection was lost meanwhile, and no loop turns for this channel any more.
             self.flush_acks()
+
+    def settle(self, tag: bytes) -> None:
+        """Take a message that was booked, but never delivered, off the books soon."""
+        self._acks.append(tag)
 
     def flush_acks(self) -> None:
         """Send what was acknowledged. Repeating it is harmless, so a failure only keeps it for the next time."""
@@ -98,7 +119,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """At the end: send the acknowledgements, give back the rest."""
         # Where Redis is away the visibility timeout gives back what was done too; that is only done twice.
-        with suppress(*self.channel.connection_errors):
+        with suppress(*self.channel.connection_errors, redis.ResponseError):
             self.flush_acks()
         super().restore_unacked_once(stderr)
 
@@ -146,17 +167,64 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._flush_brpop_reauth()
         if not fetched:
             raise Empty  # Another worker took them.
-        for raw in fetched:
-            self.connection._deliver(json.loads(raw), self._peeked)
+        for tag, raw in zip(fetched[0::2], fetched[1::2], strict=True):
+            message, fault = _opened(raw, self._peeked, tag.decode(errors="replace"))
+            if fault is None:
+                self.connection._deliver(message, self._peeked)
+            else:
+                tell_dropped(self._peeked, fault)
+                if tag:
+                    self.qos.settle(tag)
         return True
 
     def _fetch(self, queue: str) -> list[bytes]:
+        """Take the next messages: a tag, its message, a tag, its message, and so on."""
         room = self.qos.can_consume_max_estimate()
         count = _FETCH_MESSAGES if room is None else min(_FETCH_MESSAGES, max(1, room))
         with self.conn_or_acquire() as client:
             keys = [queue, self.unacked_key, self.unacked_index_key]
             fetched: list[bytes] = self.fetch_script(keys=keys, args=[count, time.time()], client=client)
         return fetched
+
+
+class StockTransport(stock.Transport):  # type: ignore[misc]
+    """kombu's own way for a worker, which is spared messages that would end it."""
+
+    class Channel(stock.Channel):  # type: ignore[misc]
+        """A channel that outlives what is no JSON."""
+
+        def _brpop_read(self, **options: Any) -> bool:
+            try:
+                return bool(super()._brpop_read(**options))
+            except (Empty, redis.RedisError, OSError):
+                raise
+            except Exception as error:  # Whatever a decoder raises at what somebody made up.
+                tell_dropped("", f"it is not JSON ({type(error).__name__})")
+                raise Empty from None
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        fault = envelope_fault(message, queue)
+        if fault is None:
+            super()._deliver(message, queue)
+        else:
+            tell_dropped(queue, fault)
+
+
+def _opened(raw: bytes, queue: str, tag: str) -> tuple[Any, str | None]:
+    """A message as kombu wants it, or what is wrong with it."""
+    if not tag:
+        return None, "it has no delivery tag of its own"
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return None, f"it is not JSON ({type(error).__name__})"
+    return message, envelope_fault(message, queue, tag)
+
+
+def tell_dropped(queue: str, fault: str) -> None:
+    """Say that a message that ruiji did not send is dropped."""
+    extra = {"event": "message_dropped", "queue": queue}
+    logger.warning("a message that ruiji did not send is dropped: %s", fault, extra=extra)
 
 
 class Transport(stock.Transport):  # type: ignore[misc]

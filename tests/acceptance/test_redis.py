@@ -139,13 +139,14 @@ def test_a_redis_that_fails_meanwhile_is_told_in_a_line_and_the_next_enqueue_goe
     assert gallery is not None
     queue = embed_queue(gallery.gallery_id)
     client.set(queue, "no list")
-    spoilt = ruiji("enqueue", code=1).stderr
+    spoilt = ruiji("enqueue", code=2).stderr
     client.delete(queue)
     assert "12 tasks published now" in ruiji("enqueue").stderr
     (armed,) = client.keys("ruiji:*:plan:*")
     client.delete(armed)
     client.set(armed, "no hash")
-    unread = ruiji("status", code=1).stderr
+    unread = ruiji("status", code=2).stderr
     for said in (full, spoilt, unread):
-        assert "Nothing is lost: run it again" in said and "Traceback" not in said
+        assert "Nothing is lost" in said and "Traceback" not in said
+    assert "run it again once Redis is well" in full and "one of its own" in spoilt
     assert "maxmemory" in full and "wrong kind of value" in spoilt and "wrong kind of value" in unread

@@ -1,0 +1,116 @@
+"""What a message must look like before kombu and Celery touch it.
+
+Whoever can write to Redis can put anything into a queue. Neither of them expects that: a header of another type ends
+the process that reads it, again and again, because the message is never acknowledged. So each message is held against
+what ruiji's own producers send; what differs is dropped, with one line. Both checks together cost some 3 us a message.
+"""
+
+import binascii
+import re
+from typing import Any
+
+from celery.app.task import Context
+
+from pipeline.broker.app import EMBED_TASK, REDUCE_TASK, reduce_queue
+from pipeline.generations import is_plan_id
+
+#: Ids and the like: printable, without what a log or a Redis client could stumble over.
+_WORD = re.compile(r"[!-~]{1,255}")
+_NONE: tuple[Any, ...] = (None,)
+_EMPTY: tuple[Any, ...] = (None, "", 0, [], {}, [None, None])
+#: Which Celery parses unless they are None.
+_TIMES = ("eta", "expires")
+#: Of the headers that Celery writes these carry something; the others are empty in ruiji's messages.
+_KNOWN = {"lang", "task", "id", "root_id", "parent_id", "group", "group_index", "retries", "origin", "ignore_result"}
+_KNOWN |= {"argsrepr", "kwargsrepr", "redelivered"}
+#: What Celery would take from a header of that name.
+_CELERYS = frozenset(name for name in dir(Context) if not name.startswith("__"))
+
+
+def envelope_fault(message: Any, queue: str, tag: str | None = None) -> str | None:
+    """Why kombu could not make a message of this, or None.
+
+    Args:
+        message: what the JSON in the queue says.
+        tag: under which it was booked, where it was.
+    """
+    try:
+        headers, properties = message["headers"], message["properties"]
+        if not isinstance(headers, dict) or headers.get("compression") is not None:
+            return "its headers are none, or it is compressed"
+        own = properties["delivery_tag"]
+        if not _is_word(own) or own != (tag or own):
+            return "its delivery tag cannot be used"
+        route = properties["delivery_info"]
+        if route["exchange"] != "" or route["routing_key"] != queue:
+            return "it was sent to another queue"
+        if type(properties.get("priority", 0)) is not int:
+            return "its priority is no number"
+        if message["content-type"] != "application/json" or message["content-encoding"] != "utf-8":
+            return "it is not JSON in UTF-8"
+        if properties["body_encoding"] != "base64":
+            return "its body is not in base64"
+        binascii.a2b_base64(message["body"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return f"its envelope is not a message's ({type(error).__name__})"
+    return None
+
+
+def task_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: str) -> str | None:
+    """Why Celery could not work on this as one of ruiji's tasks, or None.
+
+    Args:
+        payload: the decoded body.
+        task: name of the one task that the queue is for.
+    """
+    if headers.get("task") != task:
+        return "it is not for the task of this queue"
+    for name in ("id", "root_id", "parent_id", "group"):
+        if not _is_word(value := headers.get(name)) and (value is not None or name == "id"):
+            return f"its {name} is no id"
+    if headers.get("ignore_result") not in (None, True) or not _is_count(headers.get("retries") or 0):
+        return "its headers ask for what ruiji does not do"
+    for name, value in headers.items():
+        if name in _CELERYS and name not in _KNOWN and value not in (_EMPTY if name not in _TIMES else _NONE):
+            return f"its header {name!r} is not empty"
+    return _body_fault(headers, payload, task, gallery_id)
+
+
+def _body_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: str) -> str | None:
+    if not isinstance(payload, list) or len(payload) != 3:
+        return "its body is no task's"
+    args, kwargs, embed = payload
+    # Celery lets the third part replace any part of the request.
+    if kwargs != {} or not isinstance(embed, dict) or embed.keys() - {"callbacks", "errbacks", "chain", "chord"}:
+        return "its body is no task's"
+    kinds = (str, int, str) if task == EMBED_TASK else (str, int)
+    if not isinstance(args, list) or tuple(map(type, args)) != kinds or not is_plan_id(args[0]):
+        return "its arguments are wrong"
+    group, chord = headers.get("group"), embed.get("chord")
+    if embed.get("callbacks") or embed.get("errbacks") or embed.get("chain"):
+        return "it asks for what ruiji does not do"
+    if group is None:
+        return None if chord is None else "it is of a chord, and of no group"
+    if not group.startswith(f"{args[0]}.{args[1]}.") or chord != chord_body(group, args[0], args[1], gallery_id):
+        return "its chord is not its segment's"
+    return None if _is_count(headers.get("group_index")) else "its place in the group is no number"
+
+
+def chord_body(group: str, plan_id: str, index: int, gallery_id: str) -> dict[str, Any]:
+    """The task that follows the members of a group: what reduces their segment."""
+    return {
+        "task": REDUCE_TASK,
+        "args": [plan_id, index],
+        "kwargs": {},
+        "options": {"task_id": f"{group}.r", "queue": reduce_queue(gallery_id)},
+        "subtask_type": None,
+        "immutable": True,
+    }
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
