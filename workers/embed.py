@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: What became of one object: a feature was written, a failure was recorded, it was done before, or
 #: nothing is wanted of it (its shard is published already).
 DONE, FAILED, SKIPPED, LATE = "done", "failed", "skipped", "late"
+#: Characters of what a decoder says that go into the log.
+_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,8 @@ def check_media(plan: Plan, media_dir: Path) -> None:
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
     plan.keep_error(plan.scheme.object_id(job.path), error.reason, str(error))
     extra = {"event": "object_failed", "path": job.path, "reason": error.reason, "attempts": error.attempts}
-    # The decoder's own words: for the log only, they differ between releases and machines.
-    logger.warning("%s", error, extra=extra, exc_info=error.__cause__)
+    if error.__cause__ is not None:
+        # The decoder's own words: for the log only, they differ between releases and machines.
+        extra["decoder"] = f"{type(error.__cause__).__name__}: {error.__cause__}"[:_WORDS]
+    logger.warning("%s", error, extra=extra)
     return FAILED

@@ -13,7 +13,7 @@ from pipeline import cli
 from pipeline.model import load_model
 from pipeline.settings import load_dotenv
 from pipeline.streams import csv_writer, shown, to_json
-from tests.factories import Ruiji, only_line
+from tests.factories import Ruiji, only_line, picture
 from tests.search.galleries import write_gallery, write_pictures_gallery
 
 
@@ -174,6 +174,16 @@ def test_a_state_folder_that_cannot_be_used_is_one_line(ruiji: Ruiji, gallery: l
     ruiji.model.with_suffix(".txt").touch()
     told = only_line(ruiji(command, "--state-dir", str(ruiji.model.with_suffix(".txt")), code=1).stderr)
     assert "cannot make the state folder" in told
+
+
+def test_a_broken_picture_is_one_line_of_the_log(ruiji: Ruiji) -> None:
+    whole = picture(ruiji.media / "whole.jpg", size=(256, 256)).read_bytes()
+    (ruiji.media / "cut.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    (ruiji.media / "text.jpg").write_text("no image")
+    done = ruiji("run", "--workers", "1", "--device", "cpu", code=3)
+    told = [line for line in done.stderr.splitlines() if " object_failed " in line]
+    assert len(told) == 2 and "Traceback" not in done.stderr
+    assert sum("decoder=OSError: image file is truncated" in line for line in told) == 1
 
 
 def test_a_dotenv_may_have_a_byte_order_mark_and_has_to_be_utf8(
