@@ -322,21 +322,25 @@ def status(
     """Say how every object of the list stands; exit code 3 while some are failed or not done."""
     from pipeline.broker.app import broker_faults, connect
     from pipeline.logs import set_up
-    from pipeline.run import follow
+    from pipeline.run import follow, follow_run, redis_of_run
     from pipeline.status import StatusReader
     from pipeline.store import gallery_folder
 
     set_up("text")
     folder = gallery_folder(feature_dir, model)
-    client = None
-    try:
-        client = connect(settings.resolve_redis_url(redis_url, redis_password_file, state_dir))
-    except RuijiError as error:
-        if watch:
-            raise
-        streams.note(f"from the disk alone ({error})")
-    if watch and client is not None:
-        follow(folder, client)
+    # A run has a Redis of its own, and while it works no other knows of its plan.
+    client = redis_of_run(folder, settings.state_folder(state_dir))
+    if client is not None and watch:
+        client = follow_run(folder, client)
+    elif client is None:
+        try:
+            client = connect(settings.resolve_redis_url(redis_url, redis_password_file, state_dir))
+        except RuijiError as error:
+            if watch:
+                raise
+            streams.note(f"from the disk alone ({error})")
+        if watch and client is not None:
+            follow(folder, client)
     with broker_faults():
         now = StatusReader(folder, client).read(exact)
     if as_json:

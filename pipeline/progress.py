@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Into a log file, often enough to see life, rarely enough to read.
 LINE_INTERVAL_S = 10.0
+#: A worker that is starting is not missed yet.
+_PATIENCE_S = 8.0
 #: The rate is taken over this long, so that it follows workers that come and go.
 _RATE_WINDOW_S = 30.0
 
@@ -46,13 +48,30 @@ class Rate:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def describe(status: "Status", rate: Rate) -> str:
-    """One line: done, failed, rate, time left, and why workers wait."""
+class Attendance:
+    """Whether there are workers of both kinds."""
+
+    def __init__(self) -> None:
+        self._seen = dict.fromkeys(("embed", "reduce"), time.monotonic())
+
+    def missing(self, status: "Status") -> list[str]:
+        """What to say of roles that nobody has had for a while."""
+        now = time.monotonic()
+        for worker in status.workers:
+            self._seen[str(worker["role"])] = now
+        gone = [role for role, seen in self._seen.items() if now - seen > _PATIENCE_S]
+        if len(gone) == len(self._seen):
+            return ["no worker is running: start one with ruiji worker, or make up"]
+        return [f"no worker with the role {role} is running" for role in gone]
+
+
+def describe(status: "Status", rate: Rate, attendance: Attendance) -> str:
+    """One line: done, failed, rate, time left, and why nothing goes on."""
     remaining = status.running + status.pending
     words = f"{status.done:,} done, {status.failed:,} failed of {status.objects:,}"
     words += f"  {rate.per_s:,.1f}/s  ETA {rate.eta(remaining)}"
     waiting = sorted({str(w["state"]) for w in status.workers if str(w["state"]).startswith("waiting")})
-    return "  ".join([words, *waiting])
+    return "  ".join([words, *waiting, *attendance.missing(status)])
 
 
 def _bar() -> "Progress":
@@ -66,7 +85,7 @@ def _bar() -> "Progress":
 @contextmanager
 def show_progress() -> "Iterator[Callable[[Status], None]]":
     """Yields what is to be called with each new status."""
-    rate = Rate()
+    rate, attendance = Rate(), Attendance()
     if not sys.stderr.isatty():
         last = [0.0]
 
@@ -74,7 +93,7 @@ def show_progress() -> "Iterator[Callable[[Status], None]]":
             rate.add(status.done + status.failed)
             if time.monotonic() - last[0] >= LINE_INTERVAL_S or status.plan is None:
                 last[0] = time.monotonic()
-                note(describe(status, rate))
+                note(describe(status, rate, attendance))
 
         yield line
         return
@@ -85,7 +104,9 @@ def show_progress() -> "Iterator[Callable[[Status], None]]":
         def bar(status: "Status") -> None:
             rate.add(status.done + status.failed)
             finished = status.done + status.failed
-            progress.update(task, total=status.objects, completed=finished, description=describe(status, rate))
+            progress.update(
+                task, total=status.objects, completed=finished, description=describe(status, rate, attendance)
+            )
 
         yield bar
 

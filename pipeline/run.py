@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import redis
 
 from pipeline.broker.app import broker_faults, connect, make_app
 from pipeline.broker.chords import Chords
-from pipeline.broker.embedded import embedded_redis, locked
+from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
 from pipeline.errors import PlanMismatch, RuijiError, UsageError
 from pipeline.model import load_model
@@ -135,6 +136,19 @@ def follow(folder: Path, client: redis.Redis, *checks: Callable[[], None]) -> St
             time.sleep(FOLLOW_INTERVAL_S)
 
 
+def follow_run(folder: Path, client: redis.Redis) -> redis.Redis | None:
+    """As `follow`, beside a `ruiji run`; None where it ended meanwhile, and its Redis with it."""
+
+    def there() -> None:
+        client.ping()
+
+    try:
+        follow(folder, client, there)
+    except redis.RedisError:
+        return None
+    return client
+
+
 def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) -> Status:
     while True:
         for check in checks:
@@ -161,14 +175,13 @@ def run_here(
         UsageError: another `ruiji run` is at work on the same folder.
         RuijiError: the workers cannot start, or the Redis died.
     """
-    name = hashlib.sha256(os.fsencode(work.folder.resolve())).hexdigest()[:16]
-    private = state_dir / "runs" / name
+    private = _private(work.folder, state_dir)
     private.mkdir(parents=True, exist_ok=True)
     # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
     with (
         locked(private / "lock", f"another ruiji run is at work on {work.folder} on this machine"),
-        tempfile.TemporaryDirectory(dir=private) as data,
-        embedded_redis(Path(data)) as (url, check_redis),
+        _scratch(private) as data,
+        embedded_redis(data) as (url, check_redis),
     ):
         client = connect(url)
         enqueued = _enqueue_listed(work, list_path, url)
@@ -179,6 +192,29 @@ def run_here(
                     # What was taken up first may have been an older plan; then there may be more.
                     enqueued = _enqueue_listed(work, list_path, url)
     return StatusReader(work.folder, None).read()
+
+
+def _private(folder: Path, state_dir: Path) -> Path:
+    """Where `ruiji run` keeps what it needs on this machine for a gallery folder."""
+    return state_dir / "runs" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+
+
+@contextmanager
+def _scratch(private: Path) -> Iterator[Path]:
+    """A new folder; what a run that was killed left of its own goes."""
+    for left in private.glob("redis-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=private, prefix="redis-") as name:
+        yield Path(name)
+
+
+def redis_of_run(folder: Path, state_dir: Path) -> redis.Redis | None:
+    """The Redis of a `ruiji run` that is at work on a gallery folder now, for this user on this machine."""
+    for data in _private(folder, state_dir).glob("redis-*"):
+        url = url_of(data)
+        with suppress(RuijiError):
+            return connect(url) if url is not None else None
+    return None
 
 
 def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:

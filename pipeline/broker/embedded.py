@@ -100,7 +100,7 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
             assert server.stdin is not None
             server.stdin.write("\n".join(settings).encode() + b"\n")
             server.stdin.close()
-            url = f"redis://:{password}@127.0.0.1:{port}/0"
+            url = _url(port, password)
             _wait_until_up(server, url, log)
             yield url, check
         finally:
@@ -142,6 +142,19 @@ def locked(path: Path, refusal: str) -> Iterator[int]:
         except OSError:
             raise UsageError(refusal) from None
         yield file.fileno()
+
+
+def url_of(data_dir: Path) -> str | None:
+    """The address of the server that works in a folder, or worked there."""
+    try:
+        port, password = (data_dir / "address").read_text().split()
+        return _url(int(port), password)
+    except (OSError, ValueError):
+        return None
+
+
+def _url(port: int, password: str) -> str:
+    return f"redis://:{password}@127.0.0.1:{port}/0"
 
 
 def _address(file: Path) -> tuple[int, str]:
