@@ -1,10 +1,12 @@
 """How far a scan's values can be from the truth.
 
-Everything here that computes uses operators only, so that it serves numpy arrays and torch tensors alike.
+What computes for whole blocks uses operators only, so that it serves numpy arrays and torch tensors alike.
 """
 
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from search.options import Metric
 
@@ -33,6 +35,12 @@ class Margin:
     def upper(self, values: Any) -> Any:
         """The most that the truth can be."""
         return values + self._of(values)
+
+    def both(self, values: Any) -> tuple[Any, Any]:
+        """Least and most, float64[c] each, for chosen values; one that is not finite says nothing."""
+        known = np.isfinite(values)
+        values = np.where(known, values, 0)
+        return np.where(known, self.lower(values), -np.inf), np.where(known, self.upper(values), np.inf)
 
     def least(self, reach: Any) -> Any:
         """No smaller value has an upper bound that comes to `reach`."""

@@ -89,7 +89,7 @@ class Multiply:
         assert isinstance(some, np.ndarray) and isinstance(others, np.ndarray)
         cosines = some @ others.T
         # Flat: numpy looks through one dimension many times faster than through two.
-        i, j = np.divmod(np.flatnonzero(cosines >= np.float32(least)), max(1, cosines.shape[1]))
+        i, j = np.divmod(np.flatnonzero(~(cosines < np.float32(least))), max(1, cosines.shape[1]))
         return Pairs(i, j, cosines[i, j].astype(np.float64))
 
 

@@ -40,6 +40,19 @@ def norms_of(features: Float32) -> Float32:
     return norms
 
 
+def plain_rows(features: Float32, plain: NDArray[np.bool_]) -> Float32:
+    """Rows as they may be multiplied, float32[rows, d]: zero where they are not plain.
+
+    Matrix units read beyond a row's end and count on that times zero being zero: a NaN, or a value that bfloat16 rounds
+    to infinity, would make the row before it NaN as well.
+    """
+    if plain.all():
+        return features
+    features = features.copy()
+    features[~plain] = 0
+    return features
+
+
 def is_plain(norms: Float32) -> NDArray[np.bool_]:
     """Which rows float32 arithmetic can be trusted with, bool[rows]; NaN is not among them."""
     return (norms >= PLAIN_NORMS[0]) & (norms <= PLAIN_NORMS[1])

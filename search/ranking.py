@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from search.exact import (
     unusable,
 )
 from search.gallery import Gallery
-from search.norms import is_plain
+from search.norms import is_plain, plain_rows
 from search.options import Metric
 
 Rows: TypeAlias = NDArray[np.int64]
@@ -249,27 +249,27 @@ def numpy_scan(block_rows: int | None = None) -> Scan:
             usable = usable_rows(block.norms, block.left_out)
             # What rows that are not usable give is never looked at.
             norms = np.where(usable, block.norms, np.float32(1))
-            with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-                cosines = _products(batch.units, block.features)
+            with np.errstate(under="ignore"):
+                cosines = _products(batch.units, block.features, is_plain(block.norms))
                 cosines *= 1 / norms
             yield select(batch, cosines, margin, norms, usable, block.first, cuts)
 
     return scan
 
 
-def _products(units: Float32, features: Float32) -> Float32:
-    """Dot products of queries, [q, d], and rows, [b, d]: [q, b]."""
-    if len(units) == 1:
+def _products(units: Float32, features: Float32, plain: NDArray[np.bool_]) -> Float32:
+    """Dot products of queries, [q, d], and rows, [b, d]: [q, b]; 0 for rows that are not plain."""
+    if len(units) == 1 and plain.all():
         # A matrix times a vector reads each row once, at the speed of memory.
         products: Float32 = (features @ units[0])[np.newaxis]
         return products
     if len(units) > _FEW_QUERIES:
-        return units @ features.T
+        return units @ plain_rows(features, plain).T
     # So it is for few queries as well, if the rows come a few at a time: BLAS first copies what it is given.
     by_row = np.empty((len(features), len(units)), dtype=np.float32)
     for start in range(0, len(features), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
-        np.matmul(features[some], units.T, out=by_row[some])
+        np.matmul(plain_rows(features[some], plain[some]), units.T, out=by_row[some])
     return np.ascontiguousarray(by_row.T)
 
 
@@ -312,21 +312,29 @@ def select(
     reach = np.maximum(cuts, np.finfo(values.dtype).min / 4)[:, np.newaxis]
     if np.isneginf(cuts).any() and batch.top_k < values.shape[1]:
         # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
-        reach = np.maximum(reach, np.partition(margin.lower(values), -batch.top_k)[:, [-batch.top_k]])
+        reach = np.maximum(reach, _kth(margin.lower(values), batch.top_k))
     # A margin for each row is looked at where the widest of them lets the row in.
     by_row = np.ndim(margin.absolute) == 1
     widest = Margin(margin.absolute.max()) if by_row else margin
     # Flat: numpy looks through one dimension many times faster than through two.
-    queries, columns = np.divmod(
-        np.flatnonzero(values >= widest.least(reach.astype(values.dtype))), max(1, values.shape[1])
-    )
+    below = values < widest.least(reach.astype(values.dtype))
+    # A value that is none is not below either.
+    queries, columns = np.divmod(np.flatnonzero(~below), max(1, values.shape[1]))
     if by_row:
-        near = values[queries, columns] + margin.absolute[columns] >= reach[queries, 0]
+        near = ~(values[queries, columns] + margin.absolute[columns] < reach[queries, 0])
         queries, columns = queries[near], columns[near]
     chosen = values[queries, columns].astype(np.float64)
     if np.ndim(margin.absolute):
         margin = Margin(margin.absolute[columns] if by_row else margin.absolute[queries, columns])
-    return Candidates(queries, first + columns, margin.lower(chosen), margin.upper(chosen))
+    return Candidates(queries, first + columns, *margin.both(chosen))
+
+
+def _kth(values: NDArray[Any], k: int) -> NDArray[Any]:
+    """The k-th largest of each row, [q, b] to [q, 1]; what is no number is not among the large ones."""
+    highest = np.partition(values, -k)[:, -k:]
+    if not (highest < np.inf).all():
+        highest = np.partition(np.where(values < np.inf, values, -np.inf), -k)[:, -k:]
+    return highest[:, :1]
 
 
 def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:

@@ -19,6 +19,7 @@ from search.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_ma
 from search.codes import integers_of
 from search.gallery import Block, Gallery
 from search.near_duplicates import Multiply, Pairs
+from search.norms import is_plain
 from search.options import Metric, Precision
 from search.ranking import Batch, Candidates, Rows, default_block_rows, usable_rows
 
@@ -169,6 +170,9 @@ class TorchScan:
 
     def _prepare(self, block: Block, features: torch.Tensor) -> _Rows:
         usable = usable_rows(block.norms, block.left_out)
+        # As `plain_rows` does, on the device.
+        if not (plain := is_plain(block.norms)).all():
+            features = features.masked_fill(torch.from_numpy(~plain).to(self._device)[:, None], 0)
         norms = torch.from_numpy(np.where(usable, block.norms, np.float32(1))).to(self._device)
         rows = _Rows(block.first, features, norms, torch.from_numpy(usable).to(self._device), BFLOAT16_ROUNDOFF)
         return rows.rounded() if self._resident and self._dtype is torch.bfloat16 else rows
@@ -197,7 +201,7 @@ class TorchMultiply(Multiply):
         for number, part in enumerate(a.split(at_once)):
             # A bfloat16 is compared as the float32 that it is.
             cosines = _products(part, b).float()
-            i, j = _chosen(cosines >= least)
+            i, j = _chosen(~(cosines < least))
             found.append((number * at_once + i, j, _at(cosines, i, j)))
         return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
@@ -338,6 +342,14 @@ def _at(values: torch.Tensor, rows: Rows, columns: Rows) -> NDArray[np.float64]:
     return chosen
 
 
+def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest of each row, [q, b] to [q]; what is no number is not among the large ones."""
+    highest = torch.topk(values, k, dim=1).values
+    if not (highest[:, 0] < torch.inf).all():
+        highest = torch.topk(values.where(values < torch.inf, -torch.inf), k, dim=1).values
+    return highest[:, -1]
+
+
 def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cuts: NDArray[np.float64]) -> Candidates:
     """As the numpy way does, on the device and by columns; only what is chosen leaves it."""
     query_norms = torch.from_numpy(batch.norms.T).to(units.device)
@@ -360,13 +372,13 @@ def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cut
         if not rows.usable.all():
             values[~rows.usable] = -torch.inf
         if unknown and batch.top_k < len(values):
-            kth = torch.topk(here.lower(values).T.contiguous(), batch.top_k, dim=1).values[:, -1]
-            reach = torch.maximum(reach, kth.double())
-        numbers, queries = _chosen(values >= here.least(reach).to(values.dtype))
+            reach = torch.maximum(reach, _kth(here.lower(values).T.contiguous(), batch.top_k).double())
+        # A value that is none is not below either.
+        numbers, queries = _chosen(~(values < here.least(reach).to(values.dtype)))
         chosen = _at(values, numbers, queries)
         if batch.metric is Metric.euclidean:
             here = Margin(_at(here.absolute, numbers, queries))
-        found.append((queries, rows.first + numbers, here.lower(chosen), here.upper(chosen)))
+        found.append((queries, rows.first + numbers, *here.both(chosen)))
     queries, places, lower, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(queries, kind="stable")
     return Candidates(queries[order], places[order], lower[order], upper[order])

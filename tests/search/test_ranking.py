@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import search.gallery as gallery_module
+import search.ranking as ranking_module
 from pipeline.errors import QueryError
 from pipeline.model import load_model
 from search.bounds import float32_margin
@@ -108,6 +110,30 @@ def test_one_thousand_near_duplicates_are_ordered_as_exact_fractions_order_them(
         got = keys[hit.object_id]
         assert abs(float(got - want)) <= 4e-15
         assert math.isclose(hit.similarity, math.copysign(math.sqrt(abs(got)), got), rel_tol=0, abs_tol=4e-15)
+
+
+@pytest.mark.parametrize("kind", ["bad_rows", "extremes"])
+def test_only_finite_values_are_multiplied_and_a_product_that_is_none_hides_no_row(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = features_of(kind)
+    queries = np.concatenate([queries_of(features)] * 12)
+    gallery = in_memory(features, cuts=(90,))
+    products = ranking_module._products
+
+    def watched(*given: NDArray[Any]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = products(*given)
+        # What is not finite on one side makes every product of it so, at the latest times zero.
+        assert np.isfinite(found).all()
+        if told is not None:
+            found[:, ::7] = told
+        return found
+
+    want = [rank(gallery, queries[:some], 7, metric) for some in (1, 5, 72) for metric in Metric]
+    monkeypatch.setattr(ranking_module, "_products", watched)
+    for told in (None, np.nan, np.inf):  # noqa: B007 - watched() uses it
+        scan = numpy_scan(60)
+        assert [rank(gallery, queries[:some], 7, metric, scan) for some in (1, 5, 72) for metric in Metric] == want
 
 
 @pytest.mark.parametrize("kind", KINDS)

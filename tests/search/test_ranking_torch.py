@@ -6,9 +6,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
 
 from pipeline.errors import UsageError  # noqa: E402
+from search import ranking_torch  # noqa: E402
+from search.near_duplicates import find_groups  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
 from search.ranking import Batch, rank  # noqa: E402
-from search.ranking_torch import TorchScan  # noqa: E402
+from search.ranking_torch import TorchMultiply, TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
 from tests.search.test_ranking import KINDS, check_bounds, features_of, ids_of, queries_of  # noqa: E402
 
@@ -98,3 +100,80 @@ def test_a_permitted_tensorfloat32_is_not_used_and_stays_permitted(device: str) 
 def test_cuda_without_a_device_is_an_error_and_no_fallback() -> None:
     with pytest.raises(UsageError, match="--device cuda"):
         TorchScan(in_memory(np.ones((2, 4), np.float32)), "cuda")
+
+
+def matrix_units(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """As AMX multiplies rows whose length is no multiple of 32: what lies behind a row meets zeros, and NaN stays."""
+    product = TRUE_PRODUCT(rows, others)
+    bad = ~rows.float().isfinite().all(dim=1)
+    product[:-1][bad[1:]] = torch.nan
+    return product
+
+
+TRUE_PRODUCT = ranking_torch._matrix_product
+NEIGHBOURS = {"nan": np.nan, "infinite": -np.inf, "huge": np.float32(3.4e38), "zero": 0.0}
+
+
+@pytest.mark.parametrize("way", ["streamed", "staged", "kept"])
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_a_row_is_found_beside_one_that_cannot_be_multiplied(
+    neighbour: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.ranking_torch._matrix_product", matrix_units)
+    features = features_of("random", 200, 100)
+    features[101, 0] = NEIGHBOURS[neighbour]
+    features[150:153] = NEIGHBOURS[neighbour]
+    gallery = in_memory(features, ids_of(200))
+    usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
+    queries = np.concatenate([features[usable][90:110], features[149:150]])
+    scan = TorchScan(gallery, "cpu", Precision.bfloat16, resident=way == "kept", staged=way == "staged", block_rows=77)
+    for metric in Metric:
+        for k in (1, 10):
+            for _ in range(2):
+                assert rank(gallery, queries, k, metric, scan) == rank(gallery, queries, k, metric)
+    # The huge one is rankable, and the nearest to itself.
+    if neighbour == "huge":
+        assert rank(gallery, features[101:102], 1, scan=scan).hits[0][0].row == 101
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+@pytest.mark.parametrize("kind", ["bad_rows", "extremes"])
+def test_only_finite_values_are_multiplied(
+    kind: str, precision: Precision, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        assert rows.to(others.dtype).isfinite().all()
+        assert others.isfinite().all()
+        return TRUE_PRODUCT(rows, others)
+
+    monkeypatch.setattr("search.ranking_torch._matrix_product", watched)
+    features = features_of(kind)
+    gallery = in_memory(features, cuts=(100,))
+    queries = queries_of(features)
+    for resident in (False, True):
+        scan = TorchScan(gallery, device, precision, resident=resident, block_rows=60)
+        for metric in Metric:
+            assert rank(gallery, queries, 5, metric, scan) == rank(gallery, queries, 5, metric)
+    multiply = TorchMultiply(device)
+    assert find_groups(gallery, 0.3, multiply, panel_rows=90, tile_rows=33) == find_groups(gallery, 0.3)
+
+
+@pytest.mark.parametrize("told", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_a_product_that_is_no_number_hides_no_row(kind: str, told: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        product = TRUE_PRODUCT(rows, others)
+        product[::7] = told
+        return product
+
+    features = features_of(kind)
+    gallery = in_memory(features, cuts=(100,))
+    queries = queries_of(features)
+    want = [rank(gallery, queries, k, metric) for k in (1, 10) for metric in Metric]
+    groups = find_groups(gallery, 0.9)
+    monkeypatch.setattr("search.ranking_torch._matrix_product", broken)
+    scan = TorchScan(gallery, "cpu", Precision.bfloat16, block_rows=60)
+    assert [rank(gallery, queries, k, metric, scan) for k in (1, 10) for metric in Metric] == want
+    if np.isnan(told):
+        assert find_groups(gallery, 0.9, TorchMultiply("cpu"), panel_rows=90, tile_rows=33) == groups
