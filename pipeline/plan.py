@@ -30,7 +30,7 @@ from pipeline.generations import (
     note_format,
     read_generation,
 )
-from pipeline.objects import IdScheme, ObjectList
+from pipeline.objects import IdScheme, ObjectList, read_lines
 from pipeline.store import (
     GalleryInfo,
     Record,
@@ -632,7 +632,36 @@ def cancel_plan(plan: Plan) -> None:
     Its features are taken up by the next plan. Its failures are not: they name their plan, since the next one may have
     other limits, and what was missing may be there.
     """
+    left = {segment.index for segment in plan.unpublished()}
+    for segment in not_emptied(plan):
+        # Of a reducer that died after its record, nobody would delete them any more.
+        if segment.index not in left:
+            empty_segment(plan, segment)
     close_plan(plan)
+
+
+def empty_segment(plan: Plan, segment: Segment) -> None:
+    """Delete the per-image files of a published segment and note that, unless the plan keeps them."""
+    if plan.keep_features:
+        return
+    # By the shard, not by the todo list: that may be damaged, and the plan has to end.
+    record = plan.record(segment)
+    if record is None:
+        return
+    for failure in record.failed:
+        plan.forget(failure.path)
+    for path in read_lines(shard_file(plan.folder, segment.shard, "paths.txt")) if record.rows else ():
+        plan.forget(path)
+    write_atomic(emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
+
+
+def not_emptied(plan: Plan) -> list[Segment]:
+    """Segments whose per-image files may be there still, and go with their shard's publishing."""
+    try:
+        emptied = set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
+    except FileNotFoundError:
+        emptied = set()
+    return [s for s in plan.segments if str(s.index) not in emptied and not plan.keep_features]
 
 
 def came_too_late(plan: Plan, segment: Segment) -> bool:

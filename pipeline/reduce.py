@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import MachineFault, ShardCorrupt
-from pipeline.plan import Plan, Segment, came_too_late, close_plan, emptied_folder
+from pipeline.plan import Plan, Segment, came_too_late, close_plan, empty_segment, not_emptied
 from pipeline.store import (
     TEMPORARY_PREFIX,
     Failure,
@@ -68,36 +68,18 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
     return Reduced(rows=record.rows, failed=len(record.failed))
 
 
-def empty_segment(plan: Plan, segment: Segment) -> None:
-    """Delete the per-image files of a published segment and note that, unless the plan keeps them."""
-    if plan.keep_features:
-        return
-    for path in plan.paths(segment):
-        plan.forget(path)
-    write_atomic(emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
-
-
 def finish_plan(plan: Plan, hold: Callable[[Segment], AbstractContextManager[None]]) -> None:
     """Close a plan of which all is published, once its per-image files and what killed processes left are gone.
 
     Args:
         hold: held while a segment's files are deleted; raises if somebody else is at them.
     """
-    emptied = _emptied(plan)
-    for segment in plan.segments:
-        if str(segment.index) not in emptied and not plan.keep_features:
-            with hold(segment):
-                empty_segment(plan, segment)
+    for segment in not_emptied(plan):
+        with hold(segment):
+            empty_segment(plan, segment)
     # Before the plan is closed: after that the folders may be the next plan's.
     tidy(plan)
     close_plan(plan)
-
-
-def _emptied(plan: Plan) -> set[str]:
-    try:
-        return set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
-    except FileNotFoundError:
-        return set()
 
 
 def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:

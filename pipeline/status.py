@@ -9,7 +9,7 @@ import redis
 
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
-from pipeline.generations import ListState, read_marks
+from pipeline.generations import Generation, ListState, Marks, current, read_marks
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
 from pipeline.store import read_gallery, read_record, shard_file
@@ -76,6 +76,9 @@ class StatusReader:
         self._folder = folder
         self._gallery_id = gallery.gallery_id
         self._scheme = IdScheme(gallery.object_id)
+        self._marks: tuple[Generation, Marks] | None = None
+        # By shard, of these marks.
+        self._stale: dict[int, tuple[int, int]] = {}
         self._plans, self._records = OpenPlan(folder), Published(folder)
         self._client = client
         self._published: dict[int, ShardStatus] = {}
@@ -89,12 +92,12 @@ class StatusReader:
         """
         # The plan first: one that closes meanwhile then only looks unfinished, never too short.
         plan = self._plans.now()
-        generation, marks = read_marks(self._folder)
+        generation, marks = self._read_marks()
         latest = generation.objects or ListState("", 0, 0, 0)
         shards = [self._shard(number) for number in self._records.shards()]
-        stale, stale_failed = latest.stale, latest.stale_failed
-        for number, ids in marks.ids.items():
-            rows, failed = self._remade(number, ids)
+        stale = stale_failed = 0
+        for shard in shards:
+            rows, failed = self._off_list(shard, marks)
             stale, stale_failed = stale + rows, stale_failed + failed
         in_hand = 0
         if plan is not None:
@@ -117,14 +120,27 @@ class StatusReader:
             workers=self._workers(),
         )
 
-    def _remade(self, number: int, ids: frozenset[str]) -> tuple[int, int]:
-        """How many rows and failed objects of a shard that was made again are not on the list; 0 until it is there."""
-        if number not in self._published:
-            return 0, 0
-        rows = sum(
-            self._scheme.object_id(path) in ids for path in read_lines(shard_file(self._folder, number, "paths.txt"))
-        )
-        return rows, sum(failure.object_id in ids for failure in read_record(self._folder, number).failed)
+    def _read_marks(self) -> tuple[Generation, Marks]:
+        # A generation never changes; what came before them was written anew in place.
+        if self._marks is None or not self._marks[0].number or current(self._folder) != self._marks[0]:
+            self._marks, self._stale = read_marks(self._folder), {}
+        return self._marks
+
+    def _off_list(self, shard: ShardStatus, marks: Marks) -> tuple[int, int]:
+        """How many rows and failed objects of a published shard are not on the list."""
+        number = shard.shard
+        if number not in self._stale:
+            bits, ids = marks.bits.get(number, b""), marks.ids.get(number, frozenset())
+            rows = int.from_bytes(bits).bit_count()
+            failed = 0
+            if ids and shard.done:
+                paths = read_lines(shard_file(self._folder, number, "paths.txt"))
+                rows += sum(self._scheme.object_id(path) in ids for path in paths)
+            if shard.failed and (ids or marks.failed) and not shard.retry:
+                off = ids | set(marks.failed)
+                failed = sum(failure.object_id in off for failure in read_record(self._folder, number).failed)
+            self._stale[number] = rows, failed
+        return self._stale[number]
 
     def _shard(self, number: int) -> ShardStatus:
         if number not in self._published:

@@ -21,6 +21,7 @@ def plan_for(
     shard_rows: int = 4,
     keep_features: bool = False,
     retry: Retry | None = None,
+    max_pixels: int = 10**8,
 ) -> Plan | None:
     """Make (or find) the open plan for a list, as enqueue does."""
     model = load_model(model_path)
@@ -30,7 +31,7 @@ def plan_for(
     scratch.mkdir(exist_ok=True)
     (scratch / "list").write_text("".join(f"{path}\n" for path in paths))
     objects = prepare(scratch / "list", scratch, SCHEME)
-    settings = Settings(shard_rows, keep_features, 10**8, max_image_s=2, max_image_mb=256)
+    settings = Settings(shard_rows, keep_features, max_pixels, max_image_s=2, max_image_mb=256)
     return make_plan(folder, tmp_path / "media", gallery, objects, settings, retry)
 
 

@@ -1,5 +1,6 @@
 """Planning: what is still to do, in which shards, whatever the disk holds."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
 from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan
-from pipeline.planning import Settings, make_plan
+from pipeline.planning import Settings, make_plan, make_repair_plan
 from pipeline.reduce import reduce_segment
 from pipeline.store import claim_gallery, read_gallery
 from tests.factories import picture, pictures
@@ -207,3 +208,130 @@ def test_an_empty_folder_is_not_claimed_twice(tmp_path: Path, model_path: Path) 
     with pytest.raises(RuijiError, match="none of the 1 objects"):
         make_plan(tmp_path, tmp_path / "media", gallery, objects, Settings(10, False, 10**8, 60, 2048))
     assert open_plan(tmp_path) is None
+
+
+@pytest.mark.parametrize("shards", [20, 200])
+def test_a_look_at_what_is_left_costs_the_same_however_many_shards_there_are(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    plan = new_plan(tmp_path, model_path, shards, shard_rows=1)
+    for segment in plan.segments[:-3]:
+        (plan.folder / f"{segment.shard:04d}.json").write_text("{}")
+    flying = [shards - 3, shards - 2]
+    assert plan.first_unpublished(1)[0].index == shards - 3
+    calls: list[str] = []
+    for name in ("stat", "listdir", "scandir", "access"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name, **o: (calls.append(name), real(*a, **o))[1])
+    assert [segment.index for segment in plan.still_unpublished(flying)] == flying
+    assert plan.first_unpublished(1, besides=flying)[0].index == shards - 1
+    assert not plan.all_published()
+    assert calls == ["stat"] * len(calls) and len(calls) <= 5, calls
+    for segment in plan.segments[-3:]:
+        (plan.folder / f"{segment.shard:04d}.json").write_text("{}")
+    assert plan.still_unpublished(flying) == []
+    assert plan.all_published()
+    # Somebody took a record away meanwhile: the plan is not finished.
+    (plan.folder / "0005.json").unlink()
+    assert not plan.all_published()
+    assert [segment.index for segment in plan.first_unpublished(2)] == [5]
+
+
+def test_of_two_enqueues_with_different_lists_the_second_changes_nothing(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    before = {path: path.read_bytes() for path in plan.folder.rglob("*") if path.is_file()}
+    other = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 6)[:3])
+    assert other == plan
+    gallery = read_gallery(plan.folder)
+    assert gallery is not None
+    with pytest.raises(PlanMismatch):
+        check_matches(plan, ObjectList(tmp_path, tmp_path, 3, "other", ()), gallery, 4)
+    assert {path: path.read_bytes() for path in plan.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_repair_and_a_retry_are_carried_on_whatever_the_list(tmp_path: Path, model_path: Path) -> None:
+    first = new_plan(tmp_path, model_path, 6)
+    finish(first)
+    for path in first.folder.glob("0001.*"):
+        path.unlink()
+    plan = make_repair_plan(first.folder)
+    assert plan is not None and plan.repair
+    gallery = read_gallery(plan.folder)
+    assert gallery is not None
+    check_matches(plan, ObjectList(tmp_path, tmp_path, 9, "grown", ()), gallery, 99)
+
+
+def test_a_shard_is_made_again_under_the_limits_that_it_was_made_under(tmp_path: Path, model_path: Path) -> None:
+    paths = pictures(tmp_path / "media", 8)
+    for count, max_pixels in ((4, 10), (8, 1000)):
+        plan = plan_for(tmp_path, model_path, paths[:count], max_pixels=max_pixels)
+        assert plan is not None
+        finish(plan)
+    before = files(plan.folder)
+    record = json.loads((plan.folder / "0000.json").read_text())
+    # As ruiji wrote it when it told fewer libraries.
+    closed = plan.folder / "run" / "done" / record["plan"] / "plan.json"
+    told = json.loads(closed.read_text())
+    del told["versions"]["numpy"]
+    closed.write_text(json.dumps(told))
+    for path in plan.folder.glob("000[01].*"):
+        path.unlink()
+    again = make_repair_plan(plan.folder)
+    assert again is not None
+    assert [again.limits_of(segment).max_pixels for segment in again.segments] == [10, 1000]
+    finish(again)
+    del record["versions"]["numpy"]
+    after = files(plan.folder)
+    assert json.loads(after.pop("0000.json")) == record
+    del before["0000.json"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan_id": "../victim"},
+        {"plan_id": None},
+        {"segments": [[0, 0, 0, -4, 0, "0" * 16, 0, False, ""]]},
+        {"segments": [[0, 0, 0, 4, 0, "../../x", 0, False, ""]]},
+        {"segments": []},
+        {"segments": {"a": 1}},
+        {"limits": {}},
+        {"limits": {"max_pixels": "many", "max_image_s": 1, "max_image_mb": 1}},
+        {"origins": {"../x": {"limits": {"max_pixels": 1, "max_image_s": 1, "max_image_mb": 1}, "versions": []}}},
+        {"object_id": "nonsense"},
+        {"surprise": 1},
+        {"format": 3},
+        {"format": "1"},
+    ],
+    ids=str,
+)
+def test_a_plan_that_is_not_as_it_must_be_names_no_file(
+    tmp_path: Path, model_path: Path, change: dict[str, object]
+) -> None:
+    plan = new_plan(tmp_path, model_path, 4)
+    path = current(plan.folder).made_folder / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(GalleryMismatch, match=r"plan\.json"):
+        open_plan(plan.folder)
+
+
+@pytest.mark.parametrize("made", ["../..", "", None, "0" * 15])
+def test_a_generation_that_is_not_as_it_must_be_names_no_file(tmp_path: Path, model_path: Path, made: object) -> None:
+    plan = new_plan(tmp_path, model_path, 4)
+    path = plan.folder / "run" / "generations" / "000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "made": made}))
+    with pytest.raises(GalleryMismatch, match=r"000001\.json is damaged"):
+        open_plan(plan.folder)
+
+
+def test_marks_that_are_lost_are_not_taken_for_none(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    finish(plan)
+    paths = pictures(tmp_path / "media", 6)
+    assert plan_for(tmp_path, model_path, paths[:3]) is None
+    (current(plan.folder).marks_folder / "0000.bits").unlink()
+    with pytest.raises(GalleryMismatch, match="run ruiji enqueue"):
+        read_marks(plan.folder)
+    assert plan_for(tmp_path, model_path, paths[:3]) is None
+    assert set(read_marks(plan.folder)[1].bits) == {0, 1}, "the advice helps"
