@@ -621,7 +621,7 @@ def close_plan(plan: Plan) -> None:
     sync_folder(target.parent)
     if not plan.generation:
         note_format(plan.folder)
-        plan._first_todo.unlink(missing_ok=True)
+    plan._first_todo.unlink(missing_ok=True)
     shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
     shutil.rmtree(emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.plan import Plan, close_plan, open_plan
+from pipeline.plan import Plan, cancel_plan, close_plan, open_plan
 from pipeline.reduce import reduce_segment, tidy
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
 from search.gallery import open_gallery
-from tests.pipeline.galleries import embed, feature_of, files, new_plan
+from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan, plan_for
 
 
 @pytest.fixture
@@ -168,3 +168,74 @@ def test_an_open_plan_has_no_leftovers(tmp_path: Path, model_path: Path) -> None
     embed(plan, plan.paths(plan.segments[0]))
     (plan.folder / ".tmp-1-x").write_text("a writer's")
     assert verify(plan.folder) == []
+
+
+def damage_list(plan: Plan, how: str) -> None:
+    todo = plan.todo
+    data = todo.read_bytes()
+    todo.unlink()
+    place = plan.segments[1].offset + 5
+    if how != "gone":
+        todo.write_bytes(data[:place] if how == "cut" else data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+def test_a_damaged_todo_list_is_found_and_written_anew_from_its_shards(plan: Plan, how: str) -> None:
+    before = plan.todo.read_bytes()
+    damage_list(plan, how)
+    assert kinds(plan.folder) == [("damaged", f"run/done/{plan.plan_id}/todo.txt")]
+    repair(plan.folder, verify(plan.folder))
+    assert plan.todo.read_bytes() == before
+    assert verify(plan.folder) == []
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+def test_a_broken_shard_that_nothing_tells_of_is_not_touched(plan: Plan, how: str) -> None:
+    damage_list(plan, how)
+    flip(plan.folder / "0001.paths.txt")
+    flip(plan.folder / "0001.features.npy")
+    before = files(plan.folder)
+    findings = verify(plan.folder)
+    assert {finding.kind: finding.repairable for finding in findings} == {"damaged": False, "broken-shard": False}
+    assert repair(plan.folder, findings) == []
+    assert files(plan.folder) == before
+    assert open_plan(plan.folder) is None
+
+
+def test_a_repair_refuses_what_only_an_enqueue_can_make_again(plan: Plan, tmp_path: Path, model_path: Path) -> None:
+    paths = (tmp_path / "media" / "objects.txt").read_text().splitlines()
+    assert plan_for(tmp_path, model_path, paths[:5]) is None
+    flip(plan.folder / "0001.features.npy")
+    before = files(plan.folder)
+    with pytest.raises(UsageError, match=r"0001.*run ruiji enqueue"):
+        repair(plan.folder, verify(plan.folder))
+    assert files(plan.folder) == before
+
+
+def test_files_that_nobody_takes_up_are_leftovers(plan: Plan) -> None:
+    paths = plan.paths(plan.segments[0])
+    embed(plan, paths[:2])
+    fail(plan, paths[2])
+    found = verify(plan.folder)
+    assert [(finding.kind, finding.name.rpartition("/")[2]) for finding in found] == [
+        ("leftover", paths[0].rpartition("/")[2] + ".npy"),
+        ("leftover", paths[1].rpartition("/")[2] + ".npy"),
+        ("leftover", paths[2].rpartition("/")[2] + ".error.json"),
+    ]
+    repair(plan.folder, found)
+    assert verify(plan.folder) == []
+
+
+def test_features_of_a_cancelled_plan_are_no_leftovers(tmp_path: Path, model_path: Path) -> None:
+    plan = new_plan(tmp_path, model_path, 6)
+    embed(plan, plan.paths(plan.segments[1]))
+    cancel_plan(plan)
+    assert verify(plan.folder) == []
+
+
+def test_a_gallery_that_may_only_be_read_is_verified(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As root everything may be written: what is asked is asked of `access`.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    before = sorted(plan.folder.rglob("*"))
+    assert verify(plan.folder) == []
+    assert sorted(plan.folder.rglob("*")) == before
