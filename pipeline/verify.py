@@ -168,15 +168,11 @@ def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:
                 damaged.add(segment.shard)
         if damaged:
             name = str(plan.todo.relative_to(folder))
-            findings.append(
-                Finding(
-                    "damaged",
-                    name,
-                    f"it is lost or not as its plan says, so {len(damaged)} shards could not be made again",
-                    _rebuilt_list(plan) is not None,
-                )
-            )
-            unreadable |= damaged
+            rebuilt = _rebuilt_list(plan) is not None
+            words = f"it is lost or not as its plan says, so {len(damaged)} shards could not be made again"
+            findings.append(Finding("damaged", name, words, rebuilt))
+            # A list that is written anew tells again what is in a broken shard.
+            unreadable |= set() if rebuilt else damaged
     return findings, unreadable
 
 

@@ -239,3 +239,16 @@ def test_a_gallery_that_may_only_be_read_is_verified(plan: Plan, monkeypatch: py
     before = sorted(plan.folder.rglob("*"))
     assert verify(plan.folder) == []
     assert sorted(plan.folder.rglob("*")) == before
+
+
+def test_a_list_is_written_anew_and_then_a_shard_of_it_made_again(plan: Plan) -> None:
+    before = files(plan.folder)
+    damage_list(plan, "flipped")
+    flip(plan.folder / "0001.features.npy")
+    repair(plan.folder, verify(plan.folder))
+    again = open_plan(plan.folder)
+    assert again is not None
+    finish(again)
+    repair(plan.folder, verify(plan.folder))
+    assert files(plan.folder) == before
+    assert verify(plan.folder) == []
