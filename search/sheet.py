@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,6 +32,9 @@ GROUP_LINES, GROUP_HITS = 100, 12
 
 _PAPER, _INK, _FAINT, _RULE, _EMPTY = "#ffffff", "#1c1c1e", "#6e6e73", "#d2d2d7", "#e5e5ea"
 _RIGHT, _WRONG = "#1f9d4d", "#d1342f"
+
+#: Picture → left and top of its first tile, and whether it could not be opened.
+_Drawn: TypeAlias = dict[Path | None, tuple[int, int, bool]]
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,16 @@ def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str
     sheet = Image.new("RGB", _size(len(lines), max((len(line.hits) for line in lines), default=0)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     missing = 0
+    drawn: _Drawn = {}
     for index, line in enumerate(lines):
         top = _MARGIN + index * (_CELL_HEIGHT + _GAP)
-        missing += _picture(sheet, line.query, _MARGIN, top, max_pixels)
+        missing += _picture(sheet, line.query, _MARGIN, top, max_pixels, drawn)
         _caption(draw, _MARGIN, top, line.title, role if line.label is None else f"{role} · {line.label}")
         rule = _MARGIN + _TILE + _DIVIDE // 2
         draw.line([(rule, top), (rule, top + _TILE)], fill=_RULE, width=2)
         for rank, hit in enumerate(line.hits, 1):
             left = _MARGIN + _TILE + _DIVIDE + (rank - 1) * (_TILE + _GAP)
-            missing += _picture(sheet, hit.picture, left, top, max_pixels)
+            missing += _picture(sheet, hit.picture, left, top, max_pixels, drawn)
             label = "" if hit.label is None else f" · {hit.label}"
             _caption(draw, left, top, hit.object_id, f"{rank} · {hit.similarity:.4f}{label}")
             if hit.label is not None and line.label is not None:
@@ -128,8 +133,21 @@ def _size(lines: int, hits: int) -> tuple[int, int]:
     return width, 2 * _MARGIN + lines * (_CELL_HEIGHT + _GAP) - _GAP
 
 
-def _picture(sheet: Image.Image, path: Path | None, left: int, top: int, max_pixels: int) -> bool:
-    """Paste a picture into its tile; True where there is none and the tile is grey."""
+def _picture(sheet: Image.Image, path: Path | None, left: int, top: int, max_pixels: int, drawn: _Drawn) -> bool:
+    """Paste a picture into its tile; True where there is none and the tile is grey.
+
+    Args:
+        drawn: the tiles so far, from which one that is there already is copied.
+    """
+    if path not in drawn:
+        drawn[path] = left, top, _draw_tile(sheet, path, left, top, max_pixels)
+    first_left, first_top, missing = drawn[path]
+    if (first_left, first_top) != (left, top):
+        sheet.paste(sheet.crop((first_left, first_top, first_left + _TILE, first_top + _TILE)), (left, top))
+    return missing
+
+
+def _draw_tile(sheet: Image.Image, path: Path | None, left: int, top: int, max_pixels: int) -> bool:
     picture = None if path is None else open_picture(path, max_pixels, _TILE)
     draw = ImageDraw.Draw(sheet)
     draw.rectangle([left, top, left + _TILE - 1, top + _TILE - 1], fill=_EMPTY if picture is None else "#f5f5f7")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import RuijiError
+from search import queries
 from search.sheet import SheetHit, SheetLine, write_sheet
 
 MAX_PIXELS = 10_000
@@ -64,6 +65,22 @@ def test_borders_are_green_where_labels_agree_and_red_where_not(tmp_path: Path) 
     sheet, _ = draw(tmp_path / "out.png", [SheetLine(red, hits, "cat")])
     edges = [sheet.getpixel((left - 2, 100)) for left in (24, 236, 424, 612)]
     assert edges == [(255, 255, 255), (31, 157, 77), (209, 52, 47), (255, 255, 255)]
+
+
+def test_a_picture_is_opened_once_however_often_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def open_picture(path: Path, max_pixels: int, size: int) -> Image.Image | None:
+        opened.append(path)
+        return queries.open_picture(path, max_pixels, size)
+
+    monkeypatch.setattr("search.sheet.open_picture", open_picture)
+    red, none = plain(tmp_path / "r.png", "red"), tmp_path / "none.png"
+    hits = (SheetHit("r", red, 0.9, "cat"), SheetHit("n", none, 0.9), SheetHit("r", red, 0.9, "dog"))
+    sheet, missing = draw(tmp_path / "out.png", [SheetLine(red, hits, "cat"), SheetLine(none, hits)])
+    assert (missing, opened) == (3, [red, none])
+    tiles = [sheet.crop((left, top, left + 176, top + 176)).tobytes() for left in (24, 236, 612) for top in (24, 254)]
+    assert tiles[1] != tiles[0] and {*tiles[:1], *tiles[2:]} == {tiles[0]}
 
 
 def test_a_long_or_foreign_name_does_not_break_a_sheet(tmp_path: Path) -> None:
