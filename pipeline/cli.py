@@ -70,10 +70,6 @@ def _run() -> tuple[int, str]:
         return error.exit_code, error.format_message()
     except OSError as error:
         return RuijiError.exit_code, _said(error)
-    except UnicodeEncodeError as error:
-        # Half of a pair, in the ids of a damaged shard; a table and JSON have escapes for it.
-        half = error.object[error.start : error.end]
-        return GalleryMismatch.exit_code, f"a name has {half!r}, which is no character; --format json can say it"
     except SystemExit as end:
         # What Typer makes of a pipe that nobody reads any more.
         if isinstance(end.__context__, BrokenPipeError):

@@ -140,17 +140,6 @@ def test_odd_names_are_escaped_for_people_and_exact_for_programs(ruiji: Ruiji, g
     assert f"{odd}\n".encode() in said("paths")
 
 
-def test_a_name_that_no_encoding_holds_is_one_line_or_an_escape(ruiji: Ruiji, gallery: list[str]) -> None:
-    ids = np.load(ruiji.gallery / "0000.object_ids.npy")
-    ids[1] = "\ud800.png"
-    np.save(ruiji.gallery / "0000.object_ids.npy", ids)
-    asked = ("search", "--id", name(gallery), "-k", "9", "--format")
-    assert r"\ud800.png" in ruiji(*asked, "table").stdout
-    hits = json.loads(ruiji(*asked, "json").stdout)[0]["hits"]
-    assert "\ud800.png" in [hit["object_id"] for hit in hits]
-    assert r"'\ud800'" in only_line(ruiji(*asked, "csv", code=4).stderr)
-
-
 def test_shown_text_has_nothing_that_a_terminal_obeys_or_hides() -> None:
     assert shown("a\u00a0日本 e\u0301 👩\u200d👧") == "a\u00a0日本 e\u0301 👩\u200d👧"
     assert shown("a\nb\tc\x9b\u2028\u200b\ufeff\udce9\ud800") == r"a\nb\tc\x9b\u2028\u200b\ufeff\xe9\ud800"
