@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache import look_through
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.generations import current, made_folder
 from pipeline.npy import map_npy
@@ -51,7 +52,7 @@ class Finding:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: `broken-shard`, `lost-shard`, `unknown-gap`, `twice`, `damaged`: something is broken;
+        kind: `broken-shard`, `lost-shard`, `unknown-gap`, `twice`, `damaged`, `damaged-cache`: something is broken;
             `leftover`, `foreign`: it is only in the way.
         name: the file or shard.
         message: what is the matter, for people.
@@ -136,6 +137,10 @@ def verify(folder: Path) -> list[Finding]:
         if plan is None and not any(each.keep_features for each in plans):
             findings += _inputs(folder, scheme, sound, scratch)
     findings += _broken_copies(folder)
+    findings += [
+        Finding("damaged-cache" if damaged else "leftover", name, f"{why}; a search makes it anew")
+        for name, damaged, why in look_through(folder)
+    ]
     return findings
 
 
@@ -367,7 +372,7 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
     notes = []
     broken = set()
     for finding in findings:
-        if finding.kind == "leftover":
+        if finding.kind in ("leftover", "damaged-cache"):
             _remove(folder, finding)
             notes.append(f"removed {finding.name}")
         elif finding.kind == "damaged" and finding.repairable:

@@ -286,7 +286,8 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     """Prepare a gallery for quick searches: keep the norms, and the rows in 8 bits, a quarter of the features' size.
 
     Where the features are not in memory, a search with up to 64 queries then reads only these, and the rows that it
-    has to decide between. They lie in the gallery's folder cache, which can be deleted; only what is missing is made.
+    has to decide between. They lie in the gallery's folder cache, which can be deleted; only what is missing or damaged
+    is made.
     """
     from pipeline.errors import RuijiError
     from pipeline.progress import show_steps
@@ -294,12 +295,12 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
 
     folder = find_gallery(feature_dir, model_path)
     gallery = open_gallery(folder)
+    unkept = 0
     with show_steps("shards") as progress:
         for number, shard in enumerate(gallery.shards, 1):
-            shard.keep_codes()
+            unkept += not shard.keep()
             progress(number, len(gallery.shards))
     zero, nonfinite = gallery.unusable_rows
-    unkept = sum(not (shard.norms_kept and shard.codes_kept) for shard in gallery.shards)
     if unkept:
         raise RuijiError(
             f"cannot write to {folder / 'cache'}: nothing is kept of {unkept} shards; check its permissions and that "

@@ -4,12 +4,13 @@ A row is kept as integers from -127 to 127 and one number to multiply them by (s
 that took from it, which `search.ranking_codes` makes part of its error bound.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.cache import ShardCache
+from pipeline.cache import Kept, ShardCache
 from search.exact import Float32
 from search.norms import is_plain
 
@@ -59,20 +60,87 @@ def integers_of(rows: Float32) -> tuple[NDArray[np.int8], Float32, Float32]:
     return rounded.astype(np.int8), steps, np.sqrt(np.einsum("ij,ij->i", lost, lost))
 
 
-def codes_kept(cache: ShardCache) -> bool:
-    """Whether codes of the shard are kept."""
-    # The scales are written last.
-    return cache.path(_SCALES).is_file()
+class ShardCodes:
+    """The codes of one shard: those of the cache as far as they are sound, else made."""
+
+    def __init__(self, cache: ShardCache | None, features: Float32, norms: Callable[[], Float32]) -> None:
+        """Scales are read and checked, integers when they are asked for.
+
+        Args:
+            cache: of the shard; None: nothing is kept.
+            features: float32[rows, d].
+            norms: gives float32[rows].
+        """
+        self._cache, self._features, self._norms = cache, features, norms
+        self._kept = None if cache is None else _read(cache, (len(features), features.shape[1]))
+        self._made: Codes | None = None
+
+    @property
+    def integers(self) -> NDArray[np.int8]:
+        """int8[rows, d] to read ahead; not checked."""
+        return self._all.integers
+
+    def part(self, rows: slice) -> Codes:
+        """Some rows. If those of the cache are not as they were written, the whole shard's are made and kept."""
+        if self._kept is not None and not self._kept.check(rows):
+            self._give_up()
+            self._write(self._all)
+        return self._all.part(rows)
+
+    def keep(self) -> bool:
+        """Have them all in the cache, where those that are there are checked; False if it cannot be written to."""
+        if self._kept is not None:
+            if self._kept.check(slice(None)):
+                return True
+            self._give_up()
+        # Not held on to: an index goes through all shards.
+        return self._write(self._made or codes_of(self._features, self._norms()))
+
+    @property
+    def _all(self) -> Codes:
+        if self._kept is not None:
+            return self._kept.codes
+        if self._made is None:
+            self._made = codes_of(self._features, self._norms())
+        return self._made
+
+    def _give_up(self) -> None:
+        assert self._cache is not None
+        self._cache.folder.say_damaged(self._cache.path(_INTEGERS))
+        self._kept = None
+
+    def _write(self, codes: Codes) -> bool:
+        scales = np.stack([codes.scales, codes.losses])
+        return (
+            self._cache is not None
+            and self._cache.write(_INTEGERS, codes.integers)
+            and self._cache.write(_SCALES, scales)
+        )
 
 
-def read_codes(cache: ShardCache, shape: tuple[int, int]) -> Codes | None:
-    """The codes that are kept of a shard of this shape, mapped; None where there are none."""
-    integers = cache.read(_INTEGERS, "|i1", shape)
-    scales = cache.read(_SCALES, "<f4", (2, shape[0]))
-    return None if integers is None or scales is None else Codes(integers, scales[0], scales[1])
+@dataclass(frozen=True)
+class _KeptCodes:
+    codes: Codes
+    integers: Kept
+
+    def check(self, rows: slice) -> bool:
+        first, end, _ = rows.indices(len(self.integers.array))
+        return self.integers.check(first, end)
 
 
-def write_codes(cache: ShardCache, codes: Codes) -> bool:
-    """Keep codes; False where the folder cannot be written to."""
-    scales = np.stack([codes.scales, codes.losses])
-    return cache.write(_INTEGERS, codes.integers) and cache.write(_SCALES, scales)
+def codes_kept(cache: ShardCache, shape: tuple[int, int]) -> bool:
+    """Whether codes of a shard of this shape are kept, as far as the sizes of their files tell."""
+    return all(cache.has(*one) for one in _files(shape))
+
+
+def _read(cache: ShardCache, shape: tuple[int, int]) -> _KeptCodes | None:
+    of_integers, of_scales = _files(shape)
+    # The scales first: they are written last.
+    scales = cache.read(*of_scales)
+    integers = None if scales is None else cache.open(*of_integers)
+    return None if scales is None or integers is None else _KeptCodes(Codes(integers.array, *scales), integers)
+
+
+def _files(shape: tuple[int, int]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Kind, type and shape of what is kept of a shard's codes, in the order of writing."""
+    return (_INTEGERS, "|i1", shape), (_SCALES, "<f4", (2, shape[0]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache import CacheFolder, ShardCache
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.generations import Marks, read_marks
 from pipeline.npy import NpyError, map_npy
@@ -27,8 +28,7 @@ from pipeline.store import (
     read_record,
     shard_file,
 )
-from search.cache import ShardCache
-from search.codes import Codes, codes_kept, codes_of, read_codes, write_codes
+from search.codes import Codes, ShardCodes, codes_kept
 from search.norms import norms_of
 from search.paging import advise, row_in_memory
 
@@ -65,37 +65,40 @@ class Shard:
     cache: ShardCache | None = None
     wanted: NDArray[np.bool_] | None = None
 
-    @cached_property
+    @property
     def norms(self) -> NDArray[np.float32]:
         """float32[rows], as `norms_of` gives them; read from the cache, or computed and kept there."""
-        kept = None if self.cache is None else self.cache.read(_NORMS, "<f4", (len(self.features),))
+        return self._norms[0]
+
+    @cached_property
+    def _norms(self) -> tuple[NDArray[np.float32], bool]:
+        """The norms, and whether they are in the cache."""
+        if self.cache is None:
+            return norms_of(self.features), False
+        kept = self.cache.read(_NORMS, "<f4", self._shape[:1])
         if kept is not None:
-            return kept
+            return kept, True
         norms = norms_of(self.features)
-        if self.cache is not None:
-            self.cache.write(_NORMS, norms)
-        return norms
+        return norms, self.cache.write(_NORMS, norms)
+
+    @cached_property
+    def codes(self) -> ShardCodes:
+        """The rows in 8 bits."""
+        return ShardCodes(self.cache, self.features, lambda: self.norms)
 
     @property
     def norms_kept(self) -> bool:
-        """Whether the norms are in the cache."""
-        return self.cache is not None and self.cache.path(_NORMS).is_file()
-
-    @cached_property
-    def codes(self) -> Codes:
-        """The rows in 8 bits, read from the cache or made."""
-        kept = None if self.cache is None else read_codes(self.cache, self._shape)
-        return codes_of(self.features, self.norms) if kept is None else kept
+        """Whether the norms are in the cache, as far as the size of their file tells."""
+        return self.cache is not None and self.cache.has(_NORMS, "<f4", self._shape[:1])
 
     @property
     def codes_kept(self) -> bool:
-        """Whether the codes are in the cache."""
-        return self.cache is not None and codes_kept(self.cache)
+        """Whether the codes are in the cache, as far as the sizes of their files tell."""
+        return self.cache is not None and codes_kept(self.cache, self._shape)
 
-    def keep_codes(self) -> None:
-        """Have the codes in the cache, where it can be written to; they take a quarter of the features' bytes."""
-        if self.cache is not None and read_codes(self.cache, self._shape) is None:
-            write_codes(self.cache, codes_of(self.features, self.norms))
+    def keep(self) -> bool:
+        """Have norms and codes in the cache, those that are there checked; False if it cannot be written to."""
+        return self._norms[1] and self.codes.keep()
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -401,6 +404,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
     shards = []
     versions: list[dict[str, str]] = []
     marks = read_marks(folder)[1] if not include_stale else None
+    cache = CacheFolder(folder / CACHE_FOLDER)
     for number in published_shards(folder):
         record = read_record(folder, number)
         name = f"{number:04d}"
@@ -420,8 +424,8 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         if not paths_file.is_file():
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {_RESTORE}")
         stale = None if marks is None else _stale(marks, folder, number, object_ids)
-        cache = ShardCache(folder / CACHE_FOLDER, name, record.sha256[SHARD_ENDINGS[0]][:16])
-        shards.append(Shard(name, features, object_ids, paths_file, stale, cache))
+        kept = ShardCache(cache, name, record.sha256[SHARD_ENDINGS[0]][:16])
+        shards.append(Shard(name, features, object_ids, paths_file, stale, kept))
         if record.versions not in versions:
             versions.append(record.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
@@ -429,6 +433,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
 
 def _open_unverified(folder: Path) -> Gallery:
     shards: list[Shard] = []
+    cache = CacheFolder(folder / CACHE_FOLDER)
     for number in feature_shards(folder):
         features, object_ids = _map_features(folder, number), _map_ids(folder, number)
         _check_rows(folder, number, features, object_ids)
@@ -438,8 +443,8 @@ def _open_unverified(folder: Path) -> Gallery:
                 f"has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
         file = shard_file(folder, number, "features.npy").stat()
-        cache = ShardCache(folder / CACHE_FOLDER, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
-        shards.append(Shard(f"{number:04d}", features, object_ids, cache=cache))
+        kept = ShardCache(cache, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
+        shards.append(Shard(f"{number:04d}", features, object_ids, cache=kept))
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
 
 

@@ -226,7 +226,7 @@ def test_rows_that_are_not_in_memory_are_asked_for_before_they_are_decided(
     assert open_gallery(tmp_path).in_memory()
     want = rank(open_gallery(tmp_path), features[:5], 20)
     for shard in open_gallery(tmp_path).shards:
-        shard.keep_codes()
+        shard.keep()
     # What is mapped stays in memory.
     del shard
     for path in tmp_path.rglob("*.features.npy"):
