@@ -401,7 +401,7 @@ def _rank(
 
     excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
-    more = max(own_rows(gallery, query) if out else 0 for query, out in zip(queries, excluding, strict=True))
+    more = own_rows(gallery, (query for query, out in zip(queries, excluding, strict=True) if out))
     work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded, gallery.in_memory())
     plan = make_plan(work, look_at_machine(device))
     if explain:

@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -296,13 +296,22 @@ class Gallery:
             for row in np.unique(local).tolist():
                 advise(shard.features, row, 1, mmap.MADV_WILLNEED)
 
-    def rows_of(self, object_id: str) -> NDArray[np.int64]:
-        """Every gallery row with this id, int64[…]; more than one only where shards repeat an id."""
-        found = [
-            first + np.flatnonzero(shard.object_ids == object_id)
-            for shard, first in zip(self.shards, self.firsts, strict=True)
-        ]
-        return np.concatenate(found).astype(np.int64)
+    def rows_of(self, object_ids: Iterable[str]) -> dict[str, list[int]]:
+        """Every gallery row with one of these ids, ascending, by id; more than one only where shards repeat an id.
+
+        The ids of all rows are looked through once, however many are asked for.
+        """
+        found: dict[str, list[int]] = {object_id: [] for object_id in object_ids}
+        asked = np.array(sorted(found), dtype=np.str_)
+        for shard, first in zip(self.shards, self.firsts, strict=True):
+            if len(asked) > 1:
+                nearest = np.minimum(np.searchsorted(asked, shard.object_ids), len(asked) - 1)
+                local = np.flatnonzero(asked[nearest] == shard.object_ids)
+            else:
+                local = np.flatnonzero(shard.object_ids == asked[0]) if len(asked) else np.empty(0, np.int64)
+            for row, object_id in zip(local.tolist(), shard.object_ids[local].tolist(), strict=True):
+                found[object_id].append(first + row)
+        return found
 
     def object_id(self, row: int) -> str:
         """The object id of one gallery row."""

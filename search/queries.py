@@ -7,7 +7,7 @@ reasons why search reaches into `workers`; they are imported only when a query n
 import codecs
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -156,14 +156,15 @@ def gallery_queries(gallery: Gallery, object_ids: list[str], media_dir: Path | N
         QueryError: there is no such object, or its feature cannot be ranked.
     """
     queries = []
+    found = gallery.rows_of(object_ids)
     for object_id in object_ids:
-        rows = gallery.rows_of(object_id)
-        if not len(rows):
+        rows = found[object_id]
+        if not rows:
             raise QueryError(f"--id {object_id}: the gallery has no such object")
-        feature = gallery.take(rows[:1])[0]
+        feature = gallery.take(np.array(rows[:1]))[0]
         if problem := unusable(feature):
             raise QueryError(f"--id {object_id}: {problem}")
-        path = gallery.path(int(rows[0]))
+        path = gallery.path(rows[0])
         picture = None if media_dir is None or path is None else media_dir / path
         queries.append(Query(object_id, feature, picture, object_id, path, by_id=True))
     return queries
@@ -216,11 +217,12 @@ def is_self(query: Query, object_id: str, path: str | None) -> bool:
     return object_id == query.object_id or (query.path is not None and path == query.path)
 
 
-def own_rows(gallery: Gallery, query: Query) -> int:
-    """At most so many rows of the gallery are the query itself."""
-    if query.object_id is not None:
-        return len(gallery.rows_of(query.object_id))
-    return 0 if query.path is None else 1
+def own_rows(gallery: Gallery, queries: Iterable[Query]) -> int:
+    """At most so many rows of the gallery are a query itself, for each of some queries."""
+    queries = list(queries)
+    found = gallery.rows_of(query.object_id for query in queries if query.object_id is not None)
+    by_path = any(query.object_id is None and query.path is not None for query in queries)
+    return max([int(by_path), *map(len, found.values())])
 
 
 def query_encoder(path: Path, gallery: Gallery, device: str) -> "tuple[Model, Future[Encoder]]":

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from search.gallery import Gallery, find_gallery, open_gallery
 from search.ranking import numpy_scan, rank
 from search.ranking_codes import codes_scan
 from tests.pipeline.test_npy import HOSTILE
-from tests.search.galleries import write_article_shard, write_gallery, write_shard
+from tests.search.galleries import in_memory, write_article_shard, write_gallery, write_shard
 
 
 @pytest.fixture
@@ -250,3 +251,18 @@ def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, 
             assert hits[0].object_id == "007.jpg"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_rows_of_many_ids_are_found_in_one_look() -> None:
+    ids = [f"{row % 90_000:040d}.jpg" for row in range(100_000)]
+    gallery = in_memory(np.zeros((100_000, 2), np.float32), ids, cuts=tuple(range(10_000, 100_000, 10_000)))
+    asked = ids[:90_000:45]
+    started = time.monotonic()
+    found = gallery.rows_of([*asked, "none", asked[0]])
+    assert time.monotonic() - started < 1
+    want = {
+        name: [row, row + 90_000][: 1 + (row < 10_000)] for row, name in zip(range(0, 90_000, 45), asked, strict=True)
+    }
+    assert found == want | {"none": []}
+    assert gallery.rows_of(asked[:1]) == {asked[0]: [0, 90_000]}
+    assert gallery.rows_of([]) == {}
