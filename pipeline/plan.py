@@ -264,6 +264,15 @@ class Plan:
         """Record that an object failed under this plan."""
         write_error(self.error_file(object_id), reason, message, self.plan_id)
 
+    def has_failed(self, object_id: str) -> bool:
+        """Whether an object has an error file and no valid feature file."""
+        # Mostly there is no error file, and to ask takes less time than to fail to open.
+        return (
+            os.access(self.object_file(object_id, ".error.json"), os.F_OK)
+            and self.error(object_id) is not None
+            and self.feature(object_id) is None
+        )
+
     def is_done(self, path: str) -> bool:
         """Whether an object has a valid feature file or an error file."""
         object_id = self.scheme.object_id(path)

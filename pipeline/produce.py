@@ -74,15 +74,21 @@ class Producer:
 
     def _arm(self, segment: Segment, still_ours: Any, heals: int) -> int:
         plan = self._plan
-        rows = [
-            (segment.first + number, path) for number, path in enumerate(plan.paths(segment)) if not plan.is_done(path)
-        ]
+        rows, failed = [], []
+        for row, path in enumerate(plan.paths(segment), segment.first):
+            if not plan.is_done(path):
+                rows.append((row, path))
+            elif plan.has_failed(object_id := plan.scheme.object_id(path)):
+                failed.append(object_id)
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.
         group = f"{plan.plan_id}.{segment.index}.{digest}"
         body = self._app.signature(chord_body(group, plan.plan_id, segment.index, plan.gallery_id))
         armed = Armed(group, len(rows), complete=False, heals=heals, at=time.time())
         self._chords.set_armed(segment, armed)
+        if failed:
+            # A Redis that was emptied has forgotten them.
+            self._chords.note_failed(segment, failed)
         if rows:
             self._chords.begin_group(group, len(rows))
             self._publish(group, rows, segment, dict(body), still_ours)

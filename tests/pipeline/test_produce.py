@@ -127,6 +127,22 @@ def test_the_sum_is_the_list_at_every_stage(plan: Plan, chords: Chords, producer
     assert not reader.read().finished
 
 
+def test_counters_and_files_agree_after_redis_was_emptied(
+    plan: Plan, chords: Chords, producer: Producer, redis_url: str
+) -> None:
+    reader = StatusReader(plan.folder, connect(redis_url))
+    for segment in plan.segments[:2]:
+        paths = plan.paths(segment)
+        embed(plan, paths[:2])
+        fail(plan, paths[2])
+    producer.fill_window(5)
+    for _ in range(2):
+        counted, looked = reader.read(), reader.read(exact=True)
+        assert (counted.done, counted.failed) == (looked.done, looked.failed) == (4, 2)
+        chords.client.flushall()
+        producer.fill_window(5)
+
+
 def test_a_folder_without_a_gallery_has_no_status(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing was enqueued"):
         StatusReader(tmp_path, None)
