@@ -5,7 +5,6 @@ Works by merging files sorted by id, so that 10^7 objects pass in bounded memory
 
 import hashlib
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -32,6 +31,7 @@ from pipeline.plan import (
     segment_digest,
     write_plan,
 )
+from pipeline.probes import find_probes
 from pipeline.store import (
     SHARD_ENDINGS,
     GalleryInfo,
@@ -43,8 +43,6 @@ from pipeline.store import (
 )
 from pipeline.versions import library_versions
 
-#: How many objects, spread over the list, tell an unmounted media folder from missing files.
-PROBES = 8
 #: What an entry has in place of a row: the object failed; it is made again with its lost shard.
 _FAILED, _MADE_AGAIN = -1, -2
 #: An enqueue that others came before looks again; each time somebody got done, so it ends.
@@ -188,7 +186,7 @@ def _make(
         object_id=gallery.object_id,
         keep_features=settings.keep_features,
         limits=Limits(settings.max_pixels, settings.max_image_s, settings.max_image_mb),
-        probes=_probes(media_dir, objects),
+        probes=find_probes(media_dir, objects),
         versions=library_versions(),
         segments=tuple(segments),
         generation=generation,
@@ -303,24 +301,6 @@ def _named(draft: Plan, todo: Path) -> Plan:
             break
     segments = tuple(replace(segment, plan=segment.plan or plan_id) for segment in segments)
     return replace(draft, plan_id=plan_id, segments=segments)
-
-
-def _probes(media_dir: Path, objects: ObjectList) -> tuple[str, ...]:
-    """Some readable objects, spread over the list; looks at more places while it finds too few."""
-    for places in (PROBES, 32 * PROBES, objects.lines):
-        step = max(1, objects.lines // places)
-        found: list[str] = []
-        for number, path in enumerate(read_lines(objects.path)):
-            if number % step == 0 and os.access(media_dir / path, os.R_OK):
-                found.append(path)
-                if len(found) == PROBES:
-                    break
-        if found:
-            return tuple(found)
-    raise RuijiError(
-        f"none of the {objects.lines} objects of the list can be read below {media_dir}: is it mounted, "
-        "and is the list relative to it?"
-    )
 
 
 def lost_segments(folder: Path, broken: Collection[int] = ()) -> tuple[list[_Lost], list[int], int]:

@@ -25,6 +25,7 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
+from pipeline.probes import find_probes, note_probes
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
 from pipeline.store import claim_gallery, gallery_folder, machine_faults
@@ -102,6 +103,10 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
                         "finish, or close it with ruiji cancel, before failed ones are tried again"
                     )
                 check_matches(plan, objects, gallery, work.settings.shard_rows)
+                if resumed:
+                    # Where none can be read, the workers wait for the media folder as they did.
+                    with suppress(RuijiError):
+                        note_probes(plan, find_probes(work.media_dir, objects))
     published = 0
     if plan is not None and client is not None and redis_url is not None:
         app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=work.visibility_timeout_s)

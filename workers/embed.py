@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ImageError, MachineFault
+from pipeline.errors import ImageError
 from pipeline.model import ModelSpec
 from pipeline.plan import Plan, Segment
 from workers.alone import ChildDied, decode_alone
 from workers.images import decode, open_image
 from workers.in_hand import InHand
 from workers.ledger import Ledger
+from workers.media import check_media
 from workers.suspects import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_name, suspect_names
 
 if TYPE_CHECKING:
@@ -213,18 +214,6 @@ def _load(
         return pixels()
     except ImageError as error:
         return error
-
-
-def check_media(plan: Plan, media_dir: Path) -> None:
-    """Tell a missing file from a media folder that is gone.
-
-    Raises:
-        MachineFault: none of the plan's probes, readable when it was made, can be read.
-    """
-    if not any(os.access(media_dir / probe, os.R_OK) for probe in plan.probes):
-        raise MachineFault(
-            f"the media folder {media_dir} is gone, or not what it was: none of its known images is there"
-        )
 
 
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
