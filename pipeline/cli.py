@@ -152,7 +152,7 @@ def enqueue(
     done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
     _tell_enqueued(done, "all {} objects are in shards")
     if wait:
-        raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
+        raise typer.Exit(_end(follow(work.folder, connect(url))))
 
 
 def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
@@ -218,7 +218,7 @@ def retry(
     if done.plan is not None and url is None:
         streams.note("no Redis is running: ruiji run does it")
     if wait and url is not None:
-        raise typer.Exit(_exit_code(follow(work.folder, connect(url))))
+        raise typer.Exit(_end(follow(work.folder, connect(url))))
 
 
 @app.command()
@@ -315,7 +315,7 @@ def status(
     exact: Annotated[bool, typer.Option("--exact", help="Look at every file instead of at Redis' counters.")] = False,
     state_dir: settings.StateDir = None,
 ) -> None:
-    """Say how every object of the list stands; exit code 3 while some are failed or not done."""
+    """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
     from pipeline.broker.app import broker_faults, connect
     from pipeline.logs import set_up
     from pipeline.run import follow, follow_run, redis_of_run
@@ -355,6 +355,8 @@ def _print_status(now: "Status") -> None:
         + (f"; {now.stale} stale rows beside" if now.stale else "")
     )
     streams.tell(f"plan {now.plan} is open" if now.plan else "no plan is open")
+    if now.stopped is not None:
+        streams.tell(f"the run was stopped: {now.stopped}")
     for worker in now.workers:
         rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
         name = f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}"
@@ -409,4 +411,15 @@ def inspect(model: Annotated[Path, typer.Argument(help="The .onnx file.")]) -> N
 
 
 def _exit_code(now: "Status") -> int:
+    if now.stopped is not None:
+        return RuijiError.exit_code
     return 0 if now.finished and now.failed == 0 else EXIT_INCOMPLETE
+
+
+def _end(now: "Status") -> int:
+    """The exit code of a command that waited for this status."""
+    from pipeline.stops import PlanStopped
+
+    if now.stopped is not None:
+        raise PlanStopped(now.stopped)
+    return _exit_code(now)

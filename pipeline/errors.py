@@ -38,6 +38,14 @@ class ModelError(UsageError):
     """The model file is missing, cannot be read, or does not fit the model contract."""
 
 
+class CannotRunHere(ModelError):
+    """This device cannot compute one of the model's operations; another may."""
+
+
+class RunFailed(ModelError):
+    """ONNX Runtime refuses to compute these pixels with this model, and would again."""
+
+
 class QueryError(UsageError):
     """A query cannot be searched with: not an image, or of another length than the gallery."""
 

@@ -28,7 +28,9 @@ from pipeline.planning import Retry, Settings, make_plan
 from pipeline.probes import find_probes, note_probes
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
-from pipeline.store import claim_gallery, gallery_folder, machine_faults
+from pipeline.stops import PlanStopped, stopped
+from pipeline.store import claim_gallery, gallery_folder, machine_faults, read_gallery
+from pipeline.trial import prove_model
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,18 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
         retry: plan failed objects again, and nothing else.
 
     Raises:
-        ObjectListError, ModelError: bad input. BrokerUnavailable: no Redis, or it fails meanwhile.
+        ObjectListError, ModelError: bad input, or a model that does not run.
+        BrokerUnavailable: no Redis, or it fails meanwhile.
         GalleryMismatch, PlanMismatch: the folder belongs to another model, another plan is open.
     """
     if not work.media_dir.is_dir():
         raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
     model, scheme = load_model(work.model), IdScheme(work.object_id)
     client = connect(redis_url) if redis_url is not None else None
+    found = read_gallery(work.folder)
+    # The model that a gallery was made by ran: it is not tried again.
+    if (found is None or found.fingerprint != model.fingerprint) and (untried := prove_model(model)) is not None:
+        logger.warning("%s; the first worker tries it", untried, extra={"event": "model_untried"})
     gallery = claim_gallery(work.folder, model, scheme)
     run = work.folder / "run"
     with machine_faults(f"cannot write {run}"):
@@ -178,7 +185,7 @@ def run_here(
 
     Raises:
         UsageError: another `ruiji run` is at work on the same folder.
-        RuijiError: the workers cannot start, or the Redis died.
+        RuijiError: the workers cannot start, or the Redis died. PlanStopped: a fault that cannot pass.
     """
     private = _private(work.folder, state_dir)
     private.mkdir(parents=True, exist_ok=True)
@@ -193,7 +200,9 @@ def run_here(
         if enqueued.plan is not None:
             with _worker_processes(work, url, workers, device, state_dir, log_format) as check_workers:
                 while enqueued.plan is not None:
-                    follow(work.folder, client, check_redis, check_workers)
+                    status = follow(work.folder, client, check_redis, check_workers)
+                    if status.stopped is not None:
+                        raise PlanStopped(status.stopped)
                     # What was taken up first may have been an older plan; then there may be more.
                     enqueued = _enqueue_listed(work, list_path, url)
     return StatusReader(work.folder, None).read()
@@ -265,6 +274,8 @@ def _worker_processes(
     def check() -> None:
         if process.poll() is not None:
             relay.join(timeout=5)
+            if (reason := stopped(work.folder)) is not None:
+                raise PlanStopped(reason)
             raise RuijiError(f"the workers ended with exit code {process.returncode}; see above for the reason")
 
     try:

@@ -68,6 +68,7 @@ class Reason(StrEnum):
     timeout = "timeout"
     crashed_worker = "crashed-worker"
     not_finite = "not-finite"
+    model_failed = "model-failed"
 
 
 class TransportKind(StrEnum):

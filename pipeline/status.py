@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.generations import Generation, ListState, Marks, current, read_marks
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
+from pipeline.stops import stopped
 from pipeline.store import read_gallery, read_record, shard_file
 
 
@@ -38,6 +39,7 @@ class Status:
     Attributes:
         stale: rows of objects that are no longer on the list; not part of the sum.
         plan: id of the open plan, or None.
+        stopped: why the latest plan was stopped before its end; None if it was not.
         workers: what live worker processes say of themselves.
     """
 
@@ -48,6 +50,7 @@ class Status:
     pending: int
     stale: int
     plan: str | None
+    stopped: str | None = None
     shards: list[ShardStatus] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -116,6 +119,7 @@ class StatusReader:
             pending=objects - done - failed - running,
             stale=stale,
             plan=plan.plan_id if plan else None,
+            stopped=stopped(self._folder) if plan is None else None,
             shards=sorted(shards, key=lambda shard: shard.shard),
             workers=self._workers(),
         )

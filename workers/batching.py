@@ -20,7 +20,7 @@ from celery.worker import state
 from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
 
-from pipeline.errors import MachineFault
+from pipeline.errors import MachineFault, RuijiError
 from workers.consumer import noted
 from workers.ledger import Ledger
 
@@ -118,8 +118,9 @@ def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -
     try:
         _compute_and_trace(task, requests)
     except Exception as error:
-        if isinstance(error, MachineFault):
-            logger.error("%s; the work is given back", error, extra={"event": "machine_fault"})
+        if isinstance(error, RuijiError):
+            event = "machine_fault" if isinstance(error, MachineFault) else "batch_failed"
+            logger.error("%s; the work is given back", error, extra={"event": event})
         elif isinstance(error, redis.RedisError):
             noted(error)
         else:

@@ -78,6 +78,7 @@ def examine(
     yield _examined("libraries", lambda: _versions(folder))
     try:
         encoder = Encoder(model, device)
+        encoder.prove()
     except RuijiError as error:
         yield Check("bad", "device", str(error))
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
 from pipeline.plan import Plan, Segment
 from workers.alone import ChildDied, decode_alone
@@ -65,12 +65,32 @@ def embed_guarded(
         batch = [jobs[n] for n in ordinary]
         image_s = max(plan.limits_of(job.segment).max_image_s for job in batch)
         with hand.hold(plan.plan_id, [job.path for job in batch], image_s):
-            done = embed_batch(plan, batch, encoder, media_dir, ledger, decoders)
+            done = _embed_ordinary(plan, batch, encoder, media_dir, ledger, decoders)
         for n, outcome in zip(ordinary, done, strict=True):
             outcomes[n] = outcome
     for n in sorted(suspects):
         outcomes[n] = _embed_suspect(plan, jobs[n], encoder, media_dir, hand)
     return outcomes
+
+
+def _embed_ordinary(
+    plan: Plan,
+    batch: Sequence[Job],
+    encoder: "Encoder",
+    media_dir: Path,
+    ledger: Ledger | None,
+    decoders: Executor | None,
+) -> list[str]:
+    try:
+        return embed_batch(plan, batch, encoder, media_dir, ledger, decoders)
+    except (RuijiError, OSError, MemoryError):
+        raise
+    except Exception:
+        # A bug that one image brings out: the others are done now, so that it alone comes back.
+        for job in batch if len(batch) > 1 else ():
+            with contextlib.suppress(Exception):
+                embed_batch(plan, [job], encoder, media_dir, ledger)
+        raise
 
 
 def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, hand: InHand) -> str:
@@ -134,6 +154,7 @@ def embed_batch(
     Raises:
         MachineFault: media folder gone, disk full, device failed. Some objects of the batch may be
             done; running it again does the rest.
+        ModelError: the model does not give what it declares; running it again is of no use.
     """
     ledger = ledger or Ledger()
     published = _published(plan, jobs)
@@ -174,16 +195,33 @@ def _embed(
     if not ready:
         return
     batch = np.stack([pixels for _, _, pixels in ready]) if len(ready) > 1 else ready[0][2][np.newaxis]
-    with encoder.turn, ledger.encoding():
-        features = encoder.encode(batch)
-    for (number, job, _), feature in zip(ready, features, strict=True):
-        if np.isfinite(feature).all():
+    for (number, job, _), feature in zip(ready, _encode(encoder, batch, ledger), strict=True):
+        if isinstance(feature, ImageError):
+            yield number, _fail(plan, job, feature)
+        elif np.isfinite(feature).all():
             with ledger.busy("write"):
                 plan.keep_feature(plan.scheme.object_id(job.path), feature)
             yield number, DONE
         else:
             error = ImageError("the model gives values that are not finite", "not-finite")
             yield number, _fail(plan, job, error)
+
+
+def _encode(
+    encoder: "Encoder", batch: NDArray[np.uint8], ledger: Ledger
+) -> NDArray[np.float32] | list[NDArray[np.float32] | ImageError]:
+    """Features of uint8[b, h, w, c]; where the model runs on other pixels and not on these, why an image has none."""
+    try:
+        with encoder.turn, ledger.encoding():
+            return encoder.encode(batch)
+    except RunFailed as error:
+        if len(batch) > 1:
+            return [_encode(encoder, pixels[np.newaxis], ledger)[0] for pixels in batch]
+        # Where a grey picture fails too, it is the model's fault.
+        encoder.prove()
+        failure = ImageError("the model does not run on its pixels", "model-failed")
+        failure.__cause__ = error
+        return [failure]
 
 
 def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:

@@ -1,13 +1,14 @@
 """The model as a function: pixels in, features out, through one ONNX Runtime session."""
 
 import logging
+import re
 import threading
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.errors import MachineFault, ModelError, UsageError
+from pipeline.errors import CannotRunHere, MachineFault, ModelError, RunFailed, UsageError
 from pipeline.model import Model, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,12 @@ logger = logging.getLogger(__name__)
 CPU_BATCH_IMAGES = 64
 #: Padded batches of one size keep CUDA's arena and its choice of kernels fixed.
 CUDA_BATCH_IMAGES = 64
+#: A picture's value at the trial: grey, as any picture may be.
+_GREY = 128
+#: What ONNX Runtime says where the machine failed and not the model; its classes of exceptions do not tell.
+_MACHINE = re.compile(r"bad.?alloc|failed to allocate|out of memory|(CUDA|CUDNN|CUBLAS|CUFFT) failure", re.IGNORECASE)
+#: Of what ONNX Runtime says, so much of its beginning and of its end is repeated: between them is its own source.
+_SAID = 160
 
 
 class Encoder:
@@ -50,7 +57,8 @@ class Encoder:
 
         Raises:
             UsageError: `cuda` was asked for and the session runs on the CPU.
-            ModelError: ONNX Runtime refuses the model.
+            ModelError: ONNX Runtime refuses the model; `CannotRunHere` if only this device does.
+            MachineFault: the memory does not suffice, or the device failed.
         """
         self.model = model
         self.turn = threading.Lock()
@@ -70,7 +78,20 @@ class Encoder:
         self.run_images = model.batch or (self.batch_images if on_cuda else 1)
         self._session = session
         self._pixels_input = _pixels_input(session)
-        self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
+        try:
+            self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
+        except Exception as error:  # ONNX Runtime has no common base class for what it raises.
+            raise _fault(model, self.device, error) from error
+
+    def prove(self) -> None:
+        """Encode one grey picture: a model that cannot do that cannot do anything, here or, mostly, anywhere.
+
+        Raises:
+            ModelError, MachineFault: as `encode`.
+        """
+        spec = self.model.spec
+        with self.turn:
+            self.encode(np.full((1, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8))
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features.
@@ -83,6 +104,7 @@ class Encoder:
 
         Raises:
             MachineFault: the device failed, for instance because its memory is full.
+            ModelError: the model does not give what it declares; `RunFailed` if it gives nothing.
         """
         parts = [self._run(pixels[i : i + self.run_images]) for i in range(0, len(pixels), self.run_images)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -100,13 +122,30 @@ class Encoder:
                 values = pixels if self._pixels_input else to_input(pixels, spec)
                 (output,) = self._session.run([spec.output_name], {self._pixels_input or spec.input_name: values})
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
-            raise MachineFault(f"the model failed on {self.device}: {error}") from error
-        features = np.asarray(output, dtype=np.float32).reshape(len(pixels), -1)[:count]
-        if features.shape[1] != spec.length:
+            raise _fault(self.model, self.device, error) from error
+        shapes = [(len(pixels), spec.length, *rest) for rest in ((), (1, 1))]
+        if not isinstance(output, np.ndarray) or output.dtype.kind not in "fiu" or output.shape not in shapes:
+            given = f"{output.dtype}{list(output.shape)}" if isinstance(output, np.ndarray) else type(output).__name__
             raise ModelError(
-                f"{self.model.path} gave {features.shape[1]} values an image, its graph or .toml promises {spec.length}"
+                f"the model {self.model.path} gives {given} for {len(pixels)} image(s), its graph or .toml promises "
+                f"float32[{len(pixels)}, {spec.length}]; correct [output] length in its .toml, or the graph"
             )
-        return features
+        return output.astype(np.float32, copy=False).reshape(len(pixels), -1)[:count]
+
+
+def _fault(model: Model, device: str, error: Exception) -> ModelError | MachineFault:
+    """What an exception of ONNX Runtime means, in one line."""
+    said, kind = _said(error), type(error).__name__
+    if isinstance(error, MemoryError) or kind == "NoSuchFile" or _MACHINE.search(said):
+        return MachineFault(f"the model failed on {device}: {said}")
+    if kind == "NotImplemented":
+        return CannotRunHere(f"the model {model.path} cannot run on {device}: {said}")
+    return RunFailed(f"the model {model.path} does not run: {said}")
+
+
+def _said(error: Exception) -> str:
+    words = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ") or type(error).__name__
+    return words if len(words) <= 2 * _SAID else f"{words[:_SAID]} … {words[-_SAID:]}"
 
 
 def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
@@ -186,7 +225,8 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # Its errors come as exceptions, and are told once.
+    options.log_severity_level = 4
     source: str | bytes | None = None
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if cuda is not None:
@@ -202,7 +242,10 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
     try:
         session = ort.InferenceSession(source or str(model.path), sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
-        raise ModelError(f"ONNX Runtime refuses the model {model.path}: {error}") from error
+        fault = _fault(model, "cuda" if cuda is not None else "cpu", error)
+        if isinstance(fault, RunFailed):
+            fault = ModelError(f"ONNX Runtime refuses the model {model.path}: {_said(error)}")
+        raise fault from error
     if cuda is not None and session.get_providers()[0] != "CUDAExecutionProvider":
         # CUDA is offered and does not work, for want of a driver or a library: the plain model, as on any CPU.
         return _session(model, threads, None, many)

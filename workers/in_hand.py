@@ -16,6 +16,8 @@ from pathlib import Path
 
 #: A batch may take as long as this many of its images, one after the other, would: decoding runs beside it.
 _IMAGES_AT_ONCE = 16
+#: The number of the model's trial, which comes before all batches.
+_TRIAL = 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Hold:
 
     Attributes:
         plan: id of their plan.
-        paths: of the objects.
+        paths: of the objects; none while the model is on trial.
         alone: whether nothing else can be the reason if the process dies.
         limit_s: after so long the process hangs.
     """
@@ -41,8 +43,14 @@ class InHand:
     def __init__(self, path: Path | None = None) -> None:
         self._file = _locked(path) if path is not None else None
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(_TRIAL + 1)
         self._holds: dict[int, Hold] = {}
+
+    @contextmanager
+    def trial(self, limit_s: float) -> Iterator[None]:
+        """Tell that the model is on trial while the block runs: whatever happens, no object is to blame."""
+        with self._told(_TRIAL, Hold("", (), False, limit_s)):
+            yield
 
     @contextmanager
     def hold(self, plan: str, paths: Sequence[str], image_s: float, alone: bool = False) -> Iterator[None]:
@@ -51,13 +59,17 @@ class InHand:
         Args:
             image_s: seconds that one image may take.
         """
+        limit_s = image_s * -(-len(paths) // _IMAGES_AT_ONCE)
+        with self._told(next(self._numbers), Hold(plan, tuple(paths), alone, limit_s)):
+            yield
+
+    @contextmanager
+    def _told(self, number: int, hold: Hold) -> Iterator[None]:
         if self._file is None:
             yield
             return
-        limit_s = image_s * -(-len(paths) // _IMAGES_AT_ONCE)
         with self._lock:
-            number = next(self._numbers)
-            self._holds[number] = Hold(plan, tuple(paths), alone, limit_s)
+            self._holds[number] = hold
             self._write()
         try:
             yield

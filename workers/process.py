@@ -9,14 +9,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from celery import signals
 from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
-from pipeline.errors import GalleryMismatch
+from pipeline.plan import open_plan
 from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
@@ -25,7 +25,11 @@ from workers.embed import DONE, FAILED
 from workers.in_hand import InHand
 from workers.ledger import STAGES, Ledger
 from workers.readiness import Readiness
-from workers.tasks import register_embed, register_reduce
+from workers.tasks import check_versions, register_embed, register_reduce
+
+if TYPE_CHECKING:
+    from pipeline.model import Model
+    from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -207,25 +211,29 @@ def run_process(
         in_hand: file that tells what is being worked on; None: nobody is told.
 
     Raises:
-        GalleryMismatch: the gallery belongs to another model.
-        UsageError: there is no such device. ModelError: the model is refused.
+        GalleryMismatch: the gallery belongs to another model. PlanMismatch: its plan wants other libraries.
+        UsageError: there is no such device, or this machine cannot run the model. ModelError: nor can any other.
     """
     client = connect(redis_url)
     folder = gallery_folder(feature_dir, model_path)
     ready = Readiness(state_dir)
     gallery = wait_for_gallery(folder, client, ready)
-    encoder = None
+    encoder, hand = None, InHand(in_hand if role == "embed" else None)
     if role == "embed":
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
-        from pipeline.model import load_model
-        from workers.encoder import Encoder
+        from workers.trial import proven_encoder
 
-        model = load_model(model_path)
-        if model.fingerprint != gallery.fingerprint:
-            raise GalleryMismatch(
-                f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}"
-            )
-        encoder = Encoder(model, device, threads, batch_images, gpu_memory_mb)
+        plan = open_plan(folder)
+        if plan is not None:
+            check_versions(plan)
+
+        def make(model: "Model") -> "Encoder":
+            # Part of the trial: a library that this processor cannot run ends the process.
+            from workers.encoder import Encoder
+
+            return Encoder(model, device, threads, batch_images, gpu_memory_mb)
+
+        encoder = proven_encoder(model_path, folder, gallery, client, hand, make)
     # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
     batches = 3 if encoder is not None and encoder.device == "cuda" else 1
     app = make_app(
@@ -251,7 +259,7 @@ def run_process(
             heartbeat.count,
             heartbeat.rest,
             heartbeat.stopping,
-            InHand(in_hand),
+            hand,
             ledger,
             decoders,
         )

@@ -30,6 +30,8 @@ _LONGEST_PAUSE_S = 30.0
 _HEALTHY_S = 30.0
 #: Exit codes of a process that can never work (usage, inconsistent data): starting it again is useless.
 _HOPELESS = (2, 4)
+#: A process that died so often in a row while its model was on trial is not started again: here it cannot work.
+_MOST_TRIALS = 3
 #: How often a process is looked at for a batch that does not end.
 _LOOK_INTERVAL_S = 1.0
 
@@ -43,6 +45,7 @@ class _Child:
         holds: what it was seen to have in hand, by number, and since when.
         worked: whether it was seen to go from one batch to another.
         hung: whether it was ended for a batch that took too long.
+        failed_trials: how often in a row it, and those before it in this place, died before a grey picture was through.
     """
 
     role: str
@@ -54,6 +57,7 @@ class _Child:
     worked: bool = False
     hung: bool = False
     deaths: int = 0
+    failed_trials: int = 0
     due: float | None = None
 
 
@@ -102,7 +106,7 @@ class Supervisor:
             for number, child in enumerate(children):
                 code = code or self._tend(child)
                 if child.due is not None and time.monotonic() >= child.due:
-                    children[number] = self._start(child.role, child.deaths)
+                    children[number] = self._start(child.role, child.deaths, child.failed_trials)
         self._end(children)
         self._find_suspects(children)
         return code
@@ -110,7 +114,7 @@ class Supervisor:
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
 
-    def _start(self, role: str, deaths: int = 0) -> _Child:
+    def _start(self, role: str, deaths: int = 0, failed_trials: int = 0) -> _Child:
         command = python_command("pipeline", "worker-process", "--role", role)
         in_hand = self._in_hand / secrets.token_hex(8)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
@@ -120,7 +124,7 @@ class Supervisor:
             env={**self._environment, "RUIJI_IN_HAND": str(in_hand)},
             stdout=subprocess.DEVNULL,
         )
-        return _Child(role, process, in_hand, deaths=deaths)
+        return _Child(role, process, in_hand, deaths=deaths, failed_trials=failed_trials)
 
     def _tend(self, child: _Child) -> int:
         if child.due is not None:
@@ -139,7 +143,18 @@ class Supervisor:
         self._unread = True
         extra = {"event": "process_died", "role": child.role, "status": status, "restart_in_s": pause}
         logger.warning("a worker process died", extra=extra)
-        return 0
+        on_trial = any(not hold.paths for hold in read_in_hand(child.in_hand).values())
+        child.failed_trials = child.failed_trials + 1 if on_trial else 0
+        if child.failed_trials < _MOST_TRIALS:
+            return 0
+        logger.error(
+            "this machine cannot run the model: %d processes in a row ended with status %d before a grey picture was "
+            "through; is there too little memory? Give it more, or run fewer --processes",
+            child.failed_trials,
+            status,
+            extra={"event": "worker_unfit"},
+        )
+        return RuijiError.exit_code
 
     def _look(self, child: _Child) -> None:
         """End a process that does not get done with what it has in hand."""

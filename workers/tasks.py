@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, Any
 import redis
 from celery import Celery
 from celery.exceptions import Reject
+from celery.worker import state
 from redis.exceptions import LockError
 
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords, renewed
-from pipeline.errors import MachineFault
+from pipeline.errors import MachineFault, ModelError, PlanMismatch, RuijiError
 from pipeline.generations import is_plan_id
 from pipeline.plan import OpenPlan, Plan, is_closed
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
+from pipeline.stops import stop_plan
 from pipeline.versions import library_versions
 from pipeline.watchdog import advance
-from workers.batching import BatchTask
-from workers.embed import FAILED, LATE, Job, embed_guarded
+from workers.batching import REST_S, BatchTask
+from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded
 from workers.in_hand import InHand
 from workers.ledger import Ledger
+from workers.permanent import Repeats
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -43,13 +46,16 @@ _QUICK_HEALS = 3
 
 
 def check_versions(plan: Plan) -> None:
-    """Raise MachineFault where other library versions than the plan's would give other bits."""
+    """Raise PlanMismatch if other library versions than the plan's would give other bits."""
     ours = library_versions()
     differing = [
         f"{name} {ours[name]} (plan: {plan.versions[name]})" for name in ours if ours[name] != plan.versions[name]
     ]
     if differing:
-        raise MachineFault(f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}")
+        raise PlanMismatch(
+            f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}; set it up with "
+            "the plan's, or close the plan with ruiji cancel and enqueue again"
+        )
 
 
 def register_embed(
@@ -72,9 +78,25 @@ def register_embed(
         hand: told what is being worked on.
         decoders: threads that decode ahead of the encoder, where several batches are in hand at once.
     """
-    plans, lines = OpenPlan(folder), _Lines()
+    plans, lines, repeats = OpenPlan(folder), _Lines(), Repeats(folder, client)
 
     def compute(calls: list[tuple[Any, ...]]) -> list[str]:
+        try:
+            return embed(calls)
+        except PlanMismatch as error:
+            # Permanent for this worker alone: others take what it gives back.
+            logger.error("%s", error, extra={"event": "worker_unfit"})
+            state.should_stop = error.exit_code
+            raise MachineFault(str(error)) from error
+        except (MachineFault, redis.RedisError):
+            raise
+        except (OSError, MemoryError) as error:
+            raise MachineFault(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            repeats.add(error)
+            raise
+
+    def embed(calls: list[tuple[Any, ...]]) -> list[str]:
         outcomes = [LATE] * len(calls)
         by_plan: dict[str, list[int]] = {}
         for number, call in enumerate(calls):
@@ -87,7 +109,11 @@ def register_embed(
             check_versions(plan)
             numbers = [n for n in candidates if _segment_exists(plan, calls[n][1]) and lines.hold(plan, *calls[n][1:])]
             jobs = [Job(plan.segments[calls[n][1]], calls[n][2]) for n in numbers]
-            done = embed_guarded(plan, jobs, encoder, media_dir, hand, ledger, decoders)
+            try:
+                done = embed_guarded(plan, jobs, encoder, media_dir, hand, ledger, decoders)
+            except ModelError as error:
+                stop_plan(plan, str(error))
+                continue
             for number, outcome in zip(numbers, done, strict=True):
                 outcomes[number] = outcome
             _note_failures(client, plan, jobs, [outcomes[n] for n in numbers])
@@ -145,17 +171,19 @@ def _segment_exists(plan: Plan, index: object) -> bool:
 def _note_failures(client: redis.Redis, plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
     failed: dict[int, list[str]] = {}
     for job, outcome in zip(jobs, outcomes, strict=True):
-        if outcome == FAILED:
-            failed.setdefault(job.segment.index, []).append(plan.scheme.object_id(job.path))
+        object_id = plan.scheme.object_id(job.path)
+        # What failed in a batch that was given back is noted when it comes again.
+        if outcome == FAILED or (outcome == SKIPPED and plan.has_failed(object_id)):
+            failed.setdefault(job.segment.index, []).append(object_id)
     for index, object_ids in failed.items():
         Chords(client, plan).note_failed(plan.segments[index], object_ids)
 
 
 def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segments: int) -> None:
     """Register the reduce task: `(plan id, segment)`, the body of the segment's chord."""
-    plans = OpenPlan(folder)
+    plans, repeats = OpenPlan(folder), Repeats(folder, client)
 
-    # Faults are given back to the queue; what else goes wrong is logged, and the watchdog tries again.
+    # What goes wrong is given back to the queue.
     @app.task(name=REDUCE_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
     def reduce(self: Any, plan_id: str, index: int) -> None:
         try:
@@ -165,6 +193,14 @@ def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segme
         except (MachineFault, redis.RedisError, LockError, OSError) as error:
             logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
             time.sleep(_LATE_FILE_WAIT_S)
+            raise Reject(str(error), requeue=True) from error
+        except Exception as error:
+            if isinstance(error, RuijiError):
+                logger.error("%s; the segment is given back", error, extra={"event": "segment_failed"})
+            else:
+                logger.exception("a segment failed and is given back", extra={"event": "segment_failed"})
+            repeats.add(error)
+            time.sleep(REST_S)
             raise Reject(str(error), requeue=True) from error
 
 
