@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 
+#: Values that are multiplied at once; as float64 they take 1 MB and stay in a core's cache.
+_AT_ONCE = 1 << 17
+
 
 def unusable(feature: Float32) -> str | None:
     """Why a feature, float32[d], has no direction to compare, or None."""
@@ -51,6 +54,30 @@ def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
     # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
     cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
     return np.clip(cosines, -1.0, 1.0)
+
+
+def exact_pair_table(some: Float32, others: Float32, wanted: NDArray[np.bool_]) -> Float64:
+    """What `exact_pair_similarities` gives for the wanted ones among all pairs of two sides, sooner if these are many.
+
+    Args:
+        some, others: float32[a, d] and float32[b, d]; wanted: bool[a, b].
+
+    Returns:
+        float64[a, b]; NaN for pairs that are not wanted.
+    """
+    similarities = np.full(wanted.shape, np.nan)
+    at_once = max(1, _AT_ONCE // max(1, some.shape[1]))
+    for start in range(0, len(others), at_once):
+        part = slice(start, start + at_once)
+        x = others[part].astype(np.float64)
+        squares = row_sums(x * x)
+        for number in np.flatnonzero(wanted[:, part].any(axis=1)).tolist():
+            q = some[number].astype(np.float64)
+            columns = np.flatnonzero(wanted[number, part])
+            dots = row_sums((x if len(columns) == len(x) else x[columns]) * q)
+            cosines = dots / np.sqrt(squares[columns] * row_sums((q * q)[np.newaxis]))
+            similarities[number, start + columns] = np.clip(cosines, -1.0, 1.0)
+    return similarities
 
 
 def exact_squared_distances(query: Float32, rows: Float32) -> Float64:

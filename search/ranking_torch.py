@@ -18,7 +18,7 @@ from pipeline.errors import RuijiError, UsageError
 from search.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.codes import integers_of
 from search.gallery import Block, Gallery
-from search.near_duplicates import Multiply, Pairs
+from search.near_duplicates import Dense, Multiply, Pairs, is_dense
 from search.norms import is_plain
 from search.options import Metric, Precision
 from search.ranking import Batch, Candidates, Rows, default_block_rows, usable_rows
@@ -193,17 +193,19 @@ class TorchMultiply(Multiply):
         loss = _largest_loss(exact, rounded)
         return rounded, bfloat16_margin(units.shape[1], loss, loss)
 
-    def pairs(self, some: object, others: object, least: float) -> Pairs:
-        """Pairs of rows whose computed cosine is `least` or more; only they leave the device."""
+    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+        """Pairs of rows whose computed cosine is not below `least`; only they leave the device, or all if many are."""
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
         at_once = max(1, _PRODUCTS // max(1, len(b)) if a.device.type == "cpu" else len(a))
-        found = []
         for number, part in enumerate(a.split(at_once)):
             # A bfloat16 is compared as the float32 that it is.
             cosines = _products(part, b).float()
-            i, j = _chosen(~(cosines < least))
-            found.append((number * at_once + i, j, _at(cosines, i, j)))
-        return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+            near = ~(cosines < least)
+            if is_dense(int(near.sum()), near.numel()):
+                yield Dense(number * at_once, cosines.cpu().numpy())
+            else:
+                i, j = _chosen(near)
+                yield Pairs(number * at_once + i, j, _at(cosines, i, j))
 
 
 class TorchCodesMultiply:

@@ -1,11 +1,15 @@
 """Near-duplicates: every pair once, groups as a brute force finds them, on any tiles and in reduced precision."""
 
 import itertools
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
+from search.exact import exact_pair_similarities, exact_pair_table
 from search.near_duplicates import Group, Multiply, find_groups
 from tests.search.galleries import brute_force, in_memory
 from tests.search.test_ranking import KINDS, features_of, ids_of
@@ -89,12 +93,112 @@ def test_rows_that_are_left_out_are_in_no_group() -> None:
     assert group.pairs == 3
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "twins"])
+@pytest.mark.parametrize("listed", [0, 3, 1 << 40], ids=["never-dense", "often", "always-dense"])
+def test_a_dense_tile_gives_the_same_groups(kind: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = twins() if kind == "twins" else features_of(kind, 120)
+    ids = ids_of(len(features))
+    gallery = in_memory(features, ids, cuts=(1, 50, 50, 77))
+    monkeypatch.setattr("search.near_duplicates._LISTED", listed)
+    monkeypatch.setattr("search.near_duplicates._DENSE_ROWS", 19)
+    for threshold in (0.3, 0.95, 1.0):
+        want = expected(features, ids, threshold)
+        for panel_rows, tile_rows in ((64, 33), (1000, 1000), (101, 7)):
+            assert told(find_groups(gallery, threshold, panel_rows=panel_rows, tile_rows=tile_rows)) == want
+
+
+def twins() -> NDArray[np.float32]:
+    """Rows that stand two or more times, some near others, some bad, some too large or small for float32."""
+    rng = np.random.default_rng(3)
+    kinds = np.concatenate([features_of(kind, 20) for kind in ("random", "clustered", "bad_rows", "extremes", "ties")])
+    return kinds[rng.integers(0, len(kinds), 120)]
+
+
+def test_rows_that_only_seem_equal_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = twins()
+    ids = ids_of(len(features))
+    monkeypatch.setattr("search.near_duplicates._sums", lambda rows: np.zeros(len(rows), np.uint64))
+    assert told(find_groups(in_memory(features, ids, cuts=(60,)), 0.9)) == expected(features, ids, 0.9)
+
+
+def test_zeros_of_both_signs_are_near_but_not_the_same() -> None:
+    features = np.array([[1, 0.0], [1, -0.0], [1, 0.0], [0, 1]], np.float32)
+    (group,) = find_groups(in_memory(features), 1.0)
+    assert ([member.row for member in group.members], group.pairs) == ([0, 1, 2], 3)
+
+
+def test_a_table_decides_as_pairs_do() -> None:
+    for d in (1, 7, 129, 1280):
+        some, others = features_of("near_duplicates", 40, d), features_of("positive", 300, d)
+        others[::3] = some[0]
+        for wanted in (np.ones((40, 300), bool), np.random.default_rng(0).random((40, 300)) < 0.3):
+            table = exact_pair_table(some, others, wanted)
+            i, j = np.nonzero(wanted)
+            assert table[i, j].tobytes() == exact_pair_similarities(some[i], others[j]).tobytes()
+            assert np.isnan(table[~wanted]).all()
+
+
+def many(kind: str, n: int, d: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(0)
+    rows: NDArray[np.float32] = rng.standard_normal((n, d), dtype=np.float32)
+    if kind == "clusters":
+        rows = (rows[rng.integers(0, 10, n)] + 0.05 * rows).astype(np.float32)
+    if kind in ("same", "last-bit", "last-bits"):
+        rows[:] = rows[0]
+    if kind == "last-bit":
+        rows.view(np.uint32)[np.arange(n), rng.integers(0, d, n)] ^= 1
+    if kind == "last-bits":
+        rows.view(np.uint32)[:] ^= rng.integers(0, 2, (n, d), np.uint32)
+    return rows
+
+
+def test_rows_that_are_all_alike_take_no_more_than_three_times_as_long_and_no_list_of_pairs() -> None:
+    n, d, took = 8000, 64, {}
+    for kind in ("random", "random", "same", "last-bit", "last-bits", "clusters"):
+        gallery = in_memory(many(kind, n, d))
+        assert not any(gallery.unusable_rows)
+        started = time.process_time()
+        groups = find_groups(gallery, 0.95)
+        took[kind] = time.process_time() - started
+        assert len(groups) == {"random": 0, "clusters": 10}.get(kind, 1)
+        if kind.startswith(("same", "last")):
+            assert groups[0].pairs == n * (n - 1) // 2
+    assert max(took.values()) < 3 * max(took["random"], 0.3), took
+    tracemalloc.start()
+    try:
+        find_groups(in_memory(many("last-bits", n, d)), 0.95)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The cosines of one tile are 64 MB; 32 million pairs would be 750.
+    assert peak < 250 << 20, peak
+
+
+def test_one_row_a_thousand_times_is_decided_once_at_the_highest_threshold() -> None:
+    features = np.concatenate([many("same", 3000, 256), many("random", 3000, 256)])
+    started = time.process_time()
+    (group,) = find_groups(in_memory(features, cuts=(1000,)), 1.0)
+    assert time.process_time() - started < 5
+    # The first random row is the one that the others repeat.
+    assert ([member.row for member in group.members], group.pairs) == ([*range(3001)], 3001 * 3000 // 2)
+    assert {member.similarity for member in group.members} == {1.0}
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.01, float("nan")])
+def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
+    with pytest.raises(UsageError, match="threshold"):
+        find_groups(in_memory(np.ones((2, 2), np.float32)), threshold)
+
+
+@pytest.mark.parametrize("listed", [0, 16, 1 << 40], ids=["never-dense", "as-it-is", "always-dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_finds_the_same_groups(kind: str) -> None:
+def test_bfloat16_finds_the_same_groups(kind: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
     from search.ranking_torch import TorchMultiply
 
     gallery = in_memory(features_of(kind), cuts=(100,))
     multiply: Multiply = TorchMultiply("cpu")
-    for threshold in (0.3, 0.999, 1.0):
-        assert find_groups(gallery, threshold, multiply, panel_rows=90, tile_rows=33) == find_groups(gallery, threshold)
+    wanted = {threshold: find_groups(gallery, threshold) for threshold in (0.3, 0.999, 1.0)}
+    monkeypatch.setattr("search.near_duplicates._LISTED", listed)
+    for threshold, want in wanted.items():
+        assert find_groups(gallery, threshold, multiply, panel_rows=90, tile_rows=33) == want
