@@ -355,14 +355,16 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
     parts = _split(redis_url)
     if parts.scheme == "rediss":
         parts = parts._replace(query=_tls_query(parts.query))
-    if password_file is not None and "@" not in parts.netloc:
+    if password_file is not None and parts.password is None:
         try:
             password = password_file.read_text(encoding="utf-8-sig").strip()
         except OSError as error:
             raise UsageError(f"cannot read the password file {password_file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UsageError(f"the password file {password_file} is not UTF-8") from None
-        parts = parts._replace(netloc=f":{quote(password, safe='')}@{parts.netloc}")
+        host = parts.netloc.rpartition("@")[2]
+        # A user of Redis' access list stays.
+        parts = parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}")
     return urlunsplit(parts)
 
 

@@ -64,12 +64,16 @@ class Watchdog(threading.Thread):
         self._ended.set()
 
     def run(self) -> None:
-        """Look every few seconds, through every failure of Redis or the disk."""
+        """Look every few seconds, through every failure of Redis or the disk; each is told once."""
+        told = ""
         while not self._ended.wait(CHECK_INTERVAL_S):
             try:
                 self._look()
+                told = ""
             except (redis.RedisError, LockError, OperationalError, OSError, RuijiError) as error:
-                logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
             except Exception:
                 # Without this thread nothing that is lost comes back.
                 logger.exception("watchdog", extra={"event": "watchdog_waits"})

@@ -1,7 +1,8 @@
 """`ruiji worker`: the processes that embed and reduce."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import StrEnum
 from typing import Annotated
 
@@ -48,7 +49,8 @@ def worker(
     log_format: settings.LogFormatOption = settings.LogFormat.text,
 ) -> None:
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
-    from pipeline.errors import UsageError
+    from pipeline.broker.app import connect
+    from pipeline.errors import BrokerUnavailable, UsageError
     from pipeline.logs import set_up
     from pipeline.store import gallery_folder
     from workers.slots import one_device
@@ -60,6 +62,9 @@ def worker(
     if not os.access(model, os.R_OK):
         raise UsageError(f"no model at {model} that may be read; give an .onnx file with --model or RUIJI_MODEL")
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
+    # One that is away is waited for by each process; one that cannot be used is refused here, in one line.
+    with suppress(BrokerUnavailable):
+        connect(url).close()
     cores = len(os.sched_getaffinity(0))
     cuda = role is not Role.reduce and _uses_cuda(device)
     embed_processes = processes or (1 if cuda else cores)
@@ -146,6 +151,9 @@ def worker_process(
     log_format: settings.LogFormatOption = settings.LogFormat.text,
 ) -> None:
     """One process of `ruiji worker`, which starts it with its settings in the environment."""
+    # Nothing is in hand until Celery starts and listens itself; an exception in the midst of an import would be shown.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     from pipeline.logs import set_up
     from workers.process import run_process
 

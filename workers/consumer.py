@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import redis
-from celery.exceptions import CPendingDeprecationWarning, SecurityWarning, WorkerShutdown
+from celery.exceptions import CPendingDeprecationWarning, Reject, SecurityWarning, WorkerShutdown
 from celery.worker import consumer as stock
 from celery.worker import state
 from kombu.exceptions import OperationalError
@@ -86,14 +86,14 @@ class Consumer(stock.Consumer):  # type: ignore[misc]
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Celery's hook; its own lines are silenced."""
-        outage.begins(exc)
         super().on_connection_error_after_connected(exc)
-        if isinstance(exc.__cause__, redis.ResponseError):
-            time.sleep(_PAUSE_S)
+        self.on_connection_error_before_connected(exc)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """Celery's hook."""
         outage.begins(exc)
+        if isinstance(exc.__cause__, redis.ResponseError):
+            time.sleep(_PAUSE_S)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Celery's hook: what takes each message."""
@@ -120,17 +120,20 @@ class Consumer(stock.Consumer):  # type: ignore[misc]
 
 def quiet() -> None:
     """Keep Celery from saying in many lines what this module says in one."""
-    # It warns root because of pickle, which the app never accepts, and of a coming default at each lost connection.
+    # It warns root because of pickle, which the app never accepts.
     warnings.simplefilter("ignore", SecurityWarning)
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)
-    logging.getLogger("celery.worker.consumer").setLevel(logging.CRITICAL)
+    logging.getLogger("celery.worker.consumer").setLevel(logging.CRITICAL + 1)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_without_trace)
+        handler.addFilter(_shortened)
 
 
-def _without_trace(record: logging.LogRecord) -> bool:
-    """Where a library tells of a lost connection, its traceback says nothing."""
+def _shortened(record: logging.LogRecord) -> bool:
+    """Leave out the traceback where a library tells of a lost connection, and a coming default told each time."""
+    if record.name == "py.warnings" and CPendingDeprecationWarning.__name__ in record.getMessage():
+        return False
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, Reject):
+        return False  # The task itself said why.
     if isinstance(error, redis.RedisError | OSError | OperationalError):
         record.exc_info = None
         record.msg, record.args = f"{record.getMessage().partition(chr(10))[0]}: {error}", None

@@ -38,7 +38,6 @@ SAMPLE_ROWS = 12
 LEAST_COSINE = 0.99999
 #: Between a CPU and a GPU, or two GPUs.
 LEAST_COSINE_CUDA = 0.9999
-_OLDEST_REDIS = (6, 2)
 #: Smallest unit in which most file systems give out space.
 _BLOCK_BYTES = 4096
 _CLOCK_TOLERANCE_S = 5.0
@@ -106,8 +105,6 @@ def _redis(url: str | None) -> Check:
         return Check("bad", "redis", str(error))
     problems = []
     version = str(info["redis_version"])
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_REDIS:
-        problems.append("it is older than 6.2")
     if not info.get("aof_enabled"):
         problems.append("it keeps no append-only file: set appendonly yes, or a restart costs what was in flight")
     if info.get("aof_last_write_status", "ok") != "ok":

@@ -6,14 +6,31 @@ A health check then is a look at a file's age and costs nothing, however many wo
 
 import contextlib
 import os
+import time
 from pathlib import Path
+
+#: A file that was not touched for so long is no living process', or one's that waits; the latter makes it anew.
+_LEFT_S = 60.0
+
+
+def ready_file(state_dir: Path, pid: int) -> Path:
+    """One process' file."""
+    return state_dir / "ready" / str(pid)
+
+
+def remove_left_ready(state_dir: Path) -> None:
+    """Remove what killed processes left."""
+    for file in (state_dir / "ready").glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > _LEFT_S:
+                file.unlink()
 
 
 class Readiness:
     """One process' file, `STATE_DIR/ready/<pid>`."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._file = state_dir / "ready" / str(os.getpid())
+        self._file = ready_file(state_dir, os.getpid())
 
     def tell(self) -> None:
         """The process can take a task now; to be told again every few seconds."""

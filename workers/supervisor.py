@@ -18,6 +18,7 @@ from pipeline.children import python_command, start_child
 from pipeline.errors import RuijiError
 from pipeline.plan import open_plan
 from workers.in_hand import Hold, left_behind, read_in_hand
+from workers.readiness import ready_file, remove_left_ready
 from workers.suspects import note_deaths
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,15 @@ _HOPELESS = (2, 4)
 _MOST_TRIALS = 3
 #: How often a process is looked at for a batch that does not end.
 _LOOK_INTERVAL_S = 1.0
+
+
+def _how(status: int) -> str:
+    """What the end of a process means, in words."""
+    if status == -signal.SIGKILL:
+        return "it was killed; if nobody did, memory ran out: give it more, or run fewer --processes"
+    if status < 0:
+        return f"it was ended by {signal.Signals(-status).name}" if -status in signal.valid_signals() else "by a signal"
+    return f"it ended with exit code {status}; the lines above say why"
 
 
 @dataclass
@@ -76,6 +86,8 @@ class Supervisor:
         self._roles = roles
         self._environment = {**os.environ, **environment}
         self._gallery = gallery
+        self._state_dir = state_dir
+        remove_left_ready(state_dir)
         name = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:16]
         self._in_hand = state_dir / "in-hand" / name
         try:
@@ -142,7 +154,8 @@ class Supervisor:
         child.due = now + pause
         self._unread = True
         extra = {"event": "process_died", "role": child.role, "status": status, "restart_in_s": pause}
-        logger.warning("a worker process died", extra=extra)
+        ready_file(self._state_dir, child.process.pid).unlink(missing_ok=True)
+        logger.warning("a worker process died: %s", _how(status), extra=extra)
         on_trial = any(not hold.paths for hold in read_in_hand(child.in_hand).values())
         child.failed_trials = child.failed_trials + 1 if on_trial else 0
         if child.failed_trials < _MOST_TRIALS:

@@ -25,6 +25,7 @@ from pipeline.stops import stop_plan
 from pipeline.versions import library_versions
 from pipeline.watchdog import advance
 from workers.batching import REST_S, BatchTask
+from workers.consumer import noted
 from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded
 from workers.in_hand import InHand
 from workers.ledger import Ledger
@@ -191,7 +192,10 @@ def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segme
             if plan is not None and _segment_exists(plan, index):
                 reduce_and_advance(app, client, plan, index, window_segments)
         except (MachineFault, redis.RedisError, LockError, OSError) as error:
-            logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
+            if isinstance(error, redis.RedisError) and not isinstance(error, LockError):
+                noted(error)
+            else:
+                logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
             time.sleep(_LATE_FILE_WAIT_S)
             raise Reject(str(error), requeue=True) from error
         except Exception as error:

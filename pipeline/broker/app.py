@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 5.0
 #: A connection that was idle for longer is asked whether it still works.
 HEALTH_CHECK_S = 5
 #: What Redis answers while it cannot do what it will do later: a replica, memory or disk full, starting, a long script.
-_PASSING = re.compile(r"\b(READONLY|OOM|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|TRYAGAIN|BUSY)\b")
+_PASSING = re.compile(r"\b(READONLY|OOM|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|TRYAGAIN|BUSY|UNBLOCKED)\b")
 #: Version of the messages; part of the queues' names, so that a worker of another age never sees them.
 PROTOCOL = 1
 
@@ -139,7 +139,7 @@ def connect(redis_url: str) -> redis.Redis:
             health_check_interval=HEALTH_CHECK_S,
             retry=Retry(ExponentialBackoff(cap=1), 3),
         )
-        _require_fit(client.info("server"))
+        _require_fit(client.info())
     except redis.AuthenticationError as error:
         raise UsageError(
             f"Redis at {public_url(redis_url)} refuses the user or the password ({error}); correct RUIJI_REDIS_URL or "
@@ -160,16 +160,15 @@ def connect(redis_url: str) -> redis.Redis:
     return client
 
 
-def _require_fit(server: dict[str, Any]) -> None:
+def _require_fit(info: dict[str, Any]) -> None:
     """Refuse a Redis with which a run would start, and never end."""
-    version = str(server.get("redis_version", ""))
+    version = str(info.get("redis_version", ""))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers and numbers < OLDEST_REDIS:
         raise UsageError(f"this Redis is {version}; ruiji needs 6.2 or later, or Valkey. Nothing was changed in it")
-    mode = server.get("redis_mode", "standalone")
-    if mode != "standalone":
+    if info.get("cluster_enabled"):
         raise UsageError(
-            f"this Redis runs in {mode} mode, where a script cannot reach several keys; ruiji needs one without "
+            "this Redis runs in cluster mode, where a script cannot reach several keys; ruiji needs one without "
             "cluster-enabled (a replica beside it is fine). Nothing was changed in it"
         )
 

@@ -120,7 +120,11 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> No
             return
         except BrokerUnavailable:
             if server.poll() is not None or time.monotonic() > deadline:
-                raise RuijiError(f"the embedded Redis did not start. {_end_of(log)}") from None
+                aof = log.parent / "appendonlydir"
+                raise RuijiError(
+                    f"the embedded Redis did not start. If its append-only file is damaged, remove {aof}: nothing is "
+                    f"lost, the next run or enqueue publishes again what was open. {_end_of(log)}"
+                ) from None
             time.sleep(0.05)
 
 
