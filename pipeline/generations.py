@@ -263,11 +263,14 @@ def _lines(object_ids: list[str]) -> bytes:
 
 
 def marks_digest(folder: Path) -> str:
-    """sha256 (hex) over names and bytes of a folder of marks."""
+    """sha256 (hex) over names and bytes of a folder of marks; empty if the next generation removes it just now."""
     total = hashlib.sha256()
-    for name, data in _mark_files(folder):
-        total.update(f"{name} {len(data)}\n".encode())
-        total.update(data)
+    try:
+        for name, data in _mark_files(folder):
+            total.update(f"{name} {len(data)}\n".encode())
+            total.update(data)
+    except FileNotFoundError:
+        return ""
     return total.hexdigest()
 
 

@@ -231,7 +231,9 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
         with making(folder) as made:
             segments = _copy_lost(lost, made / "todo.txt")
             if before.marks_folder.is_dir():
-                shutil.copytree(before.marks_folder, made / "stale")
+                # If the next generation removes them meanwhile, the commit fails.
+                with suppress(FileNotFoundError, shutil.Error):
+                    shutil.copytree(before.marks_folder, made / "stale")
             state = before.objects
             draft = replace(
                 lost[0].plan,
