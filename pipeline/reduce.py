@@ -171,6 +171,9 @@ def nested_folders(folder: Path) -> Iterator[Path]:
 
 def _tidy(folder: Path, since_ns: int) -> None:
     with suppress(OSError):
+        os.rmdir(folder)  # Most are empty.
+        return
+    with suppress(OSError):
         if folder.stat().st_mtime_ns >= since_ns:
             _remove_temporary(folder)
             os.rmdir(folder)  # A full one stays.

@@ -271,6 +271,7 @@ class World:
             tidy: whether no per-image file may be left of an object that is in a shard.
         """
         for _ in range(4):
+            self.repair()
             self.work()
             self._check_figures(names)
             if self.enqueue(names) is None:
