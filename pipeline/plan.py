@@ -309,10 +309,14 @@ class Plan:
             recorded |= set(recorded_shards(fruitless_folder(self.folder)))
         return [segment for segment in self.segments if segment.shard not in recorded]
 
-    @cached_property
+    @property
     def _left(self) -> dict[int, Segment]:
         """Segments that were not seen published, by index."""
-        return {segment.index: segment for segment in self.unpublished()}
+        # Not a `cached_property`, which holds one lock for all plans while one of them lists its folder.
+        left: dict[int, Segment] | None = self.__dict__.get("_seen_left")
+        if left is None:
+            left = self.__dict__["_seen_left"] = {segment.index: segment for segment in self.unpublished()}
+        return left
 
     def first_unpublished(self, count: int, besides: Collection[int] = ()) -> list[Segment]:
         """The first segments without a record; after a first listing each one is looked at until it has one.
@@ -348,7 +352,7 @@ class Plan:
         """Whether every segment has its record; looked up once more if it seems so, since one may have been removed."""
         if self.first_unpublished(1):
             return False
-        self.__dict__.pop("_left")
+        del self.__dict__["_seen_left"]
         return not self._left
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,23 @@ def _open(world: World) -> Plan:
     return plan
 
 
+def _own(world: World) -> Plan:
+    """The plan as an actor has read it, which may be closed by now."""
+    return replace(world.state["plan"], folder=world.folder)
+
+
 def _reducer(world: World) -> object:
-    plan = world.state["plan"]
+    plan = _own(world)
     return world.reduce(plan, plan.segments[0])
 
 
 def _embedder(world: World) -> object:
-    plan = world.state["plan"]
+    plan = _own(world)
     return [world.embed(plan, segment) for segment in plan.segments]
 
 
 def _watchdog(world: World) -> object:
-    return world.finish(world.state["plan"])
+    return world.finish(_own(world))
 
 
 def _upgrade(world: World) -> None:
@@ -68,7 +74,7 @@ def _cancel_and_all(world: World) -> None:
 
 def _cancel_late_record_all(world: World) -> None:
     """A reducer names its record only after the plan was cancelled and the list enqueued again."""
-    plan = world.state["plan"]
+    plan = _own(world)
     Stepper("/0000.json", kill=False).run(
         lambda: world.reduce(plan, plan.segments[0]), lambda: _cancel_and_enqueue(world)
     )
@@ -238,16 +244,7 @@ def _copy(prepared: World, root: Path) -> World:
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(prepared.root, root)
     world = World(root, dict(prepared.versions), state=dict(prepared.state))
-    plan = world.state.get("plan")
-    if plan is not None:
-        world.state["plan"] = _reread(plan, world)
     return world
-
-
-def _reread(plan: Plan, world: World) -> Plan:
-    from dataclasses import replace
-
-    return replace(plan, folder=world.folder)
 
 
 class _library_versions:
