@@ -191,7 +191,9 @@ def feature_queries(files: list[Path], length: int) -> list[Query]:
                 f"float32[q, {length}], q at least 1"
             )
         single = array.ndim == 1
-        for number, feature in enumerate(np.atleast_2d(array).astype(np.float32)):
+        with np.errstate(over="ignore", under="ignore"):
+            features = np.atleast_2d(array).astype(np.float32)
+        for number, feature in enumerate(features):
             name = str(file) if single else f"{file}[{number}]"
             if problem := unusable(feature):
                 raise QueryError(f"--feature {name}: {problem}")

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from search.exact import exact_similarities
-from search.full_ranking import Placed, Task, full_ranking, usable_rows
+from search.full_ranking import Placed, Products, Task, full_ranking, numpy_products, usable_rows
 from search.gallery import Gallery, Shard
 from search.metrics import Tie
 from tests.search.galleries import in_memory
@@ -131,6 +131,22 @@ def test_rows_without_a_direction_and_stale_rows_are_not_usable() -> None:
     names = np.array(ids(6))
     stale = np.array([False, False, False, False, True, False])
     assert usable_rows(Gallery(3, (Shard("0000", features, names, stale=stale),))).tolist() == [1, 0, 0, 0, 0, 1]
+
+
+def test_only_usable_rows_are_multiplied() -> None:
+    features = random_features(60, 33)
+    features[1::7], features[2::11, 0], features[3::13, 1] = 0, np.nan, np.inf
+    gallery = in_memory(features, ids(60), cuts=(20,))
+    usable = np.flatnonzero(usable_rows(gallery))
+    labels = np.random.default_rng(3).integers(0, 3, len(usable))
+
+    def watched(units: NDArray[np.float64]) -> Products:
+        assert np.isfinite(units).all()
+        return lambda rows: numpy_products(units)(rows) if np.isfinite(rows).all() else pytest.fail("a bad row")
+
+    task = Task(usable[:20], labels[:20], usable[20:], labels[20:])
+    assert len(list(full_ranking(gallery, task, 7, make_products=watched))) == 20
+    check(gallery, features, task)
 
 
 def test_huge_and_tiny_features_are_ranked_as_any_other() -> None:

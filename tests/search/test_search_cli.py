@@ -394,6 +394,8 @@ def test_features_are_searched_with_one_or_many_at_a_time(world: World, tmp_path
     assert "float32[12]" in world.refused(QueryError, "--feature", tmp_path / "long.npy")
     np.save(tmp_path / "zero.npy", np.zeros(12, np.float32))
     assert "all zero" in world.refused(QueryError, "--feature", tmp_path / "zero.npy")
+    np.save(tmp_path / "huge.npy", np.full(12, 1e300))
+    assert "NaN or infinite" in world.refused(QueryError, "--feature", tmp_path / "huge.npy")
     np.save(tmp_path / "none.npy", np.ones((0, 12), np.float32))
     assert "q at least 1" in world.refused(QueryError, "--feature", tmp_path / "none.npy")
     np.savez(tmp_path / "some.npz", features)
