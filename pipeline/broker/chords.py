@@ -14,7 +14,8 @@ import redis
 from redis.lock import Lock
 
 from pipeline.broker.app import embed_queue, reduce_queue, unacked_keys
-from pipeline.plan import Plan, Segment
+from pipeline.generations import is_plan_id
+from pipeline.plan import Plan, Segment, is_closed, open_plan
 
 #: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
 _CHORD_ENDINGS = ("j", "d", "t", "s", "c")
@@ -74,8 +75,20 @@ class Chords:
         self.client.delete(self._failed(segment))
 
     def forget_plan(self) -> None:
-        """Drop what is known of a closed plan."""
-        self.client.delete(self._segments)
+        """Drop what is known of this plan, which is closed, and of those that were cancelled before it."""
+        now = open_plan(self._plan.folder)
+        for key in list(self.client.scan_iter(f"{self._prefix}:plan:*", count=1000)):
+            plan_id, _, rest = str(key).removeprefix(f"{self._prefix}:plan:").partition(":")
+            if not is_plan_id(plan_id) or not is_closed(self._plan.folder, plan_id):
+                continue
+            if now is not None and now.plan_id == plan_id:
+                continue
+            fields = {} if rest else self.client.hgetall(key)
+            groups = [json.loads(value)["group"] for index, value in fields.items() if index != "plan"]
+            # Without its size a chord is none any more, and what comes late of it is not counted.
+            self.client.delete(
+                key, *(f"celery-taskset-meta-{group}.{ending}" for group in groups for ending in _CHORD_ENDINGS)
+            )
 
     def begin_group(self, group: str, size: int) -> None:
         """Make a chord's counter start at 0 and fire at `size`, whatever an older arming left behind."""

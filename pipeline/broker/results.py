@@ -11,12 +11,14 @@ from typing import Any
 from celery.backends.redis import RedisBackend
 
 #: The first half of Celery's own script, for many members of one chord: notes each member's part once, by its task id
-#: and index, unless the body was sent already. KEYS: the chord's results, its members, its claim. ARGV: member, part, …
+#: and index, unless the body was sent already. KEYS: the chord's results, members, claim, size. ARGV: member, part, …
+#: Returns 0 if there is no such chord: the part of a cancelled plan, or a forged one, would stay for ever.
 _NOTE = """
-if redis.call('GET', KEYS[3]) == 'done' then return end
+if redis.call('EXISTS', KEYS[4]) == 0 or redis.call('GET', KEYS[3]) == 'done' then return 0 end
 for i = 1, #ARGV, 2 do
   if redis.call('SADD', KEYS[2], ARGV[i]) == 1 then redis.call('RPUSH', KEYS[1], ARGV[i + 1]) end
 end
+return 1
 """
 
 
@@ -61,10 +63,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
             groups.setdefault(part[0].group, []).append(part)
         note = self.client.register_script(_NOTE)
         for group, (*most, last) in groups.items():
-            if most:
-                arguments: list[str | bytes] = []
-                for request, state, result in most:
-                    part = self.encode([1, request.id, state, self.encode_result(result, state)])
-                    arguments += [f"{request.id}:{request.group_index}", part]
-                note(keys=[self.get_key_for_group(group, ending) for ending in (".j", ".d", ".c")], args=arguments)
-            super().on_chord_part_return(*last)
+            arguments: list[str | bytes] = []
+            for request, state, result in most:
+                part = self.encode([1, request.id, state, self.encode_result(result, state)])
+                arguments += [f"{request.id}:{request.group_index}", part]
+            keys = [self.get_key_for_group(group, ending) for ending in (".j", ".d", ".c", ".s")]
+            if note(keys=keys, args=arguments):
+                super().on_chord_part_return(*last)

@@ -192,3 +192,19 @@ def test_what_passes_is_told_in_a_few_lines_and_waited_for(
         lines
     )
     assert max(map(len, lines)) < 300
+
+
+def test_a_cancelled_plan_leaves_nothing_once_the_next_one_has_ended(ruiji: Ruiji, redis_url: str) -> None:
+    pictures(ruiji.media, 30)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "10"}
+    ruiji("enqueue")
+    ruiji("cancel")
+    ruiji("enqueue", "--shard-rows", "15")
+    ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait", "--shard-rows", "15")
+    client = connect(redis_url)
+
+    def left() -> list[str]:
+        return [key for key in map(str, client.scan_iter()) if ":worker:" not in key and not key.endswith(".c")]
+
+    wait_until(lambda: not left(), 30, "the end of all keys")

@@ -179,6 +179,12 @@ def test_a_batch_of_chord_parts_counts_each_member_once_and_sends_the_body_once(
     assert not client.exists("celery-taskset-meta-group.d"), "a late duplicate does not begin the count anew"
 
 
+@pytest.mark.parametrize("numbers", [[0], [0, 1, 2]])
+def test_parts_of_a_chord_that_there_is_not_leave_nothing_in_redis(redis_url: str, numbers: list[int]) -> None:
+    store(app_for(redis_url, "fast"), numbers)
+    assert connect(redis_url).dbsize() == 0
+
+
 def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
     fast, stock, client = app_for(redis_url, "fast"), app_for(redis_url, "stock"), connect(redis_url)
     fast.backend.set_chord_size("group", 4)
