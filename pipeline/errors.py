@@ -83,6 +83,10 @@ class MachineFault(RuijiError):
     """
 
 
+class DeviceFault(MachineFault):
+    """A GPU failed or is lost: only another process may find it working again."""
+
+
 class ImageError(RuijiError):
     """One object cannot be embedded, and it is the object's own fault.
 

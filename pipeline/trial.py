@@ -24,26 +24,29 @@ def prove_model(model: Model) -> str | None:
     Raises:
         ModelError: it does not run, or gives something else than its graph or .toml promises.
     """
-    child = start_child(
-        python_command("workers.trial", str(model.path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        said, noise = child.communicate(timeout=TRIAL_S)
-    except subprocess.TimeoutExpired:
-        raise ModelError(f"the model {model.path} takes longer than {TRIAL_S:g} s for one image") from None
-    finally:
-        child.kill()
-        child.wait()
+    command = python_command("workers.trial", str(model.path))
+    with start_child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            said, noise = child.communicate(timeout=TRIAL_S)
+        except subprocess.TimeoutExpired:
+            raise ModelError(f"the model {model.path} takes longer than {TRIAL_S:g} s for one image") from None
+        finally:
+            child.kill()
     if child.returncode == -signal.SIGKILL:
         # The kernel's way of ending what takes too much memory.
         return f"the model {model.path} could not be tried here: its process was killed; is there too little memory?"
     try:
         answer = json.loads(said)
     except ValueError:
-        last = (noise.strip().splitlines() or ["nothing was said"])[-1]
         raise ModelError(
-            f"the model {model.path} ends the process that runs it with status {child.returncode}: {last}"
+            f"the model {model.path} ends the process that runs it with {_how(child.returncode, noise)}"
         ) from None
     if "refused" in answer:
         raise ModelError(answer["refused"])
     return f"not tried here: {answer['untried']}" if "untried" in answer else None
+
+
+def _how(status: int, noise: str) -> str:
+    if status < 0:
+        return signal.Signals(-status).name
+    return f"status {status}: {(noise.strip().splitlines() or ['nothing was said'])[-1]}"

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeline.errors import CannotRunHere, MachineFault, ModelError, RunFailed, UsageError
+from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RunFailed, UsageError
 from pipeline.model import Model, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _fault(model: Model, device: str, error: Exception) -> ModelError | MachineF
     """What an exception of ONNX Runtime means, in one line."""
     said, kind = _said(error), type(error).__name__
     if isinstance(error, MemoryError) or kind == "NoSuchFile" or _MACHINE.search(said):
-        return MachineFault(f"the model failed on {device}: {said}")
+        return (DeviceFault if device == "cuda" else MachineFault)(f"the model failed on {device}: {said}")
     if kind == "NotImplemented":
         return CannotRunHere(f"the model {model.path} cannot run on {device}: {said}")
     return RunFailed(f"the model {model.path} does not run: {said}")

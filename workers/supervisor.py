@@ -32,7 +32,7 @@ _HEALTHY_S = 30.0
 #: Exit codes of a process that can never work (usage, inconsistent data): starting it again is useless.
 _HOPELESS = (2, 4)
 #: A process that died so often in a row while its model was on trial is not started again: here it cannot work.
-_MOST_TRIALS = 3
+_MOST_TRIALS = 5
 #: How often a process is looked at for a batch that does not end.
 _LOOK_INTERVAL_S = 1.0
 

@@ -16,7 +16,7 @@ from redis.exceptions import LockError
 
 from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
 from pipeline.broker.chords import Chords, renewed
-from pipeline.errors import MachineFault, ModelError, PlanMismatch, RuijiError
+from pipeline.errors import DeviceFault, MachineFault, ModelError, PlanMismatch, RuijiError
 from pipeline.generations import is_plan_id
 from pipeline.plan import OpenPlan, Plan, is_closed
 from pipeline.produce import Producer
@@ -89,6 +89,10 @@ def register_embed(
             logger.error("%s", error, extra={"event": "worker_unfit"})
             state.should_stop = error.exit_code
             raise MachineFault(str(error)) from error
+        except DeviceFault as error:
+            # CUDA does not recover within a process; the next one tries the model first.
+            state.should_stop = error.exit_code
+            raise
         except (MachineFault, redis.RedisError):
             raise
         except (OSError, MemoryError) as error:

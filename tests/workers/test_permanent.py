@@ -244,41 +244,109 @@ def test_a_fault_that_nobody_foresaw_stops_the_plan_if_nothing_else_goes_on(
     assert "KeyError: 'x'" in (stopped(plan.folder) or "")
 
 
-@pytest.mark.slow
+def patch(ruiji: Ruiji, tmp_path: Path, script: str) -> None:
+    """Let the processes that the command starts from now on run a script before all else."""
+    folder = tmp_path / "patch"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(script)
+    ruiji.root = Path(f"{ROOT}{os.pathsep}{folder}")
+
+
+#: Else a minute passes before the plan is stopped.
+SOON = "import workers.permanent, workers.tasks, workers.batching\nworkers.permanent.REPEATS = 3\n"
+
+
 def test_a_bug_that_one_image_brings_out_ends_the_run_when_all_else_is_done(ruiji: Ruiji, tmp_path: Path) -> None:
     paths = pictures(ruiji.media, 40)
-    (tmp_path / "bug").mkdir()
-    (tmp_path / "bug" / "sitecustomize.py").write_text(
+    script = (
         "import workers.embed as e\n"
-        "decode = e.decode\n"
         "def bug(path, *rest):\n"
         f"    if path.endswith({paths[3]!r}): raise KeyError('a bug')\n"
         "    return open_image(path, *rest)\n"
         "open_image, e.open_image = e.open_image, bug\n"
     )
-    ruiji.environment = {"RUIJI_SHARD_ROWS": "40"}
-    ruiji.root = Path(f"{ROOT}{os.pathsep}{tmp_path / 'bug'}")
+    patch(ruiji, tmp_path, SOON + script)
+    ruiji.environment = {"RUIJI_KEEP_FEATURES": "1"}
     assert "KeyError: 'a bug'" in said(ruiji("run", "--workers", "1", code=1))
-    assert json.loads(ruiji("status", "--json", code=1).stdout)["pending"] == 40
+    assert len(list(ruiji.gallery.glob("??/??/*.npy"))) == 39
     ruiji.root = ROOT
     ruiji("run", "--workers", "1")
 
 
-def test_a_worker_with_other_libraries_than_the_plans_ends(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> None:
+def test_a_bug_in_reducing_ends_the_run(ruiji: Ruiji, tmp_path: Path) -> None:
+    pictures(ruiji.media, 4)
+    script = "import workers.tasks as t\ndef bug(*_): raise KeyError('a bug')\nt.reduce_segment, t.REST_S = bug, 0.1\n"
+    patch(ruiji, tmp_path, SOON + script)
+    assert "KeyError: 'a bug'" in said(ruiji("run", "--workers", "1", code=1))
+    ruiji.root = ROOT
+    ruiji("run", "--workers", "1")
+
+
+def test_a_damaged_list_ends_the_run_with_its_reason(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> None:
     pictures(ruiji.media, 4)
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "sitecustomize.py").write_text(
-        "import pipeline.versions as v\nours = v.library_versions\n"
-        "v.library_versions = lambda: {**ours(), 'numpy': '0'}\n"
-    )
-    root, ruiji.root = ruiji.root, Path(f"{ROOT}{os.pathsep}{tmp_path / 'other'}")
-    late = ruiji.start("worker", "--processes", "1")
-    assert late.wait(timeout=60) == 4
-    ruiji.root = root
-    ruiji.start("worker", "--processes", "1")
+    plan = open_plan(ruiji.gallery)
+    assert plan is not None
+    plan.todo.write_bytes(plan.todo.read_bytes()[:-5])
+    patch(ruiji, tmp_path, SOON)
+    ruiji.start("worker", "--processes", "1", "--role", "embed")
+    wait_until(lambda: stopped(ruiji.gallery) is not None, what="the stop")
+    assert "todo.txt is not as its plan says" in json.loads(ruiji("status", "--json", code=1).stdout)["stopped"]
+    ruiji.start("worker", "--processes", "1", "--role", "reduce")
     ruiji("enqueue", "--wait")
+
+
+#: A worker whose numpy is another one than the plan's.
+OTHER_LIBRARIES = (
+    "import pipeline.versions as v\nours = v.library_versions\nv.library_versions = lambda: {**ours(), 'numpy': '0'}\n"
+)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_worker_with_other_libraries_than_the_plans_ends(
+    ruiji: Ruiji, redis_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], before: bool
+) -> None:
+    pictures(ruiji.media, 4)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    patch(ruiji, tmp_path, OTHER_LIBRARIES)
+    if before:
+        ruiji.root = ROOT
+        ruiji("cancel")
+        patch(ruiji, tmp_path, OTHER_LIBRARIES)
+    late = ruiji.start("worker", "--processes", "1", "--role", "embed")
+    if before:
+        wait_until(lambda: "worker_ready" in capfd.readouterr().err, what="the worker")
+        ruiji.root = ROOT
+        ruiji("enqueue")
+    assert late.wait(timeout=60) == 4
+    ruiji.root = ROOT
+    ruiji.start("worker", "--processes", "1")
+    # What it held is given back at once, not after the visibility timeout.
+    ruiji("enqueue", "--wait", timeout_s=30)
+
+
+def test_a_process_whose_gpu_is_lost_is_followed_by_another(
+    ruiji: Ruiji, tmp_path: Path, redis_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures(ruiji.media, 8)
+    mark = tmp_path / "lost"
+    script = (
+        "import os\nimport workers.tasks as t\nfrom pipeline.errors import DeviceFault\n"
+        "def lose(*a):\n"
+        f"    if not os.path.exists({str(mark)!r}):\n"
+        f"        open({str(mark)!r}, 'w').close(); raise DeviceFault('CUDA failure 719')\n"
+        "    return embed_guarded(*a)\n"
+        "embed_guarded, t.embed_guarded = t.embed_guarded, lose\n"
+    )
+    patch(ruiji, tmp_path, script)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    worker = ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait", timeout_s=60)
+    assert "process_died" in capfd.readouterr().err
+    assert worker.poll() is None
 
 
 def test_doctor_and_search_say_what_is_wrong_with_a_model_in_one_line(ruiji: Ruiji, redis_url: str) -> None:
@@ -307,3 +375,25 @@ def test_a_stop_signal_ends_a_process_that_waits_for_its_model(
     wait_until(lambda: "waiting_for_model" in capfd.readouterr().err, what="a process that waits")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "untried"),
+    [("kill -9 $$", "too little memory"), ("kill -11 $$", None), ("echo no Redis >&2; exit 3", None)],
+)
+def test_a_trial_that_ends_its_process_is_told(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, untried: str | None
+) -> None:
+    monkeypatch.setattr("pipeline.trial.python_command", lambda *_: ["sh", "-c", end])
+    if untried is not None:
+        assert untried in (prove_model(load_model(model_path)) or "")
+    else:
+        with pytest.raises(ModelError, match=r"ends the process .* (SIGSEGV|status 3: no Redis)"):
+            prove_model(load_model(model_path))
+
+
+def test_a_trial_that_does_not_end_is_ended(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.trial.python_command", lambda *_: ["sleep", "600"])
+    monkeypatch.setattr("pipeline.trial.TRIAL_S", 0.2)
+    with pytest.raises(ModelError, match="takes longer than"):
+        prove_model(load_model(model_path))
