@@ -16,7 +16,7 @@ from pathlib import Path
 
 import redis
 
-from pipeline.broker.app import broker_faults, connect, make_app
+from pipeline.broker.app import broker_faults, connect, make_app, passes, refusal
 from pipeline.broker.chords import Chords
 from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
@@ -162,13 +162,18 @@ def follow_run(folder: Path, client: redis.Redis) -> redis.Redis | None:
 
 
 def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) -> Status:
+    told = False
     while True:
         for check in checks:
             check()
         try:
             return reader.read()
         except redis.RedisError as error:
-            logger.warning("Redis is away: %s", error, extra={"event": "redis_away"})
+            if isinstance(error, redis.ResponseError) and not passes(error):
+                raise UsageError(refusal(error)) from None
+            if not told:
+                logger.warning("Redis: %s; waiting for it", error, extra={"event": "redis_away"})
+            told = True
             time.sleep(2)
 
 

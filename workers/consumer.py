@@ -128,9 +128,11 @@ def quiet() -> None:
 
 
 def _shortened(record: logging.LogRecord) -> bool:
-    """Leave out the traceback where a library tells of a lost connection, and a coming default told each time."""
+    """Leave out what libraries tell of a lost connection for each message, and their tracebacks."""
     if record.name == "py.warnings" and CPendingDeprecationWarning.__name__ in record.getMessage():
         return False
+    if str(record.msg).startswith("Couldn't "):
+        return False  # Settling a message while Redis is away, told for each: the visibility timeout does it.
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, Reject):
         return False  # The task itself said why.

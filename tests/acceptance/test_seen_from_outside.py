@@ -1,9 +1,16 @@
 """What `status` and progress say of workers: who is there, who idles, who is missing."""
 
 import json
+import logging
 import subprocess
 import time
 
+import redis
+
+from pipeline.broker.app import connect
+from pipeline.run import _read_patiently
+from pipeline.status import StatusReader
+from pipeline.store import read_gallery
 from tests.factories import Ruiji, pictures, wait_until
 
 
@@ -24,6 +31,38 @@ def test_beside_a_run_its_workers_and_progress_are_seen(ruiji: Ruiji) -> None:
     assert "4,000" in ruiji("status", "--watch").stderr
     assert run.wait(60) == 0
     assert not list((ruiji.state / "runs").glob("*/redis-*"))
+
+
+def test_a_wait_tells_once_that_redis_is_away_and_ends_where_it_refuses(ruiji: Ruiji, redis_url: str) -> None:
+    pictures(ruiji.media, 3)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    gallery = read_gallery(ruiji.gallery)
+    assert gallery is not None
+    client = connect(redis_url)
+    (plan,) = client.scan_iter("ruiji:*:plan:*")
+    client.delete(plan)
+    client.set(plan, "no hash")
+    assert "wrong kind of value" in ruiji("status", "--watch", code=2).stderr
+    client.delete(plan)
+    reader, said = StatusReader(ruiji.gallery, client), []
+    server = reader.read
+    answers = [redis.ConnectionError("gone")] * 2
+
+    def read() -> object:
+        if answers:
+            raise answers.pop()
+        return server()
+
+    reader.read = read  # type: ignore[method-assign, assignment]
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("pipeline.run").addHandler(handler)
+    try:
+        _read_patiently(reader, [])
+    finally:
+        logging.getLogger("pipeline.run").removeHandler(handler)
+    assert len(said) == 1
 
 
 def test_a_wait_without_workers_says_so_and_a_worker_without_work_idles(ruiji: Ruiji, redis_url: str) -> None:
