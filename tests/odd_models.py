@@ -29,9 +29,10 @@ def odd_model(path: Path, kind: str) -> Path:
     """Write a model.
 
     Args:
-        kind: `longer` promises 16 values and gives 12; `second-input` needs one more; `fails` does so on every run,
-            `sometimes-fails` and `sometimes-shorter` on all but grey pictures; `other-rank` gives a matrix an image;
-            `no-cpu` has an operation that only GPUs have; `large` takes 3 GB of memory.
+        kind: `longer` promises 16 values and gives 12; `second-input` needs one more; `fails` does so on every run;
+            `sometimes-fails`, `sometimes-shorter` and `sometimes-endless` are so on all but grey pictures;
+            `other-rank` gives a matrix an image; `no-cpu` has an operation that only GPUs have; `large` takes 3 GB of
+            memory.
     """
     inputs = [helper.make_tensor_value_info("inputs:0", TensorProto.FLOAT, ["n", 8, 8, 3])]
     length: int | str = 12
@@ -70,6 +71,27 @@ def odd_model(path: Path, kind: str) -> Path:
             *_MOOD,
             node("Sub", ["all", "mood"], ["end"]),
             node("Slice", ["f", "zero", "end", "axis"], ["feature_vector"]),
+        ]
+        constants += _MOOD_CONSTANTS
+    elif kind == "sometimes-endless":
+        constant("zeros", np.zeros((1, 12), np.float32))
+        body = helper.make_graph(
+            [node("Identity", ["going"], ["go_on"]), node("Identity", ["sum"], ["next_sum"])],
+            "body",
+            [
+                helper.make_tensor_value_info("round", TensorProto.INT64, []),
+                helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("sum", TensorProto.FLOAT, [1, 12]),
+            ],
+            [
+                helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("next_sum", TensorProto.FLOAT, [1, 12]),
+            ],
+        )
+        nodes += [
+            *_MOOD,
+            node("Loop", ["", "colourful", "zeros"], ["nothing"], body=body),
+            node("Add", ["f", "nothing"], ["feature_vector"]),
         ]
         constants += _MOOD_CONSTANTS
     elif kind == "other-rank":

@@ -95,12 +95,12 @@ def _embed_ordinary(
 
 def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, hand: InHand) -> str:
     """Decode in a disposable child, encode with nothing else in hand; the last death makes it a failed object."""
+    encoding = _Alone(encoder, partial(hand.hold, plan.plan_id, [job.path], plan.limits_of(job.segment).max_image_s))
     while True:
         suspect = read_suspect(plan, job.path)
+        decode_it = partial(_decode_suspect, plan, job, suspect, media_dir / job.path)
         try:
-            with contextlib.ExitStack() as stack:
-                alone = partial(_decode_suspect, plan, job, suspect, hand, stack, media_dir / job.path)
-                (outcome,) = embed_batch(plan, [job], encoder, media_dir, decode_file=alone)
+            (outcome,) = embed_batch(plan, [job], encoding, media_dir, decode_file=decode_it)
         except ChildDied as death:
             extra = {"event": "suspect_died", "path": job.path, "reason": death.reason, "deaths": suspect.deaths + 1}
             logger.warning("an image ended the process that decoded it alone", extra=extra)
@@ -110,31 +110,33 @@ def _embed_suspect(plan: Plan, job: Job, encoder: "Encoder", media_dir: Path, ha
             return outcome
 
 
+class _Alone:
+    """An encoder that tells which image alone it has in hand: meanwhile a death of this process is that image's."""
+
+    def __init__(self, encoder: "Encoder", hold: Callable[..., contextlib.AbstractContextManager[None]]) -> None:
+        self.model, self.run_images = encoder.model, encoder.run_images
+        self.turn, self.prove = encoder.turn, encoder.prove
+        self._encoder, self._hold = encoder, hold
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with self._hold(alone=True):
+            return self._encoder.encode(pixels)
+
+
 def _decode_suspect(
-    plan: Plan,
-    job: Job,
-    suspect: Suspect,
-    hand: InHand,
-    stack: contextlib.ExitStack,
-    path: Path,
-    file: BinaryIO,
-    spec: ModelSpec,
-    max_pixels: int,
+    plan: Plan, job: Job, suspect: Suspect, path: Path, file: BinaryIO, spec: ModelSpec, max_pixels: int
 ) -> NDArray[np.uint8]:
     """Decode from the path, not from the file that this process has open."""
     limits = plan.limits_of(job.segment)
     if suspect.deaths >= MOST_DEATHS:
         raise suspect.failure(limits)
-    pixels = decode_alone(path, spec, limits)
-    # From here on, a death of this process is the death of this object alone.
-    stack.enter_context(hand.hold(plan.plan_id, [suspect.path], limits.max_image_s, alone=True))
-    return pixels
+    return decode_alone(path, spec, limits)
 
 
 def embed_batch(
     plan: Plan,
     jobs: Sequence[Job],
-    encoder: "Encoder",
+    encoder: "Encoder | _Alone",
     media_dir: Path,
     ledger: Ledger | None = None,
     decoders: Executor | None = None,
@@ -181,7 +183,7 @@ def _embed(
     plan: Plan,
     part: list[tuple[int, Job]],
     loaded: "Iterator[NDArray[np.uint8] | ImageError]",
-    encoder: "Encoder",
+    encoder: "Encoder | _Alone",
     ledger: Ledger,
 ) -> Iterator[tuple[int, str]]:
     """Take the pixels of some jobs, encode and write them; yields the jobs' numbers and outcomes."""
@@ -208,7 +210,7 @@ def _embed(
 
 
 def _encode(
-    encoder: "Encoder", batch: NDArray[np.uint8], ledger: Ledger
+    encoder: "Encoder | _Alone", batch: NDArray[np.uint8], ledger: Ledger
 ) -> NDArray[np.float32] | list[NDArray[np.float32] | ImageError]:
     """Features of uint8[b, h, w, c]; where the model runs on other pixels and not on these, why an image has none."""
     try:
@@ -231,7 +233,13 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
 
 
 def _load(
-    plan: Plan, encoder: "Encoder", media_dir: Path, media_root: str, ledger: Ledger, decode_file: Decode, job: Job
+    plan: Plan,
+    encoder: "Encoder | _Alone",
+    media_dir: Path,
+    media_root: str,
+    ledger: Ledger,
+    decode_file: Decode,
+    job: Job,
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
 

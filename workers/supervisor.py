@@ -204,9 +204,8 @@ class Supervisor:
         plan = open_plan(self._gallery)
         if plan is None or plan.plan_id != hold.plan:
             return
-        # Alone, it was decoded already: where it hangs then, disk or device do, which is not its fault.
-        alone = hold.alone and not hung
-        note_deaths(plan, hold.paths, "timeout" if hung else "crashed-worker", alone)
+        # Alone, it was decoded already, and the model runs on other pixels.
+        note_deaths(plan, hold.paths, "timeout" if hung and not hold.alone else "crashed-worker", hold.alone)
         extra = {"event": "suspects_found", "images": len(hold.paths), "alone": hold.alone}
         if len(hold.paths) == 1:
             extra["path"] = hold.paths[0]

@@ -126,6 +126,16 @@ def test_an_image_that_the_model_does_not_run_on_fails_alone(ruiji: Ruiji) -> No
     ruiji("retry", "--reason", "model-failed")
 
 
+def test_an_image_that_the_model_does_not_get_done_with_fails_alone(ruiji: Ruiji) -> None:
+    paths = pictures(ruiji.media, 4)
+    for path in paths[1:]:
+        Image.new("RGB", (16, 12), (128, 128, 128)).save(ruiji.media / path)
+    give(ruiji, "sometimes-endless")
+    ruiji("run", "--workers", "1", "--max-image-s", "1", "--visibility-timeout-s", "3", code=3)
+    assert ruiji("failures", code=3).stdout.split()[0] == "crashed-worker"
+    assert json.loads(ruiji("status", "--json", code=3).stdout)["done"] == 3
+
+
 def test_a_worker_that_cannot_run_the_model_ends_itself_only_where_others_can(
     tmp_path: Path, model_path: Path, redis_url: str
 ) -> None:
