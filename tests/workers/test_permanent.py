@@ -55,7 +55,9 @@ def said(done: "subprocess.CompletedProcess[str]") -> str:
     return line
 
 
-@pytest.mark.parametrize("kind", ["longer", "second-input", "fails", "other-rank"])
+@pytest.mark.parametrize(
+    "kind", ["longer", "second-input", *(pytest.param(odd, marks=pytest.mark.slow) for odd in ("fails", "other-rank"))]
+)
 def test_a_model_that_does_not_run_is_refused_before_anything_is_made(ruiji: Ruiji, redis_url: str, kind: str) -> None:
     pictures(ruiji.media, 4)
     give(ruiji, kind)
@@ -126,6 +128,7 @@ def test_an_image_that_the_model_does_not_run_on_fails_alone(ruiji: Ruiji) -> No
     ruiji("retry", "--reason", "model-failed")
 
 
+@pytest.mark.slow
 def test_an_image_that_the_model_does_not_get_done_with_fails_alone(ruiji: Ruiji) -> None:
     paths = pictures(ruiji.media, 4)
     for path in paths[1:]:
@@ -266,6 +269,7 @@ def patch(ruiji: Ruiji, tmp_path: Path, script: str) -> None:
 SOON = "import workers.permanent, workers.tasks, workers.batching\nworkers.permanent.REPEATS = 3\n"
 
 
+@pytest.mark.slow
 def test_a_bug_that_one_image_brings_out_ends_the_run_when_all_else_is_done(ruiji: Ruiji, tmp_path: Path) -> None:
     paths = pictures(ruiji.media, 40)
     script = (
@@ -337,6 +341,7 @@ def test_a_worker_with_other_libraries_than_the_plans_ends(
     ruiji("enqueue", "--wait", timeout_s=30)
 
 
+@pytest.mark.slow
 def test_a_process_whose_gpu_is_lost_is_followed_by_another(
     ruiji: Ruiji, tmp_path: Path, redis_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
