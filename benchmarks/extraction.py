@@ -38,6 +38,7 @@ from benchmarks.results import FOLDER, Figure, save, show
 from pipeline.broker.app import embed_queue, make_app, unacked_keys
 from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
+from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan, open_plan
@@ -52,7 +53,7 @@ from pipeline.settings import (
     VISIBILITY_TIMEOUT_S,
     WINDOW_SEGMENTS,
 )
-from pipeline.store import GalleryInfo, shard_file, write_feature
+from pipeline.store import shard_file, write_feature
 from search.queries import embed_images, load_encoder
 from workers.images import load_pixels
 

@@ -13,11 +13,11 @@ import redis
 
 from benchmarks.data import ROOT
 from pipeline.broker.app import connect
+from pipeline.gallery import claim_gallery, gallery_folder
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
 from pipeline.status import StatusReader
-from pipeline.store import claim_gallery, gallery_folder
 
 #: Nothing here takes as long.
 _TIMEOUT_S = 900.0

@@ -29,10 +29,10 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import results
 from benchmarks.data import REAL_MODEL, SHARED
 from benchmarks.results import Figure
+from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS, Device
-from pipeline.store import claim_gallery
 from search.gallery import Gallery, Shard, open_gallery
 from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
 from search.options import Metric, Precision

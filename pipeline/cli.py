@@ -229,7 +229,7 @@ def failures(
 ) -> None:
     """List the failed objects with their reasons; exit code 3 where there are any."""
     from pipeline.failures import failed_objects, write_failures
-    from pipeline.store import gallery_folder
+    from pipeline.gallery import gallery_folder
 
     out = sys.stdout if form is ListFormat.table else streams.exact_stdout()
     count = write_failures(failed_objects(gallery_folder(feature_dir, model)), form.value, out)
@@ -245,7 +245,7 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
-    from pipeline.store import gallery_folder
+    from pipeline.gallery import gallery_folder
     from pipeline.verify import repair as repair_findings
     from pipeline.verify import verify as verify_gallery
 
@@ -317,15 +317,16 @@ def status(
 ) -> None:
     """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
     from pipeline.broker.app import broker_faults, connect
+    from pipeline.gallery import gallery_folder, read_gallery
     from pipeline.logs import set_up
     from pipeline.run import follow, follow_run, redis_of_run
-    from pipeline.status import StatusReader
-    from pipeline.store import gallery_folder
+    from pipeline.status import STARTING, StatusReader
 
     set_up("text")
     folder = gallery_folder(feature_dir, model)
     # A run has a Redis of its own, and while it works no other knows of its plan.
     client = redis_of_run(folder, settings.state_folder(state_dir))
+    of_run = client is not None
     if client is not None and watch:
         client = follow_run(folder, client)
     elif client is None:
@@ -338,7 +339,9 @@ def status(
         if watch and client is not None:
             follow(folder, client)
     with broker_faults():
-        now = StatusReader(folder, client).read(exact)
+        # A run that has just begun has no gallery yet.
+        beginning = of_run and read_gallery(folder) is None
+        now = STARTING if beginning else StatusReader(folder, client).read(exact)
     if as_json:
         print(streams.to_json(now.as_json()), file=streams.exact_stdout())
     else:
@@ -350,6 +353,9 @@ def _print_status(now: "Status") -> None:
     streams.tell(f"{'shard':>7}  {'state':<8} {'objects':>9} {'done':>9} {'failed':>7}")
     for shard in now.shards:
         streams.tell(f"{shard.shard:>7}  {shard.state:<8} {shard.objects:>9} {shard.done:>9} {shard.failed:>7}")
+    if now.starting:
+        streams.tell("starting: no object list was accepted yet")
+        return
     streams.tell(
         f"{now.objects} objects: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
         + (f"; {now.stale} stale rows beside" if now.stale else "")
@@ -369,8 +375,8 @@ def _print_status(now: "Status") -> None:
 @app.command()
 def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
     """Close the open plan. Nothing that is done is lost; the next enqueue takes it up."""
+    from pipeline.gallery import gallery_folder
     from pipeline.run import cancel as cancel_plan
-    from pipeline.store import gallery_folder
 
     plan = cancel_plan(gallery_folder(feature_dir, model))
     streams.note(f"plan {plan.plan_id} closed" if plan else "no plan is open")

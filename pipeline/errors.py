@@ -56,6 +56,10 @@ class GalleryMismatch(RuijiError):
     exit_code = 4
 
 
+class FileDamaged(GalleryMismatch):
+    """One of our own files is not as it must be."""
+
+
 class PlanMismatch(RuijiError):
     """Another plan is open in this feature folder."""
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import UsageError
+from pipeline.gallery import read_gallery
 from pipeline.generations import read_marks
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import Plan, Published, open_plan
-from pipeline.store import fruitless_folder, read_gallery, read_record, shard_file
+from pipeline.store import fruitless_folder, read_record, shard_file
 from pipeline.streams import csv_writer, shown, to_json
 
 

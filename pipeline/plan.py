@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ from pipeline.generations import (
 )
 from pipeline.objects import IdScheme, ObjectList, read_lines
 from pipeline.store import (
-    GalleryInfo,
     Record,
     fruitless_folder,
     read_error,
@@ -47,6 +46,9 @@ from pipeline.store import (
     write_error,
     write_feature,
 )
+
+if TYPE_CHECKING:
+    from pipeline.gallery import GalleryInfo
 
 #: Length of a segment's digest; what is looked for are accidents.
 _DIGEST_DIGITS = 16
@@ -424,7 +426,7 @@ def _read_plan(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
     """A plan, and what stands beside it in its file."""
     value = read_json(path, RUN_FORMAT)
     try:
-        extra = {key: value.pop(key) for key in ("format", "published", "fruitless") if key in value}
+        extra: dict[str, Any] = {key: value.pop(key) for key in ("format", "published", "fruitless") if key in value}
         segments = tuple(Segment(*entry) for entry in value.pop("segments"))
         origins = {
             plan_id: Origin(Limits(**origin["limits"]), tuple(origin["versions"]))
@@ -587,7 +589,7 @@ class OpenPlan:
         return plan
 
 
-def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_rows: int) -> None:
+def check_matches(plan: Plan, objects: ObjectList, gallery: "GalleryInfo", shard_rows: int) -> None:
     """Raise unless enqueuing would carry on with this open plan.
 
     A repair or a retry is carried on whatever the list: it takes nothing from it.

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import GalleryMismatch, RuijiError, UsageError
-from pipeline.generations import ListState, commit, current, making, marks_digest, read_marks, write_marks
+from pipeline.gallery import GalleryInfo
+from pipeline.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
 from pipeline.plan import (
     Limits,
@@ -32,15 +33,7 @@ from pipeline.plan import (
     write_plan,
 )
 from pipeline.probes import find_probes
-from pipeline.store import (
-    SHARD_ENDINGS,
-    GalleryInfo,
-    fruitless_folder,
-    read_record,
-    recorded_shards,
-    shard_file,
-    sync_folder,
-)
+from pipeline.store import SHARD_ENDINGS, fruitless_folder, read_record, recorded_shards, shard_file, sync_folder
 from pipeline.versions import library_versions
 
 #: What an entry has in place of a row: the object failed; it is made again with its lost shard.
@@ -133,7 +126,12 @@ def make_plan(
         if (plan := open_plan(folder)) is not None:
             return plan
         with making(folder) as made:
-            plan, state = _make(folder, made, media_dir, gallery, objects, settings, retry, before.number + 1)
+            try:
+                plan, state = _make(folder, made, media_dir, gallery, objects, settings, retry, before.number + 1)
+            except FileNotFoundError:
+                if current(folder) == before:
+                    raise
+                continue  # A repair has set a shard aside meanwhile.
             if plan is None and state == before.objects and marks_digest(before.marks_folder) == state.marks:
                 return None
             if commit(before, made, plan.plan_id if plan is not None else None, state):
@@ -222,24 +220,23 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
         now, marks = read_marks(folder)
         if now.number != before.number:
             continue
-        marked = sorted({entry.segment.shard for entry in lost} & {*marks.bits, *marks.ids})
-        if marked:
-            raise UsageError(
-                f"the lost shard {marked[0]:04d} had objects that left the object list, and which rows they will be in "
-                "is not known: run ruiji enqueue (or ruiji run) with the list, which makes the shard again"
-            )
+        off_list = {
+            entry.segment.shard: marks.ids.get(entry.segment.shard) or _off_list(folder, entry, marks)
+            for entry in lost
+            if entry.segment.shard in marks.ids or entry.segment.shard in marks.bits
+        }
         with making(folder) as made:
             segments = _copy_lost(lost, made / "todo.txt")
-            if before.marks_folder.is_dir():
-                # If the next generation removes them meanwhile, the commit fails.
-                with suppress(FileNotFoundError, shutil.Error):
-                    shutil.copytree(before.marks_folder, made / "stale")
-            state = before.objects
+            state = before.objects or ListState(lost[0].plan.list_digest, lost[0].plan.list_lines, 0, 0)
+            bits = {shard: marked for shard, marked in marks.bits.items() if shard not in off_list}
+            ids = {shard: sorted(marked) for shard, marked in {**marks.ids, **off_list}.items()}
+            rows = sum(int.from_bytes(marked).bit_count() for marked in bits.values())
+            state = write_marks(made, bits, ids, list(marks.failed), state.digest, state.lines, rows)
             draft = replace(
                 lost[0].plan,
                 plan_id="",
-                list_digest=state.digest if state is not None else lost[0].plan.list_digest,
-                list_lines=state.lines if state is not None else lost[0].plan.list_lines,
+                list_digest=state.digest,
+                list_lines=state.lines,
                 versions=library_versions(),
                 segments=tuple(segments),
                 generation=before.number + 1,
@@ -248,14 +245,28 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
             )
             plan = _named(draft, made / "todo.txt")
             write_plan(made, plan)
-            if state is None:
-                state = ListState(plan.list_digest, plan.list_lines, 0, 0)
             for shard in broken:
                 set_aside(folder, shard)
-            if commit(before, made, plan.plan_id, replace(state, marks=marks_digest(made / "stale"))):
+            if commit(before, made, plan.plan_id, state):
                 return plan
             for shard in broken:
                 put_back(folder, shard)
+
+
+def _off_list(folder: Path, lost: _Lost, marks: Marks) -> frozenset[str]:
+    """Which objects of a shard's marked rows are not on the list, told by its record and todo list."""
+    shard = lost.segment.shard
+    try:
+        failed = {failure.path for failure in read_record(folder, shard).failed}
+    except (FileNotFoundError, GalleryMismatch):
+        raise UsageError(
+            f"shard {shard:04d} has no readable record, and which of its objects left the object list is not known: "
+            f"delete {shard_file(folder, shard, 'json').name} if it is there, then run ruiji enqueue (or ruiji run) "
+            "with the list, which makes the shard again"
+        ) from None
+    paths = [path for path in lost.plan.paths(lost.segment) if path not in failed]
+    marked = np.unpackbits(np.frombuffer(marks.bits[shard], dtype=np.uint8))
+    return frozenset(lost.plan.scheme.object_id(path) for path, off in zip(paths, marked, strict=False) if off)
 
 
 def broken_folder(folder: Path) -> Path:

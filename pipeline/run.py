@@ -20,7 +20,8 @@ from pipeline.broker.app import broker_faults, connect, make_app, passes, refusa
 from pipeline.broker.chords import Chords
 from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
-from pipeline.errors import PlanMismatch, RuijiError, UsageError
+from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
+from pipeline.gallery import check_place, claim_gallery, gallery_folder, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare, write_list
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
@@ -29,7 +30,7 @@ from pipeline.probes import find_probes, note_probes
 from pipeline.produce import Producer
 from pipeline.status import Status, StatusReader
 from pipeline.stops import PlanStopped, stopped
-from pipeline.store import claim_gallery, gallery_folder, machine_faults, read_gallery
+from pipeline.store import machine_faults
 from pipeline.trial import prove_model
 
 logger = logging.getLogger(__name__)
@@ -89,16 +90,24 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
         raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
     model, scheme = load_model(work.model), IdScheme(work.object_id)
     client = connect(redis_url) if redis_url is not None else None
-    found = read_gallery(work.folder)
+    try:
+        found = read_gallery(work.folder)
+    except FileDamaged:
+        found = None  # The claim writes it anew if it can.
     # The model that a gallery was made by ran: it is not tried again.
     if (found is None or found.fingerprint != model.fingerprint) and (untried := prove_model(model)) is not None:
         logger.warning("%s; the first worker tries it", untried, extra={"event": "model_untried"})
-    gallery = claim_gallery(work.folder, model, scheme)
     run = work.folder / "run"
     with machine_faults(f"cannot write {run}"):
-        run.mkdir(exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-list-") as scratch:
             objects = prepare(list_path, Path(scratch), scheme)
+            if found is None:
+                # Before the folder is this model's: a first enqueue that is refused leaves no claim.
+                find_probes(work.media_dir, objects)
+            gallery = claim_gallery(work.folder, model, scheme)
+            if client is not None:
+                check_place(work.folder, gallery, client)
             plan = open_plan(work.folder)
             resumed = plan is not None
             if plan is None:
@@ -155,6 +164,9 @@ def follow_run(folder: Path, client: redis.Redis) -> redis.Redis | None:
         client.ping()
 
     try:
+        while read_gallery(folder) is None:
+            there()
+            time.sleep(FOLLOW_INTERVAL_S)
         follow(folder, client, there)
     except redis.RedisError:
         return None

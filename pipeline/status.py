@@ -8,12 +8,13 @@ from typing import Any
 import redis
 
 from pipeline.broker.chords import Chords
-from pipeline.errors import UsageError
+from pipeline.errors import FileDamaged, UsageError
+from pipeline.gallery import read_gallery
 from pipeline.generations import Generation, ListState, Marks, current, read_marks
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
 from pipeline.stops import stopped
-from pipeline.store import read_gallery, read_record, shard_file
+from pipeline.store import as_type, read_record, shard_file
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Status:
         plan: id of the open plan, or None.
         stopped: why the latest plan was stopped before its end; None if it was not.
         workers: what live worker processes say of themselves.
+        starting: whether no object list was accepted yet, so that nothing can be counted.
     """
 
     objects: int
@@ -53,11 +55,12 @@ class Status:
     stopped: str | None = None
     shards: list[ShardStatus] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
+    starting: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.plan is None and self.running + self.pending == 0
+        return self.plan is None and self.running + self.pending == 0 and not self.starting
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in a stable order."""
@@ -122,6 +125,7 @@ class StatusReader:
             stopped=stopped(self._folder) if plan is None else None,
             shards=sorted(shards, key=lambda shard: shard.shard),
             workers=self._workers(),
+            starting=generation.objects is None,
         )
 
     def _read_marks(self) -> tuple[Generation, Marks]:
@@ -188,4 +192,31 @@ class StatusReader:
         if self._client is None:
             return []
         keys = sorted(self._client.scan_iter(f"ruiji:{self._gallery_id}:worker:*", count=1000))
-        return [json.loads(value) for value in (self._client.mget(keys) if keys else []) if value]
+        return [state for value in (self._client.mget(keys) if keys else []) if (state := _worker(value)) is not None]
+
+
+#: What a worker process says of itself; see `workers.process`.
+@dataclass(frozen=True)
+class _Worker:
+    host: str
+    pid: int
+    role: str
+    device: str
+    state: str
+    images: int
+    images_per_s: float
+    ms_per_image: dict[str, float]
+
+
+def _worker(value: str | bytes | None) -> dict[str, Any] | None:
+    """A worker's state; None if it is gone or not of a worker of ours."""
+    try:
+        state: dict[str, Any] = json.loads(value or "")
+        as_type(state, _Worker, "a worker's state")
+    except (ValueError, RecursionError, FileDamaged):
+        return None
+    return state
+
+
+#: Before the first enqueue of a run got so far that there is a gallery.
+STARTING = Status(0, 0, 0, 0, 0, 0, None, starting=True)

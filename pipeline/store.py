@@ -4,25 +4,26 @@ Every write is a temporary file in the same folder and a rename (or a hard link,
 win), so that a half-written file never has a final name. The layout is specified in `docs/format.md`.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt
-from pipeline.model import Model
+from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
-from pipeline.objects import IdScheme
 
 #: Version of everything on disk; a newer one is refused.
 FORMAT = 1
@@ -33,6 +34,7 @@ TAG_BYTES = 16
 #: name is free.
 CACHE_FOLDER = "cache"
 
+_T = TypeVar("_T")
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # Names of temporary files: of this process and no other on any host, then counted.
 _WRITER = secrets.token_hex(8)
@@ -130,106 +132,52 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: str | Path, newest: int = FORMAT) -> Any:
-    """Parse one of our own JSON files.
+def read_json(path: str | Path, newest: int = FORMAT) -> dict[str, Any]:
+    """Parse one of our own JSON files; what is in it is for `as_type` to check.
 
     Args:
         newest: the latest format that the caller can read.
 
     Raises:
-        FileNotFoundError: it is not there.
-        GalleryMismatch: it cannot be parsed, or a newer ruiji wrote it.
+        FileNotFoundError, NotADirectoryError: it is not there.
+        FileDamaged: it is no regular file, or cannot be parsed.
+        GalleryMismatch: a newer ruiji wrote it.
     """
-    with open(path, "rb") as file:
-        text = file.read()
     try:
-        value = json.loads(text)
+        # O_NONBLOCK: a pipe of this name would block here for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileDamaged(f"{path} is not a file")
+            value = msgspec.json.decode(file.read())
         version = value["format"]
-    except (ValueError, KeyError, TypeError):
-        raise GalleryMismatch(f"{path} is damaged; restore it, or move it away and run ruiji enqueue") from None
-    if version not in range(1, newest + 1):
+    except (FileNotFoundError, NotADirectoryError, FileDamaged):
+        raise
+    except IsADirectoryError:
+        raise FileDamaged(f"{path} is not a file") from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileDamaged(f"{path} is not a file") from None
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError):
+        raise FileDamaged(f"{path} is damaged") from None
+    if type(version) is not int or version < 1:
+        raise FileDamaged(f"{path} is damaged: its format is no number")
+    if version > newest:
         raise GalleryMismatch(f"{path} has format {version}, this ruiji reads formats up to {newest}; update ruiji")
-    return value
+    checked: dict[str, Any] = value
+    return checked
 
 
-# Gallery folder
-
-
-@dataclass(frozen=True)
-class GalleryInfo:
-    """What `gallery.json` says: the folder belongs to one model, and has a name of its own.
-
-    Attributes:
-        gallery_id: random; names the queues, so that two galleries never share tasks.
-        fingerprint: of the model and its spec.
-        length: d.
-        model: file name stem of the model.
-        object_id: name of the id scheme.
-        contract: `Model.contract` of the model; None in a gallery that was begun before it was kept.
-    """
-
-    gallery_id: str
-    fingerprint: str
-    length: int
-    model: str
-    object_id: str
-    contract: dict[str, Any] | None = None
-
-
-def gallery_folder(feature_dir: Path, model: Path) -> Path:
-    """The folder of one model's features, named as in the article: as its file without the ending.
-
-    Args:
-        model: the file, which need not exist, or the name alone, which can have a dot.
-    """
-    return feature_dir / (model.stem if model.suffix.lower() == ".onnx" else model.name)
-
-
-def read_gallery(folder: Path) -> GalleryInfo | None:
-    """The folder's `gallery.json`, or None where there is none."""
-    try:
-        value = read_json(folder / "gallery.json")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    value.pop("format")
-    return GalleryInfo(**value)
-
-
-def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
-    """Make the folder this model's gallery, or check that it is.
+def as_type(value: Any, kind: type[_T], path: str | Path) -> _T:
+    """What was read, as a value of a type, with every field checked; fields that the type lacks are left out.
 
     Raises:
-        GalleryMismatch: another model's features, other ids, or an article's shards are in it.
-        RuijiError: the folder cannot be written.
+        FileDamaged: it has not the fields of the type, or they are of other types.
     """
-    wanted = GalleryInfo(
-        secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name, model.contract
-    )
-    found = read_gallery(folder)
-    if found is None:
-        if folder.is_dir() and any(_SHARD_FEATURES.fullmatch(name) for name in os.listdir(folder)):
-            raise GalleryMismatch(
-                f"{folder} holds shards that ruiji did not make: nothing says which model and preprocessing they "
-                "came from, so nothing is added to them (ruiji search reads them). Choose another --feature-dir"
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "gallery.json", [to_json({"format": FORMAT, **asdict(wanted)})], exclusive=True)
-        except (OSError, MachineFault) as error:
-            raise RuijiError(f"cannot write the feature folder {folder}: {error}") from None
-        found = read_gallery(folder)
-        assert found is not None
-    if found.fingerprint != wanted.fingerprint:
-        raise GalleryMismatch(
-            f"{folder} belongs to the model with fingerprint {found.fingerprint[:12]}, {model.path} has "
-            f"{wanted.fingerprint[:12]}: the model file or its .toml has changed. Choose another --feature-dir, "
-            "or give the changed model a name of its own"
-        )
-    if found.object_id != wanted.object_id:
-        raise GalleryMismatch(
-            f"{folder} was made with --object-id {found.object_id}, not {wanted.object_id}; give the same one"
-        )
-    return found
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise FileDamaged(f"{path} is damaged ({error})") from None
 
 
 # Features and errors of single objects
@@ -290,12 +238,21 @@ def read_error(path: str | Path, plan_id: str, unnamed: bool = False) -> tuple[s
         unnamed: whether a file that names no plan counts, as ruiji wrote them before.
     """
     try:
-        value = read_json(path)
-        if value.get("plan", plan_id if unnamed else None) != plan_id:
-            return None
-        return str(value["reason"]), str(value["message"])
-    except (FileNotFoundError, NotADirectoryError, GalleryMismatch, KeyError, AttributeError):
+        told = as_type(read_json(path), _Told, path)
+    except (FileNotFoundError, NotADirectoryError, GalleryMismatch):
         return None
+    if plan_id != (told.plan if told.plan is not None or not unnamed else plan_id):
+        return None
+    return told.reason, told.message
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What an error file says."""
+
+    reason: str
+    message: str
+    plan: str | None = None
 
 
 # Shards
@@ -375,13 +332,14 @@ def read_record(folder: Path, shard: int) -> Record:
         GalleryMismatch: the record is damaged or of a newer format.
     """
     path = shard_file(folder, shard, "json")
-    value = read_json(path)
-    value.pop("format")
+    advice = "restore it from a copy, or run ruiji verify --repair"
     try:
-        failed = tuple(Failure(**failure) for failure in value.pop("failed"))
-        return Record(**value, failed=failed)
-    except (TypeError, KeyError):
-        raise GalleryMismatch(f"{path} is damaged; restore it, or delete it and run ruiji enqueue") from None
+        record = as_type(read_json(path), Record, path)
+    except FileDamaged as error:
+        raise FileDamaged(f"{error}; {advice}") from None
+    if record.shard != shard or record.rows < 0 or record.length < 1 or not set(record.sha256) <= set(SHARD_ENDINGS):
+        raise FileDamaged(f"{path} is damaged: it is not the record of shard {shard:04d}; {advice}")
+    return record
 
 
 def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: list[str]) -> dict[str, bytes]:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import look_through
-from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
+from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
+from pipeline.gallery import GalleryInfo, read_gallery
 from pipeline.generations import current, made_folder
 from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
@@ -28,10 +29,8 @@ from pipeline.store import (
     CACHE_FOLDER,
     SHARD_ENDINGS,
     TEMPORARY_PREFIX,
-    GalleryInfo,
     Record,
     check_shard,
-    read_gallery,
     read_record,
     recorded_shards,
     shard_contents,
@@ -79,8 +78,18 @@ def verify(folder: Path) -> list[Finding]:
     """Read the whole gallery and compare it with what its records and plans say.
 
     Raises:
-        UsageError: there is no gallery. GalleryMismatch: `gallery.json` or `plan.json` is damaged.
+        UsageError: there is no gallery. GalleryMismatch: `gallery.json` or a plan is damaged.
+        RuijiError: files were taken away while they were read.
     """
+    try:
+        return _verify(folder)
+    except FileNotFoundError as error:
+        raise RuijiError(
+            f"{error.filename} went away while the gallery was read; is another repair at work? Run it again"
+        ) from None
+
+
+def _verify(folder: Path) -> list[Finding]:
     gallery = read_gallery(folder)
     if gallery is None:
         raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")

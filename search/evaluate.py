@@ -121,7 +121,7 @@ def evaluate(
             raise UsageError("--sheet shows pictures: say where they are with --media-dir")
         check_target(sheet, SHEET_QUERIES, TOP_K)
 
-    from pipeline.store import gallery_folder
+    from pipeline.gallery import gallery_folder
     from pipeline.targets import check_targets
     from search import protocol, report, scores
     from search.full_ranking import full_ranking

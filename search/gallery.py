@@ -14,20 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.cache import CacheFolder, ShardCache
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
+from pipeline.gallery import GalleryInfo, gallery_folder, read_gallery
 from pipeline.generations import Marks, read_marks
 from pipeline.npy import NpyError, map_npy
 from pipeline.plan import published_shards
-from pipeline.store import (
-    CACHE_FOLDER,
-    SHARD_ENDINGS,
-    GalleryInfo,
-    Record,
-    feature_shards,
-    gallery_folder,
-    read_gallery,
-    read_record,
-    shard_file,
-)
+from pipeline.store import CACHE_FOLDER, SHARD_ENDINGS, Record, feature_shards, read_record, shard_file
 from search.codes import Codes, ShardCodes, codes_kept
 from search.norms import norms_of
 from search.paging import advise, row_in_memory

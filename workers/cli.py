@@ -51,8 +51,8 @@ def worker(
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
     from pipeline.broker.app import connect
     from pipeline.errors import BrokerUnavailable, UsageError
+    from pipeline.gallery import gallery_folder
     from pipeline.logs import set_up
-    from pipeline.store import gallery_folder
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 

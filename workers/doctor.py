@@ -12,21 +12,14 @@ import redis
 
 from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
+from pipeline.gallery import gallery_folder, read_gallery
 from pipeline.model import Model, load_model
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan, published_shards
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
-from pipeline.store import (
-    TEMPORARY_PREFIX,
-    gallery_folder,
-    read_gallery,
-    read_record,
-    shard_file,
-    sync_folder,
-    write_atomic,
-)
+from pipeline.store import TEMPORARY_PREFIX, read_record, shard_file, sync_folder, write_atomic
 from pipeline.versions import library_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels

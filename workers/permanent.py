@@ -7,9 +7,9 @@ import redis
 
 from pipeline.broker.chords import Chords
 from pipeline.errors import RuijiError
+from pipeline.gallery import GalleryInfo
 from pipeline.plan import Plan, open_plan
 from pipeline.stops import stop_plan, stopped
-from pipeline.store import GalleryInfo
 
 logger = logging.getLogger(__name__)
 

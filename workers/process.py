@@ -16,8 +16,8 @@ from celery import signals
 from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.gallery import GalleryInfo, check_place, gallery_folder, read_gallery
 from pipeline.plan import open_plan
-from pipeline.store import GalleryInfo, gallery_folder, read_gallery
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from workers.consumer import Consumer, noted, outage, quiet
@@ -218,6 +218,7 @@ def run_process(
     folder = gallery_folder(feature_dir, model_path)
     ready = Readiness(state_dir)
     gallery = wait_for_gallery(folder, client, ready)
+    check_place(folder, gallery, client)
     encoder, hand = None, InHand(in_hand if role == "embed" else None)
     if role == "embed":
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import redis
 
 from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelError, UsageError
+from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
-from pipeline.store import GalleryInfo
 from pipeline.trial import TRIAL_S
 from workers.in_hand import InHand
 from workers.permanent import stop_unless_begun

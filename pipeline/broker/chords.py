@@ -14,8 +14,10 @@ import redis
 from redis.lock import Lock
 
 from pipeline.broker.app import embed_queue, reduce_queue, unacked_keys
+from pipeline.errors import FileDamaged
 from pipeline.generations import is_plan_id
 from pipeline.plan import Plan, Segment, is_closed, open_plan
+from pipeline.store import as_type
 
 #: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
 _CHORD_ENDINGS = ("j", "d", "t", "s", "c")
@@ -60,7 +62,12 @@ class Chords:
     def armed(self) -> dict[int, Armed]:
         """The armed segments by index."""
         fields = self.client.hgetall(self._segments)
-        return {int(key): Armed(**json.loads(value)) for key, value in fields.items() if key != "plan"}
+        armed = {}
+        for key, value in fields.items():
+            # What is not ours, or damaged, is not armed: its segment is published again.
+            with suppress(ValueError, RecursionError, FileDamaged):
+                armed[int(key)] = as_type(json.loads(value), Armed, self._segments)
+        return armed
 
     def set_armed(self, segment: Segment, armed: Armed) -> None:
         """Note a segment as armed."""

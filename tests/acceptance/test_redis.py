@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from pipeline.broker.app import connect, embed_queue
-from pipeline.store import read_gallery
+from pipeline.gallery import read_gallery
 from tests.factories import Ruiji, pictures, wait_until
 
 

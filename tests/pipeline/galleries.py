@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.gallery import claim_gallery, gallery_folder
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan
 from pipeline.planning import Retry, Settings, make_plan
-from pipeline.store import claim_gallery, gallery_folder
 from tests.factories import pictures
 
 SCHEME = IdScheme("basename")

@@ -4,6 +4,7 @@ Made by ruiji 0.1.0 as of 2026-11-28: two shards of a closed plan, with one fail
 open plan with one shard, one feature, one failure and one object that nobody looked at.
 """
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,3 +118,25 @@ def test_a_lost_shard_whose_list_is_damaged_becomes_new_shards(tmp_path: Path, o
     finish(again)
     assert figures(old)[:4] == (11, 10, 1, 0), "the failure of shard 0 is tried again too"
     assert [finding.kind for finding in verify(old) if finding.broken] == ["damaged"]
+
+
+def test_a_plans_id_that_is_a_path_names_no_folder(tmp_path: Path, old: Path) -> None:
+    victim = tmp_path / "home" / "victim"
+    victim.mkdir(parents=True)
+    (victim / "thesis.txt").write_text("years of work")
+    (old / "run" / "suspects").mkdir()
+    (old / "run" / "suspects" / "a").symlink_to(victim.parent)
+    path = old / "run" / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "plan_id": "a/victim"}))
+    with pytest.raises(GalleryMismatch, match=r"plan\.json is damaged"):
+        open_plan(old)
+    assert (victim / "thesis.txt").exists()
+
+
+def test_a_list_that_is_not_known_is_starting_and_not_done(old: Path) -> None:
+    (old / "run" / "list.json").unlink()
+    status = StatusReader(old, None).read()
+    assert status.starting and not status.finished
+    (old / "run" / "list.json").write_text("")
+    with pytest.raises(GalleryMismatch, match=r"list\.json is damaged"):
+        StatusReader(old, None).read()

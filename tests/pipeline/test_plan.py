@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
+from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
 from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan
 from pipeline.planning import Settings, make_plan, make_repair_plan
 from pipeline.reduce import reduce_segment
-from pipeline.store import claim_gallery, read_gallery
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt
-from pipeline.model import load_model
+from pipeline.errors import FileDamaged, MachineFault, ShardCorrupt
 from pipeline.objects import IdScheme
 from pipeline.store import (
     SHARD_ENDINGS,
     Failure,
     Record,
     check_shard,
-    claim_gallery,
     read_error,
     read_feature,
+    read_json,
     read_record,
     recorded_shards,
     shard_contents,
@@ -31,7 +30,6 @@ from pipeline.store import (
     write_feature,
     write_record,
 )
-from tests.factories import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BASENAME = IdScheme("basename")
@@ -202,36 +200,78 @@ def test_shards_are_listed_by_number_also_above_9999(tmp_path: Path) -> None:
     assert recorded_shards(tmp_path) == [2, 999, 10000]
 
 
-def test_a_gallery_belongs_to_one_model_and_one_kind_of_id(tmp_path: Path, model_path: Path) -> None:
-    model = load_model(model_path)
-    first = claim_gallery(tmp_path / "g", model, BASENAME)
-    assert claim_gallery(tmp_path / "g", model, BASENAME) == first
-    with pytest.raises(GalleryMismatch, match="another --feature-dir"):
-        claim_gallery(tmp_path / "g", load_model(tiny_model(tmp_path / "o.onnx", seed=1)), BASENAME)
-    with pytest.raises(GalleryMismatch, match="--object-id basename"):
-        claim_gallery(tmp_path / "g", model, IdScheme("path"))
+ODD = {
+    "empty": b"",
+    "text": b"{",
+    "list": b"[]",
+    "no object": b"3",
+    "no format": b"{}",
+    "other format": b'{"format": "1"}',
+    "bool format": b'{"format": true}',
+    "deep": b"[" * 100_000,
+    "not UTF-8": b'{"format": 1, "a": "\xff"}',
+    "NaN": b'{"format": 1, "a": NaN}',
+}
 
 
-def test_a_damaged_or_newer_gallery_is_refused(tmp_path: Path, model_path: Path) -> None:
-    model = load_model(model_path)
-    claim_gallery(tmp_path, model, BASENAME)
-    value = json.loads((tmp_path / "gallery.json").read_text())
-    (tmp_path / "gallery.json").write_text(json.dumps({**value, "format": 2}))
-    with pytest.raises(GalleryMismatch, match="update ruiji"):
-        claim_gallery(tmp_path, model, BASENAME)
-    (tmp_path / "gallery.json").write_text("{")
-    with pytest.raises(GalleryMismatch, match="damaged"):
-        claim_gallery(tmp_path, model, BASENAME)
+@pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
+def test_json_that_is_not_as_it_must_be_is_damaged_in_one_line(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(FileDamaged, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json")
 
 
-def test_foreign_shards_and_a_folder_that_cannot_be_made_are_refused(tmp_path: Path, model_path: Path) -> None:
-    model = load_model(model_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RuijiError, match="cannot write"):
-        claim_gallery(tmp_path / "file" / "g", model, BASENAME)
-    (tmp_path / "0000.features.npy").write_bytes(b"")
-    with pytest.raises(GalleryMismatch, match="did not make"):
-        claim_gallery(tmp_path, model, BASENAME)
+def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("folder", "loop", "pipe"):
+        with pytest.raises(FileDamaged, match=f"{name}.json is not a file"):
+            read_json(tmp_path / f"{name}.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": "2"},
+        {"rows": -1},
+        {"rows": 1e30},
+        {"length": 0},
+        {"shard": 8},
+        {"shard": True},
+        {"sha256": None},
+        {"sha256": {"../x": "f"}},
+        {"versions": {"numpy": 2}},
+        {"failed": [{"path": "x"}]},
+        {"failed": {}},
+        {"failed": [None]},
+        {"fingerprint": 3},
+        {"plan": ["x"]},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, object]) -> None:
+    record = Record(7, 2, 1, "float32", {"paths.txt": "p"}, "fp", "plan", 3, {"numpy": "2"}, ())
+    write_record(tmp_path, record)
+    path = tmp_path / "0007.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(FileDamaged, match=r"0007\.json is damaged.*ruiji verify --repair"):
+        read_record(tmp_path, 7)
+
+
+def test_a_record_that_lacks_a_field_is_damaged_and_one_with_more_is_read(tmp_path: Path) -> None:
+    record = Record(7, 2, 1, "float32", {"paths.txt": "p"}, "fp", "plan", 3, {"numpy": "2"}, ())
+    write_record(tmp_path, record)
+    path = tmp_path / "0007.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "surprise": 1}))
+    assert read_record(tmp_path, 7) == record
+    del value["fingerprint"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(FileDamaged, match="fingerprint"):
+        read_record(tmp_path, 7)
 
 
 def test_a_folder_in_the_way_is_reported(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.plan import Plan, cancel_plan, close_plan, open_plan
 from pipeline.reduce import reduce_segment, tidy
+from pipeline.status import StatusReader
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
 from search.gallery import open_gallery
@@ -202,14 +203,36 @@ def test_a_broken_shard_that_nothing_tells_of_is_not_touched(plan: Plan, how: st
     assert open_plan(plan.folder) is None
 
 
+def test_a_broken_shard_is_made_again_with_the_rows_that_left_the_list(
+    plan: Plan, tmp_path: Path, model_path: Path
+) -> None:
+    paths = (tmp_path / "media" / "objects.txt").read_text().splitlines()
+    assert plan_for(tmp_path, model_path, paths[:5]) is None
+    before, stale = files(plan.folder), open_gallery(plan.folder).stale_rows
+    flip(plan.folder / "0001.features.npy")
+    repair(plan.folder, verify(plan.folder))
+    again = open_plan(plan.folder)
+    assert again is not None
+    finish(again)
+    assert files(plan.folder) == before
+    assert open_gallery(plan.folder).stale_rows == stale == 5
+    status = StatusReader(plan.folder, None).read()
+    assert (status.objects, status.done, status.stale) == (5, 5, 5)
+
+
 def test_a_repair_refuses_what_only_an_enqueue_can_make_again(plan: Plan, tmp_path: Path, model_path: Path) -> None:
     paths = (tmp_path / "media" / "objects.txt").read_text().splitlines()
     assert plan_for(tmp_path, model_path, paths[:5]) is None
-    flip(plan.folder / "0001.features.npy")
+    (plan.folder / "0001.json").write_text("{")
     before = files(plan.folder)
-    with pytest.raises(UsageError, match=r"0001.*run ruiji enqueue"):
+    with pytest.raises(UsageError, match=r"delete 0001\.json.*run ruiji enqueue"):
         repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
+    (plan.folder / "0001.json").unlink()
+    again = plan_for(tmp_path, model_path, paths[:5])
+    assert again is not None
+    finish(again)
+    assert open_gallery(plan.folder).stale_rows == 5
 
 
 def test_files_that_nobody_takes_up_are_leftovers(plan: Plan) -> None:

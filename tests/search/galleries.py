@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
-from pipeline.store import Record, claim_gallery, shard_contents, shard_file, write_record
+from pipeline.store import Record, shard_contents, shard_file, write_record
 from search.gallery import Gallery, Shard
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, picture

@@ -15,8 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline.errors import RuijiError, UsageError
+from pipeline.gallery import gallery_folder
 from pipeline.model import load_model
-from pipeline.store import gallery_folder
 from search.cli import register
 from search.gallery import open_gallery
 from search.metrics import METRICS

@@ -17,9 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline.errors import GalleryMismatch, QueryError, RuijiError, UsageError
+from pipeline.gallery import gallery_folder
 from pipeline.model import Model, load_model
 from pipeline.settings import MAX_PIXELS
-from pipeline.store import gallery_folder
 from search.cli import register
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, only_line, pictures, tiny_model

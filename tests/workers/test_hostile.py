@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue
+from pipeline.gallery import read_gallery
 from pipeline.plan import Plan, open_plan
-from pipeline.store import read_gallery
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 

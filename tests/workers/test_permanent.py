@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.broker.app import connect
 from pipeline.errors import MachineFault, ModelError, UsageError
+from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
@@ -25,7 +26,6 @@ from pipeline.planning import Settings
 from pipeline.reduce import reduce_segment
 from pipeline.run import Work, enqueue
 from pipeline.stops import stop_plan, stopped
-from pipeline.store import claim_gallery, read_gallery
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, tiny_model, wait_until
