@@ -107,7 +107,8 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
                 find_probes(work.media_dir, objects)
             gallery = claim_gallery(work.folder, model, scheme)
             if client is not None:
-                check_place(work.folder, gallery, client)
+                with broker_faults():
+                    check_place(work.folder, gallery, client)
             plan = open_plan(work.folder)
             resumed = plan is not None
             if plan is None:

@@ -15,7 +15,7 @@ import redis
 from celery import signals
 from celery.worker.state import reserved_requests
 
-from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.broker.app import broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.gallery import GalleryInfo, check_place, gallery_folder, read_gallery
 from pipeline.plan import open_plan
 from pipeline.versions import library_versions
@@ -218,7 +218,8 @@ def run_process(
     folder = gallery_folder(feature_dir, model_path)
     ready = Readiness(state_dir)
     gallery = wait_for_gallery(folder, client, ready)
-    check_place(folder, gallery, client)
+    with broker_faults():
+        check_place(folder, gallery, client)
     encoder, hand = None, InHand(in_hand if role == "embed" else None)
     if role == "embed":
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.

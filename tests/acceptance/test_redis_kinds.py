@@ -110,9 +110,9 @@ def test_a_user_with_the_documented_rights_does_all_and_its_password_may_be_in_a
     left = {str(key): client.ttl(key) for key in client.scan_iter()}
     markers = {key: ttl for key, ttl in left.items() if re.fullmatch(r"celery-taskset-meta-.*\.c", key)}
     assert len(markers) == 3 and all(0 < ttl <= 300 for ttl in markers.values())
-    assert all(":worker:" in key for key in left.keys() - markers), left
+    assert all(":worker:" in key or key.endswith(":place") for key in left.keys() - markers), left
     ruiji.stop_all()
-    assert all(str(key).endswith(".c") for key in client.scan_iter())
+    assert all(str(key).endswith((".c", ":place")) for key in client.scan_iter())
     assert ruiji("doctor", code=None).stdout.startswith(("ok", "warn"))
     assert "NOPERM" not in capfd.readouterr().err
 
@@ -205,6 +205,8 @@ def test_a_cancelled_plan_leaves_nothing_once_the_next_one_has_ended(ruiji: Ruij
     client = connect(redis_url)
 
     def left() -> list[str]:
-        return [key for key in map(str, client.scan_iter()) if ":worker:" not in key and not key.endswith(".c")]
+        return [
+            key for key in map(str, client.scan_iter()) if ":worker:" not in key and not key.endswith((".c", ":place"))
+        ]
 
     wait_until(lambda: not left(), 30, "the end of all keys")

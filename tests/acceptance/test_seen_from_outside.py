@@ -8,9 +8,9 @@ import time
 import redis
 
 from pipeline.broker.app import connect
+from pipeline.gallery import read_gallery
 from pipeline.run import _read_patiently
 from pipeline.status import StatusReader
-from pipeline.store import read_gallery
 from tests.factories import Ruiji, pictures, wait_until
 
 
