@@ -268,18 +268,14 @@ def load_dotenv() -> None:
     No others: a `PATH` or `PYTHONPATH` in a folder of somebody else's would have its programs run.
 
     Raises:
-        UsageError: it is not UTF-8. OSError: it cannot be read.
+        UsageError: it is not UTF-8, or docker compose would read it differently. OSError: it cannot be read.
     """
-    if os.path.exists(".env"):
-        import dotenv
+    path = Path(".env")
+    if path.exists():
+        from pipeline.env_file import read_env_file
 
-        try:
-            values = dotenv.dotenv_values(".env", encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(f".env is not UTF-8: {error}") from None
-        for name, value in values.items():
-            if name.startswith("RUIJI_") and value is not None:
-                os.environ.setdefault(name, value)
+        for name, value in read_env_file(path).items():
+            os.environ.setdefault(name, value)
 
 
 def state_folder(state_dir: Path | None) -> Path:
@@ -297,7 +293,7 @@ def state_folder(state_dir: Path | None) -> Path:
         return Path.home() / ".local" / "state" / "ruiji"
     except RuntimeError:
         raise UsageError(
-            "this user has no home folder for ruiji's state; name a folder with --state-dir (RUIJI_STATE_DIR)"
+            "this user has no home folder for ruiji's state; name a folder with RUIJI_STATE_DIR (--state-dir)"
         ) from None
 
 
@@ -318,8 +314,8 @@ def make_state_folder(state_dir: Path | None) -> Path:
             pass
     except OSError as error:
         raise RuijiError(
-            f"cannot {doing} the state folder {folder}: {error.strerror}; name one on this host with --state-dir "
-            "(RUIJI_STATE_DIR)"
+            f"cannot {doing} the state folder {folder}: {error.strerror}; name one on this host with "
+            "RUIJI_STATE_DIR (--state-dir)"
         ) from None
     return folder
 
@@ -350,7 +346,7 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
             return redis_url_file(state_dir).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             raise UsageError(
-                "no Redis: start the embedded one with `ruiji redis` (make redis), or set RUIJI_REDIS_URL (--redis-url)"
+                "no Redis: start one with `ruiji redis` (or make up), or set RUIJI_REDIS_URL (--redis-url)"
             ) from None
     parts = _split(redis_url)
     if parts.scheme == "rediss":
