@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search audit lint types format run redis worker up join scale list \
-	enqueue status search logs down certificates lock clean
+	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
 	@echo "ruiji: from a sorted list of images to ranked look-alikes. Settings come from options, RUIJI_* variables, .env"
@@ -68,6 +68,9 @@ help: ## Explain the targets
 	@$(PIP) install --require-hashes --no-deps -r $<
 	@touch $@
 
+ifeq ($(filter $(ACCEL),cpu gpu),)
+$(error ACCEL is cpu or gpu, not '$(ACCEL)')
+endif
 setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu: onnxruntime-gpu and torch)
 
 demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU
@@ -125,13 +128,13 @@ worker: $(RUIJI) ## Embed and reduce on this machine, until Ctrl-C
 
 # Each of these says whether it works with docker compose or on this machine alone.
 up: ## Start Redis, a reducer, WORKERS=2 workers (GPU=1): docker compose where an engine answers, else on this machine
-	@deploy/stack.sh up $(WORKERS)
+	@deploy/stack.sh up $${WORKERS:+"$$WORKERS"}
 
 join: ## Start WORKERS=2 workers for the Redis of another host (REDIS_HOST=..., GPU=1)
-	@deploy/stack.sh join $(WORKERS)
+	@deploy/stack.sh join $${WORKERS:+"$$WORKERS"}
 
 scale: ## Change to WORKERS=5
-	@deploy/stack.sh scale $(or $(WORKERS),$(error say how many: make scale WORKERS=5))
+	$(if $(WORKERS),,$(error say how many: make scale WORKERS=5))@deploy/stack.sh scale "$$WORKERS"
 
 list: ## Write the object list of the media folder
 	@deploy/stack.sh ruiji list $(ARGS)
@@ -143,7 +146,10 @@ status: ## How every object stands
 	@deploy/stack.sh ruiji status $(ARGS)
 
 search: ## Look-alikes of QUERY=photo.jpg
-	@deploy/stack.sh ruiji search $(if $(QUERY),"$(QUERY)") $(ARGS)
+	@deploy/stack.sh ruiji search $${QUERY:+"$$QUERY"} $(ARGS)
+
+ruiji: ## Any other command: make ruiji ARGS="failures --format csv"
+	@deploy/stack.sh ruiji $(or $(ARGS),--help)
 
 logs: ## Follow what the workers say
 	@deploy/stack.sh logs
@@ -152,7 +158,7 @@ down: ## Stop what `make up` started; nothing is lost
 	@deploy/stack.sh down
 
 certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in secrets/
-	@deploy/stack.sh certificates $(or $(REDIS_HOST),$(error say which host: make certificates REDIS_HOST=name))
+	$(if $(REDIS_HOST),,$(error say which host: make certificates REDIS_HOST=name))@deploy/stack.sh certificates "$$REDIS_HOST"
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv

@@ -1,12 +1,13 @@
 #!/bin/sh
 # What `make up`, `scale`, `logs`, `down` do, and where `make enqueue`, `status`, `search`, `list` run: in the containers
-# of docker compose where an engine answers, else in processes on this machine. `up` notes in .up/ which of the two it
+# of docker compose if an engine answers, else in processes on this machine. `up` notes in .up/ which of the two it
 # took and with which files; the others keep to that. Without a note, commands run on this machine.
 #   stack.sh up|join|scale [WORKERS] · logs · down · certificates HOST · ruiji COMMAND …
 set -eu
-cd "$(dirname "$0")/.."
+cd -P "$(dirname "$0")/.."
 note=.up/with
 say() { echo "$*" >&2; }
+refuse() { say "error: $*"; exit 2; }
 
 mode=
 if [ -e $note ]; then
@@ -16,41 +17,96 @@ if [ -e $note ]; then
 	esac
 fi
 
+# Before anything is ended or made: with no worker left, or none that can start, all work stops.
+workers() {
+	case $1 in
+	[1-9] | [1-9][0-9] | [1-9][0-9][0-9]) ;;
+	*) refuse "WORKERS is a number from 1 to 999, not '$1'; make down stops all of them" ;;
+	esac
+}
+
 # --- docker compose ---------------------------------------------------------------------------------------------------
 
-engine_answers() { docker version >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; }
-
-# The value of a variable that only compose reads: from the shell, else from .env.
-setting() {
-	eval "value=\${$1:-}"
-	[ -n "$value" ] || value=$(sed -n "s/^$1=//p" .env 2>/dev/null | tail -1)
-	echo "$value"
+# Why an engine that is installed does not answer has to be seen: work then goes elsewhere.
+engine_answers() {
+	command -v docker >/dev/null || return 1
+	answer=$(docker version 2>&1 >/dev/null) && answer=$(docker compose version 2>&1 >/dev/null) && return
+	say "docker does not answer: $(echo "$answer" | tail -1)"
+	return 1
 }
+
+# What compose itself makes of these variables, from the shell, else from .env; other ways to read .env differ from it.
+# As names of images, which are the only values that every compose prints as they are.
+read_settings() {
+	found=$({
+		printf 'name: not-set\nservices:\n'
+		for name in COMPOSE_FILE COMPOSE_PROJECT_NAME CONTAINER_USER MODEL_DIR REDIS_HOST REDIS_PORT RUIJI_FEATURE_DIR \
+			RUIJI_MEDIA_DIR RUIJI_MODEL; do
+			echo "  $name: {image: '$name=\${$name-}'}"
+		done
+	} | docker compose -f - config --images) || exit 2
+}
+setting() { echo "$found" | sed -n "s/^$1=//p"; }
 
 # Containers never run as root: for root they take 1000. They read secrets/ and write the feature folder.
 container_user() {
 	user=$(setting CONTAINER_USER)
 	[ -n "$user" ] || user=$(id -u):$(id -g)
-	[ "${user%%:*}" != 0 ] || user=1000:1000
+	case $user in
+	*[!0-9:]* | *:*:* | :* | *:) refuse "CONTAINER_USER has numbers, like 1000:1000, not '$user'" ;;
+	0 | 0:*) user=1000:1000 ;;
+	esac
 	echo "$user"
 }
 
 own() { [ "$(id -u)" != 0 ] || chown "$CONTAINER_USER" "$@"; }
 
+# One of this folder's own, so that two clones in folders of one name keep apart. What was started here under another
+# name, by plain docker compose or before a folder was moved, goes on under that.
+project() {
+	name=$(setting COMPOSE_PROJECT_NAME)
+	started=$(docker ps -a --filter label=com.docker.compose.service --filter \
+		"label=com.docker.compose.project.working_dir=$PWD" --format '{{.Label "com.docker.compose.project"}}' | sort -u)
+	if [ "$name" = not-set ]; then
+		name=$(sed -n "s/.*COMPOSE_PROJECT_NAME='\(.*\)'$/\1/p" $note 2>/dev/null || true)
+		[ -n "$name" ] || name=$(echo "$started" | head -1)
+	fi
+	if [ -z "$name" ]; then
+		name=$(basename "$PWD" | tr 'A-Z' 'a-z' | tr -cd 'a-z0-9_-' | sed 's/^[_-]*//')
+		name=${name:-ruiji}-$(printf %08x "$(printf %s "$PWD" | cksum | cut -d ' ' -f 1)")
+	fi
+	for other in $started; do
+		[ "$other" = "$name" ] || say "this folder has containers of the project $other too: docker compose -p $other down" \
+			"ends them"
+	done
+	echo "$name"
+}
+
+# The containers of another clone are not to be replaced, ended or taken for this one's.
+only_ours() {
+	docker ps -a --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
+		--format '{{.Label "com.docker.compose.project.working_dir"}}' | sort -u | while read -r folder; do
+		[ ! -d "$folder" ] || [ "$folder" -ef . ] || refuse "the containers of the project $COMPOSE_PROJECT_NAME are those" \
+			"of $folder. If this folder is a copy of it, remove .up/ here; else set another COMPOSE_PROJECT_NAME in .env"
+	done
+}
+
 password() {
 	[ -e secrets/redis_password ] && return
 	mkdir -p secrets
 	(umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > secrets/redis_password)
-	own secrets/redis_password
 }
 
 # It talks on stderr even where all is well.
 openssl_quietly() { said=$(openssl "$@" 2>&1) || { say "openssl failed:"; say "$said"; exit 1; }; }
 
+# Without what stands around an IPv6 address in a URL.
+bare() { host=${1#[}; echo "${host%]}"; }
+
 # A CA of this installation's own, and the certificate of the host that runs Redis, for ten years.
 certificates() {
 	command -v openssl >/dev/null || { say "no openssl: install it (on Debian or Ubuntu apt-get install openssl)"; exit 1; }
-	host=${1#[}; host=${host%]} # Around an IPv6 address, as in a URL.
+	host=$(bare "$1")
 	case $host in *:*) name=IP:$host ;; *[!0-9.]*) name=DNS:$host ;; *) name=IP:$host ;; esac
 	mkdir -p secrets
 	cd secrets
@@ -58,8 +114,8 @@ certificates() {
 	new="req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 	# Every other host trusts this one.
 	if [ -e redis_ca ]; then
-		[ -e ca_key ] || { say "secrets/redis_ca has lost its ca_key: put that back, or remove redis_ca for a new CA," \
-			"whose redis_ca every other host then needs"; exit 2; }
+		[ -e ca_key ] || refuse "secrets/redis_ca has lost its ca_key: put that back, or remove redis_ca for a new CA," \
+			"whose redis_ca every other host then needs"
 		say "with the CA that is in secrets/; Redis takes its new certificate at the next make down and make up"
 	else
 		openssl_quietly $new -x509 -days 3650 -subj "/CN=ruiji's own CA" -keyout ca_key -out redis_ca
@@ -77,37 +133,123 @@ certificates() {
 	cd ..
 }
 
+# What several hosts need, before containers fail for want of it.
+several_hosts() {
+	host=$(bare "$(setting REDIS_HOST)")
+	case $host in
+	localhost | 127.* | ::1 | 0.0.0.0 | ::) refuse "REDIS_HOST=$host means each container itself: give the name or the" \
+		"address under which every host and its containers reach the one with Redis" ;;
+	esac
+	if [ "$1" = join ]; then
+		for file in redis_password redis_ca; do
+			[ -e secrets/$file ] || refuse "no secrets/$file: copy it from $host"
+		done
+		return
+	fi
+	for file in redis_ca redis_certificate redis_key; do
+		[ -e secrets/$file ] || refuse "no secrets/$file: make certificates REDIS_HOST=$(setting REDIS_HOST) makes it"
+	done
+	command -v openssl >/dev/null || return 0
+	case $host in *:*) check=-checkip ;; *[!0-9.]*) check=-checkhost ;; *) check=-checkip ;; esac
+	if openssl x509 -in secrets/redis_certificate -noout $check "$host" | grep -q 'NOT match'; then
+		refuse "secrets/redis_certificate is not for $host: make certificates REDIS_HOST=$(setting REDIS_HOST) makes one"
+	fi
+}
+
 compose_files() {
 	files=docker-compose.yml
-	[ -z "${GPU:-}" ] || files=$files:docker-compose.gpu.yml
+	case ${GPU:-0} in
+	0) ;;
+	1) files=$files:docker-compose.gpu.yml ;;
+	*) refuse "GPU is 1 or 0, not '$GPU'" ;;
+	esac
 	[ -z "$(setting REDIS_HOST)" ] || files=$files:docker-compose.hosts.yml
 	echo "$files"
 }
 
+# A line for the note: what the shell has by then still wins.
+remember() {
+	eval "value=\${$1:-}"
+	[ -z "$value" ] || printf "[ -n \"\${%s+set}\" ] || export %s='%s'\n" "$1" "$1" "$(echo "$value" | sed "s/'/'\\\\''/g")"
+}
+
 compose_up() {
-	if [ ! -e .env ] && [ -z "${RUIJI_MEDIA_DIR:-}" ]; then
-		say "no .env: copy .env.example to it, and set the three paths in it"
-		exit 2
-	fi
-	[ -n "$(setting COMPOSE_FILE)" ] || { COMPOSE_FILE=$(compose_files); export COMPOSE_FILE; }
-	CONTAINER_USER=$(container_user); export CONTAINER_USER
+	[ -e .env ] || [ -n "${RUIJI_MEDIA_DIR:-}" ] || refuse "no .env: copy .env.example to it, and set the three paths in it"
+	read_settings
+	for name in RUIJI_MEDIA_DIR RUIJI_FEATURE_DIR MODEL_DIR RUIJI_MODEL; do
+		case $(setting $name) in /*) ;; *) refuse "$name has to be an absolute path (in .env), not '$(setting $name)'" ;; esac
+	done
+	case $(setting RUIJI_MODEL) in
+	"$(setting MODEL_DIR | sed 's:/*$::')"/*) ;;
+	*) refuse "RUIJI_MODEL ($(setting RUIJI_MODEL)) has to lie in MODEL_DIR ($(setting MODEL_DIR)): containers see that folder" ;;
+	esac
+	# Not on one line with `export`, which would hide a refusal.
+	COMPOSE_FILE=$(setting COMPOSE_FILE)
+	[ -n "$COMPOSE_FILE" ] || COMPOSE_FILE=$(compose_files)
+	CONTAINER_USER=$(container_user)
+	COMPOSE_PROJECT_NAME=$(project)
+	export COMPOSE_FILE CONTAINER_USER COMPOSE_PROJECT_NAME
+	only_ours
+	[ -z "$(setting REDIS_HOST)" ] || several_hosts "$1"
+	[ "$1" = join ] || password
+	# All that containers read; what was copied here by root is root's.
+	for file in redis_password redis_ca redis_certificate redis_key; do
+		[ ! -e secrets/$file ] || own secrets/$file
+	done
 	mkdir -p .up
 	{
 		echo mode="$1"
-		for name in COMPOSE_FILE CONTAINER_USER REDIS_HOST; do
-			[ -z "$(setting $name)" ] || echo "export $name='$(setting $name)'"
+		# Settings of this command line hold for later commands too.
+		for name in $({ grep -ohE '\$\{[A-Z_]+|^ +RUIJI_[A-Z_]+: *$' docker-compose*.yml; echo COMPOSE_FILE; } |
+			tr -d '${ :' | sort -u); do
+			remember "$name"
 		done
 	} > $note
-	say "with docker compose ($(setting COMPOSE_FILE)), as $CONTAINER_USER"
-	config=$(docker compose config)
-	features=$(echo "$config" | sed -n 's/^ *RUIJI_FEATURE_DIR: //p' | head -1)
+	say "with docker compose ($COMPOSE_FILE), project $COMPOSE_PROJECT_NAME, as $CONTAINER_USER"
+	features=$(setting RUIJI_FEATURE_DIR)
 	[ -d "$features" ] || { mkdir -p "$features"; own "$features"; }
+	docker compose build worker
+	look_from_inside "$1"
+}
+
+# Containers see neither /etc/hosts nor, as another user, every file: what they cannot use is said before they start.
+look_from_inside() {
+	host= port=
+	[ -z "$(setting REDIS_HOST)" ] || host=$(bare "$(setting REDIS_HOST)")
+	[ "$1" != join ] || port=$(setting REDIS_PORT) port=${port:-6379}
+	docker compose run --rm --no-deps -T --entrypoint sh cli -c '
+		ok=0
+		bad() { echo "error: $*" >&2; ok=1; }
+		for file in /run/secrets/*; do
+			[ -r "$file" ] || bad "user $1 of the containers cannot read secrets/${file##*/}: chown $1 secrets/${file##*/}"
+		done
+		[ -r "$RUIJI_MODEL" ] || bad "user $1 of the containers cannot read the model $RUIJI_MODEL, or it is not there"
+		[ -r "$RUIJI_MEDIA_DIR" ] && [ -x "$RUIJI_MEDIA_DIR" ] ||
+			bad "user $1 of the containers cannot read the media folder $RUIJI_MEDIA_DIR"
+		[ -w "$RUIJI_FEATURE_DIR" ] && [ -x "$RUIJI_FEATURE_DIR" ] ||
+			bad "user $1 of the containers cannot write to the feature folder $RUIJI_FEATURE_DIR: chown $1 $RUIJI_FEATURE_DIR"
+		if [ -n "$2" ] && ! getent ahosts "$2" >/dev/null; then
+			bad "containers do not find the host $2: they ask DNS, and do not see /etc/hosts." \
+				"Give an address, or a name that DNS knows, as REDIS_HOST"
+		elif [ -n "$3" ]; then
+			python -c "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)" "$2" "$3" 2>/dev/null ||
+				bad "nothing answers at $2, port $3 (REDIS_HOST, REDIS_PORT): is Redis up there, and does a firewall let it through?"
+		fi
+		exit $ok' sh "$CONTAINER_USER" "$host" "$port"
 }
 
 # Starts or changes containers, and waits until they can take a task; says why they cannot.
 compose_start() {
 	docker compose up -d --wait "$@" && return
-	docker compose logs --no-color --tail 5 worker reducer >&2
+	unwell=$(docker compose ps -a --format '{{.Service}} {{.Health}}' | sed -n 's/ healthy$//; t; s/ .*//p' | sort -u)
+	# The others wait for Redis.
+	case " $(echo $unwell) " in *" redis "*) unwell=redis ;; esac
+	log=$(docker compose logs --no-color --tail 10 $unwell)
+	say "$log"
+	if [ "$unwell" = redis ] && echo "$log" | grep -qiE 'reading the append only file|aof manifest'; then
+		say "Redis cannot read the queue in its volume. Nothing is lost without it, the features are in the feature folder:"
+		say "  make down && docker volume rm ${COMPOSE_PROJECT_NAME}_redis && make up && make enqueue"
+	fi
 	exit 1
 }
 
@@ -115,11 +257,23 @@ compose_start() {
 
 here() { say "on this machine (.venv, no containers)"; [ -x .venv/bin/ruiji ] || make --no-print-directory setup; }
 
+# What ruiji makes of a variable, from the shell, else from .env.
+ruiji_setting() {
+	.venv/bin/python -P -c '
+import os, sys
+from pipeline import errors, settings
+try:
+    settings.load_dotenv()
+except errors.RuijiError as error:
+    sys.exit(f"error: {error}")
+print(os.environ.get(sys.argv[1], ""))' "$1"
+}
+
 # Runs until `down`, also when this terminal is closed.
 background() { name=$1; shift; setsid "$@" >>.up/"$name".log 2>&1 </dev/null & echo $! > .up/"$name".pid; }
 
 # Whether what was started under this name runs: after a reboot its number may be a stranger's.
-alive() { { tr '\0' ' ' < "/proc/$(cat .up/"$1".pid)/cmdline" | grep -q "bin/ruiji $1"; } 2>/dev/null; }
+alive() { { tr '\0' ' ' < "/proc/$(cat .up/"$1".pid)/cmdline" | grep -q "bin/ruiji ${1%-before}"; } 2>/dev/null; }
 
 end() { # a process and all that it started, in order
 	if alive "$1"; then kill "$(cat .up/"$1".pid)" || true; fi
@@ -130,7 +284,7 @@ end() { # a process and all that it started, in order
 here_up() {
 	mkdir -p .up
 	echo mode=here > $note
-	if [ -z "$(setting RUIJI_REDIS_URL)" ] && ! alive redis; then
+	if ! alive redis && [ -z "$(ruiji_setting RUIJI_REDIS_URL)" ]; then
 		: > .up/redis.log
 		background redis .venv/bin/ruiji redis
 		until grep -q '^Redis at' .up/redis.log; do
@@ -141,11 +295,26 @@ here_up() {
 	here_scale "$1"
 }
 
+# The worker of before ends once the new one has started its processes, or waits for that one's GPU: if it cannot, for
+# whatever reason, work goes on as it was.
 here_scale() {
-	end worker
+	rm -f .up/worker-before.pid
+	[ ! -e .up/worker.pid ] || mv .up/worker.pid .up/worker-before.pid
+	: >>.up/worker.log
+	before=$(wc -c < .up/worker.log)
 	background worker .venv/bin/ruiji worker --processes "$1"
-	sleep 1
-	kill -0 "$(cat .up/worker.pid)" 2>/dev/null || { tail -3 .up/worker.log >&2; exit 1; }
+	said() { tail -c +$((before + 1)) .up/worker.log; }
+	started=$(cat .up/worker.pid)
+	until [ -n "$(cat "/proc/$started/task/$started/children" 2>/dev/null)" ] || said | grep -q slot_waiting; do
+		kill -0 "$started" 2>/dev/null && sleep 0.1 && continue
+		said | tail -3 >&2
+		rm -f .up/worker.pid
+		alive worker-before || exit 1
+		mv .up/worker-before.pid .up/worker.pid
+		say "the workers of before go on"
+		exit 1
+	done
+	end worker-before
 	say "$1 embed processes and a reducer are at work; make logs shows what they say"
 }
 
@@ -153,22 +322,26 @@ here_scale() {
 
 command=$1; shift
 case $command in
+up | join | scale) workers "${1:-2}" ;;
+esac
+case $mode in
+compose | join) [ -z "${COMPOSE_PROJECT_NAME:-}" ] || only_ours ;;
+esac
+case $command in
 up)
 	if [ "$mode" = here ] || { [ -z "$mode" ] && ! engine_answers; }; then
 		here
 		here_up "${1:-2}"
 	else
 		compose_up compose
-		password
-		compose_start --build --scale worker="${1:-2}"
+		compose_start --scale worker="${1:-2}"
 	fi ;;
 join)
-	[ -n "$(setting REDIS_HOST)" ] || { say "make join needs REDIS_HOST, the host with Redis"; exit 2; }
-	for file in redis_password redis_ca; do
-		[ -e secrets/$file ] || { say "no secrets/$file: copy it from $(setting REDIS_HOST)"; exit 2; }
-	done
+	engine_answers || refuse "make join needs a Docker engine; without one: ruiji worker (docs/deployment.md)"
+	read_settings
+	[ -n "$(setting REDIS_HOST)" ] || refuse "make join needs REDIS_HOST, the host with Redis"
 	compose_up join
-	compose_start --build --no-deps --scale worker="${1:-2}" worker ;;
+	compose_start --no-deps --scale worker="${1:-2}" worker ;;
 scale)
 	case $mode in
 	here) here; here_scale "$1" ;;
@@ -183,14 +356,17 @@ logs)
 	esac ;;
 down)
 	case $mode in
-	here) say "on this machine"; end worker; end redis ;;
+	here) say "on this machine"; end worker-before; end worker; end redis ;;
 	'') say "nothing is up here" ;;
 	*) say "with docker compose"; docker compose down ;;
 	esac
 	rm -rf .up ;;
 certificates)
+	found=
+	! docker compose version >/dev/null 2>&1 || read_settings
 	CONTAINER_USER=$(container_user)
 	password
+	own secrets/redis_password
 	certificates "$1"
 	say "secrets/: redis_password and redis_ca go to every other host; redis_key stays here, ca_key can be put away" ;;
 ruiji)
@@ -198,10 +374,13 @@ ruiji)
 		here
 		exec .venv/bin/ruiji "$@"
 	fi
-	say "in a container of docker compose"
 	if [ "$1" = list ]; then
+		say "in a container of docker compose; the list can be written to the media folder, or with --out below" \
+			"RUIJI_FEATURE_DIR (RUIJI_LIST in .env then names it)"
 		exec docker compose run --rm list "$@"
 	fi
+	say "in a container of docker compose; files can be written below RUIJI_FEATURE_DIR only; \`ruiji X\` is" \
+		"make ruiji ARGS=X here"
 	# A query may lie anywhere; the container sees it under its own name.
 	if [ "$1" = search ] && [ -e "${2:-}" ]; then
 		query=$(realpath -- "$2"); shift 2

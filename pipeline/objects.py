@@ -155,7 +155,9 @@ def prepare(source: Path, scratch: Path, scheme: IdScheme) -> ObjectList:
                 previous = line
                 lines += 1
     except FileNotFoundError:
-        raise ObjectListError(f"no object list at {source}; make one with: ruiji list MEDIA_DIR") from None
+        raise ObjectListError(
+            f"no object list at {source}; make one with: ruiji list MEDIA_DIR (or make list)"
+        ) from None
     except OSError as error:
         raise ObjectListError(f"cannot read the object list {source}: {error.strerror}") from None
     if not lines:

@@ -99,6 +99,7 @@ def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, host
         name: f"/somewhere/{name}" for name in ("RUIJI_MEDIA_DIR", "RUIJI_FEATURE_DIR", "RUIJI_MODEL", "MODEL_DIR")
     }
     settings |= {"COMPOSE_FILE": ":".join(files), "COMPOSE_PROFILES": profile, "REDIS_HOST": "gpu-a"}
+    settings["COMPOSE_PROJECT_NAME"] = "mine"
     command = ["docker", "compose", "config", "--format", "json"]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **settings})
     if "unknown" in answer.stderr or "is not a docker command" in answer.stderr:
@@ -112,4 +113,4 @@ def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, host
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         if name != "redis":
             assert service["user"] == "1000:1000"
-            assert service["image"] == ("ruiji:gpu" if gpu else "ruiji:cpu")
+            assert service["image"] == ("ruiji:gpu-mine" if gpu else "ruiji:cpu-mine")

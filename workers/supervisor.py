@@ -40,7 +40,7 @@ _LOOK_INTERVAL_S = 1.0
 def _how(status: int) -> str:
     """What the end of a process means, in words."""
     if status == -signal.SIGKILL:
-        return "it was killed; if nobody did, memory ran out: give it more, or run fewer --processes"
+        return "it was killed; if nobody did, memory ran out: give it more (compose: WORKER_MEMORY), or run fewer"
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}" if -status in signal.valid_signals() else "by a signal"
     return f"it ended with exit code {status}; the lines above say why"
@@ -95,8 +95,8 @@ class Supervisor:
             self._in_hand.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise RuijiError(
-                f"cannot write the state folder {state_dir}: {error.strerror}; name one on this host with --state-dir "
-                "(RUIJI_STATE_DIR)"
+                f"cannot write the state folder {state_dir}: {error.strerror}; name one on this host with "
+                "RUIJI_STATE_DIR (--state-dir)"
             ) from None
         # Whether processes died, here or before this start, whose files were not looked at.
         self._unread = True
@@ -162,7 +162,7 @@ class Supervisor:
             return 0
         logger.error(
             "this machine cannot run the model: %d processes in a row ended with status %d before a grey picture was "
-            "through; is there too little memory? Give it more, or run fewer --processes",
+            "through; is there too little memory? Give it more (compose: WORKER_MEMORY), or run fewer processes",
             child.failed_trials,
             status,
             extra={"event": "worker_unfit"},

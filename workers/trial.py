@@ -18,7 +18,7 @@ import redis
 
 from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelError, UsageError
 from pipeline.gallery import GalleryInfo
-from pipeline.model import Model, load_model, pixels_of, why_another
+from pipeline.model import Model, load_model
 from pipeline.trial import TRIAL_S
 from workers.in_hand import InHand
 from workers.permanent import stop_unless_begun
@@ -90,13 +90,12 @@ def proven_encoder(
 
 def _on_trial(model_path: Path, folder: Path, gallery: GalleryInfo, make: "Callable[[Model], Encoder]") -> "Encoder":
     try:
-        model = load_model(model_path, pixels_of(gallery.contract))
+        model = load_model(model_path)
     except ModelError as error:
         raise _NoModel(str(error)) from error
     if model.fingerprint != gallery.fingerprint:
         raise GalleryMismatch(
-            f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}: "
-            f"{why_another(model, gallery.contract)}"
+            f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}"
         )
     encoder = make(model)
     encoder.prove()

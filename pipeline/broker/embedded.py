@@ -64,7 +64,7 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     log = data_dir / "redis.log"
     refusal = (
         f"a Redis is at work in {data_dir} already, and a second one would destroy its queue; other commands find it "
-        f"by {redis_url_file(data_dir.parent)}. Stop it first, or give this one another --state-dir (RUIJI_STATE_DIR)"
+        f"by {redis_url_file(data_dir.parent)}. Stop it first, or give this one another RUIJI_STATE_DIR (--state-dir)"
     )
     with locked(data_dir / "lock", refusal) as lock:
         port, password = _address(data_dir / "address")

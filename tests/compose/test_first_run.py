@@ -93,13 +93,14 @@ def test_redis_is_reached_with_the_password_and_from_its_own_network_only(finish
     probe = f"import socket; c = socket.create_connection({address}, 3); c.sendall(b'PING\\r\\n'); print(c.recv(99))"
     inside = finished.compose("exec", "worker", "python", "-c", probe)
     assert "NOAUTH" in inside
-    outside = ["docker", "run", "--rm", "--network", "bridge", "--entrypoint", "python", "ruiji:cpu", "-c", probe]
+    image = finished.containers("worker")[0]["Config"]["Image"]
+    outside = ["docker", "run", "--rm", "--network", "bridge", "--entrypoint", "python", image, "-c", probe]
     refused = finished.run(*outside, code=1).stderr
     assert "timed out" in refused or "unreachable" in refused or "refused" in refused
 
 
 def test_enqueueing_again_has_nothing_to_do_and_the_list_can_be_made_in_a_container(
-    finished: Stack, new_stack: Callable[..., Stack], tmp_path: Path
+    finished: Stack, tmp_path: Path
 ) -> None:
     assert "nothing to do" in finished.make("enqueue").stderr
     path = (finished.media / "objects.txt").read_text().splitlines()[0]
@@ -108,10 +109,14 @@ def test_enqueueing_again_has_nothing_to_do_and_the_list_can_be_made_in_a_contai
     shutil.copy(finished.media / path, media / path)
     user = finished.containers("worker")[0]["Config"]["User"].split(":")
     shutil.chown(media, int(user[0]), int(user[1]))
-    other = new_stack(media, features=tmp_path / "features")
-    (tmp_path / "features").mkdir()
-    (other.folder / ".up").mkdir()
-    shutil.copy(finished.folder / ".up" / "with", other.folder / ".up")
-    shutil.copytree(finished.folder / "secrets", other.folder / "secrets")
-    other.make("list")
+    finished.make("list", f"RUIJI_MEDIA_DIR={media}")
     assert (media / "objects.txt").read_text() == f"{path}\n"
+
+
+def test_commands_in_containers_write_only_what_outlives_them(finished: Stack) -> None:
+    lost = finished.make("list", "ARGS=--out /tmp/objects.txt", code=2).stderr
+    assert "nothing may be written to /tmp" in lost
+    target = finished.features / "objects.txt"
+    finished.make("list", f"ARGS=--out {target}")
+    assert len(target.read_text().splitlines()) == 250
+    target.unlink()
