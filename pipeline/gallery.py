@@ -111,12 +111,13 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
         found = read_gallery(folder)
     except FileDamaged:
         found = None
-    if found is None:
-        found = _made(folder, wanted, model)
-    elif _differs(found, wanted) and _unused(folder):
+    if found is not None and _differs(found, wanted) and _unused(folder):
         # Of a first enqueue that ended before it made a plan.
-        _write(folder, wanted)
-        found = wanted
+        found = _write(folder, wanted)
+    plan = _any_plan(folder) if folder.is_dir() else None
+    # Looked at after the claim: a plan that was committed meanwhile decides whose the folder is.
+    if found is None or (plan is not None and plan.gallery_id != found.gallery_id):
+        found = _made(folder, wanted, model, plan)
     if found.fingerprint != wanted.fingerprint:
         raise GalleryMismatch(
             f"{folder} belongs to the model with fingerprint {found.fingerprint[:12]}, {model.path} has "
@@ -134,9 +135,18 @@ def _differs(found: GalleryInfo, wanted: GalleryInfo) -> bool:
     return (found.fingerprint, found.object_id) != (wanted.fingerprint, wanted.object_id)
 
 
-def _made(folder: Path, wanted: GalleryInfo, model: Model) -> GalleryInfo:
-    """Write the `gallery.json` of a folder that has none to read; what the first of several wrote counts."""
-    plan = _any_plan(folder) if folder.is_dir() else None
+def keep_gallery(folder: Path, gallery: GalleryInfo) -> None:
+    """Make a gallery whose plan was just committed this one, whatever was claimed before the commit."""
+    try:
+        if read_gallery(folder) == gallery:
+            return
+    except FileDamaged:
+        pass
+    _write(folder, gallery)
+
+
+def _made(folder: Path, wanted: GalleryInfo, model: Model, plan: Plan | None) -> GalleryInfo:
+    """Write the `gallery.json` of a folder that has none to read, or none of its plan's."""
     if plan is not None:
         if plan.fingerprint != wanted.fingerprint:
             raise GalleryMismatch(
@@ -147,9 +157,8 @@ def _made(folder: Path, wanted: GalleryInfo, model: Model) -> GalleryInfo:
         rebuilt = GalleryInfo(
             plan.gallery_id, plan.fingerprint, plan.length, wanted.model, plan.object_id, wanted.contract
         )
-        _write(folder, rebuilt)
         logger.warning("gallery.json was lost or damaged; written anew", extra={"event": "gallery_rebuilt"})
-        return rebuilt
+        return _write(folder, rebuilt)
     if folder.is_dir() and recorded_shards(folder):
         raise GalleryMismatch(
             f"{gallery_file(folder)} is lost or damaged, and no plan tells what it said; restore it from a copy"
@@ -159,14 +168,11 @@ def _made(folder: Path, wanted: GalleryInfo, model: Model) -> GalleryInfo:
             f"{folder} holds shards that ruiji did not make: nothing says which model and preprocessing they "
             "came from, so nothing is added to them (ruiji search reads them). Choose another --feature-dir"
         )
-    damaged = gallery_file(folder).exists()
-    _write(folder, wanted, exclusive=not damaged)
-    found = read_gallery(folder)
-    assert found is not None
-    return found
+    return _write(folder, wanted, exclusive=not gallery_file(folder).exists())
 
 
-def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> None:
+def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> GalleryInfo:
+    """Write a `gallery.json`; returns what is there then, as it is read."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = [to_json({"format": FORMAT, **asdict(info)})]
@@ -174,6 +180,9 @@ def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> None:
         sync_folder(folder)
     except (OSError, MachineFault) as error:
         raise RuijiError(f"cannot write the feature folder {folder}: {error}") from None
+    found = read_gallery(folder)
+    assert found is not None
+    return found
 
 
 def _any_plan(folder: Path) -> Plan | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import GalleryMismatch, RuijiError, UsageError
-from pipeline.gallery import GalleryInfo
+from pipeline.gallery import GalleryInfo, keep_gallery
 from pipeline.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
 from pipeline.plan import (
@@ -135,6 +135,7 @@ def make_plan(
             if plan is None and state == before.objects and marks_digest(before.marks_folder) == state.marks:
                 return None
             if commit(before, made, plan.plan_id if plan is not None else None, state):
+                keep_gallery(folder, gallery)
                 return plan
     raise RuijiError(f"other enqueues into {folder} come in between all the time; run it again")
 

@@ -98,7 +98,7 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
     if (found is None or found.fingerprint != model.fingerprint) and (untried := prove_model(model)) is not None:
         logger.warning("%s; the first worker tries it", untried, extra={"event": "model_untried"})
     run = work.folder / "run"
-    with machine_faults(f"cannot write {run}"):
+    with machine_faults(f"cannot write {run}"), _leaving_nothing(run):
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-list-") as scratch:
             objects = prepare(list_path, Path(scratch), scheme)
@@ -126,10 +126,22 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
                         note_probes(plan, find_probes(work.media_dir, objects))
     published = 0
     if plan is not None and client is not None and redis_url is not None:
-        app = make_app(redis_url, gallery.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
+        app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
         with broker_faults():
             published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
     return Enqueued(plan, resumed, published, objects.lines, objects.notes)
+
+
+@contextmanager
+def _leaving_nothing(run: Path) -> Iterator[None]:
+    """After a refusal, remove the folders that were made for nothing."""
+    try:
+        yield
+    except BaseException:
+        for folder in (run, run.parent):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def cancel(folder: Path) -> Plan | None:

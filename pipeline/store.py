@@ -30,6 +30,8 @@ FORMAT = 1
 TEMPORARY_PREFIX = ".tmp-"
 #: Length of the tag that follows a feature's array.
 TAG_BYTES = 16
+#: A record of a million objects that all failed has some 400 MB.
+_LARGEST_JSON = 1 << 30
 #: What a search keeps for the next one, inside the gallery folder. Features lie in folders of two characters, so the
 #: name is free.
 CACHE_FOLDER = "cache"
@@ -145,19 +147,20 @@ def read_json(path: str | Path, newest: int = FORMAT) -> dict[str, Any]:
     """
     try:
         # O_NONBLOCK: a pipe of this name would block here for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileDamaged(f"{path} is not a file")
-            value = msgspec.json.decode(file.read())
-        version = value["format"]
-    except (FileNotFoundError, NotADirectoryError, FileDamaged):
-        raise
-    except IsADirectoryError:
-        raise FileDamaged(f"{path} is not a file") from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise FileDamaged(f"{path} is not a file") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_JSON:
+        os.close(descriptor)
+        raise FileDamaged(f"{path} is not a file" if status.st_size <= _LARGEST_JSON else f"{path} is too large")
+    with open(descriptor, "rb") as file:
+        data = file.read()
+    try:
+        value = msgspec.json.decode(data)
+        version = value["format"]
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError):
         raise FileDamaged(f"{path} is damaged") from None
     if type(version) is not int or version < 1:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from pipeline.errors import GalleryMismatch, ImageError
 from pipeline.plan import Limits, Plan, suspects_folder
-from pipeline.store import FORMAT, read_json, to_json, write_atomic
+from pipeline.store import FORMAT, as_type, read_json, to_json, write_atomic
 
 #: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.
 MOST_DEATHS = 3
+#: How a process can die of an image.
+_DEATHS = ("crashed-worker", "memory", "timeout")
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ def suspect_name(path: str) -> str:
 def read_suspect(plan: Plan, path: str) -> Suspect:
     """The suspicion as it stands; a damaged or missing file counts one death."""
     try:
-        value = read_json(suspects_folder(plan.folder, plan.plan_id) / suspect_name(path))
-        return Suspect(path, int(value["deaths"]), str(value["reason"]))
-    except (FileNotFoundError, GalleryMismatch, KeyError, ValueError):
-        return Suspect(path, 1, "crashed-worker")
+        file = suspects_folder(plan.folder, plan.plan_id) / suspect_name(path)
+        told = as_type(read_json(file), Suspect, file)
+        if told.path == path and told.reason in _DEATHS and told.deaths > 0:
+            return told
+    except (FileNotFoundError, GalleryMismatch):
+        pass
+    return Suspect(path, 1, "crashed-worker")
 
 
 def note_deaths(plan: Plan, paths: Iterable[str], reason: str, alone: bool) -> None:

@@ -46,6 +46,15 @@ class Armed:
     at: float
 
 
+def _armed(fields: dict[Any, Any]) -> dict[int, Armed]:
+    """What a hash of segments says; what is not ours, or damaged, is not armed, and published again."""
+    armed = {}
+    for key, value in fields.items():
+        with suppress(ValueError, RecursionError, FileDamaged):
+            armed[int(key)] = as_type(json.loads(value), Armed, "a segment in Redis")
+    return armed
+
+
 class Chords:
     """The Redis side of one plan."""
 
@@ -62,12 +71,7 @@ class Chords:
     def armed(self) -> dict[int, Armed]:
         """The armed segments by index."""
         fields = self.client.hgetall(self._segments)
-        armed = {}
-        for key, value in fields.items():
-            # What is not ours, or damaged, is not armed: its segment is published again.
-            with suppress(ValueError, RecursionError, FileDamaged):
-                armed[int(key)] = as_type(json.loads(value), Armed, self._segments)
-        return armed
+        return _armed(fields)
 
     def set_armed(self, segment: Segment, armed: Armed) -> None:
         """Note a segment as armed."""
@@ -91,7 +95,7 @@ class Chords:
             if now is not None and now.plan_id == plan_id:
                 continue
             fields = {} if rest else self.client.hgetall(key)
-            groups = [json.loads(value)["group"] for index, value in fields.items() if index != "plan"]
+            groups = [armed.group for armed in _armed(fields).values()]
             # Without its size a chord is none any more, and what comes late of it is not counted.
             self.client.delete(
                 key, *(f"celery-taskset-meta-{group}.{ending}" for group in groups for ending in _CHORD_ENDINGS)

@@ -11,9 +11,10 @@ from pipeline.broker.app import connect
 from pipeline.errors import FileDamaged, GalleryMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, read_gallery
 from pipeline.model import load_model
-from pipeline.objects import IdScheme
+from pipeline.objects import IdScheme, prepare
 from pipeline.plan import close_plan
-from tests.factories import tiny_model
+from pipeline.planning import Settings, make_plan
+from tests.factories import picture, tiny_model
 from tests.pipeline.galleries import new_plan
 
 BASENAME, PATH = IdScheme("basename"), IdScheme("path")
@@ -136,3 +137,22 @@ def test_a_copy_is_refused_and_what_was_moved_or_is_mounted_elsewhere_is_not(
     check_place(tmp_path / "copy", gallery, client)
     client.set(f"ruiji:{gallery.gallery_id}:place", "nonsense")
     check_place(tmp_path / "copy", gallery, client)
+
+
+def test_a_claim_that_came_between_a_claim_and_its_plan_gives_way(tmp_path: Path, model_path: Path) -> None:
+    model = load_model(model_path)
+    folder = tmp_path / "features" / "tiny"
+    first = claim_gallery(folder, model, BASENAME)
+    assert claim_gallery(folder, model, PATH) != first
+    # The first one commits its plan all the same.
+    (tmp_path / "list").write_text("a.png\n")
+    picture(tmp_path / "media" / "a.png")
+    (tmp_path / "scratch").mkdir()
+    objects = prepare(tmp_path / "list", tmp_path / "scratch", BASENAME)
+    plan = make_plan(folder, tmp_path / "media", first, objects, Settings(4, False, 10**8, 2, 256))
+    assert plan is not None
+    assert read_gallery(folder) == first
+    # And where the other claim was written after that, the next enqueue finds the plan's.
+    told = json.loads((folder / "gallery.json").read_text())
+    (folder / "gallery.json").write_text(json.dumps({**told, "gallery_id": "f" * 16, "object_id": "path"}))
+    assert claim_gallery(folder, model, BASENAME) == first

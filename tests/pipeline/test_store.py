@@ -225,9 +225,15 @@ def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "loop.json").symlink_to("loop.json")
     os.mkfifo(tmp_path / "pipe.json")
+    before = len(os.listdir("/proc/self/fd"))
     for name in ("folder", "loop", "pipe"):
         with pytest.raises(FileDamaged, match=f"{name}.json is not a file"):
             read_json(tmp_path / f"{name}.json")
+    assert len(os.listdir("/proc/self/fd")) == before, "no descriptor stays open"
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(FileDamaged, match=r"huge\.json is too large"):
+        read_json(tmp_path / "huge.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
 
