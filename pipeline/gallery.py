@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
 from pipeline.generations import current, generations_folder
-from pipeline.model import Model
+from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, why_another
 from pipeline.objects import IdScheme
 from pipeline.plan import Plan, closed_plans, open_plan
 from pipeline.reduce import nested_folders
@@ -59,6 +59,16 @@ class GalleryInfo:
     contract: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Contract:
+    """What `GalleryInfo.contract` must be."""
+
+    spec: ModelSpec
+    batch: int | None
+    external: list[str]
+    toml: str | None
+
+
 def gallery_folder(feature_dir: Path, model: Path) -> Path:
     """The folder of one model's features, named as in the article: as its file without the ending.
 
@@ -82,6 +92,8 @@ def read_gallery(folder: Path) -> GalleryInfo | None:
     path = gallery_file(folder)
     try:
         info = as_type(read_json(path), GalleryInfo, path)
+        if info.contract is not None:
+            as_type(info.contract, _Contract, path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except FileDamaged as error:
@@ -89,6 +101,28 @@ def read_gallery(folder: Path) -> GalleryInfo | None:
     if not _GALLERY_ID.fullmatch(info.gallery_id) or info.object_id not in ("basename", "path") or info.length < 1:
         raise FileDamaged(f"{path} is damaged; ruiji enqueue (or ruiji run) with its model writes it anew")
     return info
+
+
+def gallery_model(folder: Path, path: Path) -> Model:
+    """The model of a gallery, or of the one that is to be made in the folder, with that gallery's pixels.
+
+    Raises:
+        GalleryMismatch: a newer ruiji wrote the gallery. ModelError: as `load_model`.
+    """
+    try:
+        found = read_gallery(folder)
+    except FileDamaged:
+        found = None
+    if found is not None:
+        kept = pixels_of(found.contract)
+        return load_model(path, None if kept != PIXELS[-1] and _unused(folder) else kept)
+    model = load_model(path)
+    plan = _any_plan(folder) if folder.is_dir() else None
+    if plan is not None and plan.fingerprint != model.fingerprint:
+        # What is lost with gallery.json, the plan's fingerprint tells.
+        older = load_model(path, 1)
+        return older if older.fingerprint == plan.fingerprint else model
+    return model
 
 
 def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
@@ -121,7 +155,7 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
     if found.fingerprint != wanted.fingerprint:
         raise GalleryMismatch(
             f"{folder} belongs to the model with fingerprint {found.fingerprint[:12]}, {model.path} has "
-            f"{wanted.fingerprint[:12]}: the model file or its .toml has changed. Choose another --feature-dir, "
+            f"{wanted.fingerprint[:12]}: {why_another(model, found.contract)}. Choose another --feature-dir, "
             "or give the changed model a name of its own"
         )
     if found.object_id != wanted.object_id:

@@ -6,9 +6,11 @@ Without a `<model>.toml` beside it a model is taken as the article's (`inputs:0`
 
 import hashlib
 import json
+import math
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import ModelError
 
@@ -16,6 +18,8 @@ ARTICLE_INPUT, ARTICLE_OUTPUT = "inputs:0", "feature_vector"
 RESIZE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 #: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
 _FINGERPRINT_FORMAT = 1
+#: The ways from a file to pixels that there are, see `ModelSpec.pixels`: new galleries get the last one.
+PIXELS = (1, 2)
 _TOML_KEYS = {
     "input": {
         "name",
@@ -29,6 +33,7 @@ _TOML_KEYS = {
         "std",
         "exif_orientation",
         "jpeg_draft",
+        "pixels",
     },
     "output": {"name", "length"},
 }
@@ -47,6 +52,8 @@ class ModelSpec:
         jpeg_draft: whether a large JPEG may be decoded at a half, quarter or eighth of its size: faster, and not quite
             the same pixels.
         length: d, the number of float32 values of one feature.
+        pixels: which rules turn a file into pixels. 1: the article's, by which wide samples clip, transparency is
+            dropped and TIFFs are turned twice; also of a gallery that says none, being older. 2: see `workers.images`.
     """
 
     input_name: str
@@ -62,6 +69,12 @@ class ModelSpec:
     exif_orientation: bool
     jpeg_draft: bool
     length: int
+    pixels: int = 1
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """For JSON; without `pixels` if that is 1, as it was before there were others."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("pixels", 1)}
 
     @property
     def channels(self) -> int:
@@ -90,7 +103,7 @@ class Model:
     @property
     def contract(self) -> dict[str, Any]:
         """All that was read of it but the fingerprint, for JSON: what `recall_model` takes."""
-        return {"spec": asdict(self.spec), "batch": self.batch, "external": self.external, "toml": self.toml}
+        return {"spec": self.spec.values, "batch": self.batch, "external": self.external, "toml": self.toml}
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,12 @@ class Tensor:
         return f"{self.name} {self.dtype}[{shape}]"
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path, pixels: int | None = None) -> Model:
     """Read a model's graph and its `<model>.toml`, and compute the fingerprint.
+
+    Args:
+        pixels: those of the gallery that the model is for, see `pixels_of`; None: there is none yet. What the .toml
+            says counts more, and then gives another fingerprint than the gallery's.
 
     Raises:
         ModelError: the file is missing, is not ONNX, or does not fit the contract; says why.
@@ -116,7 +133,7 @@ def load_model(path: Path) -> Model:
     inputs, outputs = graph_tensors(graph)
     declared = _read_toml(path.with_suffix(".toml"))
     try:
-        spec, batch = _resolve(inputs, outputs, declared)
+        spec, batch = _resolve(inputs, outputs, declared, PIXELS[-1] if pixels is None else pixels)
     except ModelError as error:
         raise ModelError(f"{path} does not fit: {error}") from None
     external = tuple(sorted(_external_files(graph)))
@@ -131,17 +148,35 @@ def recall_model(path: Path, contract: dict[str, Any], fingerprint: str) -> Mode
         one now, or not there.
 
     Raises:
-        ModelError: a file that the model needs cannot be read.
+        ModelError: a file that the model needs cannot be read; the gallery is of a newer ruiji.
     """
     if not path.is_file() or _toml_digest(path) != contract["toml"]:
         return None
     # JSON has lists for tuples.
     kept = dict(contract["spec"])
     spec = ModelSpec(**{**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])})
+    if spec.pixels not in PIXELS:
+        _refuse_pixels(spec.pixels)
     external = tuple(contract["external"])
     if _fingerprint(path, external, spec) != fingerprint:
         return None
     return Model(path, spec, contract["batch"], fingerprint, external, contract["toml"])
+
+
+def pixels_of(contract: dict[str, Any] | None) -> int:
+    """`ModelSpec.pixels` of the gallery that has this `Model.contract`; None: of one that keeps none."""
+    return 1 if contract is None else int(contract["spec"].get("pixels", 1))
+
+
+def why_another(model: Model, contract: dict[str, Any] | None) -> str:
+    """Why a model has another fingerprint than the gallery with this `Model.contract`."""
+    kept = pixels_of(contract)
+    if model.spec.pixels == kept:
+        return "the model file or its .toml has changed"
+    return (
+        f"{model.path.with_suffix('.toml')} says pixels = {model.spec.pixels}, the gallery has pixels = {kept}; take "
+        "that line out to go on with this gallery"
+    )
 
 
 def describe_model(path: Path) -> list[tuple[str, str]]:
@@ -162,6 +197,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
         ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
         ("large JPEGs", "decoded at reduced size" if spec.jpeg_draft else "decoded whole"),
+        ("pixels", f"{spec.pixels}, in a gallery that is made new"),
         ("feature", f"{spec.output_name}, d = {spec.length}"),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
         ("fingerprint", model.fingerprint),
@@ -209,8 +245,8 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        declared = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        declared = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     for section, values in declared.items():
         known = _TOML_KEYS.get(section)
@@ -223,22 +259,22 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _resolve(
-    inputs: list[Tensor], outputs: list[Tensor], declared: dict[str, dict[str, Any]]
+    inputs: list[Tensor], outputs: list[Tensor], declared: dict[str, dict[str, Any]], pixels: int
 ) -> tuple[ModelSpec, int | None]:
     given, wanted = declared.get("input", {}), declared.get("output", {})
-    source = _pick(inputs, given.get("name"), ARTICLE_INPUT, "input")
-    target = _pick(outputs, wanted.get("name"), ARTICLE_OUTPUT, "output")
+    source = _pick(inputs, _text(given, "name"), ARTICLE_INPUT, "input")
+    target = _pick(outputs, _text(wanted, "name"), ARTICLE_OUTPUT, "output")
     if source.dtype != "float32":
         raise ModelError(f"its input {source} is not float32")
     if source.shape is None or len(source.shape) != 4:
         raise ModelError(f"its input {source} is not an image batch with 4 dimensions")
     article = source.name == ARTICLE_INPUT and target.name == ARTICLE_OUTPUT
-    layout = given.get("layout") or ("NHWC" if article else _layout(source))
+    layout = _text(given, "layout") or ("NHWC" if article else _layout(source))
     if layout not in ("NHWC", "NCHW"):
         raise ModelError(f"layout {layout!r} is neither NHWC nor NCHW")
     batch, *rest = source.shape
     height, width, channels = rest if layout == "NHWC" else (rest[1], rest[2], rest[0])
-    color = given.get("color") or ("L" if channels == 1 else "RGB")
+    color = _text(given, "color") or ("L" if channels == 1 else "RGB")
     if color not in ("RGB", "L"):
         raise ModelError(f"color {color!r} is neither RGB nor L")
     expected = 1 if color == "L" else 3
@@ -252,19 +288,41 @@ def _resolve(
         color=color,
         height=_size("height", height, given.get("height"), default),
         width=_size("width", width, given.get("width"), default),
-        resize=str(given.get("resize", "bicubic")),
+        resize=_text(given, "resize") or "bicubic",
         divisor=_number("divisor", given.get("divisor", 255)),
         mean=_per_channel("mean", given.get("mean", 0.0), expected),
         std=_per_channel("std", given.get("std", 1.0), expected),
-        exif_orientation=bool(given.get("exif_orientation", True)),
-        jpeg_draft=bool(given.get("jpeg_draft", False)),
+        exif_orientation=_truth(given, "exif_orientation", True),
+        jpeg_draft=_truth(given, "jpeg_draft", False),
         length=_length(target, wanted.get("length")),
+        pixels=given.get("pixels", pixels),
     )
+    if type(spec.pixels) is not int or spec.pixels not in PIXELS:
+        _refuse_pixels(spec.pixels)
     if spec.resize not in RESIZE_FILTERS:
         raise ModelError(f"resize {spec.resize!r} is none of {', '.join(RESIZE_FILTERS)}")
+    # A negative one turns light into dark, which some models of digits want.
     if spec.divisor == 0 or 0 in spec.std:
         raise ModelError("divisor and std may not be 0")
     return spec, batch
+
+
+def _refuse_pixels(value: object) -> NoReturn:
+    raise ModelError(f"pixels {value!r} is neither 1 nor 2, which are all that this ruiji knows")
+
+
+def _text(given: dict[str, Any], key: str) -> str | None:
+    value = given.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ModelError(f"{key} {value!r} is not a name in quotes")
+    return value
+
+
+def _truth(given: dict[str, Any], key: str, default: bool) -> bool:
+    value = given.get(key, default)
+    if not isinstance(value, bool):
+        raise ModelError(f"{key} {value!r} is not true or false, which are written without quotes")
+    return value
 
 
 def _pick(tensors: list[Tensor], name: str | None, article: str, kind: str) -> Tensor:
@@ -293,7 +351,7 @@ def _layout(source: Tensor) -> str:
 
 
 def _size(what: str, in_graph: int | None, given: Any, default: int | None) -> int:
-    if given is not None and (not isinstance(given, int) or not 0 < given <= 8192):
+    if given is not None and (type(given) is not int or not 0 < given <= 8192):
         raise ModelError(f"{what} {given!r} is not a size in pixels")
     if in_graph is not None and given not in (None, in_graph):
         raise ModelError(f"{what} is {in_graph} in its graph and {given} in the .toml")
@@ -309,7 +367,7 @@ def _length(target: Tensor, given: Any) -> int:
     flat = shape is not None and (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1)))
     if not flat or shape is None:
         raise ModelError(f"its output {target} is not one vector an image")
-    if given is not None and (not isinstance(given, int) or given < 1 or shape[1] not in (None, given)):
+    if given is not None and (type(given) is not int or given < 1 or shape[1] not in (None, given)):
         raise ModelError(f"length {given!r} does not fit its output {target}")
     length = shape[1] or given
     if length is None:
@@ -320,6 +378,13 @@ def _length(target: Tensor, given: Any) -> int:
 def _number(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ModelError(f"{what} {value!r} is not a number")
+    try:
+        # What it is in the model's input: too large for that, or too close to 0, it is another number there.
+        (single,) = struct.unpack("<f", struct.pack("<f", value))
+    except (OverflowError, struct.error):
+        single = math.inf
+    if not math.isfinite(single) or (single == 0) != (value == 0):
+        raise ModelError(f"{what} {value!r} is not a finite number that float32 can hold")
     return float(value)
 
 
@@ -340,7 +405,7 @@ def _fingerprint(path: Path, external: tuple[str, ...], spec: ModelSpec) -> str:
         "format": _FINGERPRINT_FORMAT,
         "model": _file_digest(path),
         "external": {name: _file_digest(path.parent / name) for name in external},
-        "spec": asdict(spec),
+        "spec": spec.values,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -21,8 +21,7 @@ from pipeline.broker.chords import Chords
 from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
-from pipeline.gallery import check_place, claim_gallery, gallery_folder, read_gallery
-from pipeline.model import load_model
+from pipeline.gallery import check_place, claim_gallery, gallery_folder, gallery_model, read_gallery
 from pipeline.objects import IdScheme, prepare, write_list
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
@@ -88,7 +87,7 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
     """
     if not work.media_dir.is_dir():
         raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
-    model, scheme = load_model(work.model), IdScheme(work.object_id)
+    model, scheme = gallery_model(work.folder, work.model), IdScheme(work.object_id)
     client = connect(redis_url) if redis_url is not None else None
     try:
         found = read_gallery(work.folder)

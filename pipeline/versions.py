@@ -1,6 +1,7 @@
 """Which versions of libraries are at work here."""
 
 import sys
+from collections.abc import Iterable
 from functools import cache
 
 from pipeline.errors import RuijiError
@@ -16,9 +17,30 @@ def library_versions() -> dict[str, str]:
     return {
         "numpy": _version("numpy", "numpy"),
         "pillow": _version("PIL", "pillow"),
+        # Decodes most JPEGs.
+        "simplejpeg": _version("simplejpeg", "simplejpeg"),
         # Both builds compute the same on a CPU; which one it is stands in the worker's log.
         "onnxruntime": _version("onnxruntime", "onnxruntime", "onnxruntime-gpu"),
     }
+
+
+def other_versions(made: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Libraries of which a plan or record names another version than there is here, by name: theirs, and ours.
+
+    Args:
+        made: what it names. A library that it does not name, being older, counts as equal.
+
+    Raises:
+        RuijiError: as `library_versions`.
+    """
+    here = library_versions()
+    return {name: (version, here.get(name, "none")) for name, version in made.items() if here.get(name) != version}
+
+
+def are_mixed(sets: Iterable[dict[str, str]]) -> bool:
+    """Whether any two sets of versions name different ones of a library."""
+    named: dict[str, str] = {}
+    return any(named.setdefault(name, version) != version for made in sets for name, version in made.items())
 
 
 def _version(module: str, *packages: str) -> str:

@@ -415,18 +415,17 @@ def _rank(
 def _say_provenance(gallery: "Gallery") -> None:
     if gallery.fingerprint is None:
         note("warning: unverified gallery: nothing says which model and preprocessing made these shards")
-    if len(gallery.versions) > 1:
+    from pipeline.versions import are_mixed
+
+    if are_mixed(gallery.versions):
         note("warning: shards were made with different library versions; similarities can differ in their last digits")
 
 
 def _say_other_versions(gallery: "Gallery") -> None:
-    from pipeline.versions import library_versions
+    from pipeline.versions import other_versions
 
-    here = library_versions()
     for versions in gallery.versions:
-        changed = [
-            f"{name} {made} (here {here.get(name)})" for name, made in versions.items() if here.get(name) != made
-        ]
+        changed = [f"{name} {made} (here {ours})" for name, (made, ours) in other_versions(versions).items()]
         if changed:
             note(f"warning: shards were made with {', '.join(changed)}; similarities can differ in their last digits")
 

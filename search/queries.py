@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
-from pipeline.model import Model, load_model, recall_model
+from pipeline.model import Model, load_model, pixels_of, recall_model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import scan
 from search.exact import unusable
@@ -81,11 +81,12 @@ def query_model(path: Path, gallery: Gallery) -> Model:
         recalled = recall_model(path, gallery.contract, gallery.fingerprint)
         if recalled is not None:
             return recalled
-    model = load_model(path)
+    # The article's own shards were made its way.
+    model = load_model(path, pixels_of(gallery.contract))
     if gallery.fingerprint is not None and gallery.fingerprint != model.fingerprint:
         raise GalleryMismatch(
             f"the gallery was made by the model with fingerprint {gallery.fingerprint[:12]}, {model.path} has "
-            f"{model.fingerprint[:12]}: the model file or its .toml has changed. Give the one that made the gallery"
+            f"{model.fingerprint[:12]}: {why_another(model, gallery.contract)}. Give the one that made the gallery"
         )
     if gallery.length != model.spec.length:
         raise GalleryMismatch(

@@ -12,15 +12,15 @@ import redis
 
 from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
-from pipeline.gallery import gallery_folder, read_gallery
-from pipeline.model import Model, load_model
+from pipeline.gallery import gallery_folder, gallery_model, read_gallery
+from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan, published_shards
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import TEMPORARY_PREFIX, read_record, shard_file, sync_folder, write_atomic
-from pipeline.versions import library_versions
+from pipeline.versions import library_versions, other_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
 from workers.resize import NO_INSTRUCTIONS, why_not
@@ -61,7 +61,7 @@ def examine(
     folder = gallery_folder(feature_dir, model_path)
     yield _atomic(folder)
     try:
-        model = load_model(model_path)
+        model = gallery_model(folder, model_path)
     except RuijiError as error:
         yield Check("bad", "model", str(error))
         return
@@ -191,12 +191,12 @@ def _versions(folder: Path) -> Check:
     ours = library_versions()
     told = ", ".join(f"{name} {version}" for name, version in sorted(ours.items()))
     plan = open_plan(folder)
-    if plan is not None and plan.versions != ours:
+    if plan is not None and other_versions(plan.versions):
         return Check(
             "bad", "libraries", f"{told}; the open plan wants {plan.versions}: this machine takes none of its tasks"
         )
     shards = published_shards(folder)
-    if shards and (made := read_record(folder, shards[-1]).versions) != ours:
+    if shards and other_versions(made := read_record(folder, shards[-1]).versions):
         return Check("warn", "libraries", f"{told}; the latest shard was made with {made}")
     return Check("ok", "libraries", told)
 
@@ -207,7 +207,7 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
     if gallery is None or not shards:
         return Check("ok", "features", "no shard yet to compare with")
     if gallery.fingerprint != encoder.model.fingerprint:
-        raise GalleryMismatch("the gallery belongs to another model")
+        raise GalleryMismatch(f"the gallery belongs to another model: {why_another(encoder.model, gallery.contract)}")
     worst, where, compared, skipped = 1.0, "", 0, 0
     for shard, row in _spread(folder, shards):
         file = shard_file(folder, shard, "features.npy")

@@ -220,10 +220,15 @@ def run_process(
     gallery = wait_for_gallery(folder, client, ready)
     with broker_faults():
         check_place(folder, gallery, client)
-    encoder, hand = None, InHand(in_hand if role == "embed" else None)
+    encoder, resizing, hand = None, "-", InHand(in_hand if role == "embed" else None)
     if role == "embed":
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
+        from workers.resize import why_not
         from workers.trial import proven_encoder
+
+        # The compiled one is proven here, against the installed Pillow.
+        reason = why_not()
+        resizing = "compiled" if reason is None else f"by Pillow: {reason}"
 
         plan = open_plan(folder)
         if plan is not None:
@@ -278,7 +283,8 @@ def run_process(
         if watchdog is not None:
             watchdog.start()
         extra = {"event": "worker_ready", "role": role, "device": encoder.device if encoder else "-"}
-        logger.info("ready", extra=extra | {"model": gallery.fingerprint[:12], **library_versions()})
+        extra |= {"resize": resizing, "model": gallery.fingerprint[:12]}
+        logger.info("ready", extra=extra | library_versions())
 
     @signals.worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
     def stopping(**_: Any) -> None:

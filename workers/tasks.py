@@ -22,7 +22,7 @@ from pipeline.plan import OpenPlan, Plan, is_closed
 from pipeline.produce import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.stops import stop_plan
-from pipeline.versions import library_versions
+from pipeline.versions import other_versions
 from pipeline.watchdog import advance
 from workers.batching import REST_S, BatchTask
 from workers.consumer import noted
@@ -48,10 +48,7 @@ _QUICK_HEALS = 3
 
 def check_versions(plan: Plan) -> None:
     """Raise PlanMismatch if other library versions than the plan's would give other bits."""
-    ours = library_versions()
-    differing = [
-        f"{name} {ours[name]} (plan: {plan.versions[name]})" for name in ours if ours[name] != plan.versions[name]
-    ]
+    differing = [f"{name} {ours} (plan: {theirs})" for name, (theirs, ours) in other_versions(plan.versions).items()]
     if differing:
         raise PlanMismatch(
             f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}; set it up with "

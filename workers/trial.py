@@ -18,7 +18,7 @@ import redis
 
 from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelError, UsageError
 from pipeline.gallery import GalleryInfo
-from pipeline.model import Model, load_model
+from pipeline.model import Model, load_model, pixels_of, why_another
 from pipeline.trial import TRIAL_S
 from workers.in_hand import InHand
 from workers.permanent import stop_unless_begun
@@ -90,12 +90,13 @@ def proven_encoder(
 
 def _on_trial(model_path: Path, folder: Path, gallery: GalleryInfo, make: "Callable[[Model], Encoder]") -> "Encoder":
     try:
-        model = load_model(model_path)
+        model = load_model(model_path, pixels_of(gallery.contract))
     except ModelError as error:
         raise _NoModel(str(error)) from error
     if model.fingerprint != gallery.fingerprint:
         raise GalleryMismatch(
-            f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}"
+            f"{folder} belongs to the model {gallery.fingerprint[:12]}, this worker has {model.fingerprint[:12]}: "
+            f"{why_another(model, gallery.contract)}"
         )
     encoder = make(model)
     encoder.prove()

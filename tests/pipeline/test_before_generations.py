@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import GalleryMismatch
+from pipeline.gallery import read_gallery
 from pipeline.generations import current
+from pipeline.model import load_model, pixels_of
 from pipeline.plan import Plan, cancel_plan, open_plan
+from pipeline.planning import Settings
 from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.run import Work
+from pipeline.run import enqueue as queue
 from pipeline.status import StatusReader
 from pipeline.store import read_json
 from pipeline.verify import verify
 from search.gallery import open_gallery
+from search.queries import query_model
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, files, plan_for
 
@@ -140,3 +146,68 @@ def test_a_list_that_is_not_known_is_starting_and_not_done(old: Path) -> None:
     (old / "run" / "list.json").write_text("")
     with pytest.raises(GalleryMismatch, match=r"list\.json is damaged"):
         StatusReader(old, None).read()
+
+
+def test_it_keeps_its_fingerprint_and_the_pixels_of_its_time(tmp_path: Path, old: Path) -> None:
+    before = (old / "gallery.json").read_bytes()
+    paths = pictures(tmp_path / "media", 12)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in [*paths[:4], *paths[5:]]))
+    settings = Settings(4, keep_features=False, max_pixels=10**8, max_image_s=2, max_image_mb=256)
+    work = Work(tmp_path / "media", tmp_path / "features", DATA / "tiny.onnx", "basename", settings, 4, 60)
+    assert queue(work, tmp_path / "list.txt", None).resumed
+    assert (old / "gallery.json").read_bytes() == before
+    gallery = read_gallery(old)
+    assert gallery is not None
+    assert gallery.contract is not None
+    assert "pixels" not in gallery.contract["spec"]
+    model = load_model(DATA / "tiny.onnx", pixels_of(gallery.contract))
+    assert (model.fingerprint, model.spec.pixels) == (gallery.fingerprint, 1)
+    assert query_model(DATA / "tiny.onnx", open_gallery(old)) == model
+
+
+def test_a_toml_that_wants_other_pixels_is_refused_with_the_way_out(tmp_path: Path, old: Path) -> None:
+    shutil.copy(DATA / "tiny.onnx", tmp_path / "tiny.onnx")
+    (tmp_path / "tiny.toml").write_text("[input]\npixels = 2\n")
+    paths = pictures(tmp_path / "media", 12)
+    before = files(old)
+    with pytest.raises(GalleryMismatch, match="take that line out"):
+        plan_for(tmp_path, tmp_path / "tiny.onnx", paths)
+    with pytest.raises(GalleryMismatch, match="take that line out"):
+        query_model(tmp_path / "tiny.onnx", open_gallery(old))
+    assert files(old) == before
+    (tmp_path / "tiny.toml").write_text("[input]\npixels = 1\n")
+    assert plan_for(tmp_path, tmp_path / "tiny.onnx", [*paths[:4], *paths[5:]]) is not None
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_a_gallery_file_that_is_rebuilt_keeps_the_pixels_too(tmp_path: Path, old: Path, damage: str) -> None:
+    before = (old / "gallery.json").read_bytes()
+    (old / "gallery.json").unlink()
+    if damage == "cut":
+        (old / "gallery.json").write_bytes(before[:40])
+    assert enqueue(tmp_path) is not None
+    assert (old / "gallery.json").read_bytes() == before
+
+
+def test_a_gallery_that_nothing_was_made_in_is_made_with_the_newest_pixels(tmp_path: Path, old: Path) -> None:
+    before = (old / "gallery.json").read_text()
+    shutil.rmtree(old)
+    old.mkdir()
+    (old / "gallery.json").write_text(before)
+    assert enqueue(tmp_path) is not None
+    gallery = read_gallery(old)
+    assert gallery is not None
+    assert pixels_of(gallery.contract) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"spec": None}, {"spec": {}}, {"toml": 1}, {"external": "x"}, {"spec": {"pixels": "2"}}]
+)
+def test_a_contract_of_other_types_is_damage(old: Path, change: dict[str, object]) -> None:
+    value = json.loads((old / "gallery.json").read_text())
+    if isinstance(change.get("spec"), dict) and change["spec"]:
+        change = {"spec": value["contract"]["spec"] | change["spec"]}
+    value["contract"] |= change
+    (old / "gallery.json").write_text(json.dumps(value))
+    with pytest.raises(GalleryMismatch, match="damaged"):
+        read_gallery(old)

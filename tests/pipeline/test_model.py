@@ -1,5 +1,6 @@
 """The model contract: what is understood, what is refused, and what the fingerprint covers."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,14 +9,27 @@ import onnx
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model import ModelSpec, describe_model, load_model, recall_model
+from pipeline.model import ModelSpec, describe_model, load_model, pixels_of, recall_model, why_another
 from tests.factories import tiny_model
 
 
 def test_the_articles_names_need_no_further_word(tmp_path: Path) -> None:
     model = load_model(tiny_model(tmp_path / "m.onnx", size=224, length=3))
     assert model.spec == ModelSpec(
-        "inputs:0", "feature_vector", "NHWC", "RGB", 224, 224, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 3
+        "inputs:0",
+        "feature_vector",
+        "NHWC",
+        "RGB",
+        224,
+        224,
+        "bicubic",
+        255.0,
+        (0.0,) * 3,
+        (1.0,) * 3,
+        True,
+        False,
+        3,
+        2,
     )
     assert model.batch is None
 
@@ -133,3 +147,103 @@ def test_a_description_names_inputs_outputs_and_the_fingerprint(tmp_path: Path) 
     lines = dict(describe_model(path))
     assert lines["inputs"] == "inputs:0 float32[?, 8, 8, 3]"
     assert lines["fingerprint"] == load_model(path).fingerprint
+
+
+def test_pixels_of_1_leave_the_fingerprint_and_the_contract_as_they_were_before_there_were_others(
+    tmp_path: Path,
+) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    old, new = load_model(path, 1), load_model(path)
+    assert (old.spec.pixels, new.spec.pixels, load_model(path, 2)) == (1, 2, new)
+    assert old.fingerprint != new.fingerprint
+    assert "pixels" not in old.contract["spec"]
+    assert new.contract["spec"]["pixels"] == 2
+    parts = {"format": 1, "model": _sha256(path), "external": {}, "spec": old.contract["spec"]}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    assert old.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    for model in (old, new):
+        contract = json.loads(json.dumps(model.contract))
+        assert pixels_of(contract) == model.spec.pixels
+        assert recall_model(path, contract, model.fingerprint) == model
+    assert pixels_of(None) == 1
+
+
+def test_a_toml_decides_on_pixels_and_why_it_is_another_model_is_said(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    old = load_model(path, 1)
+    path.with_suffix(".toml").write_text("[input]\npixels = 1\n")
+    assert load_model(path).fingerprint == load_model(path, 2).fingerprint == old.fingerprint
+    path.with_suffix(".toml").write_text("[input]\npixels = 2\n")
+    declared = load_model(path, 1)
+    assert "says pixels = 2, the gallery has pixels = 1; take that line out" in why_another(declared, old.contract)
+    assert "has changed" in why_another(declared, declared.contract)
+    with pytest.raises(ModelError, match="pixels 3"):
+        load_model(tiny_model(tmp_path / "n.onnx"), 3)
+    contract = {**old.contract, "spec": {**old.contract["spec"], "pixels": 3}, "toml": _sha256(tmp_path / "m.toml")}
+    with pytest.raises(ModelError, match="pixels 3"):
+        recall_model(path, contract, old.fingerprint)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("key", ["exif_orientation", "jpeg_draft"])
+@pytest.mark.parametrize("value", ['"false"', '"no"', "0", "1.0", "[]"])
+def test_what_is_neither_true_nor_false_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    refused(tmp_path, f"[input]\n{key} = {value}\n", f"{key} .*is not true or false")
+
+
+@pytest.mark.parametrize("key", ["mean", "std", "divisor"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e39", "1e-50", "1" + "0" * 400])
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    refused(tmp_path, f"[input]\n{key} = {value}\n", f"{key} .*is not a finite number")
+    if key != "divisor":
+        refused(tmp_path, f"[input]\n{key} = [1, {value}, 1]\n", f"{key} .*is not a finite number")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "values"),
+    [
+        ("input", "name", ["1", "true", '""', "[]"]),
+        ("input", "layout", ["1", '""', "[]"]),
+        ("input", "color", ["3", '""', "{}"]),
+        ("input", "resize", ["2", '""', "[]", "false"]),
+        ("input", "height", ["true", "8.0", '"8"', "0"]),
+        ("input", "width", ["true", "8.0", '"8"', "-8"]),
+        ("input", "divisor", ["true", '"255"', "[255]", "0", "-0.0"]),
+        ("input", "mean", ["true", '"0"', "[[0, 0, 0]]", "{}", "1979-05-27"]),
+        ("input", "std", ["false", '"1"', '["1", "1", "1"]', "0.0", "[1, 0, 1]"]),
+        ("input", "pixels", ["true", "1.0", '"2"', "0", "3", "[2]"]),
+        ("output", "name", ["1", '""']),
+        ("output", "length", ["true", "12.0", '"12"', "0"]),
+    ],
+)
+def test_another_type_than_a_key_has_is_refused_by_its_name(
+    tmp_path: Path, section: str, key: str, values: list[str]
+) -> None:
+    for value in values:
+        refused(tmp_path, f"[{section}]\n{key} = {value}\n", key)
+
+
+def refused(tmp_path: Path, toml: str, words: str) -> None:
+    path = tmp_path / "m.onnx"
+    if not path.exists():
+        tiny_model(path)
+    path.with_suffix(".toml").write_text(toml)
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_std_turns_light_into_dark(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    path.with_suffix(".toml").write_text("[input]\nmean = 1\nstd = -1\n")
+    assert load_model(path).spec.std == (-1.0,) * 3
+
+
+def test_a_toml_may_begin_with_a_byte_order_mark_and_not_nest_without_end(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    path.with_suffix(".toml").write_bytes(b"\xef\xbb\xbf[input]\njpeg_draft = true\n")
+    assert load_model(path).spec.jpeg_draft
+    refused(tmp_path, "[input]\nmean = " + "[" * 5000 + "]" * 5000 + "\n", "cannot read")

@@ -13,6 +13,7 @@ from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import Record, shard_contents, shard_file, write_record
+from pipeline.versions import library_versions
 from search.gallery import Gallery, Shard
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, picture
@@ -41,7 +42,10 @@ def write_shard(
     if record:
         digests = {ending: hashlib.sha256(data).hexdigest() for ending, data in contents.items()}
         rows, length = features.shape
-        write_record(folder, Record(number, rows, length, "float32", digests, fingerprint, "plan", number, {}, ()))
+        write_record(
+            folder,
+            Record(number, rows, length, "float32", digests, fingerprint, "plan", number, library_versions(), ()),
+        )
 
 
 def write_gallery(folder: Path, model: Model, features: NDArray[np.float32], paths: list[str], shard_rows: int) -> None:

@@ -1,16 +1,18 @@
 """The tasks' own decisions, against a real Redis."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.broker.app import connect, make_app
-from pipeline.errors import MachineFault
+from pipeline.errors import MachineFault, PlanMismatch
 from pipeline.plan import cancel_plan
 from pipeline.store import recorded_shards
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, new_plan, plan_for
-from workers.tasks import reduce_and_advance
+from workers.tasks import check_versions, reduce_and_advance
 
 
 def test_a_plan_that_is_cancelled_while_a_reducer_is_at_work_gets_no_shard(
@@ -31,3 +33,14 @@ def test_a_plan_that_is_cancelled_while_a_reducer_is_at_work_gets_no_shard(
     embed(again, again.paths(again.segments[0]))
     reduce_and_advance(app, connect(redis_url), again, 0, window_segments=1)
     assert recorded_shards(plan.folder) == [again.segments[0].shard]
+
+
+@pytest.mark.parametrize(("change", "fits"), [({}, True), ({"simplejpeg": "0.1"}, False), ({"numpy": "0.1"}, False)])
+def test_libraries_that_an_older_plan_does_not_name_are_not_compared(
+    tmp_path: Path, model_path: Path, change: dict[str, str], fits: bool
+) -> None:
+    plan = new_plan(tmp_path, model_path, 1)
+    check_versions(plan)
+    older = {name: version for name, version in plan.versions.items() if name != "simplejpeg"} | change
+    with nullcontext() if fits else pytest.raises(PlanMismatch, match=next(iter(change), "")):
+        check_versions(replace(plan, versions=older))
