@@ -298,25 +298,20 @@ def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", m
 
 
 def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
-    """A picture to show to people, upright, RGB; decoded no larger than needed for `size` pixels a side where it can.
+    """A picture `as_seen`, RGB; decoded no larger than needed for `size` pixels a side where it can.
 
     Returns:
         None where the file is missing, no image, or has more than `max_pixels` pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    from workers.images import FORMATS, open_image
+    from workers.images import FORMATS, as_seen, open_image
 
     try:
         with open_image(image) as file, Image.open(file, formats=FORMATS) as picture:
             if picture.width * picture.height > max_pixels:
                 return None
             picture.draft("RGB", (size, size))
-            upright = ImageOps.exif_transpose(picture)
-            if upright.has_transparency_data:
-                # On white, as a page would show it.
-                white = Image.new("RGBA", upright.size, "white")
-                return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
-            return upright.convert("RGB")
+            return as_seen(picture, max_pixels).convert("RGB")
     except Exception:  # Decoders raise anything on broken files; a sheet shows a placeholder for all of them.
         return None

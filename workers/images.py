@@ -1,16 +1,23 @@
 """From a file to pixels: the article's steps, `Image.open`, `convert`, `resize`, in bounded memory.
 
 Every way in which a file can be at fault ends as one `ImageError` with a reason class.
+
+With `ModelSpec.pixels` of 2 a picture is taken `as_seen`, and a JPEG whose data is damaged fails: the article's pixels
+if a picture has 8 bits a sample, no transparency and no orientation. With 1 they are the article's in every case:
+`convert` clips wide samples and drops transparency, Pillow's decoder forgives damage, and a TIFF that Pillow has turned
+is turned again.
 """
 
 import errno
 import importlib
 import io
 import logging
+import mmap
 import os
+import re
 import stat
 import warnings
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +25,13 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
+from PIL.IcoImagePlugin import IcoImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
@@ -44,7 +58,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 #: What a JPEG begins with, and the second bytes of two of its markers: APP1, and the start of the image data.
 _JPEG, _METADATA_SEGMENT, _IMAGE_SEGMENT = b"\xff\xd8", 0xE1, 0xDA
 #: EXIF orientation to the turn that makes the picture upright.
@@ -57,13 +71,23 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: And back, for those that are not their own inverse.
+_STORED = {
+    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+}
+#: Scale of a transparent grey in a PNG of less than 8 bits, by Pillow's name for its data: Pillow scales pixels only.
+_GREY_SCALE = {"L;2": 0x55, "L;4": 0x11}
+#: Some cameras fill up the image data before the end marker, which ends no picture early.
+_PADDED = re.compile(r"Corrupt JPEG data: ([1-8]) extraneous bytes before marker 0xd9")
+_JPEG_END = b"\xff\xd9"
 
 
 def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
     """Read, decode, turn upright (where the spec says so), convert and resize one image.
 
-    Bit-identical to the article's preprocessing before its division, for images without EXIF rotation, unless the spec
-    asks for `jpeg_draft`.
+    Bit-identical to the article's preprocessing before its division, for images of 8 bits a sample without EXIF
+    rotation and transparency, unless the spec asks for `jpeg_draft`.
 
     Returns:
         uint8[h, w, c] in the spec's size and color.
@@ -183,7 +207,8 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | N
         raise ImageError("it is not an image in a known format", "undecodable") from None
     with image:
         _check_size(*image.size, max_pixels)
-        turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation else None
+        jpeg = image.format in ("JPEG", "MPO")
+        turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation and (jpeg or spec.pixels == 1) else None
         if spec.jpeg_draft:
             # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
             side = 2 * max(spec.width, spec.height)
@@ -195,8 +220,114 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | N
                 return pixels
             image = image if pixels is None else Image.fromarray(pixels)
             del pixels
+        if spec.pixels != 1:
+            if not jpeg:
+                return as_seen(image, max_pixels, spec.exif_orientation)
+            if isinstance(image, JpegImageFile):
+                _check_jpeg(file, image.mode)
         image.load()
         return image if turn is None else image.transpose(turn)
+
+
+def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.Image:
+    """A picture as people see it: upright, 8 bits a sample, and on white where it is transparent.
+
+    The one ground for the model, sheets and pages.
+
+    Args:
+        image: opened and not loaded yet; its memory is taken over.
+        upright: turn it as its orientation says; else it stays as it is stored.
+
+    Returns:
+        The picture in a mode that converts to RGB or L.
+
+    Raises:
+        ImageError: `undecodable`: its samples have no range that would be known; `too-large`.
+    """
+    if isinstance(image, IcoImageFile):
+        # It keeps neither the transparency nor the size of a PNG in it.
+        image = image.ico.getimage(image.size)
+        _check_size(*image.size, max_pixels)
+    if isinstance(image, WebPImageFile) and image.mode == "RGB" and image.is_animated:
+        # What the first frame leaves free is transparent, also where no frame has transparency.
+        image._mode = image.rawmode = "RGBA"
+    # Known only until it is loaded, which asking for the orientation can do.
+    tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
+    white, inverted = _sample_range(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    if isinstance(image, TiffImageFile):
+        # Pillow turns it while it loads it.
+        turn = None if upright or turn is None else _STORED.get(turn, turn)
+    elif not upright:
+        turn = None
+    image.load()
+    if isinstance(image, PngImageFile) and tile is not None:
+        _scale_key(image, str(tile.args))
+    covered = tile.extents if isinstance(image, GifImageFile) and tile is not None else None
+    if white:
+        image = _in_eight_bits(image, white, inverted)
+    if image.has_transparency_data:
+        image = _on_white(image)
+    if covered is not None and covered != (0, 0, *image.size):
+        # As in a browser; Pillow fills it with the first color.
+        frame = image.crop(covered)
+        image = Image.new("RGB", image.size, "white")
+        image.paste(frame.convert("RGB"), covered)
+    return image if turn is None else image.transpose(turn)
+
+
+def _scale_key(image: PngImageFile, data: str) -> None:
+    """Bring the color that a PNG declares transparent to the range that its pixels were brought to.
+
+    Args:
+        data: Pillow's name for how the samples are stored.
+    """
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        image.info["transparency"] = key * _GREY_SCALE.get(data, 1)
+    elif isinstance(key, tuple) and data == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _in_eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    """Grey of 16 bits in 8, with an alpha channel if one value is transparent; see `_sample_range`."""
+    key = image.info.get("transparency")
+    # Pillow takes tables for 32-bit integers, not for 16-bit ones.
+    wide = image.convert("I")
+    grey = wide.point(_to_eight_bits(white, inverted), "L")
+    if isinstance(key, int):
+        grey.putalpha(wide.point([255 * (value != key) for value in range(1 << 16)], "L"))
+        del grey.info["transparency"]
+    return grey
+
+
+def _sample_range(image: Image.Image) -> tuple[int, bool]:
+    """The value of white in a picture of more than 8 bits a sample, by its header alone, and whether it means black.
+
+    0: it has 8 bits, or Pillow makes 8 of them, from the upper ones.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ImageError(f"its pixels are of mode {image.mode}, of which nothing says what is white", "undecodable")
+    if not image.mode.startswith("I"):
+        return 0, False
+    # Pillow brings the samples of all other formats to 16 bits, and inverts those of 8 bits only.
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    return (1 << tags.get(_BITS_TAG, (16,))[0]) - 1, tags.get(_PHOTOMETRIC_TAG) == 0
+
+
+@cache
+def _to_eight_bits(white: int, inverted: bool) -> list[int]:
+    """Each value of 16 bits, times 255 / white, rounded."""
+    table = [(2 * 255 * min(value, white) + white) // (2 * white) for value in range(1 << 16)]
+    return [255 - value for value in table] if inverted else table
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    # Twice, because there is no direct way from grey with premultiplied alpha.
+    colored = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    ground = Image.new("RGB", colored.size, "white")
+    ground.paste(colored, mask=colored)
+    return ground
 
 
 def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
@@ -241,11 +372,50 @@ def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArra
         decode.
     """
     colors = "RGBA" if not for_pillow and spec.color == "RGB" and has_filter(spec.resize) else "RGB"
-    # Strict: at the least oddity of the data.
-    with suppress(ValueError):
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(file.getbuffer(), colors, strict=True)
+    with file.getbuffer() as data:
+        return _strictly(data, colors, forgiving=spec.pixels == 1)
+
+
+def _strictly(
+    data: memoryview | bytes, colors: str, forgiving: bool = False, reduced: int = 1
+) -> NDArray[np.uint8] | None:
+    """A JPEG's pixels, uint8[h, w, c]; None at the least oddity, and where it is for Pillow to decode.
+
+    Args:
+        forgiving: None where its data is damaged, too.
+        reduced: how much smaller it may be made.
+
+    Raises:
+        ImageError: its data is damaged, or ends before the end marker.
+    """
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colors, min_factor=reduced, strict=True)
         return pixels
-    return None
+    except ValueError as error:
+        said = str(error)
+        if forgiving:
+            return None
+        if padded := _PADDED.fullmatch(said):
+            whole = bytes(data)
+            end = whole.rfind(_JPEG_END)
+            # What else is odd of it was not said.
+            return _strictly(whole[: end - int(padded[1])] + _JPEG_END, colors, forgiving, reduced)
+        if said.startswith("Premature end of JPEG"):
+            raise ImageError("the file ends before the image does", "truncated") from error
+        if said.startswith("Corrupt JPEG data"):
+            raise ImageError("the image data is broken", "undecodable") from error
+        return None
+
+
+def _check_jpeg(file: BinaryIO, mode: str) -> None:
+    """Raise ImageError if a JPEG is damaged that Pillow is to decode, which would forgive it."""
+    colors = {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB")
+    if isinstance(file, io.BytesIO):
+        with file.getbuffer() as data:
+            _strictly(data, colors, reduced=8)
+    else:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+            _strictly(data, colors, reduced=8)
 
 
 def _orientation(image: Image.Image) -> int:

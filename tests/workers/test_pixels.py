@@ -1,0 +1,348 @@
+"""The second way from a file to pixels: samples of every width, transparency, orientation and damage.
+
+What is expected is computed from the samples that were written, by numpy, or by hand; never by Pillow's conversions.
+"""
+
+import io
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from pipeline.errors import ImageError
+from pipeline.model import ModelSpec
+from search.queries import open_picture
+from workers import images
+from workers.images import decode, load_pixels
+
+LIMIT = 10**7
+WHITE = [255, 255, 255]
+
+
+def pixels(data: bytes, size: tuple[int, int], upright: bool = True, way: int = 2, draft: bool = False) -> np.ndarray:
+    """int[h, w, 3] of a picture of this size (width, height), by the given `ModelSpec.pixels`."""
+    width, height = size
+    numbers = (255.0, (0.0,) * 3, (1.0,) * 3)
+    spec = ModelSpec("i", "f", "NHWC", "RGB", height, width, "nearest", *numbers, upright, draft, 1, way)
+    return decode(io.BytesIO(data), spec, LIMIT).astype(int)
+
+
+def failure(data: bytes, draft: bool = False) -> tuple[str, str]:
+    with pytest.raises(ImageError) as caught:
+        pixels(data, (8, 8), draft=draft)
+    return caught.value.reason, str(caught.value)
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def noise(*shape: int, high: int = 256) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, high, shape)
+
+
+def scaled(samples: np.ndarray, white: int = 65535) -> np.ndarray:
+    return np.floor(samples * 255 / white + 0.5).astype(int)
+
+
+def tiff(samples: bytes, bits: int, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
+    """A grey one of 4 x 6 pixels, without compression."""
+    tags = [(256, 4), (257, 6), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, 6)]
+    tags += [(279, len(samples)), (339, kind)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    out = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    for tag, value in tags:
+        out += struct.pack(f"{order}HHIHH", tag, 3, 1, start if tag == 273 else value, 0)
+    return out + bytes(4) + samples
+
+
+def png(width: int, depth: int, color: int, row: bytes, key: bytes = b"", palette: bytes = b"") -> bytes:
+    """One of a single row."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0))
+    out += chunk(b"PLTE", palette) if palette else b""
+    out += chunk(b"tRNS", key) if key else b""
+    return out + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+WIDE = noise(6, 4, high=65536)
+
+
+@pytest.mark.parametrize(
+    ("data", "white"),
+    [
+        (saved(Image.fromarray(WIDE.astype("<u2")), "PNG"), 65535),
+        (saved(Image.fromarray(WIDE.astype("<u2")), "TIFF"), 65535),
+        (saved(Image.fromarray(WIDE.astype("<u2")), "TIFF", compression="tiff_lzw"), 65535),
+        (saved(Image.fromarray(WIDE.astype("<u2")), "JPEG2000", irreversible=False), 65535),
+        (tiff(WIDE.astype(">u2").tobytes(), 16, ">"), 65535),
+        (b"P5\n4 6\n65535\n" + WIDE.astype(">u2").tobytes(), 65535),
+        (b"P2\n4 6\n65535\n" + " ".join(map(str, WIDE.ravel())).encode(), 65535),
+        (b"P5\n4 6\n1023\n" + (WIDE % 1024).astype(">u2").tobytes(), 1023),
+        (b"P5\n4 6\n256\n" + (WIDE % 257).astype(">u2").tobytes(), 256),
+    ],
+)
+def test_wide_greys_are_scaled_by_their_declared_range(data: bytes, white: int) -> None:
+    expected = scaled(WIDE if white == 65535 else WIDE % (white + 1), white)
+    assert (pixels(data, (4, 6)) == expected[..., np.newaxis]).all()
+
+
+def test_a_range_depends_on_no_extremes_and_12_bits_and_inverted_greys_are_declared() -> None:
+    dim = np.full((6, 4), 300, "<u2")
+    assert (pixels(tiff(dim.tobytes(), 16), (4, 6)) == 1).all()
+    twelve = (WIDE % 4096).reshape(-1, 2)
+    packed = bytes(byte for a, b in twelve.tolist() for byte in (a >> 4, (a & 15) << 4 | b >> 8, b & 255))
+    assert (pixels(tiff(packed, 12), (4, 6))[..., 0] == scaled(WIDE % 4096, 4095)).all()
+    assert (pixels(tiff(WIDE.astype("<u2").tobytes(), 16, photometric=0), (4, 6))[..., 0] == 255 - scaled(WIDE)).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (tiff(WIDE.astype("<i2").tobytes(), 16, kind=2), "I"),
+        (tiff(WIDE.astype("<u4").tobytes(), 32), "I"),
+        (tiff(WIDE.astype("<f4").tobytes(), 32, kind=3), "F"),
+        (tiff(WIDE.astype(">f4").tobytes(), 32, ">", kind=3), "F"),
+        (b"Pf\n4 6\n-1\n" + bytes(96), "F"),
+    ],
+)
+def test_what_declares_no_range_fails_and_says_its_mode(data: bytes, mode: str) -> None:
+    reason, message = failure(data)
+    assert reason == "undecodable"
+    assert f"mode {mode}," in message
+
+
+def test_wide_colors_keep_what_pillow_takes_of_them_which_is_their_upper_byte() -> None:
+    row = [255, 0x80FF, 0xFF00]
+    assert pixels(png(1, 16, 2, struct.pack(">3H", *row)), (1, 1)).tolist() == [[[0, 128, 255]]]
+    grey = png(2, 16, 4, struct.pack(">4H", 0x8000, 0xFFFF, 0x8000, 0))
+    assert pixels(grey, (2, 1)).tolist() == [[[128] * 3, WHITE]]
+    color = png(2, 16, 6, struct.pack(">8H", 0x8000, 0, 0, 0xFFFF, 0x8000, 0, 0, 0))
+    assert pixels(color, (2, 1)).tolist() == [[[128, 0, 0], WHITE]]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(8, 1, 0, b"\xaa", b"\0\0"), [255] * 8),
+        (png(8, 1, 0, b"\xaa", b"\0\1"), [255, 0] * 4),
+        (png(4, 2, 0, b"\x1b", b"\0\1"), [0, 255, 170, 255]),
+        (png(4, 4, 0, b"\x05\xaf", b"\0\5"), [0, 255, 170, 255]),
+        (png(4, 8, 0, bytes([0, 5, 100, 255]), b"\0\5"), [0, 255, 100, 255]),
+        (png(3, 16, 0, struct.pack(">3H", 0x0102, 0x0103, 0xFFF0), b"\1\2"), [255, 1, 255]),
+        (png(2, 8, 2, bytes([1, 2, 3, 4, 4, 4]), bytes([0, 1, 0, 2, 0, 3])), [255, 4]),
+        (png(2, 16, 2, struct.pack(">6H", *[0x101] * 3, *[0x404] * 3), b"\1\1" * 3), [255, 4]),
+        (png(3, 8, 3, bytes([0, 1, 2]), bytes([0, 128]), bytes([9, 9, 9, 0, 0, 0, 7, 7, 7])), [255, 127, 7]),
+        (png(8, 1, 3, b"\xaa", b"\xff\0", bytes([9, 9, 9, 0, 0, 0])), [255, 9] * 4),
+    ],
+)
+def test_transparent_greys_colors_and_palettes_are_composed_on_white(data: bytes, expected: list[int]) -> None:
+    assert pixels(data, (len(expected), 1)).tolist() == [[[value] * 3 for value in expected]]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "TGA", "JPEG2000", "AVIF", "GIF", "ICO"])
+@pytest.mark.parametrize("hidden", [0, 255])
+def test_what_lies_under_full_transparency_is_not_seen_in_any_format(form: str, hidden: int) -> None:
+    image = Image.new("RGBA", (16, 16), (200, 200, 200, 255))
+    image.paste((hidden, hidden, hidden, 0), (0, 0, 8, 16))
+    more = [Image.new("RGBA", (16, 16), "red")]
+    several = {"save_all": True, "append_images": more} if form in ("GIF", "WEBP", "AVIF") else {}
+    shown = pixels(saved(image, form, **several, **({"lossless": True} if form == "WEBP" else {})), (16, 16))
+    assert (shown[:, :8] == 255).all()
+    assert (abs(shown[:, 8:] - 200) <= 2).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_half_transparency_is_rounded_and_an_opaque_picture_is_the_articles(mode: str) -> None:
+    bands = len(mode)
+    samples = noise(8, 8, bands).astype(np.uint8)
+    part = samples[..., -1:].astype(int)
+    expected = np.floor((samples[..., :-1] * part + 255 * (255 - part)) / 255 + 0.5)
+    assert (pixels(saved(Image.fromarray(samples, mode), "PNG"), (8, 8)) == expected).all()
+    samples[..., -1] = 255
+    opaque = saved(Image.fromarray(samples, mode), "PNG")
+    assert (pixels(opaque, (8, 8)) == samples[..., :-1]).all()
+    assert (pixels(opaque, (8, 8)) == pixels(opaque, (8, 8), way=1)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA", "P"])
+def test_every_mode_with_transparency_is_put_on_white(mode: str) -> None:
+    image = Image.new("LA" if mode == "La" else "RGBA", (2, 2), (100, 51) if mode == "La" else (100, 100, 100, 51))
+    if mode in ("PA", "P"):
+        image = Image.new(mode, (2, 2), 0 if mode == "P" else (0, 51))
+        image.putpalette([100, 100, 100, 51] if mode == "P" else [100, 100, 100], "RGBA" if mode == "P" else "RGB")
+    elif mode != image.mode:
+        image = image.convert(mode)
+    assert images._on_white(image).getpixel((0, 0)) == (224, 224, 224)
+
+
+def test_what_a_first_frame_leaves_free_is_white() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 100, 100, 100])
+    for key in ({}, {"transparency": 0}):
+        data = bytearray(saved(image, "GIF", **key))
+        frame = data.index(b"\x2c", 13 + 6)
+        data[6], data[8], data[frame + 1] = 8, 6, 2  # The canvas is larger, and the frame begins at its column 2.
+        expected = np.full((6, 8, 3), 255)
+        expected[:4, 2:6] = 100
+        assert (pixels(bytes(data), (8, 6)) == expected).all()
+
+
+def test_a_png_in_an_icon_keeps_its_transparency_and_its_own_size() -> None:
+    def icon(inner: bytes) -> bytes:
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 8, 1, 0, 0, 1, 32, len(inner), 22) + inner
+
+    inner = png(8, 1, 3, b"\xaa", b"\xff\0", bytes([9, 9, 9, 0, 0, 0]))
+    assert pixels(icon(inner), (8, 1))[0, :, 0].tolist() == [255, 9] * 4
+    assert failure(icon(png(LIMIT + 1, 8, 0, bytes(LIMIT + 1))))[0] == "too-large"
+
+
+#: Orientation to what makes a picture upright, on an array.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_once_or_not_at_all(form: str, orientation: int) -> None:
+    stored = noise(6, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = saved(Image.fromarray(stored.astype(np.uint8)), form, exif=exif, **options)
+    upright = UPRIGHT[orientation](stored)
+    shown = pixels(data, upright.shape[1::-1])
+    assert (shown == upright).all()
+    assert (pixels(data, (8, 6), upright=False) == stored).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("way", [{}, {"compression": "tiff_lzw"}])
+def test_a_wide_tiff_is_turned_once_too(orientation: int, way: dict[str, str]) -> None:
+    data = saved(Image.fromarray(WIDE.astype("<u2")), "TIFF", tiffinfo={0x0112: orientation}, **way)
+    upright = UPRIGHT[orientation](scaled(WIDE))
+    assert (pixels(data, upright.shape[1::-1])[..., 0] == upright).all()
+    assert (pixels(data, (4, 6), upright=False)[..., 0] == scaled(WIDE)).all()
+
+
+def test_only_tiffs_are_turned_by_pillow() -> None:
+    # Another plugin that begins to do so would turn pictures twice again.
+    for form in set(images.FORMATS) - {"DIB", "TGA", "ICO", "PPM", "BMP", "GIF"}:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(io.BytesIO(saved(Image.new("RGB", (8, 6)), form, exif=exif))) as image:
+            image.load()
+            assert (image.size == (6, 8)) == isinstance(image, TiffImageFile)
+
+
+def test_sheets_and_pages_show_what_was_embedded(tmp_path: Path) -> None:
+    turned = saved(Image.fromarray(noise(6, 8, 3).astype(np.uint8)), "TIFF", tiffinfo={0x0112: 6})
+    for data, size in [
+        (saved(Image.fromarray(WIDE.astype("<u2")), "PNG"), (4, 6)),
+        (png(8, 1, 3, b"\xaa", b"\xff\0", bytes([9, 9, 9, 0, 0, 0])), (8, 1)),
+        (turned, (6, 8)),
+    ]:
+        (tmp_path / "x").write_bytes(data)
+        shown = open_picture(tmp_path / "x", LIMIT, 100)
+        assert shown is not None
+        assert (np.asarray(shown) == pixels(data, size)).all()
+
+
+# JPEGs that are damaged
+
+
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 16},
+    "optimized": {"optimize": True},
+    "grey": {},
+    "cmyk": {},
+}
+
+
+def jpeg(kind: str) -> bytes:
+    smooth = Image.fromarray(noise(30, 20, 3).astype(np.uint8)).resize((240, 320))
+    return saved(smooth.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")), "JPEG", quality=90, **JPEGS[kind])
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_jpeg_that_is_cut_or_ends_in_zeros_fails(kind: str, draft: bool) -> None:
+    data = jpeg(kind)
+    pixels(data, (8, 8), draft=draft)
+    start = data.index(b"\xff\xda")
+    for part in (0.02, 0.2, 0.5, 0.9, 0.99):
+        place = start + int((len(data) - start) * part)
+        assert failure(data[:place], draft)[0] == "truncated"
+        assert failure(data[:place] + bytes(len(data) - place), draft)[0] == "truncated"
+    # The one rule: without its end marker it counts as cut, however little is missing.
+    assert failure(data[:-2], draft)[0] == "truncated"
+    assert failure(data[:-1], draft)[0] == "truncated"
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_with_a_hole_before_its_end_fails(kind: str) -> None:
+    data = jpeg(kind)
+    start = data.index(b"\xff\xda")
+    for part in (0.2, 0.5, 0.8):
+        place = start + int((len(data) - start) * part)
+        hole = min(1024, len(data) - place - 2)
+        assert failure(data[:place] + bytes(hole) + data[place + hole :])[0] == "undecodable"
+    half = (start + len(data)) // 2
+    assert failure(data[:half] + bytes(len(data) - half - 2) + data[-2:])[0] == "undecodable"
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_with_something_behind_it_or_a_few_bytes_of_padding_is_whole(kind: str) -> None:
+    data = jpeg(kind)
+    for whole in (data + b"a video" * 100, data[:-2] + bytes(3) + data[-2:], data[:-2] + b"\xff\xff" + data[-2:]):
+        assert (pixels(whole, (24, 32)) == pixels(data, (24, 32))).all()
+
+
+def test_a_damaged_jpeg_of_a_phone_or_of_great_size_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.open(io.BytesIO(jpeg("baseline")))
+    data = saved(image, "MPO", save_all=True, append_images=[image.copy()])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    pixels(data, (8, 8))
+    place = data.index(b"\xff\xda") + 2000
+    assert failure(data[:place] + bytes(1024) + data[place + 1024 :])[0] == "undecodable"
+    # Not read whole, but mapped.
+    monkeypatch.setattr(images, "_READ_WHOLE_BYTES", 1000)
+    (tmp_path / "whole.jpg").write_bytes(jpeg("baseline"))
+    (tmp_path / "cut.jpg").write_bytes(jpeg("baseline")[:-2])
+    spec = ModelSpec("i", "f", "NHWC", "RGB", 8, 8, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 1, 2)
+    whole = load_pixels(tmp_path / "whole.jpg", spec, LIMIT)
+    assert (whole == load_pixels(tmp_path / "whole.jpg", replace(spec, pixels=1), LIMIT)).all()
+    with pytest.raises(ImageError, match="ends before"):
+        load_pixels(tmp_path / "cut.jpg", spec, LIMIT)
+
+
+def test_the_first_way_is_as_it_was() -> None:
+    assert (pixels(saved(Image.fromarray(np.full((6, 4), 300, "<u2")), "PNG"), (4, 6), way=1) == 255).all()
+    hidden = saved(Image.new("RGBA", (4, 6), (1, 2, 3, 0)), "PNG")
+    assert (pixels(hidden, (4, 6), way=1) == [1, 2, 3]).all()
+    stored = noise(6, 8, 3)
+    turned = saved(Image.fromarray(stored.astype(np.uint8)), "TIFF", tiffinfo={0x0112: 3})
+    assert (pixels(turned, (8, 6), way=1) == stored).all()
+    data = jpeg("baseline")
+    half = len(data) // 2
+    pixels(data[:half] + bytes(len(data) - half - 2) + data[-2:], (8, 8), way=1)
