@@ -250,8 +250,7 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
                 set_aside(folder, shard)
             if commit(before, made, plan.plan_id, state):
                 return plan
-            for shard in broken:
-                put_back(folder, shard)
+            broken = ()
 
 
 def _off_list(folder: Path, lost: _Lost, marks: Marks) -> frozenset[str]:
@@ -276,24 +275,24 @@ def broken_folder(folder: Path) -> Path:
 
 
 def set_aside(folder: Path, shard: int) -> None:
-    """Move a shard's files away, its record first."""
+    """Move a broken shard's files away, its record first; from then on it is lost, and made again by the next plan.
+
+    Raises:
+        UsageError: they are being moved by another repair, or an earlier one left its copy.
+    """
     target = broken_folder(folder) / f"{shard:04d}"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    target.parent.mkdir(exist_ok=True)
+    try:
+        # One of several repairs; nothing is put back, since a reducer may be writing under these names by then.
+        target.mkdir()
+    except FileExistsError:
+        raise UsageError(
+            f"{target} is there: another repair is at work, or an earlier one left it; if none is, move it away and "
+            "run ruiji verify --repair again"
+        ) from None
     for ending in ("json", *SHARD_ENDINGS):
         with suppress(FileNotFoundError):
             shard_file(folder, shard, ending).rename(shard_file(target, shard, ending))
-    sync_folder(folder)
-
-
-def put_back(folder: Path, shard: int) -> None:
-    """Undo `set_aside`, unless the shard was made again meanwhile."""
-    source = broken_folder(folder) / f"{shard:04d}"
-    if shard_file(folder, shard, "json").exists():
-        return
-    for ending in (*SHARD_ENDINGS, "json"):
-        with suppress(FileNotFoundError):
-            shard_file(source, shard, ending).rename(shard_file(folder, shard, ending))
     sync_folder(folder)
 
 

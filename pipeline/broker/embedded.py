@@ -22,6 +22,8 @@ from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
 from pipeline.settings import redis_url_file
 
 _START_TIMEOUT_S = 10.0
+#: A run with one worker process takes 16; each further process 6.
+_LEAST_CLIENTS = 24
 
 
 def find_server() -> str:
@@ -116,7 +118,14 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> No
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         try:
-            connect(url).close()
+            client = connect(url)
+            clients = int(client.config_get("maxclients")["maxclients"] or 0)
+            client.close()
+            if clients < _LEAST_CLIENTS:
+                raise RuijiError(
+                    f"the embedded Redis can serve {clients} connections only, since few files may be open here: raise "
+                    "that limit (ulimit -n 1024) and run it again"
+                )
             return
         except BrokerUnavailable:
             if server.poll() is not None or time.monotonic() > deadline:

@@ -1,6 +1,8 @@
 """The Redis that commands start, are given and lose, as a user meets it."""
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -150,3 +152,13 @@ def test_a_redis_that_fails_meanwhile_is_told_in_a_line_and_the_next_enqueue_goe
         assert "Nothing is lost" in said and "Traceback" not in said
     assert "run it again once Redis is well" in full and "one of its own" in spoilt
     assert "maxmemory" in full and "wrong kind of value" in spoilt and "wrong kind of value" in unread
+
+
+def test_a_server_that_may_open_too_few_files_is_refused_in_one_line(ruiji: Ruiji) -> None:
+    pictures(ruiji.media, 2)
+    command = f"ulimit -n 40; exec {sys.executable} -P -m pipeline run --workers 1"
+    done = subprocess.run(
+        ["bash", "-c", command], env=ruiji._environment(), cwd=ruiji.media.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ulimit -n 1024" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
