@@ -395,13 +395,11 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
                 broken.add(finding.shard)
     plan = open_plan(folder)
     if plan is not None:
-        for shard in sorted(broken & {segment.shard for segment in plan.segments}):
+        its_own = {segment.shard for segment in plan.segments}
+        for shard in sorted(broken):
             set_aside(folder, shard)
-            notes.append(f"set aside the broken shard {shard:04d}, which the open plan makes again")
-        later = sorted(broken - {segment.shard for segment in plan.segments})
-        if later:
-            names = ", ".join(f"{shard:04d}" for shard in later)
-            notes.append(f"left {names} as they are: run ruiji verify --repair again once the open plan is finished")
+            maker = "the open plan makes" if shard in its_own else "the next ruiji enqueue (or ruiji run) makes"
+            notes.append(f"set aside the broken shard {shard:04d}, which {maker} again")
         if plan.unpublished():
             notes.append(
                 f"the plan {plan.plan_id} is open: its workers make its shards, or the next ruiji enqueue or ruiji run"

@@ -16,6 +16,7 @@ from pipeline.status import StatusReader
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
 from search.gallery import open_gallery
+from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan, plan_for
 
 
@@ -275,3 +276,21 @@ def test_a_list_is_written_anew_and_then_a_shard_of_it_made_again(plan: Plan) ->
     repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
     assert verify(plan.folder) == []
+
+
+def test_a_broken_shard_is_set_aside_beside_an_open_plan_and_made_again_after_it(
+    plan: Plan, tmp_path: Path, model_path: Path
+) -> None:
+    before = files(plan.folder)
+    more = pictures(tmp_path / "media", 12)
+    opened = plan_for(tmp_path, model_path, more)
+    assert opened is not None
+    flip(plan.folder / "0001.features.npy")
+    notes = repair(plan.folder, verify(plan.folder))
+    assert any("0001, which the next ruiji enqueue" in note for note in notes)
+    assert open_gallery(plan.folder).rows == 6, "the rest is searched meanwhile"
+    finish(opened)
+    again = plan_for(tmp_path, model_path, more)
+    assert again is not None
+    finish(again)
+    assert {name: data for name, data in files(plan.folder).items() if name in before} == before
