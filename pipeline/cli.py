@@ -152,7 +152,13 @@ def enqueue(
     done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
     _tell_enqueued(done, "all {} objects are in shards")
     if wait:
-        raise typer.Exit(_end(follow(work.folder, connect(url))))
+        raise typer.Exit(_end(_told_altered(follow(work.folder, connect(url)))))
+
+
+def _told_altered(now: "Status") -> "Status":
+    if now.altered is not None:
+        streams.note(str(now.altered))
+    return now
 
 
 def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
@@ -218,7 +224,7 @@ def retry(
     if done.plan is not None and url is None:
         streams.note("no Redis is running: ruiji run does it")
     if wait and url is not None:
-        raise typer.Exit(_end(follow(work.folder, connect(url))))
+        raise typer.Exit(_end(_told_altered(follow(work.folder, connect(url)))))
 
 
 @app.command()
@@ -301,6 +307,7 @@ def run(
     folder = settings.make_state_folder(state_dir)
     status = run_here(work, list_path, workers, device.value, folder, log_format.value)
     streams.note(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}")
+    _told_altered(status)
     raise typer.Exit(_exit_code(status))
 
 
@@ -361,6 +368,8 @@ def _print_status(now: "Status") -> None:
         + (f"; {now.stale} stale rows beside" if now.stale else "")
     )
     streams.tell(f"plan {now.plan} is open" if now.plan else "no plan is open")
+    if now.altered is not None:
+        streams.tell(str(now.altered))
     if now.stopped is not None:
         streams.tell(f"the run was stopped: {now.stopped}")
     for worker in now.workers:

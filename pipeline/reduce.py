@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.altered import count_marks, drop_marks
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plan import Plan, Segment, came_too_late, close_plan, empty_segment, not_emptied
 from pipeline.store import (
@@ -64,7 +65,7 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
     if came_too_late(plan, segment):
         # Its features stay for the next plan.
         raise MachineFault(f"the plan {plan.plan_id} was closed before shard {segment.shard:04d} was published")
-    empty_segment(plan, segment)
+    _settle(plan, segment)
     return Reduced(rows=record.rows, failed=len(record.failed))
 
 
@@ -76,10 +77,16 @@ def finish_plan(plan: Plan, hold: Callable[[Segment], AbstractContextManager[Non
     """
     for segment in not_emptied(plan):
         with hold(segment):
-            empty_segment(plan, segment)
+            _settle(plan, segment)
     # Before the plan is closed: after that the folders may be the next plan's.
     tidy(plan)
+    drop_marks(plan)
     close_plan(plan)
+
+
+def _settle(plan: Plan, segment: Segment) -> None:
+    count_marks(plan, segment)
+    empty_segment(plan, segment)
 
 
 def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import redis
 
+from pipeline.altered import Altered, AlteredReader
 from pipeline.broker.chords import Chords
 from pipeline.errors import FileDamaged, UsageError
 from pipeline.gallery import read_gallery
 from pipeline.generations import Generation, ListState, Marks, current, read_marks
+from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
 from pipeline.stops import stopped
@@ -43,6 +45,7 @@ class Status:
         stopped: why the latest plan was stopped before its end; None if it was not.
         workers: what live worker processes say of themselves.
         starting: whether no object list was accepted yet, so that nothing can be counted.
+        altered: of a gallery with pixels = 1: images that came out otherwise than people see them; else None.
     """
 
     objects: int
@@ -56,6 +59,7 @@ class Status:
     shards: list[ShardStatus] = field(default_factory=list)
     workers: list[dict[str, Any]] = field(default_factory=list)
     starting: bool = False
+    altered: Altered | None = None
 
     @property
     def finished(self) -> bool:
@@ -87,6 +91,7 @@ class StatusReader:
         self._stale: dict[int, tuple[int, int]] = {}
         self._plans, self._records = OpenPlan(folder), Published(folder)
         self._client = client
+        self._altered = AlteredReader(folder) if pixels_of(gallery.contract) == 1 else None
         self._published: dict[int, ShardStatus] = {}
 
     def read(self, exact: bool = False) -> Status:
@@ -101,6 +106,7 @@ class StatusReader:
         generation, marks = self._read_marks()
         latest = generation.objects or ListState("", 0, 0, 0)
         shards = [self._shard(number) for number in self._records.shards()]
+        published = [shard.shard for shard in shards if shard.done]
         stale = stale_failed = 0
         for shard in shards:
             rows, failed = self._off_list(shard, marks)
@@ -126,6 +132,7 @@ class StatusReader:
             shards=sorted(shards, key=lambda shard: shard.shard),
             workers=self._workers(),
             starting=generation.objects is None,
+            altered=self._altered.read(published) if self._altered is not None else None,
         )
 
     def _read_marks(self) -> tuple[Generation, Marks]:

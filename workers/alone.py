@@ -36,8 +36,11 @@ class ChildDied(Exception):
         self.reason = reason
 
 
-def decode_alone(path: Path, spec: ModelSpec, limits: Limits) -> NDArray[np.uint8]:
+def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str] | None = None) -> NDArray[np.uint8]:
     """As `load_pixels`, in a child process of its own.
+
+    Args:
+        altered: told, as by `load_pixels`.
 
     Returns:
         uint8[h, w, c].
@@ -75,6 +78,8 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits) -> NDArray[np.uint
             raise MachineFault(value["message"])
         if "reason" in value:
             raise ImageError(value["message"], value["reason"])
+        if altered is not None:
+            altered += value["altered"]
         pixels = np.empty(value["shape"], dtype=np.uint8)
         _fill(pixels.data.cast("B"), child.stdout)
         return pixels
@@ -133,8 +138,9 @@ def _main() -> None:
     out.write(b"read\n")
     out.flush()
     _limit_memory(limits.max_image_mb)
+    altered: list[str] = []
     try:
-        pixels = load_pixels(path, spec, limits.max_pixels)
+        pixels = load_pixels(path, spec, limits.max_pixels, altered)
     except ImageError as error:
         message = str(error)
         if error.reason == "memory":
@@ -143,7 +149,7 @@ def _main() -> None:
     except MachineFault as error:
         answer = {"fault": True, "message": str(error)}
     else:
-        out.write(json.dumps({"shape": pixels.shape}).encode() + b"\n")
+        out.write(json.dumps({"shape": pixels.shape, "altered": altered}).encode() + b"\n")
         out.write(pixels.tobytes())
         out.flush()
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.altered import begin_marks, mark
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
 from pipeline.plan import Plan, Segment
@@ -44,7 +45,7 @@ class Job:
 
 
 #: From an open image file to pixels, as `workers.images.decode`.
-Decode = Callable[[BinaryIO, ModelSpec, int], NDArray[np.uint8]]
+Decode = Callable[[BinaryIO, ModelSpec, int, list[str]], NDArray[np.uint8]]
 
 
 def embed_guarded(
@@ -124,13 +125,20 @@ class _Alone:
 
 
 def _decode_suspect(
-    plan: Plan, job: Job, suspect: Suspect, path: Path, file: BinaryIO, spec: ModelSpec, max_pixels: int
+    plan: Plan,
+    job: Job,
+    suspect: Suspect,
+    path: Path,
+    file: BinaryIO,
+    spec: ModelSpec,
+    max_pixels: int,
+    altered: list[str],
 ) -> NDArray[np.uint8]:
     """Decode from the path, not from the file that this process has open."""
     limits = plan.limits_of(job.segment)
     if suspect.deaths >= MOST_DEATHS:
         raise suspect.failure(limits)
-    return decode_alone(path, spec, limits)
+    return decode_alone(path, spec, limits, altered)
 
 
 def embed_batch(
@@ -162,6 +170,8 @@ def embed_batch(
     published = _published(plan, jobs)
     outcomes = [LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.path) else DONE for job in jobs]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
+    if encoder.model.spec.pixels == 1 and waiting:
+        begin_marks(plan)
     load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
     loaded = (decoders.map if decoders else map)(load, (job for _, job in waiting))
     # As many at once as the encoder runs at once, so that a feature is on disk as soon as it can be.
@@ -242,12 +252,18 @@ def _load(
     job: Job,
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
+    spec = encoder.model.spec
 
     def pixels() -> NDArray[np.uint8]:
+        altered: list[str] = []
         with ledger.busy("read"):
             file = open_image(f"{media_dir}/{job.path}", media_root)
         with file, ledger.busy("decode"):
-            return decode_file(file, encoder.model.spec, plan.limits_of(job.segment).max_pixels)
+            decoded = decode_file(file, spec, plan.limits_of(job.segment).max_pixels, altered)
+        if altered:
+            # Before its feature is there: what is done is not looked at again.
+            mark(plan, job.path, altered)
+        return decoded
 
     try:
         try:

@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipeline.altered import CLIPPED, GROUND, TURNED
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
 from workers.resize import has_filter, resize
@@ -83,7 +85,7 @@ _PADDED = re.compile(r"Corrupt JPEG data: ([1-8]) extraneous bytes before marker
 _JPEG_END = b"\xff\xd9"
 
 
-def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+def load_pixels(path: Path, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> NDArray[np.uint8]:
     """Read, decode, turn upright (where the spec says so), convert and resize one image.
 
     Bit-identical to the article's preprocessing before its division, for images of 8 bits a sample without EXIF
@@ -97,7 +99,7 @@ def load_pixels(path: Path, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint
         MachineFault: the disk or network below the file failed.
     """
     with open_image(path) as file:
-        return decode(file, spec, max_pixels)
+        return decode(file, spec, max_pixels, altered)
 
 
 def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:
@@ -155,8 +157,11 @@ def _opened_path(descriptor: int, path: str | Path) -> str:
         return os.path.realpath(path)
 
 
-def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> NDArray[np.uint8]:
     """Decode an open image file and bring it to the spec's orientation, color and size.
+
+    Args:
+        altered: told how `pixels` of 1 made it another picture than people see, as `pipeline.altered` names that.
 
     Returns:
         uint8[h, w, c].
@@ -166,7 +171,7 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
         MachineFault: the disk or network below the file failed.
     """
     try:
-        return _decode(file, spec, max_pixels)
+        return _decode(file, spec, max_pixels, altered if altered is not None else [])
     except (ImageError, MachineFault):
         raise
     except Exception as error:
@@ -181,10 +186,10 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8
         raise ImageError("the image data is broken", "undecodable") from error
 
 
-def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8]:
+def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> NDArray[np.uint8]:
     decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
     if decoded is None:
-        decoded = _opened(file, spec, max_pixels)
+        decoded = _opened(file, spec, max_pixels, altered)
     if isinstance(decoded, Image.Image):
         image = decoded
     else:
@@ -199,7 +204,7 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint
     return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
 
 
-def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | NDArray[np.uint8]:
+def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> Image.Image | NDArray[np.uint8]:
     """An image of any format, upright where the spec says so; most color JPEGs as `_decoded_jpeg` has them."""
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
@@ -225,8 +230,23 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> Image.Image | N
                 return as_seen(image, max_pixels, spec.exif_orientation)
             if isinstance(image, JpegImageFile):
                 _check_jpeg(file, image.mode)
+        turned = isinstance(image, TiffImageFile) and _orientation(image) in _UPRIGHT
         image.load()
+        if not jpeg:
+            altered += [*_altered(image), *([TURNED] if turned else [])]
         return image if turn is None else image.transpose(turn)
+
+
+def _altered(image: Image.Image) -> list[str]:
+    """What converting a loaded image will do to it, see `pipeline.altered`."""
+    if image.mode.startswith(("I", "F")):
+        return [CLIPPED]
+    # Many pictures have an alpha channel that says nothing. No picture fails because of this look.
+    with suppress(Exception):
+        if image.has_transparency_data:
+            colored = image if image.mode in ("LA", "PA", "RGBA") else image.convert("RGBA")
+            return [GROUND] if colored.getchannel("A").getextrema() != (255, 255) else []
+    return []
 
 
 def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.Image:

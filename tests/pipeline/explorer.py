@@ -201,9 +201,9 @@ class World:
     def embed(self, plan: Plan, segment: Segment) -> None:
         """One batch, by a worker that has read its plan."""
         encoder: Any = SimpleNamespace(run_images=8, turn=threading.Lock(), encode=lambda batch: batch[:, 0, 0, :])
-        encoder.model = SimpleNamespace(spec=None)
+        encoder.model = SimpleNamespace(spec=SimpleNamespace(pixels=2))
 
-        def decode(file: Any, spec: Any, max_pixels: int) -> Any:
+        def decode(file: Any, spec: Any, max_pixels: int, altered: list[str]) -> Any:
             name = file.read().decode()
             if name == BAD:
                 raise ImageError("broken", "undecodable")
