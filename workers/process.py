@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 from celery import signals
+from celery.worker import state
 from celery.worker.state import reserved_requests
 
 from pipeline.broker.app import broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.errors import RuijiError
 from pipeline.gallery import GalleryInfo, check_place, gallery_folder, read_gallery
 from pipeline.plan import open_plan
 from pipeline.versions import library_versions
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: How often a process tells of itself; what it told is forgotten after five times as long.
 _HEARTBEAT_S = 2.0
+#: How often a process looks whether its folder is still the same gallery.
+_LOOK_S = 10.0
 #: A consumer whose loop did not turn for this long is stuck. It waits for an answer of Redis for less.
 _SILENT_S = 20.0
 
@@ -45,6 +49,7 @@ class Heartbeat(threading.Thread):
     def __init__(
         self,
         client: redis.Redis,
+        folder: Path,
         gallery_id: str,
         role: str,
         visibility_timeout_s: int,
@@ -53,6 +58,7 @@ class Heartbeat(threading.Thread):
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._client = client
+        self._folder, self._gallery_id = folder, gallery_id
         self._ledger = ledger
         self._ready = ready
         self._key = f"ruiji:{gallery_id}:worker:{socket.gethostname()}:{os.getpid()}"
@@ -108,6 +114,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         """Beat until the process ends; Redis may come and go."""
         renewed, beaten, images, seconds = time.monotonic(), time.monotonic(), 0, self._seconds
+        looked = time.monotonic()
         while not self.stopping.wait(min(_HEARTBEAT_S, self._renew_s)):
             now = time.monotonic()
             done = self._state["images"] - images
@@ -126,6 +133,9 @@ class Heartbeat(threading.Thread):
                     self._renew_claims()
                     renewed = now
                 self._reconnect_where_stuck()
+                if now - looked >= _LOOK_S:
+                    self._look_for_another_gallery()
+                    looked = now
             except redis.RedisError as error:
                 noted(error)
             else:
@@ -163,6 +173,17 @@ class Heartbeat(threading.Thread):
         # In the event loop; the consumer takes it for a lost connection, closes its channel and opens another.
         if channel is self._channel():
             raise redis.ConnectionError("messages could not be settled")
+
+    def _look_for_another_gallery(self) -> None:
+        """End the process if the folder was emptied and made a gallery anew: it listens to queues of the old one."""
+        try:
+            found = read_gallery(self._folder)
+        except (RuijiError, OSError):
+            return
+        if found is not None and found.gallery_id != self._gallery_id and state.should_stop is None:
+            extra = {"event": "gallery_replaced", "folder": str(self._folder)}
+            logger.warning("the folder holds another gallery now; the process starts again for it", extra=extra)
+            state.should_stop = RuijiError.exit_code
 
     def leave(self) -> None:
         """Take the process off the list."""
@@ -252,7 +273,7 @@ def run_process(
         transport=transport,
     )
     ledger = Ledger()
-    heartbeat = Heartbeat(client, gallery.gallery_id, role, visibility_timeout_s, ledger, ready)
+    heartbeat = Heartbeat(client, folder, gallery.gallery_id, role, visibility_timeout_s, ledger, ready)
     watchdog = None
     if encoder is not None:
         heartbeat.set(device=encoder.device)

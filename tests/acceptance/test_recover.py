@@ -1,6 +1,7 @@
 """Failed objects tried again, broken shards made again, the doctor: as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,13 @@ def test_the_doctor_says_what_is_wrong(ruiji: Ruiji, failed: list[str], redis_ur
     assert "wrong features" in ruiji("doctor", code=4).stdout
     ruiji.environment = {}
     assert "bad   redis" in ruiji("doctor", code=4).stdout
+
+
+def test_workers_find_the_gallery_that_was_made_anew_in_their_folder(ruiji: Ruiji, redis_url: str) -> None:
+    pictures(ruiji.media, 6)
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait")
+    shutil.rmtree(ruiji.gallery)
+    ruiji("enqueue", "--wait", timeout_s=60)
+    assert ruiji.status().done == 6

@@ -13,7 +13,7 @@ from workers.readiness import Readiness
 
 def test_a_beat_tells_the_time_of_the_images_that_it_counts(redis_url: str, tmp_path: Path) -> None:
     client, ledger = connect(redis_url), Ledger()
-    heartbeat = Heartbeat(client, "0123456789abcdef", "embed", 60, ledger, Readiness(tmp_path))
+    heartbeat = Heartbeat(client, tmp_path, "0123456789abcdef", "embed", 60, ledger, Readiness(tmp_path))
     heartbeat.start()
     try:
         ledger.add("encode", 1.0)
