@@ -229,7 +229,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
             if not jpeg:
                 return as_seen(image, max_pixels, spec.exif_orientation)
             if isinstance(image, JpegImageFile):
-                _check_jpeg(file, image.mode)
+                image = _undamaged(file, image)
         turned = isinstance(image, TiffImageFile) and _orientation(image) in _UPRIGHT
         image.load()
         if not jpeg:
@@ -330,9 +330,11 @@ def _sample_range(image: Image.Image) -> tuple[int, bool]:
         raise ImageError(f"its pixels are of mode {image.mode}, of which nothing says what is white", "undecodable")
     if not image.mode.startswith("I"):
         return 0, False
-    # Pillow brings the samples of all other formats to 16 bits, and inverts those of 8 bits only.
-    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    return (1 << tags.get(_BITS_TAG, (16,))[0]) - 1, tags.get(_PHOTOMETRIC_TAG) == 0
+    if not isinstance(image, TiffImageFile):
+        # Pillow has brought them to 16 bits.
+        return 0xFFFF, False
+    # It inverts only samples of 8 bits, and those without the tag too.
+    return (1 << image.tag_v2.get(_BITS_TAG, (16,))[0]) - 1, image.tag_v2.get(_PHOTOMETRIC_TAG, 0) == 0
 
 
 @cache
@@ -397,19 +399,21 @@ def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArra
 
 
 def _strictly(
-    data: memoryview | bytes, colors: str, forgiving: bool = False, reduced: int = 1
+    data: memoryview | bytes, colors: str, least: tuple[int, int] = (0, 0), forgiving: bool = False
 ) -> NDArray[np.uint8] | None:
-    """A JPEG's pixels, uint8[h, w, c]; None at the least oddity, and where it is for Pillow to decode.
+    """A JPEG's pixels, uint8[h, w, c]; None at the least oddity, and if it is for Pillow to decode.
 
     Args:
-        forgiving: None where its data is damaged, too.
-        reduced: how much smaller it may be made.
+        least: width and height down to which it may be made smaller; 0: it is not.
+        forgiving: None if its data is damaged, too.
 
     Raises:
         ImageError: its data is damaged, or ends before the end marker.
     """
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colors, min_factor=reduced, strict=True)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, colors, min_width=least[0], min_height=least[1], strict=True
+        )
         return pixels
     except ValueError as error:
         said = str(error)
@@ -419,7 +423,7 @@ def _strictly(
             whole = bytes(data)
             end = whole.rfind(_JPEG_END)
             # What else is odd of it was not said.
-            return _strictly(whole[: end - int(padded[1])] + _JPEG_END, colors, forgiving, reduced)
+            return _strictly(whole[: end - int(padded[1])] + _JPEG_END, colors, least)
         if said.startswith("Premature end of JPEG"):
             raise ImageError("the file ends before the image does", "truncated") from error
         if said.startswith("Corrupt JPEG data"):
@@ -427,15 +431,28 @@ def _strictly(
         return None
 
 
-def _check_jpeg(file: BinaryIO, mode: str) -> None:
-    """Raise ImageError if a JPEG is damaged that Pillow is to decode, which would forgive it."""
-    colors = {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB")
+def _undamaged(file: BinaryIO, image: JpegImageFile) -> Image.Image:
+    """A JPEG that is not loaded yet, decoded if simplejpeg does that to Pillow's pixels.
+
+    Raises:
+        ImageError: its data is damaged, which Pillow forgives.
+    """
     if isinstance(file, io.BytesIO):
         with file.getbuffer() as data:
-            _strictly(data, colors, reduced=8)
-    else:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-            _strictly(data, colors, reduced=8)
+            return _undamaged_data(data, image)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+        return _undamaged_data(data, image)
+
+
+def _undamaged_data(data: memoryview, image: JpegImageFile) -> Image.Image:
+    if image.mode not in ("L", "RGB"):
+        # Pillow's pixels are others; as small as can be, this only looks for damage.
+        _strictly(data, image.mode, least=(1, 1))
+        return image
+    pixels = _strictly(data, "GRAY" if image.mode == "L" else "RGB", least=image.size)
+    if pixels is None or pixels.shape[1::-1] != image.size:
+        return image
+    return Image.fromarray(pixels[:, :, 0] if image.mode == "L" else pixels)
 
 
 def _orientation(image: Image.Image) -> int:

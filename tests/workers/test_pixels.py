@@ -300,6 +300,13 @@ def test_a_jpeg_that_is_cut_or_ends_in_zeros_fails(kind: str, draft: bool) -> No
 
 
 @pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_whole_jpeg_has_the_pixels_that_pillow_has(kind: str, draft: bool) -> None:
+    for size in ((240, 320), (120, 160), (7, 9)):
+        assert (pixels(jpeg(kind), size, draft=draft) == pixels(jpeg(kind), size, way=1, draft=draft)).all()
+
+
+@pytest.mark.parametrize("kind", JPEGS)
 def test_a_jpeg_with_a_hole_before_its_end_fails(kind: str) -> None:
     data = jpeg(kind)
     start = data.index(b"\xff\xda")
