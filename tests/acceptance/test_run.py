@@ -35,7 +35,11 @@ def test_run_makes_shards_in_list_order_and_a_second_run_embeds_nothing(ruiji: R
 
 def test_the_workers_of_a_run_write_events_as_it_does(ruiji: Ruiji) -> None:
     pictures(ruiji.media, 3)
-    assert '"event": "worker_ready"' in run(ruiji, "--log-format", "json")
+    lines = [line for line in run(ruiji, "--log-format", "json").splitlines() if '"worker_ready"' in line]
+    ready = {event["role"]: event for event in map(json.loads, lines)}
+    assert ready["reduce"]["resize"] == "-"
+    assert ready["embed"]["resize"].startswith(("compiled", "by Pillow: "))
+    assert ready["embed"]["simplejpeg"]
 
 
 def test_a_deleted_shard_is_made_again_under_its_number_with_the_same_bytes(ruiji: Ruiji) -> None:

@@ -165,6 +165,21 @@ def test_it_keeps_its_fingerprint_and_the_pixels_of_its_time(tmp_path: Path, old
     assert query_model(DATA / "tiny.onnx", open_gallery(old)) == model
 
 
+def test_a_lost_shard_is_made_again_with_its_record_as_it_was(tmp_path: Path, old: Path) -> None:
+    plan = enqueue(tmp_path)
+    assert plan is not None
+    finish(plan)
+    before = json.loads((old / "0000.json").read_text())
+    for path in old.glob("0000.*"):
+        path.unlink()
+    again = enqueue(tmp_path)
+    assert again is not None
+    finish(again)
+    after = json.loads((old / "0000.json").read_text())
+    assert sorted(after.pop("versions")) == sorted(before.pop("versions")) == ["numpy", "onnxruntime", "pillow"]
+    assert (after["fingerprint"], after["sha256"].keys()) == (before["fingerprint"], before["sha256"].keys())
+
+
 def test_a_toml_that_wants_other_pixels_is_refused_with_the_way_out(tmp_path: Path, old: Path) -> None:
     shutil.copy(DATA / "tiny.onnx", tmp_path / "tiny.onnx")
     (tmp_path / "tiny.toml").write_text("[input]\npixels = 2\n")
