@@ -94,21 +94,28 @@ def _said(error: OSError) -> str:
 def list_objects(
     folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", help="The media folder.")],
     out: Annotated[Path | None, typer.Option(help="Where to write.  [default: FOLDER/objects.txt]")] = None,
+    exclude: settings.Exclude = None,
+    object_id: settings.ObjectId = ObjectIds.basename,
 ) -> None:
-    """Write the sorted object list of all images below a folder."""
-    from pipeline.objects import write_list
+    """Write the sorted object list of all images below a folder, as an enqueue takes it; exit code 3: not of all."""
+    from pipeline.objects import Exclude, IdScheme
+    from pipeline.scan import Scan, write_list
     from pipeline.targets import check_targets
 
     target = out or folder / "objects.txt"
     check_targets({"--out": target})
     if target.exists() and not target.is_file():
         raise UsageError(f"--out {target} is no file that can be replaced; name one")
+    scan = Scan(folder, Exclude(exclude or ()))
     try:
         # What a link names is replaced, not the link.
-        lines = write_list(folder, target.resolve())
+        lines, notes = write_list(scan, target.resolve(), IdScheme(object_id.value))
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
+    for told in notes:
+        streams.note(told)
     streams.note(f"{lines} objects in {target}")
+    raise typer.Exit(EXIT_INCOMPLETE if scan.unread else 0)
 
 
 @app.command()
@@ -199,7 +206,7 @@ def retry(
     from pipeline.broker.app import connect
     from pipeline.logs import set_up
     from pipeline.planning import Retry, Settings
-    from pipeline.run import Work, enqueue, follow
+    from pipeline.run import Work, enqueue, follow, made_list
 
     set_up(log_format)
     url = None
@@ -219,7 +226,10 @@ def retry(
         visibility_timeout_s,
     )
     wanted = Retry(reason.value if reason else None)
-    done = enqueue(work, settings.list_file(list_path, media_dir), url, wanted)
+    listed = settings.list_file(list_path, media_dir)
+    if list_path is None and not listed.exists() and made_list(work.folder).exists():
+        listed = made_list(work.folder)
+    done = enqueue(work, listed, url, wanted)
     _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
     if done.plan is not None and url is None:
         streams.note("no Redis is running: ruiji run does it")
@@ -276,6 +286,7 @@ def run(
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     list_path: settings.ListFile = None,
+    exclude: settings.Exclude = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Embed processes.  [default: one per core]")] = None,
     device: settings.WorkerDevice = Device.auto,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
@@ -291,8 +302,9 @@ def run(
 ) -> None:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
     from pipeline.logs import set_up
+    from pipeline.objects import Exclude
     from pipeline.planning import Settings
-    from pipeline.run import Work, run_here
+    from pipeline.run import Source, Work, run_here
 
     set_up(log_format)
     work = Work(
@@ -305,10 +317,12 @@ def run(
         visibility_timeout_s,
     )
     folder = settings.make_state_folder(state_dir)
-    status = run_here(work, list_path, workers, device.value, folder, log_format.value)
+    source = Source(work, list_path, Exclude(exclude or ()))
+    status = run_here(work, source, workers, device.value, folder, log_format.value)
+    source.tell_unlisted()
     streams.note(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}")
     _told_altered(status)
-    raise typer.Exit(_exit_code(status))
+    raise typer.Exit(_exit_code(status) or (EXIT_INCOMPLETE if source.unread else 0))
 
 
 @app.command()

@@ -2,34 +2,46 @@
 
 Sorting and the search for duplicates go through `sort` of coreutils, in files: a list of 10^7 lines
 passes in bounded memory. Everything here is ordered by bytes, as `LC_ALL=C sort` does.
+
+A line that no file can be opened by, or whose id cannot name a file, stays on the list in a form that no real path has:
+escaped, and with a `/` at its end. Workers fail it as `bad-name` without opening anything.
 """
 
+import codecs
+import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from pipeline.errors import ObjectListError, RuijiError
+from pipeline.errors import ObjectListError, RuijiError, UsageError
 
-#: File name endings that `ruiji list` takes for images, compared in lower case.
-IMAGE_ENDINGS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-)
 #: An id becomes a file name with up to 11 more bytes (`.error.json`); file systems allow 255.
 MAX_ID_BYTES = 230
+#: No path that a system opens has more than 4,096 bytes; on a list each of them can be four.
+MAX_LINE_BYTES = 4 * 4096 + 1
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+#: What an escaped line has as `\xNN`: control characters, backslashes, and bytes that are not UTF-8.
+_ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\\\udc80-\udcff]")
+_BYTE = re.compile(rb"\\x([0-9a-f]{2})")
+#: Begins the name of a file whose object's own cannot be one. Quoted ids have `%25` and `%2F` only.
+_DIGEST = "%-"
+#: How much of a bad line is kept of one that is too long, or shown.
+_SHOWN_BYTES = 200
 
 
 class IdScheme:
     """How an object's id and its nested file names come from its path.
 
     `basename`: the id is the path's last part, extension kept; folders are its characters 0-1 and 2-3.
-    `path`: the id is the whole relative path; folders come from its sha1, `/` is written `%2F`.
+    `path`: the id is the whole relative path; folders come from its sha1, `/` is written `%2F`; where that gets too
+    long, the name is `%-` and the id's sha256. So it is for bad names, whose id is the whole escaped line.
     """
 
     def __init__(self, name: str) -> None:
@@ -39,27 +51,116 @@ class IdScheme:
 
     def object_id(self, path: str) -> str:
         """The object id of one line of the object list."""
-        return path.rpartition("/")[2] if self.name == "basename" else path
+        return path if self.name == "path" or is_bad_name(path) else path.rpartition("/")[2]
 
     def nested(self, object_id: str, ending: str) -> str:
         """The file name of an object, relative to the gallery folder, e.g. `aa/bb/aabb.jpg.npy`."""
-        if self.name == "basename":
+        bad = is_bad_name(object_id)
+        if self.name == "basename" and not bad:
             return "/".join(filter(None, (object_id[0:2], object_id[2:4], object_id + ending)))
-        digest = hashlib.sha1(object_id.encode(), usedforsecurity=False).hexdigest()
-        return f"{digest[0:2]}/{digest[2:4]}/{_escaped(object_id)}{ending}"
+        encoded = object_id.encode()
+        digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
+        name = object_id.replace("%", "%25").replace("/", "%2F")
+        if bad or len(name.encode()) > MAX_ID_BYTES:
+            name = _DIGEST + hashlib.sha256(encoded).hexdigest()
+        return f"{digest[0:2]}/{digest[2:4]}/{name}{ending}"
 
-    def problem(self, object_id: str) -> str | None:
-        """Why this id cannot be a file name, or None."""
-        name = object_id if self.name == "basename" else _escaped(object_id)
-        if len(name.encode()) > MAX_ID_BYTES:
-            return f"its id is longer than {MAX_ID_BYTES} bytes"
-        if self.name == "basename" and {object_id[0:2], object_id[2:4]} & {".", ".."}:
-            return 'its id would make a folder named "." or ".."; --object-id path allows it'
+    def problem(self, line: bytes) -> str | None:
+        """Why a line of the list is no path of an object below the media folder, or None."""
+        if b"\0" in line:
+            return f"it is longer than {MAX_LINE_BYTES} bytes, which no path is"
+        try:
+            path = line.decode()
+        except UnicodeDecodeError:
+            return "its name is not UTF-8; rename the file"
+        if _CONTROL.search(path):
+            return "its name has a control character; rename the file"
+        if path.startswith("/"):
+            return "it is absolute; paths are relative to the media folder"
+        parts = path.split("/")
+        if ".." in parts:
+            return 'it has ".."; nothing outside the media folder is read'
+        if "" in parts or "." in parts:
+            return 'it has an empty or "." part; write it as find does'
+        if self.name == "path":
+            return None
+        object_id = parts[-1]
+        if len(object_id.encode()) > MAX_ID_BYTES:
+            return f"its id is longer than {MAX_ID_BYTES} bytes; rename the file, or use --object-id path"
+        if {object_id[0:2], object_id[2:4]} & {".", ".."}:
+            return 'its id would make a folder named "." or ".."; rename the file, or use --object-id path'
         return None
 
+    def bad_name(self, path: str) -> str | None:
+        """Why no file is opened for an object of a plan, or None."""
+        if not is_bad_name(path):
+            return None
+        return self.problem(_unescaped(path.encode())) or "its name was none when it was planned"
 
-def _escaped(object_id: str) -> str:
-    return object_id.replace("%", "%25").replace("/", "%2F")
+
+def is_bad_name(path: str) -> bool:
+    """Whether a path of a checked list, or an id, is that of a line that cannot be used."""
+    return path.endswith("/")
+
+
+def escaped(line: bytes) -> str:
+    r"""A line that cannot be used in the form that it has on a list, e.g. `caf\xe9.jpg/`.
+
+    It has neither control characters nor empty, `.` or `..` parts, and no other line has the same.
+    """
+    text = _ESCAPED.sub(_hex, line.decode(errors="surrogateescape"))
+    parts = text.split("/")
+    named = [part.replace(".", "\\x2e") if part in (".", "..") else part for part in parts]
+    made = named[0]
+    for before, part in itertools.pairwise(named):
+        made += ("/" if before and part else "\\x2f") + part
+    return made + "/"
+
+
+def _hex(match: re.Match[str]) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in match[0].encode(errors="surrogateescape"))
+
+
+def _unescaped(line: bytes) -> bytes:
+    return _BYTE.sub(lambda match: bytes.fromhex(match[1].decode()), line.removesuffix(b"/"))
+
+
+class Exclude:
+    """What is left out of a list: globs as of a shell, case counts.
+
+    One without a `/` is compared with the name of every file and folder, one with a `/` with whole paths below the
+    media folder, where `*` takes in `/`. A folder is left out with all that is in it.
+
+    Raises:
+        UsageError: a glob has no name.
+    """
+
+    def __init__(self, globs: Iterable[str] = ()) -> None:
+        names: list[str] = []
+        paths: list[str] = []
+        for glob in globs:
+            wanted = glob.removeprefix("./").removesuffix("/")
+            if not wanted.strip("/"):
+                raise UsageError(f"--exclude {glob!r} names nothing; give a name or a path below the media folder")
+            (paths if "/" in wanted else names).append(wanted.removeprefix("/"))
+        self._names, self._paths = _matcher(names), _matcher(paths)
+
+    def takes(self, path: str) -> bool:
+        """Whether a file or folder is left out; its folders were asked before."""
+        if self._names is not None and self._names.match(path.rpartition("/")[2]):
+            return True
+        return self._paths is not None and self._paths.match(path) is not None
+
+    def takes_line(self, path: str) -> bool:
+        """Whether a path or one of its folders is left out."""
+        if self._names is None and self._paths is None:
+            return False
+        ends = [place for place, character in enumerate(path) if character == "/"]
+        return any(self.takes(path[:end]) for end in (*ends, len(path)))
+
+
+def _matcher(globs: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(fnmatch.translate, globs))) if globs else None
 
 
 @dataclass(frozen=True)
@@ -81,75 +182,63 @@ class ObjectList:
     notes: tuple[str, ...]
 
 
-def scan(media_dir: Path) -> Iterator[str]:
-    """Paths of all image files below a folder, relative to it, in no order; links to files count.
+def without_mark(start: bytes, source: object) -> bytes:
+    """The start of a text file without its byte order mark.
 
     Raises:
-        ObjectListError: the folder does not exist or cannot be read.
+        UsageError: it is UTF-16.
     """
-
-    def stop(error: OSError) -> None:
-        raise ObjectListError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    if not media_dir.is_dir():
-        raise ObjectListError(f"the media folder {media_dir} does not exist or is not a folder")
-    for folder, _, names in os.walk(media_dir, onerror=stop):
-        prefix = os.path.relpath(folder, media_dir)
-        for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS:
-                yield name if prefix == "." else f"{prefix}/{name}"
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and b"\0" in start:
+        raise UsageError(f"the list {source} is UTF-16; write it as UTF-8")
+    return start.removeprefix(codecs.BOM_UTF8)
 
 
-def write_list(media_dir: Path, target: Path) -> int:
-    """Write the sorted list of all images below `media_dir`; returns the number of lines.
-
-    Raises:
-        ObjectListError: no image is there, a name has a line break, or the folder cannot be read.
-    """
-    lines = 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-list-") as scratch:
-        raw = Path(scratch, "raw")
-        with raw.open("wb") as out:
-            for path in scan(media_dir):
-                if "\n" in path or "\r" in path:
-                    raise ObjectListError(f"the name {path!r} has a line break and cannot be listed; rename the file")
-                out.write(os.fsencode(path) + b"\n")
-                lines += 1
-        if not lines:
-            raise ObjectListError(f"no image files ({' '.join(sorted(IMAGE_ENDINGS))}) below {media_dir}")
-        sort_lines(raw, Path(scratch, "sorted"))
-        os.replace(Path(scratch, "sorted"), target)
-    return lines
-
-
-def prepare(source: Path, scratch: Path, scheme: IdScheme) -> ObjectList:
+def prepare(source: Path, scratch: Path, scheme: IdScheme, exclude: Exclude | None = None) -> ObjectList:
     """Check an object list and write it, sorted and without duplicates, into `scratch`.
 
     Args:
-        source: any text file with a path a line; CRLF, blank lines, duplicates, a leading `./`
-            and any order are accepted.
+        source: any text file with a path a line; a byte order mark, CRLF, blank lines, duplicates, a leading `./`
+            and any order are accepted. A line that is no path, or whose id cannot name a file, stays as a bad name.
         scratch: an existing folder with room for three copies of the list.
         scheme: decides the ids, which must be unique.
+        exclude: lines to leave out.
 
     Raises:
-        ObjectListError: the list is missing or empty, or a line cannot be used (the message names it).
+        ObjectListError: the list is missing or empty, no line can be used, or two have one id.
     """
+    clean, lines, notes = clean_list(source, scratch, scheme, exclude)
+    with clean.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ObjectList(clean, _index_by_id(clean, scratch, scheme), lines, digest, notes)
+
+
+def clean_list(
+    source: Path, scratch: Path, scheme: IdScheme, exclude: Exclude | None = None
+) -> tuple[Path, int, tuple[str, ...]]:
+    """As `prepare`, without a look at ids; returns the list, how many lines it has, and what to say about it."""
     clean = scratch / "clean"
-    blanks = duplicates = lines = 0
+    exclude = exclude or Exclude()
+    blanks = duplicates = excluded = bad = lines = 0
+    first_bad = ""
     in_order = True
     previous = b""
     try:
         with source.open("rb") as file, clean.open("wb") as out:
-            for number, raw in enumerate(file, 1):
-                line = raw.rstrip(b"\r\n")
-                if not line:
+            for number, raw in enumerate(_lines(file, source), 1):
+                if not raw:
                     blanks += 1
                     continue
-                line = _checked(line, f"{source} line {number}", scheme)
+                name, problem = _checked(raw, scheme)
+                if exclude.takes_line(os.fsdecode(name)):
+                    excluded += 1
+                    continue
+                line = name if problem is None else escaped(name).encode()
                 if line == previous:
                     duplicates += 1
                     continue
+                if problem is not None:
+                    bad += 1
+                    first_bad = first_bad or f"line {number}, {os.fsdecode(name[:_SHOWN_BYTES])!r}: {problem}"
                 in_order = in_order and line > previous
                 out.write(line + b"\n")
                 previous = line
@@ -161,7 +250,10 @@ def prepare(source: Path, scratch: Path, scheme: IdScheme) -> ObjectList:
     except OSError as error:
         raise ObjectListError(f"cannot read the object list {source}: {error.strerror}") from None
     if not lines:
-        raise ObjectListError(f"the object list {source} is empty")
+        why = f"has nothing but what --exclude leaves out ({excluded} lines)" if excluded else "is empty"
+        raise ObjectListError(f"the object list {source} {why}")
+    if bad == lines:
+        raise ObjectListError(f"no line of the object list can be used; the first is {first_bad}")
     notes = []
     if not in_order:
         ordered = scratch / "sorted"
@@ -175,42 +267,37 @@ def prepare(source: Path, scratch: Path, scheme: IdScheme) -> ObjectList:
         notes.append(f"{blanks} blank lines left out")
     if duplicates:
         notes.append(f"{duplicates} duplicate lines left out")
-    with clean.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ObjectList(clean, _index_by_id(clean, scratch, scheme), lines, digest, tuple(notes))
+    if excluded:
+        notes.append(f"{excluded} lines left out by --exclude")
+    if bad:
+        notes.append(f"{bad} lines cannot be used and fail as bad-name; the first is {first_bad}")
+    return clean, lines, tuple(notes)
 
 
-def _checked(line: bytes, where: str, scheme: IdScheme) -> bytes:
-    try:
-        path = line.decode()
-    except UnicodeDecodeError:
-        raise ObjectListError(f"{where}: {line!r} is not UTF-8; rename the file") from None
-    path = path.removeprefix("./")
-    try:
-        check_path(path)
-    except ObjectListError as error:
-        raise ObjectListError(f"{where}: {error}") from None
-    problem = scheme.problem(scheme.object_id(path))
-    if problem:
-        raise ObjectListError(f"{where}: {path!r} cannot be used: {problem}")
-    return path.encode()
+def _lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
+    """The lines of a list without their ends; one that is too long for a path is its start and a digest."""
+    first = True
+    while line := file.readline(MAX_LINE_BYTES + 3):
+        if first:
+            first, line = False, without_mark(line, source)
+        if b"\0" in line:
+            raise ObjectListError(
+                f"the object list {source} has null characters; write one path a line, as find does without -print0"
+            )
+        start, digest = line, hashlib.sha256(line)
+        while line and not line.endswith(b"\n") and (line := file.readline(1 << 16)):
+            digest.update(line)
+        start = start.rstrip(b"\r\n")
+        yield start if len(start) <= MAX_LINE_BYTES else start[:_SHOWN_BYTES] + b"\0" + digest.hexdigest().encode()
 
 
-def check_path(path: str) -> None:
-    """Check that a path stays below the media folder and fits on a line.
-
-    Raises:
-        ObjectListError: it is absolute, has `..`, an empty part or a control character.
-    """
-    if path.startswith("/"):
-        raise ObjectListError(f"{path!r} is absolute; paths are relative to the media folder")
-    if _CONTROL.search(path):
-        raise ObjectListError(f"{path!r} has a control character; rename the file")
-    parts = path.split("/")
-    if ".." in parts:
-        raise ObjectListError(f'{path!r} has ".."; nothing outside the media folder is read')
-    if "" in parts or "." in parts:
-        raise ObjectListError(f'{path!r} has an empty or "." part; write it as find does')
+def _checked(line: bytes, scheme: IdScheme) -> tuple[bytes, str | None]:
+    """What a line names, and why that cannot be used; one that is escaped already is what it was before."""
+    if line.endswith(b"/") and line != b"/" and escaped(original := _unescaped(line)).encode() == line:
+        line = original
+    elif line.startswith(b"./") and len(line) > 2:
+        line = line[2:]
+    return line, scheme.problem(line)
 
 
 def _index_by_id(clean: Path, scratch: Path, scheme: IdScheme) -> Path:

@@ -22,11 +22,12 @@ from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, gallery_folder, gallery_model, read_gallery
-from pipeline.objects import IdScheme, prepare, write_list
+from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
 from pipeline.probes import find_probes, note_probes
 from pipeline.produce import Producer
+from pipeline.scan import Scan, count_unlisted, write_list
 from pipeline.status import Status, StatusReader
 from pipeline.stops import PlanStopped, stopped
 from pipeline.store import machine_faults
@@ -73,12 +74,15 @@ class Work:
         return gallery_folder(self.feature_dir, self.model)
 
 
-def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | None = None) -> Enqueued:
+def enqueue(
+    work: Work, list_path: Path, redis_url: str | None, retry: Retry | None = None, exclude: Exclude | None = None
+) -> Enqueued:
     """Check the list, open a plan or take up the open one, and publish its first segments.
 
     Args:
         redis_url: None: publish nothing; whoever works later finds the open plan on the disk.
         retry: plan failed objects again, and nothing else.
+        exclude: lines of the list to leave out.
 
     Raises:
         ObjectListError, ModelError: bad input, or a model that does not run.
@@ -100,7 +104,7 @@ def enqueue(work: Work, list_path: Path, redis_url: str | None, retry: Retry | N
     with machine_faults(f"cannot write {run}"), _leaving_nothing(run):
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-list-") as scratch:
-            objects = prepare(list_path, Path(scratch), scheme)
+            objects = prepare(list_path, Path(scratch), scheme, exclude)
             if found is None:
                 # Before the folder is this model's: a first enqueue that is refused leaves no claim.
                 find_probes(work.media_dir, objects)
@@ -202,13 +206,12 @@ def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) 
 
 
 def run_here(
-    work: Work, list_path: Path | None, workers: int | None, device: str, state_dir: Path, log_format: str
+    work: Work, source: "Source", workers: int | None, device: str, state_dir: Path, log_format: str
 ) -> Status:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait, stop.
 
     Args:
-        list_path: the object list; None: `objects.txt` of the media folder, else one is made and kept
-            in the gallery folder.
+        source: of the object list.
         state_dir: host-local folder for the Redis.
         log_format: how the workers write events, `text` or `json`.
 
@@ -225,7 +228,7 @@ def run_here(
         embedded_redis(data) as (url, check_redis),
     ):
         client = connect(url)
-        enqueued = _enqueue_listed(work, list_path, url)
+        enqueued = source.enqueue(url)
         if enqueued.plan is not None:
             with _worker_processes(work, url, workers, device, state_dir, log_format) as check_workers:
                 while enqueued.plan is not None:
@@ -233,7 +236,7 @@ def run_here(
                     if status.stopped is not None:
                         raise PlanStopped(status.stopped)
                     # What was taken up first may have been an older plan; then there may be more.
-                    enqueued = _enqueue_listed(work, list_path, url)
+                    enqueued = source.enqueue(url)
     return StatusReader(work.folder, None).read()
 
 
@@ -260,21 +263,73 @@ def redis_of_run(folder: Path, state_dir: Path) -> redis.Redis | None:
     return None
 
 
-def _enqueue_listed(work: Work, list_path: Path | None, url: str) -> Enqueued:
-    if list_path is None and (work.media_dir / "objects.txt").exists():
-        list_path = work.media_dir / "objects.txt"
-    if list_path is None:
+def made_list(folder: Path) -> Path:
+    """Where a run keeps the list that it made for a gallery folder."""
+    return folder / "run" / "objects.txt"
+
+
+class Source:
+    """Where a run has its object list from: a given file, `objects.txt` of the media folder, or a look at that folder.
+
+    Attributes:
+        unread: how many folders could not be read when the list was made.
+    """
+
+    def __init__(self, work: Work, list_path: Path | None, exclude: Exclude) -> None:
+        self.unread = 0
+        self._work, self._exclude = work, exclude
+        self._given, self._standing = list_path, work.media_dir / "objects.txt"
+        self._made = made_list(work.folder)
+        self._told: set[str] = set()
+
+    def enqueue(self, url: str) -> Enqueued:
+        """Enqueue the list, which is made anew unless a plan of it is open."""
+        list_path = self._given
+        if list_path is None:
+            list_path = self._standing if self._standing.exists() else self._make()
+        done = enqueue(self._work, list_path, url, exclude=self._exclude)
+        self._tell(done.notes)
+        return done
+
+    def _make(self) -> Path:
+        work = self._work
         if not work.media_dir.is_dir():
             raise UsageError(f"the media folder {work.media_dir} does not exist or is not a folder; is it mounted?")
-        list_path = work.folder / "run" / "objects.txt"
-        if not list_path.exists() or open_plan(work.folder) is None:
-            with machine_faults(f"cannot write {list_path}"):
-                lines = write_list(work.media_dir, list_path)
-            logger.info("list made", extra={"event": "list_made", "objects": lines, "list": str(list_path)})
-    done = enqueue(work, list_path, url)
-    for note in done.notes:
-        logger.warning("%s", note, extra={"event": "list_changed"})
-    return done
+        if not self._made.exists() or open_plan(work.folder) is None:
+            scan = Scan(work.media_dir, self._exclude)
+            with machine_faults(f"cannot write {self._made}"):
+                lines, notes = write_list(scan, self._made)
+            self.unread = scan.unread
+            self._tell(notes)
+            logger.info("list made", extra={"event": "list_made", "objects": lines, "list": str(self._made)})
+        return self._made
+
+    def tell_unlisted(self) -> None:
+        """Say how many images of the media folder are not on its `objects.txt`, which a run never changes."""
+        work = self._work
+        if self._given is not None or not self._standing.exists():
+            return
+        scan = Scan(work.media_dir, self._exclude)
+        try:
+            with machine_faults(f"cannot write below {work.folder}"):
+                count = count_unlisted(scan, self._standing, IdScheme(work.object_id), work.folder / "run")
+        except RuijiError as error:
+            self._tell([f"whether all images are on {self._standing} is not known: {error}"])
+            return
+        if count:
+            self._tell(
+                [
+                    f"{count} images of {work.media_dir} are not on {self._standing}, which ruiji run never changes: "
+                    f"ruiji list {work.media_dir} writes it anew"
+                ]
+            )
+
+    def _tell(self, notes: Iterable[str]) -> None:
+        # The list is looked at again after each plan.
+        for note in notes:
+            if note not in self._told:
+                logger.warning("%s", note, extra={"event": "list_changed"})
+        self._told.update(notes)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class ListFormat(StrEnum):
 class Reason(StrEnum):
     """Why an object failed; `docs/format.md` explains each."""
 
+    bad_name = "bad-name"
     missing = "missing"
     unreadable = "unreadable"
     not_a_file = "not-a-file"
@@ -101,6 +102,16 @@ ModelFile = Annotated[
 ListFile = Annotated[
     Path | None,
     typer.Option("--list", envvar="RUIJI_LIST", help="The object list.  [default: MEDIA_DIR/objects.txt]"),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        envvar="RUIJI_EXCLUDE",
+        metavar="GLOB",
+        help="Leave out files and folders of this name, or of this path where it has a /; can be repeated. The "
+        "variable takes several, with spaces between.",
+    ),
 ]
 RedisUrl = Annotated[
     str | None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import RuijiError, UsageError
-from pipeline.objects import IMAGE_ENDINGS
+from pipeline.scan import IMAGE_ENDINGS
 
 _STDIN, _STDOUT = 0, 1
 

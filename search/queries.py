@@ -4,7 +4,6 @@ Images go through the same steps and the same encoder as the gallery's own. That
 reasons why search reaches into `workers`; they are imported only when a query needs them.
 """
 
-import codecs
 import importlib
 import os
 from collections.abc import Callable, Iterable
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
 from pipeline.model import Model, load_model, pixels_of, recall_model, why_another
 from pipeline.npy import NpyError, map_npy
-from pipeline.objects import scan
+from pipeline.objects import without_mark
+from pipeline.scan import Scan
+from pipeline.streams import note
 from search.exact import unusable
 from search.gallery import Gallery
 
@@ -114,7 +115,7 @@ def image_files(given: list[Path], stdin: TextIO, media_dir: Path | None) -> lis
         if source == "stdin":
             files += map(Path, _listed(source, stdin.buffer.read))
         elif os.path.isdir(path):
-            files += [path / name for name in sorted(scan(path))]
+            files += [path / name for name in _images(path)]
         elif path.suffix.lower() == ".txt":
             files += [path.parent / line for line in _listed(source, path.read_bytes)]
         elif path.suffix.lower() == ".csv":
@@ -137,15 +138,23 @@ def image_files(given: list[Path], stdin: TextIO, media_dir: Path | None) -> lis
     return files
 
 
+def _images(folder: Path) -> list[str]:
+    scan = Scan(folder)
+    found = sorted(scan.paths())
+    for told in scan.notes():
+        note(f"{folder}: {told}")
+    if scan.unread:
+        raise UsageError(f"not all of {folder} can be read; name the folders that can")
+    return found
+
+
 def _listed(source: str, read: Callable[[], bytes]) -> list[str]:
     """The lines of a list, or what lies between null characters; without a byte order mark and empty ones."""
     try:
         data = read()
     except OSError as error:
         raise UsageError(f"cannot read the list {source}: {error.strerror}") from None
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and b"\0" in data:
-        raise UsageError(f"the list {source} is UTF-16; write it as UTF-8")
-    data = data.removeprefix(codecs.BOM_UTF8)
+    data = without_mark(data, source)
     names = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
     return [os.fsdecode(name) for name in names if name]
 

@@ -252,6 +252,8 @@ def _load(
     job: Job,
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
+    if (problem := plan.scheme.bad_name(job.path)) is not None:
+        return ImageError(problem, "bad-name")
     spec = encoder.model.spec
 
     def pixels() -> NDArray[np.uint8]:

@@ -1,25 +1,23 @@
-"""The object list: what is accepted, what is refused and how, and the names made from it."""
+"""The object list: what is accepted, what is refused or fails alone, and the names made from it."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ObjectListError
-from pipeline.objects import IdScheme, ObjectList, prepare, read_lines, write_list
-from tests.factories import picture
+from pipeline.errors import ObjectListError, UsageError
+from pipeline.objects import Exclude, IdScheme, ObjectList, escaped, is_bad_name, prepare, read_lines
 
 BASENAME, WHOLE_PATH = IdScheme("basename"), IdScheme("path")
 
 
-def prepared(tmp_path: Path, content: bytes, scheme: IdScheme = BASENAME) -> ObjectList:
+def prepared(tmp_path: Path, content: bytes, scheme: IdScheme = BASENAME, exclude: Exclude | None = None) -> ObjectList:
     source, scratch = tmp_path / "objects.txt", tmp_path / "scratch"
     source.write_bytes(content)
     scratch.mkdir(exist_ok=True)
-    return prepare(source, scratch, scheme)
+    return prepare(source, scratch, scheme, exclude)
 
 
 def test_a_sorted_list_passes_unchanged(tmp_path: Path) -> None:
@@ -54,27 +52,105 @@ def test_any_list_comes_out_as_its_sorted_set_of_bytes(tmp_path: Path, names: li
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "on_list", "words"),
     [
-        (b"/a.jpg", "absolute"),
-        (b"a/../b.jpg", "nothing outside the media folder"),
-        (b"a//b.jpg", "empty"),
-        (b"a/./b.jpg", "empty"),
-        (b"a\tb.jpg", "control character"),
-        (b"a\xc2\x85b.jpg", "control character"),
-        (b"\xff.jpg", "UTF-8"),
-        (b"a" * 231, "longer than 230 bytes"),
-        ("é".encode() * 116, "longer than 230 bytes"),
-        (b"..x.jpg", "--object-id path"),
-        (b"ab..jpg", "--object-id path"),
-        (b"ab.", "--object-id path"),
+        (b"/etc/passwd", r"\x2fetc/passwd/", "absolute"),
+        (b"a/../b.jpg", r"a/\x2e\x2e/b.jpg/", "nothing outside the media folder"),
+        (b"..", r"\x2e\x2e/", "nothing outside the media folder"),
+        (b"a//b.jpg", r"a\x2f\x2fb.jpg/", "empty"),
+        (b"a/./b.jpg", r"a/\x2e/b.jpg/", "empty"),
+        (b"/", r"\x2f/", "absolute"),
+        (b"./", r"\x2e\x2f/", "empty"),
+        (b"a\tb.jpg", r"a\x09b.jpg/", "control character"),
+        (b"a\rb.jpg", r"a\x0db.jpg/", "control character"),
+        (b"a\xc2\x85b.jpg", r"a\xc2\x85b.jpg/", "control character"),
+        (b"d/\xff\\.jpg", r"d/\xff\x5c.jpg/", "UTF-8"),
+        (b"a" * 231, "a" * 231 + "/", "longer than 230 bytes"),
+        ("é".encode() * 116, "é" * 116 + "/", "longer than 230 bytes"),
+        (b"..x.jpg", "..x.jpg/", "--object-id path"),
+        (b"ab..jpg", "ab..jpg/", "--object-id path"),
+        (b"ab.", "ab./", "--object-id path"),
     ],
 )
-def test_an_unusable_line_is_refused_with_its_number(tmp_path: Path, line: bytes, words: str) -> None:
-    with pytest.raises(ObjectListError) as caught:
-        prepared(tmp_path, b"good.jpg\n" + line + b"\n")
-    assert "line 2" in str(caught.value)
-    assert words in str(caught.value)
+def test_an_unusable_line_fails_alone_in_a_form_that_no_path_has(
+    tmp_path: Path, line: bytes, on_list: str, words: str
+) -> None:
+    objects = prepared(tmp_path, b"good.jpg\n" + line + b"\n")
+    assert sorted(read_lines(objects.path)) == sorted(["good.jpg", on_list])
+    assert any("line 2" in note and words in note and "bad-name" in note for note in objects.notes)
+    assert words in (BASENAME.bad_name(on_list) or "")
+    assert BASENAME.bad_name("good.jpg") is None
+    assert is_bad_name(BASENAME.object_id(on_list)), "no other object has its id"
+    assert f"{on_list}\t{on_list}" in set(read_lines(objects.by_id))
+    again = prepared(tmp_path, objects.path.read_bytes())
+    assert again.digest == objects.digest, "a list that was written is taken as it is"
+    with pytest.raises(ObjectListError, match=r"no line .* can be used; the first is line 1"):
+        prepared(tmp_path, line)
+
+
+@given(st.binary(min_size=1, max_size=12).filter(lambda line: not {0, 10} & set(line)))
+@settings(max_examples=300, deadline=None)
+def test_the_escaped_form_is_a_legal_path_and_no_two_lines_share_it(line: bytes) -> None:
+    form = escaped(line)
+    assert WHOLE_PATH.problem(form.encode().removesuffix(b"/")) is None
+    assert WHOLE_PATH.problem(form.encode()) is not None
+    back = form[:-1].encode()
+    for byte in range(256):
+        if byte != 0x5C:
+            back = back.replace(b"\\x%02x" % byte, bytes([byte]))
+    assert back.replace(b"\\x5c", b"\\") == line
+
+
+def test_a_line_that_the_other_ids_allow_is_usable_again(tmp_path: Path) -> None:
+    on_list = prepared(tmp_path, b"..x.jpg\na.jpg\n").path.read_bytes()
+    assert on_list == b"..x.jpg/\na.jpg\n"
+    assert list(read_lines(prepared(tmp_path, on_list, WHOLE_PATH).path)) == ["..x.jpg", "a.jpg"]
+
+
+def test_a_line_that_is_too_long_for_a_path_is_cut(tmp_path: Path) -> None:
+    long = b"x" * 100_000
+    objects = prepared(tmp_path, b"a.jpg\n" + long + b"1\n" + long + b"2\nb.jpg\n", WHOLE_PATH)
+    lines = list(read_lines(objects.path))
+    assert [line[:6] for line in lines] == ["a.jpg", "b.jpg", "xxxxxx", "xxxxxx"]
+    assert max(map(len, lines)) < 300
+    assert "longer than" in (WHOLE_PATH.bad_name(lines[2]) or "")
+    assert prepared(tmp_path, objects.path.read_bytes(), WHOLE_PATH).digest == objects.digest
+
+
+def test_what_is_no_text_in_utf8_is_refused_and_a_mark_dropped(tmp_path: Path) -> None:
+    assert prepared(tmp_path, b"\xef\xbb\xbfa.jpg\r\nb.jpg\r\n").path.read_bytes() == b"a.jpg\nb.jpg\n"
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        with pytest.raises(UsageError, match="UTF-16" if encoding == "utf-16" else "null characters"):
+            prepared(tmp_path, "a.jpg\nb.jpg\n".encode(encoding))
+    with pytest.raises(ObjectListError, match="-print0"):
+        prepared(tmp_path, b"a.jpg\0b.jpg\0")
+
+
+@pytest.mark.parametrize(
+    ("globs", "left"),
+    [
+        (["b.jpg"], ["a/c.jpg", "x.png"]),
+        (["./d/"], ["a/b.jpg", "a/c.jpg", "x.png"]),
+        (["*.png"], ["a/b.jpg", "a/c.jpg"]),
+        (["a/*"], ["d/b.jpg/e.png", "x.png"]),
+        (["/a/b.jpg", "x.p?g"], ["a/c.jpg", "d/b.jpg/e.png"]),
+        (["*/b.jpg"], ["a/c.jpg", "x.png"]),
+        (["A", "B.JPG"], ["a/b.jpg", "a/c.jpg", "d/b.jpg/e.png", "x.png"]),
+    ],
+)
+def test_globs_leave_out_lines_by_name_or_by_path(tmp_path: Path, globs: list[str], left: list[str]) -> None:
+    every = ["a/b.jpg", "a/c.jpg", "d/b.jpg/e.png", "x.png"]
+    objects = prepared(tmp_path, "\n".join(every).encode(), WHOLE_PATH, Exclude(globs))
+    assert list(read_lines(objects.path)) == left
+    assert objects.notes == ((f"{4 - len(left)} lines left out by --exclude",) if len(left) < 4 else ())
+
+
+def test_a_glob_takes_names_that_no_line_can_hold_and_may_not_take_all(tmp_path: Path) -> None:
+    assert prepared(tmp_path, b"a.jpg\nx\xe9\n", exclude=Exclude(["x*"])).lines == 1
+    with pytest.raises(ObjectListError, match=r"nothing but what --exclude leaves out \(2 lines\)"):
+        prepared(tmp_path, b"a.jpg\nb.jpg\n", exclude=Exclude(["*"]))
+    with pytest.raises(UsageError, match="names nothing"):
+        Exclude(["/"])
 
 
 def test_two_paths_with_one_id_are_both_named_and_the_whole_path_sets_them_apart(tmp_path: Path) -> None:
@@ -112,20 +188,20 @@ def test_whole_paths_get_hashed_folders_and_escaped_names() -> None:
     assert WHOLE_PATH.nested(object_id, ".npy") == f"{digest[:2]}/{digest[2:4]}/x%2F50%25%2Fa.jpg.npy"
 
 
-def test_a_scan_lists_images_of_any_case_in_order_of_bytes(tmp_path: Path) -> None:
-    for name in ("b/2.JPG", "a 'quoted' $(x).png", "é.jpeg", "Z.webp", "notes.txt", "b.jpg/3.png"):
-        picture(tmp_path / "media" / name) if not name.endswith("txt") else (tmp_path / "media" / name).write_text("")
-    target = tmp_path / "out" / "objects.txt"
-    assert write_list(tmp_path / "media", target) == 5
-    assert target.read_text() == "Z.webp\na 'quoted' $(x).png\nb.jpg/3.png\nb/2.JPG\né.jpeg\n"
-    assert os.listdir(target.parent) == ["objects.txt"]
+def test_a_quoted_path_that_is_no_file_name_any_more_becomes_a_digest() -> None:
+    fits, long = "a/" * 57 + "b" * 2, "写真/" * 40 + "a.jpg"
+    assert len(WHOLE_PATH.nested(fits, ".npy").rpartition("/")[2]) == len(fits) + 2 * 57 + len(".npy") == 234
+    assert WHOLE_PATH.nested(fits, ".npy").endswith("a%2Fbb.npy")
+    assert WHOLE_PATH.nested(fits + "b", ".npy").endswith(f"/%-{hashlib.sha256(fits.encode() + b'b').hexdigest()}.npy")
+    assert WHOLE_PATH.problem(long.encode()) is None
+    assert WHOLE_PATH.object_id(long) == long
+    digest = hashlib.sha1(long.encode()).hexdigest()
+    name = f"%-{hashlib.sha256(long.encode()).hexdigest()}.error.json"
+    assert WHOLE_PATH.nested(long, ".error.json") == f"{digest[:2]}/{digest[2:4]}/{name}"
 
 
-def test_a_name_with_a_line_break_and_a_folder_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ObjectListError, match="no image files"):
-        write_list(tmp_path, tmp_path / "objects.txt")
-    picture(tmp_path / "a\nb.png")
-    with pytest.raises(ObjectListError, match="line break"):
-        write_list(tmp_path, tmp_path / "objects.txt")
-    with pytest.raises(ObjectListError, match="does not exist"):
-        write_list(tmp_path / "none", tmp_path / "objects.txt")
+def test_the_failure_of_a_bad_name_has_a_file_that_no_other_object_has() -> None:
+    for scheme in (BASENAME, WHOLE_PATH):
+        outer, inner, name = scheme.nested("../x/", ".error.json").split("/")
+        assert (len(outer), len(inner), name[:2]) == (2, 2, "%-")
+    assert BASENAME.nested("%-x.jpg", ".npy") == "%-/x./%-x.jpg.npy"
