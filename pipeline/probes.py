@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import GalleryMismatch, RuijiError
-from pipeline.objects import ObjectList, is_bad_name, read_lines
+from pipeline.objects import ObjectList, read_lines
 from pipeline.plan import Plan
 from pipeline.store import FORMAT, read_json, to_json, write_atomic
 
@@ -26,7 +26,7 @@ def find_probes(media_dir: Path, objects: ObjectList) -> tuple[str, ...]:
         step = max(1, objects.lines // places)
         found: list[str] = []
         for number, path in enumerate(read_lines(objects.path)):
-            if number % step == 0 and not is_bad_name(path) and os.access(media_dir / path, os.R_OK):
+            if number % step == 0 and os.access(media_dir / path, os.R_OK):
                 found.append(path)
                 if len(found) == PROBES:
                     break

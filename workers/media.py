@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import MachineFault, RuijiError
-from pipeline.objects import is_bad_name, read_lines
+from pipeline.objects import read_lines
 from pipeline.plan import Plan
 from pipeline.probes import noted_probes
 from pipeline.store import recorded_shards, shard_file
@@ -73,7 +73,7 @@ class _Proof:
         for path in paths:
             # A damaged list may have what is no path.
             with suppress(ValueError):
-                if not is_bad_name(path) and os.access(self._media_dir / path, os.R_OK):
+                if os.access(self._media_dir / path, os.R_OK):
                     self._known, self._left = path, None
                     return True
         return False

@@ -167,7 +167,7 @@ def test_an_unmounted_media_folder_pauses_the_run_and_fails_no_image(ruiji: Ruij
     [
         (None, "no object list"),
         (b"", "is empty"),
-        (b"a.png\n/etc/passwd\n", "line 2"),
+        (b"/etc/passwd\n", "line 1"),
         (b"../a.png\n", "nothing outside"),
         (b"x/same.png\ny/same.png\n", "x/same.png"),
         (b"a\x01.png\n", "control character"),
