@@ -197,7 +197,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
         ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
         ("large JPEGs", "decoded at reduced size" if spec.jpeg_draft else "decoded whole"),
-        ("pixels", f"{spec.pixels}, in a gallery that is made new"),
+        ("pixels", f"{spec.pixels} in a new gallery; one that exists keeps its own, and with it its fingerprint"),
         ("feature", f"{spec.output_name}, d = {spec.length}"),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
         ("fingerprint", model.fingerprint),

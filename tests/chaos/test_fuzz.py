@@ -1,6 +1,8 @@
 """Decoding of damaged files, for a bounded time: pixels or an `ImageError`, never anything else."""
 
 import io
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import ImageError
+from pipeline.model import PIXELS
 from pipeline.settings import Reason
 from tests.chaos.harness import sized
 from tests.conftest import SHARED
@@ -27,9 +30,11 @@ def seeds() -> list[bytes]:
     found = []
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     for kind in sorted(set(FORMATS) - {"DIB"}):
-        buffer = io.BytesIO()
-        image.save(buffer, kind)
-        found.append(buffer.getvalue())
+        for mode in ("RGB", "L", "P", "LA", "RGBA", "I;16", "CMYK"):
+            buffer = io.BytesIO()
+            with suppress(OSError, ValueError):  # Not every format has every mode.
+                image.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind)
+                found.append(buffer.getvalue())
     nasty = SHARED / "nasty"
     found += [
         path.read_bytes()
@@ -56,9 +61,9 @@ def test_damaged_files_end_as_pixels_or_as_a_reason(tmp_path: Path, data: st.Dat
         place = data.draw(st.one_of(st.integers(0, min(63, last)), st.integers(0, last)))
         content[place] = data.draw(st.integers(0, 255))
     (tmp_path / "x").write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    failure = None
+    failure, spec = None, replace(SPEC, pixels=data.draw(st.sampled_from(PIXELS)))
     try:
-        assert load_pixels(tmp_path / "x", SPEC, LIMIT_PIXELS).shape == (224, 224, 3)
+        assert load_pixels(tmp_path / "x", spec, LIMIT_PIXELS).shape == (224, 224, 3)
     except ImageError as error:
         failure = error
     assert failure is None or (failure.reason in set(Reason) and str(tmp_path) not in str(failure))
