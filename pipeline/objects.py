@@ -268,9 +268,9 @@ def clean_list(
     if duplicates:
         notes.append(f"{duplicates} duplicate lines left out")
     if excluded:
-        notes.append(f"{excluded} lines left out by --exclude")
+        notes.append(f"lines left out by --exclude: {excluded}")
     if bad:
-        notes.append(f"{bad} lines cannot be used and fail as bad-name; the first is {first_bad}")
+        notes.append(f"lines that cannot be used, and fail as bad-name: {bad}; the first is {first_bad}")
     return clean, lines, tuple(notes)
 
 

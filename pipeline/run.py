@@ -317,12 +317,10 @@ class Source:
             self._tell([f"whether all images are on {self._standing} is not known: {error}"])
             return
         if count:
-            self._tell(
-                [
-                    f"{count} images of {work.media_dir} are not on {self._standing}, which ruiji run never changes: "
-                    f"ruiji list {work.media_dir} writes it anew"
-                ]
-            )
+            advice = f"ruiji run never changes that list, ruiji list {work.media_dir} writes it anew"
+            self._tell([f"images of {work.media_dir} that are not on {self._standing}: {count}; {advice}"])
+        if scan.unread:
+            self._tell([f"folders of {work.media_dir} that cannot be read, and may have others: {scan.unread}"])
 
     def _tell(self, notes: Iterable[str]) -> None:
         # The list is looked at again after each plan.

@@ -50,7 +50,7 @@ def test_names_that_cannot_be_used_fail_alone(ruiji: Ruiji) -> None:
         ruiji.media, b"good.jpg", b"d/fine.jpg", b"caf\xe9.jpg", b"two\nlines.jpg", b"d/tab\t.jpg", long, b"..dots.jpg"
     )
     listed = ruiji("list", str(ruiji.media), "--out", "list.txt")
-    assert "5 lines cannot be used and fail as bad-name" in listed.stderr
+    assert "lines that cannot be used, and fail as bad-name: 5; " in listed.stderr
     done = ruiji("run", "--workers", "1", code=3)
     assert "2 done, 5 failed of 7" in done.stderr
     assert accounted(ruiji) == (7, 2, 5)
@@ -87,7 +87,9 @@ def test_lines_that_leave_the_media_folder_fail_alone_and_open_nothing(ruiji: Ru
     lines = ["a.jpg", "../other/secret.jpg", str(pipe), "../other/pipe.jpg", "b.jpg", "x//y.jpg", "a.jpg/"]
     (ruiji.media / "objects.txt").write_text("".join(f"{line}\n" for line in lines))
     done = ruiji("run", "--workers", "1", code=3)
-    assert "4 lines cannot be used and fail as bad-name; the first is line 2, '../other/secret.jpg'" in done.stderr
+    assert (
+        "lines that cannot be used, and fail as bad-name: 4; the first is line 2, '../other/secret.jpg'" in done.stderr
+    )
     assert accounted(ruiji) == (6, 2, 4)
     assert {reason for reason, _ in failed(ruiji).values()} == {"bad-name"}
     (ruiji.media / "objects.txt").write_text("/etc/passwd\n../x.jpg\n")
@@ -144,7 +146,7 @@ def test_images_that_a_standing_list_lacks_are_said_and_not_taken_up(ruiji: Ruij
     photos(ruiji.media, b"new.jpg", b"d/new2.jpg", b"@eaDir/thumb.jpg")
     before = (ruiji.media / "objects.txt").read_bytes()
     done = ruiji("run", "--workers", "1").stderr
-    assert f"2 images of {ruiji.media} are not on {ruiji.media}/objects.txt" in done
+    assert f"images of {ruiji.media} that are not on {ruiji.media}/objects.txt: 2; " in done
     assert f"ruiji list {ruiji.media} writes it anew" in done and "3 done, 0 failed of 3" in done
     assert (ruiji.media / "objects.txt").read_bytes() == before
     assert "not on" not in ruiji("run", "--workers", "1", "--list", str(ruiji.media / "objects.txt")).stderr
@@ -162,3 +164,17 @@ def test_a_gallery_in_the_media_folder_is_not_listed(ruiji: Ruiji) -> None:
     out = ruiji("list", str(ruiji.media), "--out", "list.txt").stderr
     assert "left out, galleries of ruiji: features/tiny" in out and "2 objects" in out
     assert (ruiji.media.parent / "list.txt").read_text() == "a.jpg\nb.tga\n"
+
+
+def test_lines_of_a_standing_list_are_left_out_and_counted(ruiji: Ruiji) -> None:
+    photos(ruiji.media, b"a1.jpg", b"a2.jpg", b"b/c.jpg", b"b/d.jpg", b"new.jpg")
+    (ruiji.media / "objects.txt").write_text("a1.jpg\na2.jpg\nb/c.jpg\nb/d.jpg\n")
+    ruiji.environment = {"RUIJI_EXCLUDE": "a2* b/c*"}
+    done = ruiji("run", "--workers", "1").stderr
+    assert "lines left out by --exclude: 2" in done and "objects.txt: 1; " in done
+    assert accounted(ruiji) == (2, 2, 0)
+    ruiji.environment = {}
+    ruiji("run", "--workers", "1")
+    assert accounted(ruiji) == (4, 4, 0)
+    refused = ruiji("run", "--exclude", "/", code=2).stderr
+    assert "--exclude '/' names nothing" in only_line(refused)

@@ -142,7 +142,7 @@ def test_globs_leave_out_lines_by_name_or_by_path(tmp_path: Path, globs: list[st
     every = ["a/b.jpg", "a/c.jpg", "d/b.jpg/e.png", "x.png"]
     objects = prepared(tmp_path, "\n".join(every).encode(), WHOLE_PATH, Exclude(globs))
     assert list(read_lines(objects.path)) == left
-    assert objects.notes == ((f"{4 - len(left)} lines left out by --exclude",) if len(left) < 4 else ())
+    assert objects.notes == ((f"lines left out by --exclude: {4 - len(left)}",) if len(left) < 4 else ())
 
 
 def test_a_glob_takes_names_that_no_line_can_hold_and_may_not_take_all(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_names_that_no_line_can_hold_are_listed_escaped(tmp_path: Path) -> None:
     lines, notes = write_list(Scan(media), target, IdScheme("path"))
     assert lines == 4
     assert target.read_text() == "..z.jpg\na.jpg\ncaf\\xe9.jpg/\nx\\x0ay.png/\n"
-    assert len(notes) == 1 and notes[0].startswith("2 lines cannot be used and fail as bad-name")
+    assert len(notes) == 1 and notes[0].startswith("lines that cannot be used, and fail as bad-name: 2")
 
 
 def test_a_folder_without_images_and_a_list_that_an_enqueue_refuses_are_refused(tmp_path: Path) -> None:
