@@ -199,9 +199,15 @@ class Plan:
                 lines = [file.readline() for _ in range(segment.lines)]
         except FileNotFoundError:
             raise GalleryMismatch(f"{self.todo} is lost, which says what the plan's objects are; {advice}") from None
-        if segment.digest and segment_digest(lines) != segment.digest:
+        stripped = [line.removesuffix(b"\n") for line in lines]
+        # A digest proves that list and plan belong together, not that either is ours.
+        if (segment.digest and segment_digest(lines) != segment.digest) or any(map(self._foreign, stripped)):
             raise GalleryMismatch(f"{self.todo} is not as its plan says; {advice}")
-        return [line.decode().removesuffix("\n") for line in lines]
+        return [line.decode() for line in stripped]
+
+    def _foreign(self, line: bytes) -> bool:
+        """Whether no checked list has such a line, so that it would name a file elsewhere."""
+        return not line.endswith(b"/") and self.scheme.problem(line) is not None
 
     @cached_property
     def _whole(self) -> bool:

@@ -12,7 +12,7 @@ from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
-from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan
+from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan, segment_digest
 from pipeline.planning import Settings, make_plan, make_repair_plan
 from pipeline.reduce import reduce_segment
 from tests.factories import picture, pictures
@@ -335,3 +335,17 @@ def test_marks_that_are_lost_are_not_taken_for_none(tmp_path: Path, model_path: 
         read_marks(plan.folder)
     assert plan_for(tmp_path, model_path, paths[:3]) is None
     assert set(read_marks(plan.folder)[1].bits) == {0, 1}, "the advice helps"
+
+
+@pytest.mark.parametrize("line", ["../x.png", "..x.png", "/etc/passwd", "a//b.png"])
+def test_a_line_that_no_list_has_names_no_file(tmp_path: Path, model_path: Path, line: str) -> None:
+    plan = new_plan(tmp_path, model_path, 1)
+    made = current(plan.folder).made_folder
+    (made / "todo.txt").write_text(f"{line}\n")
+    value = json.loads((made / "plan.json").read_text())
+    value["segments"][0][-1] = segment_digest([f"{line}\n".encode()])
+    (made / "plan.json").write_text(json.dumps(value))
+    hostile = open_plan(plan.folder)
+    assert hostile is not None
+    with pytest.raises(GalleryMismatch, match="not as its plan says"):
+        hostile.paths(hostile.segments[0])
