@@ -332,6 +332,21 @@ def commands(rows: int) -> Iterator[Figure]:
             )
 
 
+def _alike() -> Iterator[Figure]:
+    """What rows that are all alike, as of blank pages, take beside as many random ones."""
+    rows, length = 20_000, 256
+    rng = np.random.default_rng(0)
+    random = rng.standard_normal((rows, length), dtype=np.float32)
+    same = np.repeat(random[:1], rows, axis=0)
+    last_bit = same.copy()
+    last_bit.view(np.uint32)[np.arange(rows), rng.integers(0, length, rows)] ^= 1
+    clusters = (random[rng.integers(0, 10, rows)] + np.float32(0.05) * random).astype(np.float32)
+    kinds = {"random": random, "same": same, "all but one bit": last_bit, "ten clusters": clusters}
+    taken = timed({name: partial(find_groups, in_memory(kind), 0.95) for name, kind in kinds.items()}, 3)
+    for name in list(kinds)[1:]:
+        yield ratio(f"near-duplicates, {rows} rows, {name} / random", taken[name], taken["random"], at_most=3)
+
+
 def near_duplicates(rows: int) -> Iterator[Figure]:
     """All pairs once, against the rate at which this machine multiplies the same tiles."""
     import torch
@@ -353,6 +368,7 @@ def near_duplicates(rows: int) -> Iterator[Figure]:
     yield Figure(f"near-duplicates, {rows} clustered, the whole command", "s", (taken,), judged=False)
     kind = "bfloat16" if bfloat16 else "float32"
     yield Figure(f"near-duplicates: rate of its pairs / rate of {kind} products", "x", (counted / rate,), at_least=0.5)
+    yield from _alike()
     yield Figure("near-duplicates: peak anonymous memory", "MB", (peak,), at_most=1000)
 
 

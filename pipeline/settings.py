@@ -394,7 +394,7 @@ def _split(redis_url: str) -> SplitResult:
 def _tls_query(query: str) -> str:
     options = dict(parse_qsl(query))
     ca_file = options.get("ssl_ca_certs")
-    if ca_file is not None and not os.access(ca_file, os.R_OK):
+    if ca_file is not None and not (os.path.isfile(ca_file) and os.access(ca_file, os.R_OK)):
         raise UsageError(f"cannot read {ca_file}, the CA that the Redis URL names with ssl_ca_certs")
     # Celery's backend asks for it by name.
     return urlencode({"ssl_cert_reqs": "required", **options}, safe="/")

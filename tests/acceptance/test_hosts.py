@@ -133,7 +133,7 @@ def test_a_certificate_that_cannot_be_made_says_why_and_leaves_the_old_one(certi
     assert "bad ip address" in make_certificates(certificates, "999.1.1.1", code=1)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("sh", "dirname", "id", "sed", "tail"):
+    for name in ("sh", "dirname", "id", "sed", "tail", "chown"):
         (tools / name).symlink_to(shutil.which(name) or "")
     assert "no openssl: install it" in make_certificates(certificates, "gpu-a.lan", code=1, PATH=str(tools))
     assert {name: (certificates / name).read_bytes() for name in before} == before
