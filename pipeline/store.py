@@ -149,7 +149,7 @@ def read_json(path: str | Path, newest: int = FORMAT) -> dict[str, Any]:
         # O_NONBLOCK: a pipe of this name would block here for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno != errno.ELOOP and not (error.errno == errno.ENOENT and os.path.islink(path)):
             raise
         raise FileDamaged(f"{path} is not a file") from None
     status = os.fstat(descriptor)
@@ -340,7 +340,9 @@ def read_record(folder: Path, shard: int) -> Record:
         record = as_type(read_json(path), Record, path)
     except FileDamaged as error:
         raise FileDamaged(f"{error}; {advice}") from None
-    if record.shard != shard or record.rows < 0 or record.length < 1 or not set(record.sha256) <= set(SHARD_ENDINGS):
+    # A retry of which all failed again has no files.
+    files = () if folder.name == fruitless_folder(folder).name else SHARD_ENDINGS
+    if record.shard != shard or record.rows < 0 or record.length < 1 or set(record.sha256) != set(files):
         raise FileDamaged(f"{path} is damaged: it is not the record of shard {shard:04d}; {advice}")
     return record
 

@@ -224,9 +224,10 @@ def test_json_that_is_not_as_it_must_be_is_damaged_in_one_line(tmp_path: Path, d
 def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "dangling.json").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.json")
     before = len(os.listdir("/proc/self/fd"))
-    for name in ("folder", "loop", "pipe"):
+    for name in ("folder", "loop", "dangling", "pipe"):
         with pytest.raises(FileDamaged, match=f"{name}.json is not a file"):
             read_json(tmp_path / f"{name}.json")
     assert len(os.listdir("/proc/self/fd")) == before, "no descriptor stays open"
@@ -248,6 +249,8 @@ def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path
         {"shard": 8},
         {"shard": True},
         {"sha256": None},
+        {"sha256": {}},
+        {"sha256": {"paths.txt": "p"}},
         {"sha256": {"../x": "f"}},
         {"versions": {"numpy": 2}},
         {"failed": [{"path": "x"}]},
@@ -259,7 +262,7 @@ def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path
     ids=str,
 )
 def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, object]) -> None:
-    record = Record(7, 2, 1, "float32", {"paths.txt": "p"}, "fp", "plan", 3, {"numpy": "2"}, ())
+    record = Record(7, 2, 1, "float32", dict.fromkeys(SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
     write_record(tmp_path, record)
     path = tmp_path / "0007.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -268,7 +271,7 @@ def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, ob
 
 
 def test_a_record_that_lacks_a_field_is_damaged_and_one_with_more_is_read(tmp_path: Path) -> None:
-    record = Record(7, 2, 1, "float32", {"paths.txt": "p"}, "fp", "plan", 3, {"numpy": "2"}, ())
+    record = Record(7, 2, 1, "float32", dict.fromkeys(SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
     write_record(tmp_path, record)
     path = tmp_path / "0007.json"
     value = json.loads(path.read_text())
