@@ -16,7 +16,7 @@ COPY . /build
 RUN pip install --no-deps --no-build-isolation /build \
     && pip uninstall -y setuptools pip \
     && cd /opt/ruiji/lib/python3.*/site-packages \
-    && rm -rf onnx/backend onnxruntime/transformers onnxruntime/quantization valkey* \
+    && rm -rf onnx/backend onnxruntime/transformers onnxruntime/quantization \
     && find numpy onnx -type d -name tests -prune -exec rm -rf {} +
 
 FROM ${BASE}

@@ -29,14 +29,16 @@ help: ## Explain the targets
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-# One stamp per lock; each lock contains the smaller ones.
+# One stamp per lock; each lock contains the smaller ones. The image installs cpu.lock or gpu.lock alone; here the
+# embedded Redis comes along.
+.venv/cpu .venv/gpu: requirements/embedded.lock
 .venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c .venv/made
 .venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
 .venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
 .venv/cpu .venv/demo .venv/dev:
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
-	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --require-hashes -r $< $(patsubst %.lock,-r %.lock,$(filter %/embedded.lock,$^))
 	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
@@ -45,7 +47,7 @@ help: ## Explain the targets
 	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
 		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $< and torch (several GB)"
-	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --require-hashes -r $< -r requirements/embedded.lock
 	@$(PIP) install -r requirements/torch.txt
 	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
@@ -162,7 +164,7 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu demo plot dev" "demo cpu demo" "cpu cpu" "bench cpu bench"; do \
+	@for set in "dev cpu embedded demo plot dev" "demo cpu embedded demo" "cpu cpu" "bench cpu embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
@@ -170,12 +172,14 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
 	done
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		--extra cpu --extra plot --extra mnist --excludes requirements/torch-apart.in \
+		--extra cpu --extra embedded --extra plot --extra mnist --excludes requirements/torch-apart.in \
 		requirements/build.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
+	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+		requirements/embedded.in -c requirements/dev.lock --custom-compile-command "make lock" -o requirements/embedded.lock
 
 clean: ## Remove .venv and what was built; no features, no data
 	rm -rf .venv build demo-output *.egg-info workers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

