@@ -35,15 +35,15 @@ from benchmarks.data import (
 from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
-from pipeline.broker.app import embed_queue, make_app, unacked_keys
-from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan, open_plan
 from pipeline.planning import Settings, make_plan
-from pipeline.produce import Producer
+from pipeline.queue.app import embed_queue, make_app, unacked_keys
+from pipeline.queue.chords import Chords
+from pipeline.queue.publish import Producer
 from pipeline.reduce import reduce_segment
 from pipeline.settings import (
     MAX_IMAGE_MB,

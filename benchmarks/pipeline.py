@@ -12,11 +12,11 @@ from pathlib import Path
 import redis
 
 from benchmarks.data import ROOT
-from pipeline.broker.app import connect
 from pipeline.gallery import claim_gallery, gallery_folder
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
+from pipeline.queue.app import connect
 from pipeline.status import StatusReader
 
 #: Nothing here takes as long.

@@ -139,9 +139,9 @@ def enqueue(
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Check the list, freeze the plan and publish one task per image; run it again to go on."""
-    from pipeline.broker.app import connect
     from pipeline.logs import set_up
     from pipeline.planning import Settings
+    from pipeline.queue.app import connect
     from pipeline.run import Work, follow
     from pipeline.run import enqueue as enqueue_list
 
@@ -203,9 +203,9 @@ def retry(
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
-    from pipeline.broker.app import connect
     from pipeline.logs import set_up
     from pipeline.planning import Retry, Settings
+    from pipeline.queue.app import connect
     from pipeline.run import Work, enqueue, follow, made_list
 
     set_up(log_format)
@@ -337,9 +337,9 @@ def status(
     state_dir: settings.StateDir = None,
 ) -> None:
     """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
-    from pipeline.broker.app import broker_faults, connect
     from pipeline.gallery import gallery_folder, read_gallery
     from pipeline.logs import set_up
+    from pipeline.queue.app import broker_faults, connect
     from pipeline.run import follow, follow_run, redis_of_run
     from pipeline.status import STARTING, StatusReader
 
@@ -411,8 +411,8 @@ def redis(state_dir: settings.StateDir = None) -> None:
     import os
     import threading
 
-    from pipeline.broker.app import public_url
-    from pipeline.broker.embedded import embedded_redis
+    from pipeline.queue.app import public_url
+    from pipeline.queue.embedded import embedded_redis
 
     folder = settings.make_state_folder(state_dir)
     url_file = settings.redis_url_file(state_dir)

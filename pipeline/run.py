@@ -16,9 +16,6 @@ from pathlib import Path
 
 import redis
 
-from pipeline.broker.app import broker_faults, connect, make_app, passes, refusal
-from pipeline.broker.chords import Chords
-from pipeline.broker.embedded import embedded_redis, locked, url_of
 from pipeline.children import python_command, start_child
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, gallery_folder, gallery_model, read_gallery
@@ -26,7 +23,10 @@ from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
 from pipeline.probes import find_probes, note_probes
-from pipeline.produce import Producer
+from pipeline.queue.app import broker_faults, connect, make_app, passes, refusal
+from pipeline.queue.chords import Chords
+from pipeline.queue.embedded import embedded_redis, locked, url_of
+from pipeline.queue.publish import Producer
 from pipeline.scan import Scan, count_unlisted, write_list
 from pipeline.status import Status, StatusReader
 from pipeline.stops import PlanStopped, stopped

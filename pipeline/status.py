@@ -8,13 +8,13 @@ from typing import Any
 import redis
 
 from pipeline.altered import Altered, AlteredReader
-from pipeline.broker.chords import Chords
 from pipeline.errors import FileDamaged, UsageError
 from pipeline.gallery import read_gallery
 from pipeline.generations import Generation, ListState, Marks, current, read_marks
 from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
+from pipeline.queue.chords import Chords
 from pipeline.stops import stopped
 from pipeline.store import as_type, read_record, shard_file
 

@@ -10,10 +10,10 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import LockError
 
-from pipeline.broker.chords import Armed, Chords, renewed
 from pipeline.errors import RuijiError
 from pipeline.plan import OpenPlan, Plan
-from pipeline.produce import Producer
+from pipeline.queue.chords import Armed, Chords, renewed
+from pipeline.queue.publish import Producer
 from pipeline.reduce import finish_plan
 
 logger = logging.getLogger(__name__)

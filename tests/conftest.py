@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect
-from pipeline.broker.embedded import embedded_redis
+from pipeline.queue.app import connect
+from pipeline.queue.embedded import embedded_redis
 from tests.factories import Ruiji, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -49,10 +49,10 @@ def worker(
     log_format: settings.LogFormatOption = settings.LogFormat.text,
 ) -> None:
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
-    from pipeline.broker.app import connect
     from pipeline.errors import BrokerUnavailable, UsageError
     from pipeline.gallery import gallery_folder
     from pipeline.logs import set_up
+    from pipeline.queue.app import connect
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import redis
 
-from pipeline.broker.app import connect, public_url
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.gallery import gallery_folder, gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan, published_shards
+from pipeline.queue.app import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import TEMPORARY_PREFIX, read_record, shard_file, sync_folder, write_atomic

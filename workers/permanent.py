@@ -5,10 +5,10 @@ from pathlib import Path
 
 import redis
 
-from pipeline.broker.chords import Chords
 from pipeline.errors import RuijiError
 from pipeline.gallery import GalleryInfo
 from pipeline.plan import Plan, open_plan
+from pipeline.queue.chords import Chords
 from pipeline.stops import stop_plan, stopped
 
 logger = logging.getLogger(__name__)

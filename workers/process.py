@@ -16,13 +16,13 @@ from celery import signals
 from celery.worker import state
 from celery.worker.state import reserved_requests
 
-from pipeline.broker.app import broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.errors import RuijiError
 from pipeline.gallery import GalleryInfo, check_place, gallery_folder, read_gallery
 from pipeline.plan import open_plan
+from pipeline.queue.app import broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.queue.consumer import Consumer, noted, outage, quiet
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
-from workers.consumer import Consumer, noted, outage, quiet
 from workers.embed import DONE, FAILED
 from workers.in_hand import InHand
 from workers.ledger import STAGES, Ledger

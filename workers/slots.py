@@ -22,8 +22,8 @@ import redis
 from redis.exceptions import LockError
 from redis.lock import Lock
 
-from pipeline.broker.app import connect
 from pipeline.errors import BrokerUnavailable, NoFreeSlot, UsageError
+from pipeline.queue.app import connect
 
 logger = logging.getLogger(__name__)
 

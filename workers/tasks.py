@@ -14,18 +14,18 @@ from celery.exceptions import Reject
 from celery.worker import state
 from redis.exceptions import LockError
 
-from pipeline.broker.app import EMBED_TASK, REDUCE_TASK
-from pipeline.broker.chords import Chords, renewed
 from pipeline.errors import DeviceFault, MachineFault, ModelError, PlanMismatch, RuijiError
 from pipeline.generations import is_plan_id
 from pipeline.plan import OpenPlan, Plan, is_closed
-from pipeline.produce import Producer
+from pipeline.queue.app import EMBED_TASK, REDUCE_TASK
+from pipeline.queue.batches import REST_S, BatchTask
+from pipeline.queue.chords import Chords, renewed
+from pipeline.queue.consumer import noted
+from pipeline.queue.publish import Producer
 from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.stops import stop_plan
 from pipeline.versions import other_versions
 from pipeline.watchdog import advance
-from workers.batching import REST_S, BatchTask
-from workers.consumer import noted
 from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded
 from workers.in_hand import InHand
 from workers.ledger import Ledger
@@ -127,7 +127,7 @@ def register_embed(
 
     task = Embed()
     task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
-    task.stopping, task.ledger, task._outcomes = stopping, ledger, {}
+    task.stopping, task.busy, task._outcomes = stopping, lambda: ledger.busy("queue"), {}
     app.register_task(task)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.broker.app import REDUCE_TASK, connect, unacked_keys
-from pipeline.broker.chords import Chords
 from pipeline.plan import open_plan
+from pipeline.queue.app import REDUCE_TASK, connect, unacked_keys
+from pipeline.queue.chords import Chords
 from tests.acceptance.test_redis import server_of
 from tests.chaos.harness import redis_server
 from tests.conftest import ROOT

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.broker.app import connect, embed_queue
 from pipeline.gallery import read_gallery
+from pipeline.queue.app import connect, embed_queue
 from tests.factories import Ruiji, pictures, wait_until
 
 

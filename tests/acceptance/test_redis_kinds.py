@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect
-from pipeline.broker.embedded import embedded_redis, find_server
 from pipeline.children import start_child
 from pipeline.errors import RuijiError, UsageError
+from pipeline.queue.app import connect
+from pipeline.queue.embedded import embedded_redis, find_server
 from pipeline.settings import resolve_redis_url
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until

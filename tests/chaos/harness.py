@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import redis
 
-from pipeline.broker.app import connect
-from pipeline.broker.embedded import find_server
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable
+from pipeline.queue.app import connect
+from pipeline.queue.embedded import find_server
 from tests.factories import Ruiji, wait_until
 
 #: The table's full numbers (`make chaos`) or the short form that fits into every change's checks.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect
-from pipeline.broker.chords import Chords
 from pipeline.plan import open_plan
+from pipeline.queue.app import connect
+from pipeline.queue.chords import Chords
 from pipeline.reduce import reduce_segment
 from pipeline.store import check_shard, read_record, shard_file
 from tests.chaos.conftest import SHIPPED, Undisturbed, finish

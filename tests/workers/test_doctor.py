@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.broker.app import connect
 from pipeline.model import load_model
 from pipeline.plan import Plan, close_plan
+from pipeline.queue.app import connect
 from pipeline.reduce import reduce_segment
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan

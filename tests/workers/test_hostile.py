@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue
 from pipeline.gallery import read_gallery
 from pipeline.plan import Plan, open_plan
+from pipeline.queue.app import connect, embed_queue, make_app, reduce_queue
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline.broker.app import connect
 from pipeline.errors import MachineFault, ModelError, UsageError
 from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
 from pipeline.planning import Settings
+from pipeline.queue.app import connect
 from pipeline.reduce import reduce_segment
 from pipeline.run import Work, enqueue
 from pipeline.stops import stop_plan, stopped
@@ -266,7 +266,7 @@ def patch(ruiji: Ruiji, tmp_path: Path, script: str) -> None:
 
 
 #: Else a minute passes before the plan is stopped.
-SOON = "import workers.permanent, workers.tasks, workers.batching\nworkers.permanent.REPEATS = 3\n"
+SOON = "import workers.permanent, workers.tasks, pipeline.queue.batches\nworkers.permanent.REPEATS = 3\n"
 
 
 @pytest.mark.slow

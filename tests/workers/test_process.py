@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline.broker.app import connect
+from pipeline.queue.app import connect
 from tests.factories import wait_until
 from workers.embed import DONE
 from workers.ledger import Ledger

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import redis
 
-from pipeline.broker.app import connect
 from pipeline.errors import NoFreeSlot, UsageError
+from pipeline.queue.app import connect
 from tests.factories import Ruiji, wait_until
 from workers.slots import LEASE_S, cuda_devices, device_slot
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect, make_app
 from pipeline.errors import MachineFault, PlanMismatch
 from pipeline.plan import cancel_plan
+from pipeline.queue.app import connect, make_app
 from pipeline.store import recorded_shards
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, new_plan, plan_for

@@ -7,10 +7,10 @@ from typing import Any
 
 from celery import Celery
 
-from pipeline.broker.app import EMBED_TASK, embed_queue
-from pipeline.broker.chords import Armed, Chords, renewed
-from pipeline.broker.messages import chord_body
 from pipeline.plan import Plan, Segment
+from pipeline.queue.app import EMBED_TASK, embed_queue
+from pipeline.queue.chords import Armed, Chords, renewed
+from pipeline.queue.messages import chord_body
 
 logger = logging.getLogger(__name__)
 

@@ -67,10 +67,10 @@ def make_app(
     """
     queues = (embed_queue(gallery_id), reduce_queue(gallery_id))
     fast = transport == "fast"
-    backend = f"pipeline.broker.results:Backend+{redis_url}" if fast else redis_url
+    backend = f"pipeline.queue.chord_parts:Backend+{redis_url}" if fast else redis_url
     app = Celery("ruiji", broker=redis_url, backend=backend, set_as_current=False)
     app.conf.update(
-        broker_transport=f"pipeline.broker.transport:{'Transport' if fast else 'StockTransport'}",
+        broker_transport=f"pipeline.queue.transport:{'Transport' if fast else 'StockTransport'}",
         # A connection that falls silent is given up, at the broker's side and at the backend's.
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,

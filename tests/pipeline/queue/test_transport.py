@@ -16,8 +16,8 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import LockError
 
-from pipeline.broker.app import EMBED_TASK, broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.errors import BrokerUnavailable
+from pipeline.queue.app import EMBED_TASK, broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
 from tests.conftest import ROOT
 
 GALLERY = "g"
@@ -131,7 +131,7 @@ def test_a_message_acknowledged_after_its_connection_was_lost_does_not_come_back
 def test_what_a_dead_worker_held_goes_to_a_worker_with_either_transport(redis_url: str, dead: str, heir: str) -> None:
     publish(redis_url, 3)
     take_and_die = (
-        "import os, sys; from tests.pipeline.test_broker import *\n"
+        "import os, sys; from tests.pipeline.queue.test_transport import *\n"
         "received = []\n"
         "with consumer(app_for(sys.argv[1], sys.argv[2]), 3, received) as connection:\n"
         "    drain(connection, received, 3)\n"
@@ -199,7 +199,8 @@ def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
 @pytest.mark.parametrize("transport", ["fast", "stock"])
 def test_a_process_killed_while_it_sweeps_holds_up_the_others_for_seconds(redis_url: str, transport: str) -> None:
     held = (
-        "import os, sys; from kombu.transport.redis import Mutex; from tests.pipeline.test_broker import app_for\n"
+        "import os, sys\nfrom kombu.transport.redis import Mutex\n"
+        "from tests.pipeline.queue.test_transport import app_for\n"
         "qos = app_for(sys.argv[1], sys.argv[2]).connection_for_read().channel().qos\n"
         "with qos.channel.conn_or_acquire() as client:\n"
         "    with Mutex(client, qos.unacked_mutex_key, qos.unacked_mutex_expire): os._exit(9)\n"

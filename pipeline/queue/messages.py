@@ -11,8 +11,8 @@ from typing import Any
 
 from celery.app.task import Context
 
-from pipeline.broker.app import EMBED_TASK, REDUCE_TASK, reduce_queue
 from pipeline.generations import is_plan_id
+from pipeline.queue.app import EMBED_TASK, REDUCE_TASK, reduce_queue
 
 #: Ids and the like: printable, without what a log or a Redis client could stumble over.
 _WORD = re.compile(r"[!-~]{1,255}")

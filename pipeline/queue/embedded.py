@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.broker.app import connect
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
+from pipeline.queue.app import connect
 from pipeline.settings import redis_url_file
 
 _START_TIMEOUT_S = 10.0

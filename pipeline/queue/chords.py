@@ -13,10 +13,10 @@ from typing import Any
 import redis
 from redis.lock import Lock
 
-from pipeline.broker.app import embed_queue, reduce_queue, unacked_keys
 from pipeline.errors import FileDamaged
 from pipeline.generations import is_plan_id
 from pipeline.plan import Plan, Segment, is_closed, open_plan
+from pipeline.queue.app import embed_queue, reduce_queue, unacked_keys
 from pipeline.store import as_type
 
 #: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.

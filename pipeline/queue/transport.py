@@ -9,7 +9,7 @@ it mix freely:
 * one client is kept, where kombu makes a new one for each call;
 * what is no message is dropped before kombu sees it: one that it cannot read ends the process, again and again.
 
-Leans on internals of kombu 5.7. It expects queues as `pipeline.broker.app` declares them: one a worker, without
+Leans on internals of kombu 5.7. It expects queues as `pipeline.queue.app` declares them: one a worker, without
 priorities.
 """
 
@@ -25,7 +25,7 @@ import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
-from pipeline.broker.messages import envelope_fault
+from pipeline.queue.messages import envelope_fault
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.broker.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
-from pipeline.broker.chords import Chords
 from pipeline.errors import UsageError
 from pipeline.plan import Plan
-from pipeline.produce import Producer
+from pipeline.queue.app import connect, embed_queue, make_app, reduce_queue, unacked_keys
+from pipeline.queue.chords import Chords
+from pipeline.queue.publish import Producer
 from pipeline.reduce import reduce_segment
 from pipeline.status import StatusReader
 from tests.pipeline.galleries import embed, fail, new_plan
@@ -80,7 +80,7 @@ def test_a_publishing_that_was_cut_off_is_done_again(plan: Plan, chords: Chords,
 def test_a_slow_folder_costs_the_lease_nothing(
     plan: Plan, chords: Chords, producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.produce._ARM_LEASE_S", 0.3)
+    monkeypatch.setattr("pipeline.queue.publish._ARM_LEASE_S", 0.3)
     look = Plan.is_done
 
     def slow(self: Plan, path: str) -> bool:

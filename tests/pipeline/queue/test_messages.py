@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.broker.app import connect, embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
-from pipeline.broker.messages import envelope_fault, task_fault
 from pipeline.plan import open_plan
+from pipeline.queue.app import connect, embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
+from pipeline.queue.messages import envelope_fault, task_fault
 from tests.factories import Ruiji, pictures, wait_until
 
 #: What is put in the place of any part of a message.

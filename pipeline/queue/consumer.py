@@ -16,10 +16,10 @@ from celery.worker import consumer as stock
 from celery.worker import state
 from kombu.exceptions import OperationalError
 
-from pipeline.broker.app import gallery_of, passes, refusal, task_of
-from pipeline.broker.messages import task_fault
-from pipeline.broker.transport import tell_dropped
 from pipeline.errors import UsageError
+from pipeline.queue.app import gallery_of, passes, refusal, task_of
+from pipeline.queue.messages import task_fault
+from pipeline.queue.transport import tell_dropped
 
 logger = logging.getLogger(__name__)
 

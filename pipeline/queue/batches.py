@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import redis
@@ -21,8 +21,7 @@ from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
 
 from pipeline.errors import MachineFault, RuijiError
-from workers.consumer import noted
-from workers.ledger import Ledger
+from pipeline.queue.consumer import noted
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class BatchTask(Task):  # type: ignore[misc]
         batch_images: the most requests a batch.
         on_rest: told why the worker rests, and None when it goes on.
         stopping: set once the process is told to stop.
-        ledger: told the time that requests take besides computing.
+        busy: entered while requests take time besides computing.
     """
 
     abstract = True
@@ -53,7 +52,7 @@ class BatchTask(Task):  # type: ignore[misc]
     batch_images = 1
     on_rest: Callable[[str | None], None]
     stopping: threading.Event
-    ledger: Ledger
+    busy: Callable[[], AbstractContextManager[None]]
     _outcomes: dict[str, str]
 
     def run(self, *args: Any) -> str:
@@ -82,7 +81,7 @@ class BatchTask(Task):  # type: ignore[misc]
                 consumer.hub.call_soon(_nothing)
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
-            with task.ledger.busy("queue"):
+            with task.busy():
                 # What could not become a request was dropped by the consumer before.
                 request = request_class(
                     message,
@@ -145,7 +144,7 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
     for request in requests:
         request.on_accepted(pid, now)
     outcomes = task.compute([tuple(request.args) for request in requests])
-    with task.ledger.busy("queue"):
+    with task.busy():
         traced = []
         backend = task.backend
         # The stock backend stores the part of each member within its trace.
