@@ -35,6 +35,7 @@ from benchmarks.data import (
 from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
+from pipeline import layout
 from pipeline.errors import UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
@@ -45,15 +46,8 @@ from pipeline.queue.app import embed_queue, make_app, unacked_keys
 from pipeline.queue.chords import Chords
 from pipeline.queue.publish import Producer
 from pipeline.reduce import reduce_segment
-from pipeline.settings import (
-    MAX_IMAGE_MB,
-    MAX_IMAGE_S,
-    MAX_PIXELS,
-    SHARD_ROWS,
-    VISIBILITY_TIMEOUT_S,
-    WINDOW_SEGMENTS,
-)
-from pipeline.store import shard_file, write_feature
+from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
+from pipeline.store import write_feature
 from search.queries import embed_images, load_encoder
 from workers.images import load_pixels
 
@@ -342,7 +336,7 @@ def _drain_ruiji(running: Ruiji, client: Any, tasks: int, transport: str) -> Dra
     """A real worker finds every task late, its shard being there: all of the queue, nothing of the work."""
     plan = open_plan(running.gallery)
     assert plan is not None
-    records = [shard_file(running.gallery, segment.shard, "json") for segment in plan.segments]
+    records = [layout.record_file(running.gallery, segment.shard) for segment in plan.segments]
     for record in records:
         record.write_text("{}")
     queue, unacked = embed_queue(plan.gallery_id), unacked_keys(plan.gallery_id)["unacked_key"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import redis
 
 from benchmarks.data import ROOT
-from pipeline.gallery import claim_gallery, gallery_folder
+from pipeline import layout
+from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
@@ -47,7 +48,7 @@ class Ruiji:
             settings: further `RUIJI_…` variables, lower case, without the prefix.
         """
         self.state = work / "state"
-        self.gallery = gallery_folder(work / "features", model)
+        self.gallery = layout.gallery_folder(work / "features", model)
         values = {"media_dir": media, "feature_dir": work / "features", "model": model, "state_dir": self.state}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RUIJI_")}
         named = {f"RUIJI_{name.upper()}": str(value) for name, value in (values | settings).items()}

@@ -5,7 +5,6 @@ of the shard's rows into `run/altered/NNNN.json`. That file is never written twi
 a kill counts an object again; and marks go with their shard's publishing, so that there are never many.
 """
 
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -14,14 +13,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline import layout
 from pipeline.errors import FileDamaged
 from pipeline.objects import read_lines
 from pipeline.plan import Plan, Segment
-from pipeline.store import FORMAT, as_type, machine_faults, read_json, shard_file, to_json, write_atomic
+from pipeline.store import FORMAT, as_type, machine_faults, read_json, to_json, write_atomic
 
 #: What can happen to a picture, and how that is told.
 CLIPPED, GROUND, TURNED = "clipped", "ground", "turned"
-_FOLDER, _MARKS = "altered", "marks"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def begin_marks(plan: Plan) -> None:
     Raises:
         MachineFault: the folder cannot be written.
     """
-    folder = _marks(plan.folder)
+    folder = layout.marks_folder(plan.folder)
     with machine_faults(f"cannot write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -66,27 +65,30 @@ def mark(plan: Plan, path: str, kinds: Iterable[str]) -> None:
         MachineFault: the mark cannot be written.
     """
     for kind in kinds:
-        write_atomic(_marks(plan.folder) / f"{_name(path)}.{kind}", [b""])
+        write_atomic(layout.marks_folder(plan.folder) / layout.mark_name(path, kind), [b""])
 
 
 def count_marks(plan: Plan, segment: Segment) -> None:
     """Count the marks of a published segment's rows, unless that was done; then remove them."""
     try:
-        marks = set(os.listdir(_marks(plan.folder)))
+        marks = set(os.listdir(layout.marks_folder(plan.folder)))
     except FileNotFoundError:
         return
-    paths_file = shard_file(plan.folder, segment.shard, "paths.txt")
-    names = [_name(path) for path in read_lines(paths_file)] if paths_file.exists() else []
-    own = [f"{name}.{kind}" for name in names for kind in (CLIPPED, GROUND, TURNED) if f"{name}.{kind}" in marks]
+    paths_file = layout.paths_file(plan.folder, segment.shard)
+    paths = read_lines(paths_file) if paths_file.exists() else ()
+    names = (layout.mark_name(path, kind) for path in paths for kind in (CLIPPED, GROUND, TURNED))
+    own = [name for name in names if name in marks]
     counts = Counter(mark.rpartition(".")[2] for mark in own)
-    write_atomic(_counted(plan.folder, segment.shard), [to_json({"format": FORMAT, **counts})], exclusive=True)
+    write_atomic(
+        layout.altered_file(plan.folder, segment.shard), [to_json({"format": FORMAT, **counts})], exclusive=True
+    )
     for name in own:
-        (_marks(plan.folder) / name).unlink(missing_ok=True)
+        (layout.marks_folder(plan.folder) / name).unlink(missing_ok=True)
 
 
 def drop_marks(plan: Plan) -> None:
     """Remove what late duplicates marked, of a plan of which all is published."""
-    shutil.rmtree(_marks(plan.folder), ignore_errors=True)
+    shutil.rmtree(layout.marks_folder(plan.folder), ignore_errors=True)
 
 
 class AlteredReader:
@@ -100,10 +102,10 @@ class AlteredReader:
         """The sum over some published shards."""
         unknown, found = 0, []
         with suppress(FileNotFoundError):
-            found = os.listdir(self._folder / "run" / _FOLDER)
+            found = os.listdir(layout.altered_folder(self._folder))
         names = set(found)
         for shard in (wanted := list(shards)):
-            path = _counted(self._folder, shard)
+            path = layout.altered_file(self._folder, shard)
             if shard not in self._known and path.name in names:
                 with suppress(FileNotFoundError, FileDamaged):
                     self._known[shard] = as_type(read_json(path), Altered, path)
@@ -113,15 +115,3 @@ class AlteredReader:
         for counts in known:
             sums.update(asdict(counts))
         return Altered(sums[CLIPPED], sums[GROUND], sums[TURNED], unknown)
-
-
-def _marks(folder: Path) -> Path:
-    return folder / "run" / _FOLDER / _MARKS
-
-
-def _counted(folder: Path, shard: int) -> Path:
-    return folder / "run" / _FOLDER / f"{shard:04d}.json"
-
-
-def _name(path: str) -> str:
-    return hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest()

@@ -8,7 +8,6 @@ each MiB of it, and a seal over these, the header and the file's name: a file is
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.errors import MachineFault
 from pipeline.npy import NpyError, map_npy, npy_header
-from pipeline.store import CACHE_FOLDER, TEMPORARY_PREFIX, write_atomic
+from pipeline.store import write_atomic
 from pipeline.streams import note
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _CHECKED_BYTES, _CHECKSUM_BYTES, _SEAL_BYTES = 1 << 20, 8, 16
 #: Words of 8 bytes are summed in so many columns; a prime, so that a page in another's place comes into other columns.
 _COLUMNS = 509
-_NAME = re.compile(r"\d{4,}\.[0-9a-f-]+\.(?:norms|codes|scales)\.npy")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class CacheFolder:
         if self._names is None:
             self._names = {}
             for name in os.listdir(self.path):
-                self._names.setdefault(name.partition(".")[0], []).append(name)
+                self._names.setdefault(layout.cached_shard(name), []).append(name)
         return self._names.get(shard, [])
 
     def say_damaged(self, path: Path) -> None:
@@ -106,7 +105,7 @@ class ShardCache:
 
     def path(self, kind: str) -> Path:
         """The file of one kind of array."""
-        return self.folder.path / f"{self.shard}.{self.key}.{kind}.npy"
+        return layout.cache_file(self.folder.path, self.shard, self.key, kind)
 
     def has(self, kind: str, dtype: str, shape: tuple[int, ...]) -> bool:
         """Whether there is a file of the right size; nothing is read."""
@@ -145,7 +144,7 @@ class ShardCache:
         try:
             self.folder.path.mkdir(exist_ok=True)
             for name in self.folder.names_of(self.shard):
-                if not name.startswith(f"{self.shard}.{self.key}."):
+                if not name.startswith(layout.cache_prefix(self.shard, self.key)):
                     (self.folder.path / name).unlink(missing_ok=True)
             write_atomic(path, [header, data.data, checksums + _seal(path.name, header, checksums)])
         except (OSError, MachineFault):
@@ -155,19 +154,19 @@ class ShardCache:
 
 def look_through(folder: Path) -> Iterator[tuple[str, bool, str]]:
     """What is not as it should be in a gallery's cache, every byte read: (file, whether it is damaged, why)."""
-    place = folder / CACHE_FOLDER
+    place = layout.cache_folder(folder)
     try:
         names = sorted(os.listdir(place))
     except FileNotFoundError:
         return
     except OSError as error:
-        yield CACHE_FOLDER, True, f"it cannot be read: {error.strerror}"
+        yield layout.CACHE_FOLDER, True, f"it cannot be read: {error.strerror}"
         return
     for name in names:
-        shown = f"{CACHE_FOLDER}/{name}"
-        if name.startswith(TEMPORARY_PREFIX):
+        shown = f"{layout.CACHE_FOLDER}/{name}"
+        if name.startswith(layout.TEMPORARY_PREFIX):
             yield shown, False, "a killed process left it half-written"
-        elif _NAME.fullmatch(name):
+        elif layout.is_cache_file(name):
             try:
                 kept = _read(place / name)
                 if kept is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import settings, streams
+from pipeline import layout, settings, streams
 from pipeline.arguments import Commands
 from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, GalleryMismatch, RuijiError, UsageError
 from pipeline.settings import Device, ListFormat, LogFormat, ObjectIds, Reason
@@ -102,7 +102,7 @@ def list_objects(
     from pipeline.scan import Scan, write_list
     from pipeline.targets import check_targets
 
-    target = out or folder / "objects.txt"
+    target = out or layout.object_list_file(folder)
     check_targets({"--out": target})
     if target.exists() and not target.is_file():
         raise UsageError(f"--out {target} is no file that can be replaced; name one")
@@ -206,7 +206,7 @@ def retry(
     from pipeline.logs import set_up
     from pipeline.planning import Retry, Settings
     from pipeline.queue.app import connect
-    from pipeline.run import Work, enqueue, follow, made_list
+    from pipeline.run import Work, enqueue, follow
 
     set_up(log_format)
     url = None
@@ -227,8 +227,8 @@ def retry(
     )
     wanted = Retry(reason.value if reason else None)
     listed = settings.list_file(list_path, media_dir)
-    if list_path is None and not listed.exists() and made_list(work.folder).exists():
-        listed = made_list(work.folder)
+    if list_path is None and not listed.exists() and layout.run_list_file(work.folder).exists():
+        listed = layout.run_list_file(work.folder)
     done = enqueue(work, listed, url, wanted)
     _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
     if done.plan is not None and url is None:
@@ -245,10 +245,9 @@ def failures(
 ) -> None:
     """List the failed objects with their reasons; exit code 3 where there are any."""
     from pipeline.failures import failed_objects, write_failures
-    from pipeline.gallery import gallery_folder
 
     out = sys.stdout if form is ListFormat.table else streams.exact_stdout()
-    count = write_failures(failed_objects(gallery_folder(feature_dir, model)), form.value, out)
+    count = write_failures(failed_objects(layout.gallery_folder(feature_dir, model)), form.value, out)
     raise typer.Exit(EXIT_INCOMPLETE if count else 0)
 
 
@@ -261,11 +260,10 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
-    from pipeline.gallery import gallery_folder
     from pipeline.verify import repair as repair_findings
     from pipeline.verify import verify as verify_gallery
 
-    folder = gallery_folder(feature_dir, model)
+    folder = layout.gallery_folder(feature_dir, model)
     findings = verify_gallery(folder)
     for finding in findings:
         streams.tell(finding)
@@ -337,14 +335,14 @@ def status(
     state_dir: settings.StateDir = None,
 ) -> None:
     """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
-    from pipeline.gallery import gallery_folder, read_gallery
+    from pipeline.gallery import read_gallery
     from pipeline.logs import set_up
     from pipeline.queue.app import broker_faults, connect
     from pipeline.run import follow, follow_run, redis_of_run
     from pipeline.status import STARTING, StatusReader
 
     set_up("text")
-    folder = gallery_folder(feature_dir, model)
+    folder = layout.gallery_folder(feature_dir, model)
     # A run has a Redis of its own, and while it works no other knows of its plan.
     client = redis_of_run(folder, settings.state_folder(state_dir))
     of_run = client is not None
@@ -398,10 +396,9 @@ def _print_status(now: "Status") -> None:
 @app.command()
 def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
     """Close the open plan. Nothing that is done is lost; the next enqueue takes it up."""
-    from pipeline.gallery import gallery_folder
     from pipeline.run import cancel as cancel_plan
 
-    plan = cancel_plan(gallery_folder(feature_dir, model))
+    plan = cancel_plan(layout.gallery_folder(feature_dir, model))
     streams.note(f"plan {plan.plan_id} closed" if plan else "no plan is open")
 
 
@@ -415,11 +412,11 @@ def redis(state_dir: settings.StateDir = None) -> None:
     from pipeline.queue.embedded import embedded_redis
 
     folder = settings.make_state_folder(state_dir)
-    url_file = settings.redis_url_file(state_dir)
+    url_file = layout.redis_url_file(folder)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with embedded_redis(folder / "redis") as (url, check):
+    with embedded_redis(layout.redis_folder(folder)) as (url, check):
         try:
             with open(url_file, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
                 file.write(url + "\n")

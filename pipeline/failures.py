@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
+from pipeline import layout
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
 from pipeline.generations import read_marks
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import Plan, Published, open_plan
-from pipeline.store import fruitless_folder, read_record, shard_file
+from pipeline.store import read_record
 from pipeline.streams import csv_writer, shown, to_json
 
 
@@ -58,13 +59,13 @@ def _recorded(folder: Path, scheme: IdScheme) -> dict[str, FailedObject]:
     found: dict[str, FailedObject] = {}
     published = Published(folder)
     settled = [(shard, folder) for shard in published.shards()]
-    settled += [(shard, fruitless_folder(folder)) for shard in published.fruitless()]
+    settled += [(shard, layout.fruitless_folder(folder)) for shard in published.fruitless()]
     for shard, place in sorted(settled):
         record = read_record(place, shard)
         for failure in record.failed:
             found[failure.object_id] = FailedObject(**asdict(failure), shard=shard)
         if record.retry and record.rows:
-            for path in read_lines(shard_file(folder, shard, "paths.txt")):
+            for path in read_lines(layout.paths_file(folder, shard)):
                 found.pop(scheme.object_id(path), None)
     return found
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import layout
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
-from pipeline.generations import current, generations_folder
+from pipeline.generations import current
 from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, why_another
 from pipeline.objects import IdScheme
 from pipeline.plan import Plan, closed_plans, open_plan
@@ -69,27 +70,13 @@ class _Contract:
     toml: str | None
 
 
-def gallery_folder(feature_dir: Path, model: Path) -> Path:
-    """The folder of one model's features, named as in the article: as its file without the ending.
-
-    Args:
-        model: the file, which need not exist, or the name alone, which can have a dot.
-    """
-    return feature_dir / (model.stem if model.suffix.lower() == ".onnx" else model.name)
-
-
-def gallery_file(folder: Path) -> Path:
-    """What makes a folder a gallery of ruiji's."""
-    return folder / "gallery.json"
-
-
 def read_gallery(folder: Path) -> GalleryInfo | None:
     """The folder's `gallery.json`, or None if there is none.
 
     Raises:
         FileDamaged: it is not as it must be. GalleryMismatch: a newer ruiji wrote it.
     """
-    path = gallery_file(folder)
+    path = layout.gallery_file(folder)
     try:
         info = as_type(read_json(path), GalleryInfo, path)
         if info.contract is not None:
@@ -136,7 +123,7 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
     wanted = GalleryInfo(
         secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name, model.contract
     )
-    if gallery_file(folder.parent).exists():
+    if layout.gallery_file(folder.parent).exists():
         raise UsageError(
             f"{folder.parent} is a gallery itself: --feature-dir (RUIJI_FEATURE_DIR) is the folder that galleries lie "
             f"in, {folder.parent.parent}"
@@ -184,7 +171,7 @@ def _made(folder: Path, wanted: GalleryInfo, model: Model, plan: Plan | None) ->
     if plan is not None:
         if plan.fingerprint != wanted.fingerprint:
             raise GalleryMismatch(
-                f"{gallery_file(folder)} is lost or damaged, and its plans are of the model with fingerprint "
+                f"{layout.gallery_file(folder)} is lost or damaged, and its plans are of the model with fingerprint "
                 f"{plan.fingerprint[:12]}, {model.path} has {wanted.fingerprint[:12]}: give the gallery's own model, "
                 "which writes it anew, or restore it from a copy"
             )
@@ -195,14 +182,14 @@ def _made(folder: Path, wanted: GalleryInfo, model: Model, plan: Plan | None) ->
         return _write(folder, rebuilt)
     if folder.is_dir() and recorded_shards(folder):
         raise GalleryMismatch(
-            f"{gallery_file(folder)} is lost or damaged, and no plan tells what it said; restore it from a copy"
+            f"{layout.gallery_file(folder)} is lost or damaged, and no plan tells what it said; restore it from a copy"
         )
     if folder.is_dir() and feature_shards(folder):
         raise GalleryMismatch(
             f"{folder} holds shards that ruiji did not make: nothing says which model and preprocessing they "
             "came from, so nothing is added to them (ruiji search reads them). Choose another --feature-dir"
         )
-    return _write(folder, wanted, exclusive=not gallery_file(folder).exists())
+    return _write(folder, wanted, exclusive=not layout.gallery_file(folder).exists())
 
 
 def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> GalleryInfo:
@@ -210,7 +197,7 @@ def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> GalleryI
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = [to_json({"format": FORMAT, **asdict(info)})]
-        write_atomic(gallery_file(folder), content, exclusive=exclusive, sync=True)
+        write_atomic(layout.gallery_file(folder), content, exclusive=exclusive, sync=True)
         sync_folder(folder)
     except (OSError, MachineFault) as error:
         raise RuijiError(f"cannot write the feature folder {folder}: {error}") from None
@@ -230,7 +217,7 @@ def _unused(folder: Path) -> bool:
     return not (
         current(folder).number
         or current(folder).plan_id
-        or generations_folder(folder).exists()
+        or layout.generations_folder(folder).exists()
         or any(closed_plans(folder))
         or recorded_shards(folder)
         or feature_shards(folder)
@@ -260,7 +247,7 @@ def check_place(folder: Path, gallery: GalleryInfo, client: "redis.Redis") -> No
         GalleryMismatch: the folder is a copy.
     """
     key = f"ruiji:{gallery.gallery_id}:place"
-    here = _Place(socket.gethostname(), str(folder.resolve()), gallery_file(folder).stat().st_ino)
+    here = _Place(socket.gethostname(), str(folder.resolve()), layout.gallery_file(folder).stat().st_ino)
     try:
         noted = as_type(json.loads(client.get(key) or "null"), _Place, Path(key))
     except (ValueError, FileDamaged):
@@ -280,7 +267,7 @@ def _is_at(place: _Place, gallery: GalleryInfo) -> bool:
         return (
             found is not None
             and found.gallery_id == gallery.gallery_id
-            and os.stat(gallery_file(other)).st_ino == place.inode
+            and os.stat(layout.gallery_file(other)).st_ino == place.inode
         )
     except (OSError, RuijiError):
         return False

@@ -19,18 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch
 from pipeline.store import read_json, sync_folder, to_json, write_atomic
 
 #: Version of the files in `run/`; the first had one open plan under a fixed name, and no generations.
 RUN_FORMAT = 2
 
-_COMMIT = re.compile(r"(\d{6,})\.json")
 _MADE = re.compile(r"[0-9a-f]{16}")
 _PLAN_ID = re.compile(r"[0-9a-f]{16}")
-_BITS = re.compile(r"(\d{4,})\.bits")
-_IDS = re.compile(r"(\d{4,})\.ids\.txt")
-_FAILED = "failed.txt"
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,12 @@ class Generation:
     @property
     def made_folder(self) -> Path:
         """What was made for this generation."""
-        return made_folder(self.folder) / self.made
+        return layout.made_folder(self.folder) / self.made
 
     @property
     def marks_folder(self) -> Path:
         """Which rows are stale."""
-        return self.made_folder / "stale" if self.number else self.folder / "run" / "stale"
+        return layout.stale_folder(self.made_folder) if self.number else layout.first_stale_folder(self.folder)
 
 
 @dataclass(frozen=True)
@@ -100,21 +97,6 @@ def is_plan_id(value: object) -> bool:
     return isinstance(value, str) and _PLAN_ID.fullmatch(value) is not None
 
 
-def generations_folder(folder: Path) -> Path:
-    """Where the commits lie."""
-    return folder / "run" / "generations"
-
-
-def made_folder(folder: Path) -> Path:
-    """Where what is made for a generation lies, committed or not."""
-    return folder / "run" / "made"
-
-
-def first_plan_file(folder: Path) -> Path:
-    """The open plan of a gallery from before generations; since then a note that makes an older ruiji refuse."""
-    return folder / "run" / "plan.json"
-
-
 def current(folder: Path) -> Generation:
     """What was committed last.
 
@@ -122,10 +104,10 @@ def current(folder: Path) -> Generation:
         GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
     """
     try:
-        names = [path.name for path in generations_folder(folder).iterdir()]
+        names = [path.name for path in layout.generations_folder(folder).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         names = []
-    numbers = [int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))]
+    numbers = [number for name in names if (number := layout.generation_number(name)) is not None]
     if not numbers:
         return _before(folder)
     return read_generation(folder, max(numbers))
@@ -137,7 +119,7 @@ def read_generation(folder: Path, number: int) -> Generation:
     Raises:
         FileNotFoundError: it was not. GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
     """
-    path = commit_file(folder, number)
+    path = layout.generation_file(folder, number)
     value = read_json(path, RUN_FORMAT)
     try:
         made, plan_id = value["made"], value["plan"]
@@ -151,14 +133,14 @@ def read_generation(folder: Path, number: int) -> Generation:
 def _before(folder: Path) -> Generation:
     """What a ruiji without generations left."""
     plan_id = objects = None
-    path = first_plan_file(folder)
+    path = layout.first_plan_file(folder)
     try:
         value = read_json(path, RUN_FORMAT)
         if value["format"] == 1:
             plan_id = value["plan_id"]
             if not is_plan_id(plan_id):
                 raise GalleryMismatch(f"{path} is damaged: it has no plan's id; restore it from a copy")
-        path = folder / "run" / "list.json"
+        path = layout.first_list_file(folder)
         objects = _list_state(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -177,16 +159,11 @@ def _list_state(value: dict[str, Any]) -> ListState:
     return ListState(digest=digest, remade=tuple(remade), marks=marks, **counts)
 
 
-def commit_file(folder: Path, number: int) -> Path:
-    """The file whose link commits a generation."""
-    return generations_folder(folder) / f"{number:06d}.json"
-
-
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
     """A folder of its own below `run/made`; it goes when the block ends, unless it was committed."""
     name = secrets.token_hex(8)
-    path = made_folder(folder) / name
+    path = layout.made_folder(folder) / name
     path.mkdir(parents=True)
     try:
         yield path
@@ -208,7 +185,7 @@ def commit(after: Generation, made: Path, plan_id: str | None, objects: ListStat
         MachineFault: the folder cannot be written.
     """
     folder = after.folder
-    path = commit_file(folder, after.number + 1)
+    path = layout.generation_file(folder, after.number + 1)
     path.parent.mkdir(exist_ok=True)
     note_format(folder)
     value = {"format": RUN_FORMAT, "list": asdict(objects), "made": made.name, "plan": plan_id}
@@ -223,7 +200,7 @@ def commit(after: Generation, made: Path, plan_id: str | None, objects: ListStat
 
 def note_format(folder: Path) -> None:
     """Leave the note by which a ruiji without generations refuses the gallery, in the place of its open plan."""
-    path = first_plan_file(folder)
+    path = layout.first_plan_file(folder)
     try:
         if read_json(path, RUN_FORMAT)["format"] == RUN_FORMAT:
             return
@@ -248,13 +225,13 @@ def write_marks(
         digest, lines: of the list.
         rows: how many rows `stale` marks.
     """
-    folder = made / "stale"
+    folder = layout.stale_folder(made)
     for shard, bits in stale.items():
-        write_atomic(folder / f"{shard:04d}.bits", [bits], sync=True)
+        write_atomic(layout.stale_bits_file(folder, shard), [bits], sync=True)
     for shard, object_ids in ids.items():
-        write_atomic(folder / f"{shard:04d}.ids.txt", [_lines(object_ids)], sync=True)
+        write_atomic(layout.stale_ids_file(folder, shard), [_lines(object_ids)], sync=True)
     if failed:
-        write_atomic(folder / _FAILED, [_lines(failed)], sync=True)
+        write_atomic(layout.stale_failed_file(folder), [_lines(failed)], sync=True)
     return ListState(digest, lines, rows, len(failed), tuple(sorted(ids)), marks_digest(folder))
 
 
@@ -276,7 +253,7 @@ def marks_digest(folder: Path) -> str:
 
 def _mark_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if _BITS.fullmatch(path.name) or _IDS.fullmatch(path.name) or path.name == _FAILED:
+        if layout.is_stale_file(path.name):
             yield path.name, path.read_bytes()
 
 
@@ -296,10 +273,10 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
             for name, data in _mark_files(now.marks_folder):
                 digest.update(f"{name} {len(data)}\n".encode())
                 digest.update(data)
-                if match := _BITS.fullmatch(name):
-                    bits[int(match[1])] = data
-                elif match := _IDS.fullmatch(name):
-                    ids[int(match[1])] = frozenset(data.decode().split("\n")[:-1])
+                if (shard := layout.bits_shard(name)) is not None:
+                    bits[shard] = data
+                elif (shard := layout.ids_shard(name)) is not None:
+                    ids[shard] = frozenset(data.decode().split("\n")[:-1])
                 else:
                     failed = tuple(data.decode().split("\n")[:-1])
         except FileNotFoundError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.errors import ModelError
+from pipeline.layout import toml_file
 
 ARTICLE_INPUT, ARTICLE_OUTPUT = "inputs:0", "feature_vector"
 RESIZE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -131,7 +132,7 @@ def load_model(path: Path, pixels: int | None = None) -> Model:
     """
     graph = _load_graph(path)
     inputs, outputs = graph_tensors(graph)
-    declared = _read_toml(path.with_suffix(".toml"))
+    declared = _read_toml(toml_file(path))
     try:
         spec, batch = _resolve(inputs, outputs, declared, PIXELS[-1] if pixels is None else pixels)
     except ModelError as error:
@@ -174,7 +175,7 @@ def why_another(model: Model, contract: dict[str, Any] | None) -> str:
     if model.spec.pixels == kept:
         return "the model file or its .toml has changed"
     return (
-        f"{model.path.with_suffix('.toml')} says pixels = {model.spec.pixels}, the gallery has pixels = {kept}; take "
+        f"{toml_file(model.path)} says pixels = {model.spec.pixels}, the gallery has pixels = {kept}; take "
         "that line out to go on with this gallery"
     )
 
@@ -396,7 +397,7 @@ def _per_channel(what: str, value: Any, channels: int) -> tuple[float, ...]:
 
 
 def _toml_digest(path: Path) -> str | None:
-    toml = path.with_suffix(".toml")
+    toml = toml_file(path)
     return _file_digest(toml) if toml.exists() else None
 
 

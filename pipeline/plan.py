@@ -20,26 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, MachineFault, PlanMismatch
-from pipeline.generations import (
-    RUN_FORMAT,
-    commit_file,
-    current,
-    first_plan_file,
-    is_plan_id,
-    note_format,
-    read_generation,
-)
+from pipeline.generations import RUN_FORMAT, current, is_plan_id, note_format, read_generation
+from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
 from pipeline.objects import IdScheme, ObjectList, read_lines
 from pipeline.store import (
     Record,
-    fruitless_folder,
     read_error,
     read_feature,
     read_json,
     read_record,
     recorded_shards,
-    shard_file,
     sync_folder,
     versions_tag,
     write_atomic,
@@ -163,7 +155,11 @@ class Plan:
 
     @property
     def _commit(self) -> Path:
-        return commit_file(self.folder, self.generation) if self.generation else first_plan_file(self.folder)
+        return (
+            layout.generation_file(self.folder, self.generation)
+            if self.generation
+            else layout.first_plan_file(self.folder)
+        )
 
     def there(self) -> bool:
         """Whether the gallery folder shows the plan, open or closed: it may be another folder by now."""
@@ -221,28 +217,28 @@ class Plan:
     @property
     def todo(self) -> Path:
         """The todo list, one path a line: beside the open plan, then beside the closed one."""
-        return self._first_todo if self._first_todo.exists() else self.closed_folder / "todo.txt"
+        return self._first_todo if self._first_todo.exists() else layout.todo_file(self.closed_folder)
 
     @cached_property
     def _first_todo(self) -> Path:
         if not self.generation:
-            return self.folder / "run" / f"{self.plan_id}.todo.txt"
-        return read_generation(self.folder, self.generation).made_folder / "todo.txt"
+            return layout.first_todo_file(self.folder, self.plan_id)
+        return layout.todo_file(read_generation(self.folder, self.generation).made_folder)
 
     def _open_todo(self) -> BufferedReader:
         # In this order: the first is removed only after the plan was closed.
         try:
             return self._first_todo.open("rb")
         except FileNotFoundError:
-            return (self.closed_folder / "todo.txt").open("rb")
+            return layout.todo_file(self.closed_folder).open("rb")
 
     @property
     def closed_folder(self) -> Path:
         """Where it lies once it is closed."""
-        return _closed_folder(self.folder, self.plan_id)
+        return layout.closed_folder(self.folder, self.plan_id)
 
     def object_file(self, object_id: str, ending: str) -> str:
-        """The name of an object's feature (`.npy`) or error file (`.error.json`).
+        """The name of an object's feature or error file, by its ending.
 
         A plain string, for what runs once an image: a `Path` takes as long to make as the file takes to open.
         """
@@ -250,23 +246,23 @@ class Plan:
 
     def feature_file(self, object_id: str) -> Path:
         """Where an object's feature goes until its shard is published."""
-        return Path(self.object_file(object_id, ".npy"))
+        return Path(self.object_file(object_id, FEATURE_ENDING))
 
     def error_file(self, object_id: str) -> Path:
         """Where an object's failure is recorded until its shard tells it."""
-        return Path(self.object_file(object_id, ".error.json"))
+        return Path(self.object_file(object_id, ERROR_ENDING))
 
     def feature(self, object_id: str) -> NDArray[np.float32] | None:
         """An object's feature, float32[d], or None if it has no valid file by the plan's library versions."""
-        return read_feature(self.object_file(object_id, ".npy"), self.length, self.tag, not self.generation)
+        return read_feature(self.object_file(object_id, FEATURE_ENDING), self.length, self.tag, not self.generation)
 
     def keep_feature(self, object_id: str, feature: NDArray[np.float32]) -> None:
         """Write an object's feature, float32[d]."""
-        write_feature(self.object_file(object_id, ".npy"), feature, self.tag)
+        write_feature(self.object_file(object_id, FEATURE_ENDING), feature, self.tag)
 
     def error(self, object_id: str) -> tuple[str, str] | None:
         """(reason, message) of an object that failed under this plan, or None."""
-        return read_error(self.object_file(object_id, ".error.json"), self.plan_id, not self.generation)
+        return read_error(self.object_file(object_id, ERROR_ENDING), self.plan_id, not self.generation)
 
     def keep_error(self, object_id: str, reason: str, message: str) -> None:
         """Record that an object failed under this plan."""
@@ -276,7 +272,7 @@ class Plan:
         """Whether an object has an error file and no valid feature file."""
         # Mostly there is no error file, and to ask takes less time than to fail to open.
         return (
-            os.access(self.object_file(object_id, ".error.json"), os.F_OK)
+            os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK)
             and self.error(object_id) is not None
             and self.feature(object_id) is None
         )
@@ -285,20 +281,20 @@ class Plan:
         """Whether an object has a valid feature file or an error file."""
         object_id = self.scheme.object_id(path)
         # Mostly there is neither, and to ask takes less time than to fail to open.
-        return (os.access(self.object_file(object_id, ".npy"), os.F_OK) and self.feature(object_id) is not None) or (
-            os.access(self.object_file(object_id, ".error.json"), os.F_OK) and self.error(object_id) is not None
-        )
+        return (
+            os.access(self.object_file(object_id, FEATURE_ENDING), os.F_OK) and self.feature(object_id) is not None
+        ) or (os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK) and self.error(object_id) is not None)
 
     def forget(self, path: str) -> None:
         """Delete an object's feature and error file."""
         object_id = self.scheme.object_id(path)
-        for ending in (".npy", ".error.json"):
+        for ending in layout.NESTED_ENDINGS:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.object_file(object_id, ending))
 
     def record(self, segment: Segment) -> Record | None:
         """The segment's record, or None while it is not published."""
-        folders = [self.folder, fruitless_folder(self.folder)] if segment.retry else [self.folder]
+        folders = [self.folder, layout.fruitless_folder(self.folder)] if segment.retry else [self.folder]
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
                 return read_record(folder, segment.shard)
@@ -306,15 +302,15 @@ class Plan:
 
     def published(self, segment: Segment) -> bool:
         """Whether the segment has its record: nothing more is wanted of its objects."""
-        if shard_file(self.folder, segment.shard, "json").exists():
+        if layout.record_file(self.folder, segment.shard).exists():
             return True
-        return segment.retry and shard_file(fruitless_folder(self.folder), segment.shard, "json").exists()
+        return segment.retry and layout.record_file(layout.fruitless_folder(self.folder), segment.shard).exists()
 
     def unpublished(self) -> list[Segment]:
         """Segments that have no record yet; one listing of the gallery folder."""
         recorded = set(recorded_shards(self.folder))
         if self.retry:
-            recorded |= set(recorded_shards(fruitless_folder(self.folder)))
+            recorded |= set(recorded_shards(layout.fruitless_folder(self.folder)))
         return [segment for segment in self.segments if segment.shard not in recorded]
 
     @property
@@ -386,23 +382,9 @@ def plan_id_of(plan: Plan, todo_digest: str, again: int = 0) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _closed_folder(folder: Path, plan_id: str) -> Path:
-    return folder / "run" / "done" / plan_id
-
-
-def suspects_folder(folder: Path, plan_id: str) -> Path:
-    """Where a plan's objects are noted that were in hand when a worker died."""
-    return folder / "run" / "suspects" / plan_id
-
-
-def emptied_folder(folder: Path, plan_id: str) -> Path:
-    """Where an open plan notes the shards whose per-image files are gone."""
-    return folder / "run" / "emptied" / plan_id
-
-
 def is_closed(folder: Path, plan_id: str) -> bool:
     """Whether a plan was finished or cancelled."""
-    return (_closed_folder(folder, plan_id) / "plan.json").exists()
+    return layout.plan_file(layout.closed_folder(folder, plan_id)).exists()
 
 
 def open_plan(folder: Path) -> Plan | None:
@@ -415,7 +397,7 @@ def open_plan(folder: Path) -> Plan | None:
         now = current(folder)
         if now.plan_id is None or is_closed(folder, now.plan_id):
             return None
-        path = now.made_folder / "plan.json" if now.number else first_plan_file(folder)
+        path = layout.plan_file(now.made_folder) if now.number else layout.first_plan_file(folder)
         try:
             plan, _ = _read_plan(folder, path)
         except FileNotFoundError:
@@ -490,8 +472,8 @@ def _to_json(plan: Plan, **extra: object) -> bytes:
 
 def write_plan(made: Path, plan: Plan) -> None:
     """Write a plan that is to be committed, beside its todo list; durable when this returns."""
-    write_atomic(made / "plan.json", [_to_json(plan)], sync=True)
-    with (made / "todo.txt").open("rb") as file:
+    write_atomic(layout.plan_file(made), [_to_json(plan)], sync=True)
+    with layout.todo_file(made).open("rb") as file:
         os.fsync(file.fileno())
     sync_folder(made)
     sync_folder(made.parent)
@@ -509,8 +491,8 @@ def closed_plans(folder: Path) -> Iterator[tuple[Plan, frozenset[int]]]:
 
 
 def _closed_files(folder: Path) -> list[Path]:
-    done = folder / "run" / "done"
-    files = [path / "plan.json" for path in sorted(done.iterdir())] if done.is_dir() else []
+    done = layout.done_folder(folder)
+    files = [layout.plan_file(path) for path in sorted(done.iterdir())] if done.is_dir() else []
     return [path for path in files if path.exists()]
 
 
@@ -542,7 +524,7 @@ class Published:
 
     def fruitless(self) -> list[int]:
         """Numbers of the retried segments of which all failed again, likewise."""
-        recorded = recorded_shards(fruitless_folder(self._folder))
+        recorded = recorded_shards(layout.fruitless_folder(self._folder))
         late = self._too_late(1) if recorded else set()
         return [shard for shard in recorded if shard not in late]
 
@@ -631,20 +613,20 @@ def close_plan(plan: Plan) -> None:
     target.mkdir(parents=True, exist_ok=True)
     # A lost list does not keep a plan from being closed.
     with contextlib.suppress(FileExistsError, FileNotFoundError):
-        os.link(plan._first_todo, target / "todo.txt")
+        os.link(plan._first_todo, layout.todo_file(target))
     settled = {segment.shard for segment in plan.segments}
     lists = {
         "published": sorted(settled & set(recorded_shards(plan.folder))),
-        "fruitless": sorted(settled & set(recorded_shards(fruitless_folder(plan.folder)))),
+        "fruitless": sorted(settled & set(recorded_shards(layout.fruitless_folder(plan.folder)))),
     }
-    write_atomic(target / "plan.json", [_to_json(plan, **lists)], exclusive=True, sync=True)
+    write_atomic(layout.plan_file(target), [_to_json(plan, **lists)], exclusive=True, sync=True)
     sync_folder(target)
     sync_folder(target.parent)
     if not plan.generation:
         note_format(plan.folder)
     plan._first_todo.unlink(missing_ok=True)
-    shutil.rmtree(suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
-    shutil.rmtree(emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
+    shutil.rmtree(layout.suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
+    shutil.rmtree(layout.emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
 
 
 def cancel_plan(plan: Plan) -> None:
@@ -671,15 +653,15 @@ def empty_segment(plan: Plan, segment: Segment) -> None:
         return
     for failure in record.failed:
         plan.forget(failure.path)
-    for path in read_lines(shard_file(plan.folder, segment.shard, "paths.txt")) if record.rows else ():
+    for path in read_lines(layout.paths_file(plan.folder, segment.shard)) if record.rows else ():
         plan.forget(path)
-    write_atomic(emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
+    write_atomic(layout.emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
 
 
 def not_emptied(plan: Plan) -> list[Segment]:
     """Segments whose per-image files may be there still, and go with their shard's publishing."""
     try:
-        emptied = set(os.listdir(emptied_folder(plan.folder, plan.plan_id)))
+        emptied = set(os.listdir(layout.emptied_folder(plan.folder, plan.plan_id)))
     except FileNotFoundError:
         emptied = set()
     return [s for s in plan.segments if str(s.index) not in emptied and not plan.keep_features]
@@ -688,7 +670,7 @@ def not_emptied(plan: Plan) -> list[Segment]:
 def came_too_late(plan: Plan, segment: Segment) -> bool:
     """Whether the plan was closed before this segment was published: a record that was linked since does not exist."""
     try:
-        closed, extra = _read_plan(plan.folder, plan.closed_folder / "plan.json")
+        closed, extra = _read_plan(plan.folder, layout.plan_file(plan.closed_folder))
     except FileNotFoundError:
         return False
     # What is made again stands on the list of the plan that made it first.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, RuijiError, UsageError
 from pipeline.gallery import GalleryInfo, keep_gallery
 from pipeline.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
@@ -33,7 +34,7 @@ from pipeline.plan import (
     write_plan,
 )
 from pipeline.probes import find_probes
-from pipeline.store import SHARD_ENDINGS, fruitless_folder, read_record, recorded_shards, shard_file, sync_folder
+from pipeline.store import read_record, recorded_shards, sync_folder
 from pipeline.versions import library_versions
 
 #: What an entry has in place of a row: the object failed; it is made again with its lost shard.
@@ -119,7 +120,7 @@ def make_plan(
             again.
         GalleryMismatch: a file that tells what is done is damaged.
     """
-    (folder / "run").mkdir(parents=True, exist_ok=True)
+    layout.run_folder(folder).mkdir(parents=True, exist_ok=True)
     for _ in range(_ATTEMPTS):
         # Before anything is looked at: the commit proves that it is still so.
         before = current(folder)
@@ -152,8 +153,8 @@ def _make(
 ) -> tuple[Plan | None, ListState]:
     """Write a plan, if anything is to do, and the marks of the list into `made`."""
     scheme = IdScheme(gallery.object_id)
-    todo = made / "todo.txt"
-    with tempfile.TemporaryDirectory(dir=made, prefix=".tmp-") as name:
+    todo = layout.todo_file(made)
+    with tempfile.TemporaryDirectory(dir=made, prefix=layout.TEMPORARY_PREFIX) as name:
         scratch = Path(name)
         lost, given_up, next_shard = lost_segments(folder)
         lost_lines = scratch / "lost"
@@ -227,7 +228,7 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
             if entry.segment.shard in marks.ids or entry.segment.shard in marks.bits
         }
         with making(folder) as made:
-            segments = _copy_lost(lost, made / "todo.txt")
+            segments = _copy_lost(lost, layout.todo_file(made))
             state = before.objects or ListState(lost[0].plan.list_digest, lost[0].plan.list_lines, 0, 0)
             bits = {shard: marked for shard, marked in marks.bits.items() if shard not in off_list}
             ids = {shard: sorted(marked) for shard, marked in {**marks.ids, **off_list}.items()}
@@ -244,7 +245,7 @@ def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
                 origins=_origins(lost),
                 given_up=(),
             )
-            plan = _named(draft, made / "todo.txt")
+            plan = _named(draft, layout.todo_file(made))
             write_plan(made, plan)
             for shard in broken:
                 set_aside(folder, shard)
@@ -261,17 +262,12 @@ def _off_list(folder: Path, lost: _Lost, marks: Marks) -> frozenset[str]:
     except (FileNotFoundError, GalleryMismatch):
         raise UsageError(
             f"shard {shard:04d} has no readable record, and which of its objects left the object list is not known: "
-            f"delete {shard_file(folder, shard, 'json').name} if it is there, then run ruiji enqueue (or ruiji run) "
+            f"delete {layout.record_file(folder, shard).name} if it is there, then run ruiji enqueue (or ruiji run) "
             "with the list, which makes the shard again"
         ) from None
     paths = [path for path in lost.plan.paths(lost.segment) if path not in failed]
     marked = np.unpackbits(np.frombuffer(marks.bits[shard], dtype=np.uint8))
     return frozenset(lost.plan.scheme.object_id(path) for path, off in zip(paths, marked, strict=False) if off)
-
-
-def broken_folder(folder: Path) -> Path:
-    """Where broken shards lie that are made again, each in a folder of its number."""
-    return folder / "run" / "broken"
 
 
 def set_aside(folder: Path, shard: int) -> None:
@@ -280,7 +276,7 @@ def set_aside(folder: Path, shard: int) -> None:
     Raises:
         UsageError: they are being moved by another repair, or an earlier one left its copy.
     """
-    target = broken_folder(folder) / f"{shard:04d}"
+    target = layout.broken_shard_folder(folder, shard)
     target.parent.mkdir(exist_ok=True)
     try:
         # One of several repairs; nothing is put back, since a reducer may be writing under these names by then.
@@ -290,9 +286,9 @@ def set_aside(folder: Path, shard: int) -> None:
             f"{target} is there: another repair is at work, or an earlier one left it; if none is, move it away and "
             "run ruiji verify --repair again"
         ) from None
-    for ending in ("json", *SHARD_ENDINGS):
+    for ending in (layout.RECORD, *layout.SHARD_ENDINGS):
         with suppress(FileNotFoundError):
-            shard_file(folder, shard, ending).rename(shard_file(target, shard, ending))
+            layout.shard_file(folder, shard, ending).rename(layout.shard_file(target, shard, ending))
     sync_folder(folder)
 
 
@@ -356,17 +352,17 @@ def _copy_lost(lost: list[_Lost], todo: Path) -> list[Segment]:
 
 def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], lost_lines: Path, scratch: Path) -> Path:
     """The entries of all that needs no planning, a line each, by id."""
-    raw, by_id = scratch / "done", scratch / "done-by-id"
+    raw, by_id = scratch / "settled", scratch / "settled-by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         published = Published(folder)
         for shard in published.shards():
             record = read_record(folder, shard)
-            for row, path in enumerate(read_lines(shard_file(folder, shard, "paths.txt"))):
+            for row, path in enumerate(read_lines(layout.paths_file(folder, shard))):
                 out.write(f"{scheme.object_id(path)}\t{shard}\t{row}\t\n")
             for failure in record.failed:
                 out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
         for shard in published.fruitless():
-            for failure in read_record(fruitless_folder(folder), shard).failed:
+            for failure in read_record(layout.fruitless_folder(folder), shard).failed:
                 out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
         lines = read_lines(lost_lines)
         for segment in lost:
@@ -401,7 +397,7 @@ def _compare(
     sort_lines(raw, fresh)
     bits: dict[int, bytes] = {}
     for shard, numbers in stale.items():
-        mask = np.zeros(count_lines(shard_file(folder, shard, "paths.txt")), dtype=bool)
+        mask = np.zeros(count_lines(layout.paths_file(folder, shard)), dtype=bool)
         mask[numbers] = True
         bits[shard] = np.packbits(mask).tobytes()
     rows_marked = sum(map(len, stale.values()))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, RuijiError
 from pipeline.objects import ObjectList, read_lines
 from pipeline.plan import Plan
@@ -40,18 +41,14 @@ def find_probes(media_dir: Path, objects: ObjectList) -> tuple[str, ...]:
 
 def note_probes(plan: Plan, probes: tuple[str, ...]) -> None:
     """Give the open plan fresh probes: its own may be gone, and its images be others than the list's."""
-    write_atomic(_file(plan.folder), [to_json({"format": FORMAT, "plan": plan.plan_id, "probes": probes})])
+    write_atomic(layout.probes_file(plan.folder), [to_json({"format": FORMAT, "plan": plan.plan_id, "probes": probes})])
 
 
 def noted_probes(plan: Plan) -> list[str]:
     """The fresh probes of a plan; empty if there are none that can be used."""
     try:
-        value: dict[str, Any] = read_json(_file(plan.folder))
+        value: dict[str, Any] = read_json(layout.probes_file(plan.folder))
         probes = value["probes"] if value["plan"] == plan.plan_id else []
     except (OSError, GalleryMismatch, KeyError, TypeError):
         return []
     return [path for path in probes if isinstance(path, str)] if isinstance(probes, list) else []
-
-
-def _file(folder: Path) -> Path:
-    return folder / "run" / "probes.json"

@@ -10,18 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.altered import count_marks, drop_marks
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plan import Plan, Segment, came_too_late, close_plan, empty_segment, not_emptied
 from pipeline.store import (
-    TEMPORARY_PREFIX,
     Failure,
     Record,
     check_shard,
-    fruitless_folder,
     read_record,
     shard_contents,
-    shard_file,
     sync_folder,
     write_atomic,
     write_record,
@@ -134,11 +132,11 @@ def _publish(
     )
     if fruitless:
         still_ours()
-        write_record(fruitless_folder(plan.folder), record)
+        write_record(layout.fruitless_folder(plan.folder), record)
         return record
     for ending, content in contents.items():
         still_ours()
-        write_atomic(shard_file(plan.folder, segment.shard, ending), [content], sync=True)
+        write_atomic(layout.shard_file(plan.folder, segment.shard, ending), [content], sync=True)
     try:
         check_shard(plan.folder, record)
     except ShardCorrupt as error:
@@ -172,7 +170,7 @@ def nested_folders(folder: Path) -> Iterator[Path]:
     """The folders in which per-image files lie, below the gallery folder or one of them."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            if len(entry.name) <= 2 and entry.is_dir(follow_symlinks=False):
+            if layout.may_be_nested(entry.name) and entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)
 
 
@@ -189,7 +187,7 @@ def _tidy(folder: Path, since_ns: int) -> None:
 def _remove_temporary(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(TEMPORARY_PREFIX):
+            if entry.name.startswith(layout.TEMPORARY_PREFIX):
                 Path(entry.path).unlink(missing_ok=True)
 
 

@@ -1,6 +1,5 @@
 """A run from the outside: enqueue a list, follow its progress, and the whole of it on one machine."""
 
-import hashlib
 import logging
 import os
 import shutil
@@ -16,9 +15,10 @@ from pathlib import Path
 
 import redis
 
+from pipeline import layout
 from pipeline.children import python_command, start_child
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
-from pipeline.gallery import check_place, claim_gallery, gallery_folder, gallery_model, read_gallery
+from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
@@ -71,7 +71,7 @@ class Work:
     @property
     def folder(self) -> Path:
         """The gallery folder."""
-        return gallery_folder(self.feature_dir, self.model)
+        return layout.gallery_folder(self.feature_dir, self.model)
 
 
 def enqueue(
@@ -100,10 +100,10 @@ def enqueue(
     # The model that a gallery was made by ran: it is not tried again.
     if (found is None or found.fingerprint != model.fingerprint) and (untried := prove_model(model)) is not None:
         logger.warning("%s; the first worker tries it", untried, extra={"event": "model_untried"})
-    run = work.folder / "run"
+    run = layout.run_folder(work.folder)
     with machine_faults(f"cannot write {run}"), _leaving_nothing(run):
         run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-list-") as scratch:
+        with tempfile.TemporaryDirectory(dir=run, prefix=f"{layout.TEMPORARY_PREFIX}list-") as scratch:
             objects = prepare(list_path, Path(scratch), scheme, exclude)
             if found is None:
                 # Before the folder is this model's: a first enqueue that is refused leaves no claim.
@@ -219,11 +219,11 @@ def run_here(
         UsageError: another `ruiji run` is at work on the same folder.
         RuijiError: the workers cannot start, or the Redis died. PlanStopped: a fault that cannot pass.
     """
-    private = _private(work.folder, state_dir)
+    private = layout.own_run_folder(state_dir, work.folder)
     private.mkdir(parents=True, exist_ok=True)
     # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
     with (
-        locked(private / "lock", f"another ruiji run is at work on {work.folder} on this machine"),
+        locked(layout.lock_file(private), f"another ruiji run is at work on {work.folder} on this machine"),
         _scratch(private) as data,
         embedded_redis(data) as (url, check_redis),
     ):
@@ -240,32 +240,22 @@ def run_here(
     return StatusReader(work.folder, None).read()
 
 
-def _private(folder: Path, state_dir: Path) -> Path:
-    """Where `ruiji run` keeps what it needs on this machine for a gallery folder."""
-    return state_dir / "runs" / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-
-
 @contextmanager
 def _scratch(private: Path) -> Iterator[Path]:
     """A new folder; what a run that was killed left of its own goes."""
-    for left in private.glob("redis-*"):
+    for left in private.glob(f"{layout.OWN_REDIS_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=private, prefix="redis-") as name:
+    with tempfile.TemporaryDirectory(dir=private, prefix=layout.OWN_REDIS_PREFIX) as name:
         yield Path(name)
 
 
 def redis_of_run(folder: Path, state_dir: Path) -> redis.Redis | None:
     """The Redis of a `ruiji run` that is at work on a gallery folder now, for this user on this machine."""
-    for data in _private(folder, state_dir).glob("redis-*"):
+    for data in layout.own_run_folder(state_dir, folder).glob(f"{layout.OWN_REDIS_PREFIX}*"):
         url = url_of(data)
         with suppress(RuijiError):
             return connect(url) if url is not None else None
     return None
-
-
-def made_list(folder: Path) -> Path:
-    """Where a run keeps the list that it made for a gallery folder."""
-    return folder / "run" / "objects.txt"
 
 
 class Source:
@@ -278,8 +268,8 @@ class Source:
     def __init__(self, work: Work, list_path: Path | None, exclude: Exclude) -> None:
         self.unread = 0
         self._work, self._exclude = work, exclude
-        self._given, self._standing = list_path, work.media_dir / "objects.txt"
-        self._made = made_list(work.folder)
+        self._given, self._standing = list_path, layout.object_list_file(work.media_dir)
+        self._made = layout.run_list_file(work.folder)
         self._told: set[str] = set()
 
     def enqueue(self, url: str) -> Enqueued:
@@ -312,7 +302,7 @@ class Source:
         scan = Scan(work.media_dir, self._exclude)
         try:
             with machine_faults(f"cannot write below {work.folder}"):
-                count = count_unlisted(scan, self._standing, IdScheme(work.object_id), work.folder / "run")
+                count = count_unlisted(scan, self._standing, IdScheme(work.object_id), layout.run_folder(work.folder))
         except RuijiError as error:
             self._tell([f"whether all images are on {self._standing} is not known: {error}"])
             return

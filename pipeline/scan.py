@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline import layout
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme, clean_list, escaped, prepare, read_lines, sort_lines
 
@@ -32,7 +33,7 @@ _TRASH_OF_A_USER = ".trash-"
 _COMPANION = "._"
 _SYSTEM_FILES = frozenset((".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini"))
 #: In a list's folder while it is written.
-_SCRATCH = ".tmp-list-"
+_SCRATCH = f"{layout.TEMPORARY_PREFIX}list-"
 #: Of one folder alone; anything else can be a disk or network that is away, and most of the images with it.
 _OF_ONE_FOLDER = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 #: How many endings, folders or names are told one by one.
@@ -98,7 +99,7 @@ class Scan:
             self._excluded["folders"] += 1
         elif entry.is_symlink():
             self._linked.append(path)
-        elif os.path.exists(os.path.join(entry.path, "gallery.json")):
+        elif os.path.exists(layout.gallery_file(Path(entry.path))):
             self._galleries.append(path)
         else:
             return True
@@ -113,7 +114,7 @@ class Scan:
         elif self._exclude.takes(path):
             self._excluded["files"] += 1
         elif ending not in IMAGE_ENDINGS:
-            if path != "objects.txt":
+            if path != layout.OBJECT_LIST:
                 self._others[ending or "without an ending"] += 1
         else:
             if entry.is_symlink():

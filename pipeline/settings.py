@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, url
 
 import typer
 
+from pipeline import layout
 from pipeline.errors import RuijiError, UsageError
 
 
@@ -333,12 +334,7 @@ def make_state_folder(state_dir: Path | None) -> Path:
 
 def list_file(list_path: Path | None, media_dir: Path) -> Path:
     """The object list to read."""
-    return list_path if list_path is not None else media_dir / "objects.txt"
-
-
-def redis_url_file(state_dir: Path | None) -> Path:
-    """Where the embedded Redis leaves its address, password included; readable by its owner only."""
-    return state_folder(state_dir) / "redis.url"
+    return list_path if list_path is not None else layout.object_list_file(media_dir)
 
 
 def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_dir: Path | None) -> str:
@@ -354,7 +350,7 @@ def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_d
     """
     if redis_url is None:
         try:
-            return redis_url_file(state_dir).read_text(encoding="utf-8").strip()
+            return layout.redis_url_file(state_folder(state_dir)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             raise UsageError(
                 "no Redis: start one with `ruiji redis` (or make up), or set RUIJI_REDIS_URL (--redis-url)"

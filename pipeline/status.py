@@ -7,6 +7,7 @@ from typing import Any
 
 import redis
 
+from pipeline import layout
 from pipeline.altered import Altered, AlteredReader
 from pipeline.errors import FileDamaged, UsageError
 from pipeline.gallery import read_gallery
@@ -16,7 +17,7 @@ from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
 from pipeline.queue.chords import Chords
 from pipeline.stops import stopped
-from pipeline.store import as_type, read_record, shard_file
+from pipeline.store import as_type, read_record
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class StatusReader:
             rows = int.from_bytes(bits).bit_count()
             failed = 0
             if ids and shard.done:
-                paths = read_lines(shard_file(self._folder, number, "paths.txt"))
+                paths = read_lines(layout.paths_file(self._folder, number))
                 rows += sum(self._scheme.object_id(path) in ids for path in paths)
             if shard.failed and (ids or marks.failed) and not shard.retry:
                 off = ids | set(marks.failed)

@@ -6,6 +6,7 @@
 import logging
 from pathlib import Path
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, RuijiError
 from pipeline.generations import current
 from pipeline.plan import Plan, cancel_plan, closed_plans, is_closed, open_plan
@@ -38,7 +39,7 @@ def stop_plan(plan: Plan, reason: str) -> bool:
     now = open_plan(plan.folder)
     if now is None or now.plan_id != plan.plan_id:
         return False
-    path = _reason_file(plan.folder, plan.plan_id)
+    path = layout.stopped_file(plan.folder, plan.plan_id)
     # Before the plan is closed, so that nobody sees it closed without its reason.
     value = {"format": FORMAT, "reason": " ".join(reason.split())[:_REASON]}
     write_atomic(path, [to_json(value)], exclusive=True, sync=True)
@@ -58,13 +59,9 @@ def stopped(folder: Path) -> str | None:
     if plan_id is None or not is_closed(folder, plan_id):
         return None
     try:
-        reason = str(read_json(_reason_file(folder, plan_id))["reason"])
+        reason = str(read_json(layout.stopped_file(folder, plan_id))["reason"])
     except (FileNotFoundError, GalleryMismatch, KeyError, TypeError):
         return None
     # Somebody may have wanted to stop it just when its last shard was published.
     done = {plan.plan_id: len(published) == len(plan.segments) for plan, published in closed_plans(folder)}
     return None if done[plan_id] else reason
-
-
-def _reason_file(folder: Path, plan_id: str) -> Path:
-    return folder / "run" / "stopped" / f"{plan_id}.json"

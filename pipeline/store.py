@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -22,28 +21,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
 
 #: Version of everything on disk; a newer one is refused.
 FORMAT = 1
-TEMPORARY_PREFIX = ".tmp-"
 #: Length of the tag that follows a feature's array.
 TAG_BYTES = 16
 #: A record of a million objects that all failed has some 400 MB.
 _LARGEST_JSON = 1 << 30
-#: What a search keeps for the next one, inside the gallery folder. Features lie in folders of two characters, so the
-#: name is free.
-CACHE_FOLDER = "cache"
 
 _T = TypeVar("_T")
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # Names of temporary files: of this process and no other on any host, then counted.
 _WRITER = secrets.token_hex(8)
 _writes = itertools.count()
-
-_SHARD_RECORD = re.compile(r"(\d{4,})\.json")
-_SHARD_FEATURES = re.compile(r"(\d{4,})\.features\.npy")
 
 
 @contextmanager
@@ -72,7 +65,7 @@ def write_atomic(
     """
     # Plain strings: this runs once an image, and paths as objects would cost as much as the writing.
     folder = os.path.dirname(path) or "."
-    temporary = f"{folder}/{TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
+    temporary = f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
     with machine_faults(f"cannot write {path}"):
         try:
             descriptor = _create(temporary, folder)
@@ -299,32 +292,18 @@ class Record:
     retry: bool = False
 
 
-#: The three data files of a shard. The ids are not `NNNN.npy`, but a tool that globs `*.npy` still meets them.
-SHARD_ENDINGS = ("features.npy", "object_ids.npy", "paths.txt")
-
-
-def shard_file(folder: Path, shard: int, ending: str) -> Path:
-    """e.g. `0007.features.npy`; numbers above 9999 grow a digit."""
-    return folder / f"{shard:04d}.{ending}"
-
-
-def fruitless_folder(folder: Path) -> Path:
-    """Where the records of retries lie of which every object failed again: shards without rows are not made of them."""
-    return folder / "run" / "fruitless"
-
-
 def recorded_shards(folder: Path) -> list[int]:
     """Numbers of all shards that have a record, ascending."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(match[1]) for name in names if (match := _SHARD_RECORD.fullmatch(name)))
+    return sorted(shard for name in names if (shard := layout.recorded_shard(name)) is not None)
 
 
 def feature_shards(folder: Path) -> list[int]:
     """Numbers of all shards that have a features array, with or without a record, ascending."""
-    return sorted(int(match[1]) for name in os.listdir(folder) if (match := _SHARD_FEATURES.fullmatch(name)))
+    return sorted(shard for name in os.listdir(folder) if (shard := layout.featured_shard(name)) is not None)
 
 
 def read_record(folder: Path, shard: int) -> Record:
@@ -334,14 +313,14 @@ def read_record(folder: Path, shard: int) -> Record:
         FileNotFoundError: the shard does not exist.
         GalleryMismatch: the record is damaged or of a newer format.
     """
-    path = shard_file(folder, shard, "json")
+    path = layout.record_file(folder, shard)
     advice = "restore it from a copy, or run ruiji verify --repair"
     try:
         record = as_type(read_json(path), Record, path)
     except FileDamaged as error:
         raise FileDamaged(f"{error}; {advice}") from None
     # A retry of which all failed again has no files.
-    files = () if folder.name == fruitless_folder(folder).name else SHARD_ENDINGS
+    files = () if folder.name == layout.fruitless_folder(folder).name else layout.SHARD_ENDINGS
     if record.shard != shard or record.rows < 0 or record.length < 1 or set(record.sha256) != set(files):
         raise FileDamaged(f"{path} is damaged: it is not the record of shard {shard:04d}; {advice}")
     return record
@@ -351,9 +330,9 @@ def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: 
     """The exact bytes of a shard's three data files, by ending."""
     ids = np.array(object_ids, dtype=np.str_) if object_ids else np.empty(0, "<U1")
     return {
-        SHARD_ENDINGS[0]: _npy(features.astype("<f4", copy=False)),
-        SHARD_ENDINGS[1]: _npy(ids),
-        SHARD_ENDINGS[2]: "".join(f"{path}\n" for path in paths).encode(),
+        layout.FEATURES: _npy(features.astype("<f4", copy=False)),
+        layout.OBJECT_IDS: _npy(ids),
+        layout.PATHS: "".join(f"{path}\n" for path in paths).encode(),
     }
 
 
@@ -366,7 +345,7 @@ def _npy(array: NDArray[Any]) -> bytes:
 def write_record(folder: Path, record: Record) -> bool:
     """Commit a shard; durable when this returns. False where it had a record already."""
     value = {"format": FORMAT, **asdict(record)}
-    written = write_atomic(shard_file(folder, record.shard, "json"), [to_json(value)], exclusive=True, sync=True)
+    written = write_atomic(layout.record_file(folder, record.shard), [to_json(value)], exclusive=True, sync=True)
     sync_folder(folder)
     return written
 
@@ -377,8 +356,8 @@ def check_shard(folder: Path, record: Record) -> None:
     Raises:
         ShardCorrupt: a file is missing or its bytes differ.
     """
-    for ending in SHARD_ENDINGS:
-        path = shard_file(folder, record.shard, ending)
+    for ending in layout.SHARD_ENDINGS:
+        path = layout.shard_file(folder, record.shard, ending)
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

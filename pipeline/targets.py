@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline import layout
 from pipeline.errors import RuijiError, UsageError
 from pipeline.scan import IMAGE_ENDINGS
 
@@ -67,7 +68,7 @@ def check_targets(
         if option not in found and not os.access(nearest, os.W_OK | os.X_OK):
             raise RuijiError(f"cannot write {option} {path}: nothing may be written to {nearest}")
         closed = [("the media folder", media_dir), ("the gallery", gallery)]
-        closed += [("the gallery", folder) for folder, _ in above if (folder / "gallery.json").is_file()]
+        closed += [("the gallery", folder) for folder, _ in above if layout.gallery_file(folder).is_file()]
         # A sheet would be a query itself the next time.
         closed += [("the queries' folder", folder) for folder in query_folders if option in _PICTURES]
         for what, folder in closed:
@@ -117,7 +118,7 @@ def writing(target: Path) -> Iterator[BinaryIO]:
             return
         place = target.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".tmp-{secrets.token_hex(8)}")
+        temporary = place.with_name(f"{layout.TEMPORARY_PREFIX}{secrets.token_hex(8)}")
         try:
             with temporary.open("xb") as file:
                 if there is not None:

@@ -5,7 +5,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -16,30 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import layout
 from pipeline.cache import look_through
 from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
 from pipeline.gallery import GalleryInfo, read_gallery
-from pipeline.generations import current, made_folder
+from pipeline.generations import current
 from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
 from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest
-from pipeline.planning import broken_folder, lost_segments, make_repair_plan, set_aside
+from pipeline.planning import lost_segments, make_repair_plan, set_aside
 from pipeline.reduce import nested_folders
-from pipeline.store import (
-    CACHE_FOLDER,
-    SHARD_ENDINGS,
-    TEMPORARY_PREFIX,
-    Record,
-    check_shard,
-    read_record,
-    recorded_shards,
-    shard_contents,
-    shard_file,
-    sync_folder,
-    write_atomic,
-)
+from pipeline.store import Record, check_shard, read_record, recorded_shards, shard_contents, sync_folder, write_atomic
 
-_SHARD_NAME = re.compile(r"(\d{4,})\.(?:json|" + "|".join(map(re.escape, SHARD_ENDINGS)) + ")")
 #: No enqueue takes longer; what is younger may be somebody's at work.
 _ENQUEUE_S = 24 * 3600
 #: Rows read at once: 13 MB at d = 1280.
@@ -156,9 +143,9 @@ def _verify(folder: Path) -> list[Finding]:
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for sorting: in the gallery, where there is room, unless it may only be read."""
-    place = folder / "run"
+    place = layout.run_folder(folder)
     with tempfile.TemporaryDirectory(
-        dir=place if os.access(place, os.W_OK) else None, prefix=f"{TEMPORARY_PREFIX}verify-"
+        dir=place if os.access(place, os.W_OK) else None, prefix=f"{layout.TEMPORARY_PREFIX}verify-"
     ) as name:
         yield Path(name)
 
@@ -200,7 +187,7 @@ def _rebuilt_list(plan: Plan) -> list[bytes] | None:
                 return None
             paths = {failure.path for failure in record.failed}
             if record.rows:
-                paths |= set(read_lines(shard_file(plan.folder, segment.shard, SHARD_ENDINGS[2])))
+                paths |= set(read_lines(layout.paths_file(plan.folder, segment.shard)))
             lines += sorted(f"{path}\n".encode() for path in paths)
     except (GalleryMismatch, OSError, ValueError):
         return None
@@ -233,9 +220,9 @@ def _check(folder: Path, gallery: GalleryInfo, shard: int, makeable: bool) -> Fi
 def _check_content(folder: Path, record: Record, scheme: IdScheme) -> None:
     name = f"{record.shard:04d}"
     try:
-        features = map_npy(shard_file(folder, record.shard, SHARD_ENDINGS[0])).array
-        ids = map_npy(shard_file(folder, record.shard, SHARD_ENDINGS[1])).array
-        paths = list(read_lines(shard_file(folder, record.shard, SHARD_ENDINGS[2])))
+        features = map_npy(layout.features_file(folder, record.shard)).array
+        ids = map_npy(layout.object_ids_file(folder, record.shard)).array
+        paths = list(read_lines(layout.paths_file(folder, record.shard)))
     except ValueError as error:
         raise ShardCorrupt(f"{name} has bytes as recorded that are no arrays: {error}") from None
     if features.shape != (record.rows, record.length) or features.dtype != np.dtype("<f4"):
@@ -255,7 +242,7 @@ def _twice(scheme: IdScheme, folder: Path, shards: list[int], scratch: Path) -> 
     raw, by_id = scratch / "raw", scratch / "by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         for shard in shards:
-            for path in read_lines(shard_file(folder, shard, SHARD_ENDINGS[2])):
+            for path in read_lines(layout.paths_file(folder, shard)):
                 out.write(f"{scheme.object_id(path)}\t{shard:04d}\n")
     sort_lines(raw, by_id, by_first_field=True)
     previous, first = "", ""
@@ -273,15 +260,15 @@ def _inputs(folder: Path, scheme: IdScheme, shards: list[int], scratch: Path) ->
         for outer in nested_folders(folder):
             for place, _, names in os.walk(outer):
                 prefix = os.path.relpath(place, folder)
-                out.writelines(f"{prefix}/{name}\n" for name in names if name.endswith((".npy", ".error.json")))
+                out.writelines(f"{prefix}/{name}\n" for name in names if name.endswith(layout.NESTED_ENDINGS))
     if not found.stat().st_size:
         return
     sort_lines(found, files)
-    raw, done = scratch / "nested", scratch / "done"
+    raw, done = scratch / "nested", scratch / "settled"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         for shard in shards:
-            for path in read_lines(shard_file(folder, shard, SHARD_ENDINGS[2])):
-                out.write(scheme.nested(scheme.object_id(path), ".npy") + "\n")
+            for path in read_lines(layout.paths_file(folder, shard)):
+                out.write(scheme.nested(scheme.object_id(path), layout.FEATURE_ENDING) + "\n")
     sort_lines(raw, done)
     with done.open("rb") as rows, files.open("rb") as nested:
         row = rows.readline()
@@ -289,7 +276,7 @@ def _inputs(folder: Path, scheme: IdScheme, shards: list[int], scratch: Path) ->
             name = line.rstrip(b"\n")
             while row and row < line:
                 row = rows.readline()
-            if name.endswith(b".error.json"):
+            if name.endswith(layout.ERROR_ENDING.encode()):
                 yield Finding("leftover", os.fsdecode(name), "a failure of a plan that is closed")
             elif row == line:
                 yield Finding("leftover", os.fsdecode(name), "its object is in a shard")
@@ -297,9 +284,9 @@ def _inputs(folder: Path, scheme: IdScheme, shards: list[int], scratch: Path) ->
 
 def _broken_copies(folder: Path) -> Iterator[Finding]:
     """Shards that a repair set aside: they can go once they were made again with no fewer rows."""
-    place = broken_folder(folder)
+    place = layout.broken_folder(folder)
     for path in sorted(place.iterdir()) if place.is_dir() else []:
-        name = f"run/broken/{path.name}"
+        name = str(path.relative_to(folder))
         shard = int(path.name) if path.name.isdigit() else -1
         try:
             made = read_record(folder, shard).rows
@@ -321,25 +308,26 @@ def _broken_copies(folder: Path) -> Iterator[Finding]:
 def _strangers(folder: Path, shards: set[int], plan: Plan | None) -> Iterator[Finding]:
     """Leftovers and foreign files of the gallery folder; while a plan is open its workers' files are none."""
     now = current(folder)
-    made = made_folder(folder)
-    candidates = [*(folder / "run").glob(f"{TEMPORARY_PREFIX}*"), *(made.iterdir() if made.is_dir() else [])]
+    made = layout.made_folder(folder)
+    run = layout.run_folder(folder)
+    candidates = [*run.glob(f"{layout.TEMPORARY_PREFIX}*"), *(made.iterdir() if made.is_dir() else [])]
     if plan is None or plan.generation:
-        candidates += (folder / "run").glob("*.todo.txt")
+        candidates += run.glob(layout.FIRST_TODO_GLOB)
     for path in sorted(candidates):
         with suppress(FileNotFoundError):
             if path != now.made_folder and time.time() - path.stat().st_mtime > _ENQUEUE_S:
                 yield Finding("leftover", str(path.relative_to(folder)), "a killed ruiji enqueue left it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        match = _SHARD_NAME.fullmatch(entry.name)
-        if entry.name in ("gallery.json", "run", CACHE_FOLDER):
+        shard = layout.shard_of(entry.name)
+        if entry.name in (layout.GALLERY_FILE, layout.RUN_FOLDER, layout.CACHE_FOLDER):
             continue
-        if entry.name.startswith(TEMPORARY_PREFIX):
+        if entry.name.startswith(layout.TEMPORARY_PREFIX):
             if plan is None:
                 yield Finding("leftover", entry.name, "a killed process left it half-written")
-        elif match is not None:
-            if plan is None and int(match[1]) not in shards:
+        elif shard is not None:
+            if plan is None and shard not in shards:
                 yield Finding("leftover", entry.name, "a killed reducer left it; there is no record")
-        elif entry.is_dir(follow_symlinks=False) and len(entry.name) <= 2:
+        elif entry.is_dir(follow_symlinks=False) and layout.may_be_nested(entry.name):
             yield from _nested(folder, Path(entry.path), plan)
         else:
             yield Finding("foreign", entry.name, "ruiji did not make it", False)
@@ -351,10 +339,10 @@ def _nested(folder: Path, top: Path, plan: Plan | None) -> Iterator[Finding]:
         for name in sorted(names):
             path = Path(place, name)
             shown = str(path.relative_to(folder))
-            if name.startswith(TEMPORARY_PREFIX):
+            if name.startswith(layout.TEMPORARY_PREFIX):
                 if plan is None:
                     yield Finding("leftover", shown, "a killed process left it half-written")
-            elif not name.endswith((".npy", ".error.json")):
+            elif not name.endswith(layout.NESTED_ENDINGS):
                 yield Finding("foreign", shown, "ruiji did not make it", False)
 
 
@@ -363,7 +351,7 @@ def _rows(folder: Path, shard: int) -> int:
     try:
         return read_record(folder, shard).rows
     except (FileNotFoundError, GalleryMismatch):
-        paths = shard_file(folder, shard, SHARD_ENDINGS[2])
+        paths = layout.paths_file(folder, shard)
         return count_lines(paths) if paths.exists() else 0
 
 
@@ -417,8 +405,8 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
 def _remove(folder: Path, finding: Finding) -> None:
     if finding.shard is not None:
         # The record first: without it nobody takes the rest for a shard.
-        for ending in ("json", *SHARD_ENDINGS):
-            shard_file(folder, finding.shard, ending).unlink(missing_ok=True)
+        for ending in (layout.RECORD, *layout.SHARD_ENDINGS):
+            layout.shard_file(folder, finding.shard, ending).unlink(missing_ok=True)
         return
     path = folder / finding.name
     if path.is_dir() and not path.is_symlink():
@@ -444,14 +432,14 @@ def _rebuilt(folder: Path, shard: int) -> bool:
         paths = [path for path in plan.paths(segment) if path not in failed]
         ids = [plan.scheme.object_id(path) for path in paths]
         contents = shard_contents(np.empty((0, record.length), np.float32), ids, paths)
-        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in SHARD_ENDINGS[1:]):
+        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in layout.SHARD_ENDINGS[1:]):
             return False
-        with shard_file(folder, shard, SHARD_ENDINGS[0]).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256[SHARD_ENDINGS[0]]:
+        with layout.features_file(folder, shard).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256[layout.FEATURES]:
                 return False
     except (GalleryMismatch, KeyError, ValueError, FileNotFoundError):
         return False
-    for ending in SHARD_ENDINGS[1:]:
-        write_atomic(shard_file(folder, shard, ending), [contents[ending]], sync=True)
+    for ending in layout.SHARD_ENDINGS[1:]:
+        write_atomic(layout.shard_file(folder, shard, ending), [contents[ending]], sync=True)
     sync_folder(folder)
     return True

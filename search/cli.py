@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import layout
 from pipeline.arguments import Commands
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
@@ -303,8 +304,8 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     zero, nonfinite = gallery.unusable_rows
     if unkept:
         raise RuijiError(
-            f"cannot write to {folder / 'cache'}: nothing is kept of {unkept} shards; check its permissions and that "
-            f"the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
+            f"cannot write to {layout.cache_folder(folder)}: nothing is kept of {unkept} shards; check its permissions "
+            f"and that the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
         )
     note(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
 
@@ -360,7 +361,7 @@ def _check_targets(
     from pipeline.targets import check_targets
     from search.gallery import find_gallery
 
-    model = [] if model_path is None else [model_path, model_path.with_suffix(".toml")]
+    model = [] if model_path is None else [model_path, layout.toml_file(model_path)]
     folders = [path for path in queries or [] if path.is_dir()]
     check_targets(targets, [*inputs, *model], media_dir, find_gallery(feature_dir, model_path), folders)
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache import Kept, ShardCache
+from pipeline.layout import CODES, SCALES
 from search.exact import Float32
 from search.norms import is_plain
 
 _HIGHEST = 127
 #: Values that are coded at once; as float32 they take 1 MB and stay in a core's cache.
 _AT_ONCE = 1 << 18
-_INTEGERS, _SCALES = "codes", "scales"
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,13 @@ class ShardCodes:
 
     def _give_up(self) -> None:
         assert self._cache is not None
-        self._cache.folder.say_damaged(self._cache.path(_INTEGERS))
+        self._cache.folder.say_damaged(self._cache.path(CODES))
         self._kept = None
 
     def _write(self, codes: Codes) -> bool:
         scales = np.stack([codes.scales, codes.losses])
         return (
-            self._cache is not None
-            and self._cache.write(_INTEGERS, codes.integers)
-            and self._cache.write(_SCALES, scales)
+            self._cache is not None and self._cache.write(CODES, codes.integers) and self._cache.write(SCALES, scales)
         )
 
 
@@ -143,4 +141,4 @@ def _read(cache: ShardCache, shape: tuple[int, int]) -> _KeptCodes | None:
 
 def _files(shape: tuple[int, int]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """Kind, type and shape of what is kept of a shard's codes, in the order of writing."""
-    return (_INTEGERS, "|i1", shape), (_SCALES, "<f4", (2, shape[0]))
+    return (CODES, "|i1", shape), (SCALES, "<f4", (2, shape[0]))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import layout
 from pipeline.errors import UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
 from pipeline.streams import exact_stdout, note, tell
@@ -121,15 +122,14 @@ def evaluate(
             raise UsageError("--sheet shows pictures: say where they are with --media-dir")
         check_target(sheet, SHEET_QUERIES, TOP_K)
 
-    from pipeline.gallery import gallery_folder
     from pipeline.targets import check_targets
     from search import protocol, report, scores
     from search.full_ranking import full_ranking
     from search.gallery import open_gallery
     from search.labels import read_annotations
 
-    folder = gallery_folder(feature_dir, model_path)
-    read = [labels, model_path, model_path.with_suffix(".toml")]
+    folder = layout.gallery_folder(feature_dir, model_path)
+    read = [labels, model_path, layout.toml_file(model_path)]
     check_targets({"--trec": trec, "--plot": plot, "--sheet": sheet}, read, media_dir, folder)
     gallery = open_gallery(folder, include_stale)
     junk = frozenset(junk_label or ())

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.cache import CacheFolder, ShardCache
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
-from pipeline.gallery import GalleryInfo, gallery_folder, read_gallery
+from pipeline.gallery import GalleryInfo, read_gallery
 from pipeline.generations import Marks, read_marks
 from pipeline.npy import NpyError, map_npy
 from pipeline.plan import published_shards
-from pipeline.store import CACHE_FOLDER, SHARD_ENDINGS, Record, feature_shards, read_record, shard_file
+from pipeline.store import Record, feature_shards, read_record
 from search.codes import Codes, ShardCodes, codes_kept
 from search.norms import norms_of
 from search.paging import advise, row_in_memory
@@ -30,8 +31,6 @@ _RESTORE = "restore the shard, or delete all its files and run ruiji enqueue aga
 _AHEAD_BYTES = 64 << 20
 #: Rows that are looked at to tell whether many are in memory.
 _LOOKED_AT = 16
-#: The kind of the norms among what is kept.
-_NORMS = "norms"
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ class Shard:
         """The norms, and whether they are in the cache."""
         if self.cache is None:
             return norms_of(self.features), False
-        kept = self.cache.read(_NORMS, "<f4", self._shape[:1])
+        kept = self.cache.read(layout.NORMS, "<f4", self._shape[:1])
         if kept is not None:
             return kept, True
         norms = norms_of(self.features)
-        return norms, self.cache.write(_NORMS, norms)
+        return norms, self.cache.write(layout.NORMS, norms)
 
     @cached_property
     def codes(self) -> ShardCodes:
@@ -80,7 +79,7 @@ class Shard:
     @property
     def norms_kept(self) -> bool:
         """Whether the norms are in the cache, as far as the size of their file tells."""
-        return self.cache is not None and self.cache.has(_NORMS, "<f4", self._shape[:1])
+        return self.cache is not None and self.cache.has(layout.NORMS, "<f4", self._shape[:1])
 
     @property
     def codes_kept(self) -> bool:
@@ -330,7 +329,7 @@ def find_gallery(feature_dir: Path, model: Path | None) -> Path:
         UsageError: without a model it is not clear which gallery is meant.
     """
     if model is not None:
-        return gallery_folder(feature_dir, model)
+        return layout.gallery_folder(feature_dir, model)
     if _is_gallery(feature_dir):
         return feature_dir
     found = sorted(path for path in feature_dir.glob("*/") if _is_gallery(path))
@@ -341,7 +340,7 @@ def find_gallery(feature_dir: Path, model: Path | None) -> Path:
 
 
 def _is_gallery(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "gallery.json").is_file() or bool(feature_shards(folder)))
+    return folder.is_dir() and (layout.gallery_file(folder).is_file() or bool(feature_shards(folder)))
 
 
 def describe_gallery(folder: Path) -> dict[str, str | int | None]:
@@ -404,7 +403,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
     shards = []
     versions: list[dict[str, str]] = []
     marks = read_marks(folder)[1] if not include_stale else None
-    cache = CacheFolder(folder / CACHE_FOLDER)
+    cache = CacheFolder(layout.cache_folder(folder))
     for number in published_shards(folder):
         record = read_record(folder, number)
         name = f"{number:04d}"
@@ -420,11 +419,11 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         features, object_ids = _map_features(folder, number), _map_ids(folder, number)
         _check_record(folder, record, features)
         _check_rows(folder, number, features, object_ids)
-        paths_file = shard_file(folder, number, "paths.txt")
+        paths_file = layout.paths_file(folder, number)
         if not paths_file.is_file():
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {_RESTORE}")
         stale = None if marks is None else _stale(marks, folder, number, object_ids)
-        kept = ShardCache(cache, name, record.sha256[SHARD_ENDINGS[0]][:16])
+        kept = ShardCache(cache, name, record.sha256[layout.FEATURES][:16])
         shards.append(Shard(name, features, object_ids, paths_file, stale, kept))
         if record.versions not in versions:
             versions.append(record.versions)
@@ -433,7 +432,7 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
 
 def _open_unverified(folder: Path) -> Gallery:
     shards: list[Shard] = []
-    cache = CacheFolder(folder / CACHE_FOLDER)
+    cache = CacheFolder(layout.cache_folder(folder))
     for number in feature_shards(folder):
         features, object_ids = _map_features(folder, number), _map_ids(folder, number)
         _check_rows(folder, number, features, object_ids)
@@ -442,7 +441,7 @@ def _open_unverified(folder: Path) -> Gallery:
                 f"shard {number:04d} in {folder} has features of length {features.shape[1]}, shard {shards[0].name} "
                 f"has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
-        file = shard_file(folder, number, "features.npy").stat()
+        file = layout.features_file(folder, number).stat()
         kept = ShardCache(cache, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
         shards.append(Shard(f"{number:04d}", features, object_ids, cache=kept))
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
@@ -467,7 +466,7 @@ def _is_text(object_id: str) -> bool:
 
 
 def _map_features(folder: Path, number: int) -> NDArray[np.float32]:
-    path = shard_file(folder, number, "features.npy")
+    path = layout.features_file(folder, number)
     features = _map(path)
     if features.dtype != np.dtype("<f4") or features.ndim != 2 or not features.flags.c_contiguous:
         raise ShardCorrupt(
@@ -477,7 +476,7 @@ def _map_features(folder: Path, number: int) -> NDArray[np.float32]:
 
 
 def _map_ids(folder: Path, number: int) -> NDArray[np.str_]:
-    path = shard_file(folder, number, "object_ids.npy")
+    path = layout.object_ids_file(folder, number)
     object_ids = _map(path)
     if object_ids.dtype.kind != "U" or object_ids.ndim != 1:
         raise ShardCorrupt(f"{path} is {object_ids.dtype}{list(object_ids.shape)}, not text[rows]; {_RESTORE}")
@@ -486,7 +485,7 @@ def _map_ids(folder: Path, number: int) -> NDArray[np.str_]:
 
 def _check_record(folder: Path, record: Record, features: NDArray[np.float32]) -> None:
     if features.shape != (record.rows, record.length):
-        path = shard_file(folder, record.shard, "features.npy")
+        path = layout.features_file(folder, record.shard)
         raise ShardCorrupt(
             f"{path} has the shape {list(features.shape)}, its record says [{record.rows}, {record.length}]; {_RESTORE}"
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import settings, streams
+from pipeline import layout, settings, streams
 from pipeline.settings import Device, TransportKind, WhenNoSlot
 
 
@@ -50,7 +50,6 @@ def worker(
 ) -> None:
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
     from pipeline.errors import BrokerUnavailable, UsageError
-    from pipeline.gallery import gallery_folder
     from pipeline.logs import set_up
     from pipeline.queue.app import connect
     from workers.slots import one_device
@@ -90,7 +89,7 @@ def worker(
     pinned: AbstractContextManager[dict[str, str]] = nullcontext({})
     if cuda:
         pinned = one_device(url, slots_per_device, wait=no_slot is WhenNoSlot.wait)
-    folder, state = gallery_folder(feature_dir, model), settings.make_state_folder(state_dir)
+    folder, state = layout.gallery_folder(feature_dir, model), settings.make_state_folder(state_dir)
     with pinned as shown:
         raise typer.Exit(Supervisor(roles, environment | shown, folder, state).run())
 

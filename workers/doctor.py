@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import redis
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
-from pipeline.gallery import gallery_folder, gallery_model, read_gallery
+from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
@@ -19,7 +20,7 @@ from pipeline.plan import open_plan, published_shards
 from pipeline.queue.app import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
-from pipeline.store import TEMPORARY_PREFIX, read_record, shard_file, sync_folder, write_atomic
+from pipeline.store import read_record, sync_folder, write_atomic
 from pipeline.versions import library_versions, other_versions
 from workers.encoder import Encoder
 from workers.images import load_pixels
@@ -58,7 +59,7 @@ def examine(
     """
     yield _redis(redis_url)
     yield _media(media_dir)
-    folder = gallery_folder(feature_dir, model_path)
+    folder = layout.gallery_folder(feature_dir, model_path)
     yield _atomic(folder)
     try:
         model = gallery_model(folder, model_path)
@@ -141,7 +142,7 @@ def _atomic(folder: Path) -> Check:
     while not place.exists():
         place = place.parent
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=f"{TEMPORARY_PREFIX}doctor-") as name:
+        with tempfile.TemporaryDirectory(dir=place, prefix=f"{layout.TEMPORARY_PREFIX}doctor-") as name:
             file = Path(name, "x")
             write_atomic(file, [b"1"], sync=True)
             write_atomic(file, [b"2"], sync=True)
@@ -210,7 +211,7 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         raise GalleryMismatch(f"the gallery belongs to another model: {why_another(encoder.model, gallery.contract)}")
     worst, where, compared, skipped = 1.0, "", 0, 0
     for shard, row in _spread(folder, shards):
-        file = shard_file(folder, shard, "features.npy")
+        file = layout.features_file(folder, shard)
         try:
             features = map_npy(file).array
         except (FileNotFoundError, NpyError) as error:
@@ -218,7 +219,7 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         if features.shape != (read_record(folder, shard).rows, encoder.model.spec.length):
             raise ShardCorrupt(f"shard {shard:04d} has the shape {list(features.shape)}, not as recorded")
         stored = features[row]
-        path = list(read_lines(shard_file(folder, shard, "paths.txt")))[row]
+        path = list(read_lines(layout.paths_file(folder, shard)))[row]
         try:
             pixels = load_pixels(media_dir / path, encoder.model.spec, max_pixels=1 << 62)
         except ImageError:

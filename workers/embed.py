@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.altered import begin_marks, mark
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
@@ -22,7 +23,7 @@ from workers.images import decode, open_image
 from workers.in_hand import InHand
 from workers.ledger import Ledger
 from workers.media import check_media
-from workers.suspects import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_name, suspect_names
+from workers.suspects import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_names
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -59,7 +60,7 @@ def embed_guarded(
 ) -> list[str]:
     """As `embed_batch`; suspects run alone, and what runs is told, in case this process dies of it."""
     names = suspect_names(plan)
-    suspects = {n for n, job in enumerate(jobs) if suspect_name(job.path) in names} if names else set()
+    suspects = {n for n, job in enumerate(jobs) if layout.suspect_name(job.path) in names} if names else set()
     outcomes = [SKIPPED] * len(jobs)
     ordinary = [n for n in range(len(jobs)) if n not in suspects]
     if ordinary:

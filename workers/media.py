@@ -13,11 +13,12 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline import layout
 from pipeline.errors import MachineFault, RuijiError
 from pipeline.objects import read_lines
 from pipeline.plan import Plan
 from pipeline.probes import noted_probes
-from pipeline.store import recorded_shards, shard_file
+from pipeline.store import recorded_shards
 
 #: One look takes no longer: the images in hand are waited for meanwhile. The next look goes on where it ended.
 _LOOK_S = 2.0
@@ -104,7 +105,7 @@ def _all_lines(plan: Plan) -> Iterator[str]:
         yield from read_lines(plan.todo)
     for shard in recorded_shards(plan.folder):
         with suppress(OSError, UnicodeDecodeError, RuijiError):
-            yield from read_lines(shard_file(plan.folder, shard, "paths.txt"))
+            yield from read_lines(layout.paths_file(plan.folder, shard))
 
 
 def _spread(path: Path) -> Iterator[str]:

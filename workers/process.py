@@ -16,8 +16,9 @@ from celery import signals
 from celery.worker import state
 from celery.worker.state import reserved_requests
 
+from pipeline import layout
 from pipeline.errors import RuijiError
-from pipeline.gallery import GalleryInfo, check_place, gallery_folder, read_gallery
+from pipeline.gallery import GalleryInfo, check_place, read_gallery
 from pipeline.plan import open_plan
 from pipeline.queue.app import broker_faults, connect, embed_queue, make_app, reduce_queue, unacked_keys
 from pipeline.queue.consumer import Consumer, noted, outage, quiet
@@ -236,7 +237,7 @@ def run_process(
         UsageError: there is no such device, or this machine cannot run the model. ModelError: nor can any other.
     """
     client = connect(redis_url)
-    folder = gallery_folder(feature_dir, model_path)
+    folder = layout.gallery_folder(feature_dir, model_path)
     ready = Readiness(state_dir)
     gallery = wait_for_gallery(folder, client, ready)
     with broker_faults():

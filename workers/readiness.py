@@ -9,18 +9,20 @@ import os
 import time
 from pathlib import Path
 
+from pipeline import layout
+
 #: A file that was not touched for so long is no living process', or one's that waits; the latter makes it anew.
 _LEFT_S = 60.0
 
 
 def ready_file(state_dir: Path, pid: int) -> Path:
     """One process' file."""
-    return state_dir / "ready" / str(pid)
+    return layout.ready_folder(state_dir) / str(pid)
 
 
 def remove_left_ready(state_dir: Path) -> None:
     """Remove what killed processes left."""
-    for file in (state_dir / "ready").glob("*"):
+    for file in layout.ready_folder(state_dir).glob("*"):
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > _LEFT_S:
                 file.unlink()

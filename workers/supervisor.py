@@ -3,7 +3,6 @@
 It also finds out which objects a process had in hand when it died, or does not get done with.
 """
 
-import hashlib
 import logging
 import os
 import secrets
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import layout
 from pipeline.children import python_command, start_child
 from pipeline.errors import RuijiError
 from pipeline.plan import open_plan
@@ -91,8 +91,7 @@ class Supervisor:
         self._gallery = gallery
         self._state_dir = state_dir
         remove_left_ready(state_dir)
-        name = hashlib.sha256(os.fsencode(gallery.resolve())).hexdigest()[:16]
-        self._in_hand = state_dir / "in-hand" / name
+        self._in_hand = layout.in_hand_folder(state_dir, gallery)
         try:
             self._in_hand.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._in_hand.mkdir(exist_ok=True, mode=0o700)

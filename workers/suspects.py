@@ -3,13 +3,13 @@
 `run/suspects/<plan id>/<sha1 of the path>.json`; the folder goes when the plan is closed.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, ImageError
-from pipeline.plan import Limits, Plan, suspects_folder
+from pipeline.plan import Limits, Plan
 from pipeline.store import FORMAT, as_type, read_json, to_json, write_atomic
 
 #: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.
@@ -42,20 +42,15 @@ class Suspect:
 def suspect_names(plan: Plan) -> frozenset[str]:
     """Names of the plan's suspects; one call to the file system, and empty nearly always."""
     try:
-        return frozenset(os.listdir(suspects_folder(plan.folder, plan.plan_id)))
+        return frozenset(os.listdir(layout.suspects_folder(plan.folder, plan.plan_id)))
     except FileNotFoundError:
         return frozenset()
-
-
-def suspect_name(path: str) -> str:
-    """The file name of an object's suspicion."""
-    return hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest() + ".json"
 
 
 def read_suspect(plan: Plan, path: str) -> Suspect:
     """The suspicion as it stands; a damaged or missing file counts one death."""
     try:
-        file = suspects_folder(plan.folder, plan.plan_id) / suspect_name(path)
+        file = layout.suspects_folder(plan.folder, plan.plan_id) / layout.suspect_name(path)
         told = as_type(read_json(file), Suspect, file)
         if told.path == path and told.reason in _DEATHS and told.deaths > 0:
             return told
@@ -74,12 +69,12 @@ def note_deaths(plan: Plan, paths: Iterable[str], reason: str, alone: bool) -> N
     """
     known = suspect_names(plan)
     for path in paths:
-        before = read_suspect(plan, path).deaths if suspect_name(path) in known else 0
+        before = read_suspect(plan, path).deaths if layout.suspect_name(path) in known else 0
         deaths = before + 1 if alone else max(before, 1)
         value = {"format": FORMAT, "path": path, "deaths": deaths, "reason": reason}
-        write_atomic(suspects_folder(plan.folder, plan.plan_id) / suspect_name(path), [to_json(value)])
+        write_atomic(layout.suspects_folder(plan.folder, plan.plan_id) / layout.suspect_name(path), [to_json(value)])
 
 
 def clear(plan: Plan, path: str) -> None:
     """The object is through: nothing is held against it."""
-    (suspects_folder(plan.folder, plan.plan_id) / suspect_name(path)).unlink(missing_ok=True)
+    (layout.suspects_folder(plan.folder, plan.plan_id) / layout.suspect_name(path)).unlink(missing_ok=True)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline import layout
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
 from pipeline.queue.app import connect
-from pipeline.settings import redis_url_file
 
 _START_TIMEOUT_S = 10.0
 #: A run with one worker process takes 16; each further process 6.
@@ -66,9 +66,10 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     log = data_dir / "redis.log"
     refusal = (
         f"a Redis is at work in {data_dir} already, and a second one would destroy its queue; other commands find it "
-        f"by {redis_url_file(data_dir.parent)}. Stop it first, or give this one another RUIJI_STATE_DIR (--state-dir)"
+        f"by {layout.redis_url_file(data_dir.parent)}. Stop it first, or give this one another RUIJI_STATE_DIR "
+        "(--state-dir)"
     )
-    with locked(data_dir / "lock", refusal) as lock:
+    with locked(layout.lock_file(data_dir), refusal) as lock:
         port, password = _address(data_dir / "address")
         settings = [
             "bind 127.0.0.1",

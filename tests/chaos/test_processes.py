@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import layout
 from pipeline.plan import open_plan
 from pipeline.queue.app import connect
 from pipeline.queue.chords import Chords
 from pipeline.reduce import reduce_segment
-from pipeline.store import check_shard, read_record, shard_file
+from pipeline.store import check_shard, read_record
 from tests.chaos.conftest import SHIPPED, Undisturbed, finish
 from tests.chaos.harness import Server, kill_one, processes, progress, sized, wait_for_progress
 from tests.conftest import ROOT
@@ -98,7 +99,7 @@ def test_a_reducer_killed_at_any_point_of_its_write(tmp_path: Path, tmp_path_fac
         child.wait()
         assert child.stdout is not None
         child.stdout.close()
-        if shard_file(plan.folder, 0, "json").exists():
+        if layout.record_file(plan.folder, 0).exists():
             check_shard(plan.folder, read_record(plan.folder, 0))
             states.add("published")
         else:

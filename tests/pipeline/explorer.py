@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline import layout, planning
 from pipeline import objects as objects_module
-from pipeline import planning
 from pipeline.errors import ImageError, MachineFault, PlanMismatch, RuijiError
 from pipeline.gallery import GalleryInfo
 from pipeline.generations import current
@@ -28,7 +28,7 @@ from pipeline.plan import Plan, Segment, cancel_plan, check_matches, closed_plan
 from pipeline.planning import Retry, Settings, make_plan
 from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.status import StatusReader
-from pipeline.store import FORMAT, check_shard, read_record, shard_file, to_json, write_atomic
+from pipeline.store import FORMAT, check_shard, read_record, to_json, write_atomic
 from pipeline.verify import Finding, repair, verify
 from workers.embed import Job, embed_batch
 
@@ -240,7 +240,7 @@ class World:
 
     def flip(self, shard: int) -> None:
         """Damage a shard's features."""
-        path = shard_file(self.folder, shard, "features.npy")
+        path = layout.features_file(self.folder, shard)
         if path.exists():
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
@@ -280,8 +280,8 @@ class World:
         for shard in published_shards(self.folder):
             record = read_record(self.folder, shard)
             check_shard(self.folder, record)
-            paths = shard_file(self.folder, shard, "paths.txt").read_text().split()
-            features = np.load(shard_file(self.folder, shard, "features.npy"), allow_pickle=False)
+            paths = layout.paths_file(self.folder, shard).read_text().split()
+            features = np.load(layout.features_file(self.folder, shard), allow_pickle=False)
             for path, feature in zip(paths, features, strict=True):
                 assert feature.tolist() == feature_of(path, record.versions).tolist(), f"{path} by other libraries"
             for failure in record.failed:
@@ -305,7 +305,7 @@ class World:
         rows = [
             path
             for shard in published_shards(self.folder)
-            for path in shard_file(self.folder, shard, "paths.txt").read_text().split()
+            for path in layout.paths_file(self.folder, shard).read_text().split()
         ]
         status = StatusReader(self.folder, None).read()
         assert (status.objects, status.running, status.plan) == (len(names), 0, None)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.gallery import claim_gallery, gallery_folder, gallery_model
+from pipeline import layout
+from pipeline.gallery import claim_gallery, gallery_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan
 from pipeline.planning import Retry, Settings, make_plan
@@ -23,7 +24,7 @@ def plan_for(
     max_pixels: int = 10**8,
 ) -> Plan | None:
     """Make (or find) the open plan for a list, as enqueue does."""
-    folder = gallery_folder(tmp_path / "features", model_path)
+    folder = layout.gallery_folder(tmp_path / "features", model_path)
     model = gallery_model(folder, model_path)
     gallery = claim_gallery(folder, model, SCHEME)
     scratch = tmp_path / "scratch"

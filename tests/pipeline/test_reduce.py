@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import layout
 from pipeline.reduce import missing_after_reread, reduce_segment, tidy
-from pipeline.store import TEMPORARY_PREFIX, check_shard, read_record
+from pipeline.store import check_shard, read_record
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan
 
 
@@ -119,7 +120,7 @@ def test_half_written_files_of_the_killed_go_and_nothing_else(tmp_path: Path, mo
     reduce_segment(plan, plan.segments[0], ours)
     before = sorted(plan.folder.rglob("*"))
     for folder in (plan.folder, plan.feature_file(plan.scheme.object_id(plan.paths(plan.segments[0])[0])).parent):
-        (folder / f"{TEMPORARY_PREFIX}0123-4").write_bytes(b"half of it")
+        (folder / f"{layout.TEMPORARY_PREFIX}0123-4").write_bytes(b"half of it")
     assert len(sorted(plan.folder.rglob("*"))) == len(before) + 2
     tidy(plan)
     assert sorted(plan.folder.rglob("*")) == before

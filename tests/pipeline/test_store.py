@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import layout
 from pipeline.errors import FileDamaged, MachineFault, ShardCorrupt
 from pipeline.objects import IdScheme
 from pipeline.store import (
-    SHARD_ENDINGS,
     Failure,
     Record,
     check_shard,
@@ -23,7 +23,6 @@ from pipeline.store import (
     read_record,
     recorded_shards,
     shard_contents,
-    shard_file,
     versions_tag,
     write_atomic,
     write_error,
@@ -172,17 +171,17 @@ def test_an_exclusive_write_leaves_the_first_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize("ending", SHARD_ENDINGS)
+@pytest.mark.parametrize("ending", layout.SHARD_ENDINGS)
 def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> None:
     import hashlib
 
     contents = shard_contents(np.ones((1, 2), np.float32), ["a"], ["a"])
     for name, data in contents.items():
-        shard_file(tmp_path, 0, name).write_bytes(data)
+        layout.shard_file(tmp_path, 0, name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     record = Record(0, 1, 2, "float32", digests, "fp", "plan", 0, {}, ())
     check_shard(tmp_path, record)
-    path = shard_file(tmp_path, 0, ending)
+    path = layout.shard_file(tmp_path, 0, ending)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -195,7 +194,7 @@ def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> Non
 
 def test_shards_are_listed_by_number_also_above_9999(tmp_path: Path) -> None:
     for number in (2, 10000, 999):
-        shard_file(tmp_path, number, "json").write_text("{}")
+        layout.record_file(tmp_path, number).write_text("{}")
     (tmp_path / "gallery.json").write_text("{}")
     assert recorded_shards(tmp_path) == [2, 999, 10000]
 
@@ -262,7 +261,7 @@ def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path
     ids=str,
 )
 def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, object]) -> None:
-    record = Record(7, 2, 1, "float32", dict.fromkeys(SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
+    record = Record(7, 2, 1, "float32", dict.fromkeys(layout.SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
     write_record(tmp_path, record)
     path = tmp_path / "0007.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -271,7 +270,7 @@ def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, ob
 
 
 def test_a_record_that_lacks_a_field_is_damaged_and_one_with_more_is_read(tmp_path: Path) -> None:
-    record = Record(7, 2, 1, "float32", dict.fromkeys(SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
+    record = Record(7, 2, 1, "float32", dict.fromkeys(layout.SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
     write_record(tmp_path, record)
     path = tmp_path / "0007.json"
     value = json.loads(path.read_text())

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import layout
 from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
-from pipeline.store import Record, shard_contents, shard_file, write_record
+from pipeline.store import Record, shard_contents, write_record
 from pipeline.versions import library_versions
 from search.gallery import Gallery, Shard
 from search.queries import embed_images, load_encoder
@@ -38,7 +39,7 @@ def write_shard(
     ids = [path.rpartition("/")[2] for path in paths]
     contents = shard_contents(features, ids, paths)
     for ending, data in contents.items():
-        shard_file(folder, number, ending).write_bytes(data)
+        layout.shard_file(folder, number, ending).write_bytes(data)
     if record:
         digests = {ending: hashlib.sha256(data).hexdigest() for ending, data in contents.items()}
         rows, length = features.shape

@@ -14,8 +14,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from pipeline import layout
 from pipeline.errors import RuijiError, UsageError
-from pipeline.gallery import gallery_folder
 from pipeline.model import load_model
 from search.cli import register
 from search.gallery import open_gallery
@@ -62,7 +62,7 @@ def make(base: Path, rows: list[tuple[str, str, str]], features: np.ndarray[Any,
     paths = [f"{label or 'x'}/{number:03d}.png" for number, (_, label, _) in enumerate(rows)]
     model = load_model(tiny_model(base / "tiny.onnx"))
     world = World(base, base / "features", model.path, base / "anno.csv")
-    write_gallery(gallery_folder(world.features, model.path), model, features, paths, 5)
+    write_gallery(layout.gallery_folder(world.features, model.path), model, features, paths, 5)
     with world.labels.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -208,7 +208,7 @@ def test_a_query_is_counted_once_however_often_its_line_stands_and_refused_where
 def test_a_gallery_is_found_by_its_name_with_a_dot_in_it(tmp_path: Path) -> None:
     world = random_world(tmp_path)
     model = world.model.rename(tmp_path / "tiny.v1.onnx")
-    gallery_folder(world.features, world.model).rename(gallery_folder(world.features, model))
+    layout.gallery_folder(world.features, world.model).rename(layout.gallery_folder(world.features, model))
     world.model = model
     by_file = world.json()
     world.model = Path("tiny.v1")
@@ -234,7 +234,7 @@ def test_leave_one_out_by_csv_and_by_folder_are_the_same(tmp_path: Path) -> None
 def test_the_articles_shards_are_evaluated_by_name(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "tiny.onnx")
     world = World(tmp_path, tmp_path / "features", model, tmp_path / "anno.csv")
-    folder = gallery_folder(world.features, model)
+    folder = layout.gallery_folder(world.features, model)
     folder.mkdir(parents=True)
     names = ["q.png", "x.png", "y.png"]
     write_article_shard(folder, 0, towards(0.9, 0.1), names)
@@ -248,7 +248,7 @@ def test_a_trec_run_has_the_rankings_of_a_search(tmp_path: Path) -> None:
     assert world.evaluate("--trec", tmp_path / "run" / "out.trec", "--leave-one-out").exit_code == 0
     lines = [line.split(" ") for line in (tmp_path / "run" / "out.trec").read_text().splitlines()]
     assert len(lines) == 40 * 39
-    gallery = open_gallery(gallery_folder(world.features, world.model))
+    gallery = open_gallery(layout.gallery_folder(world.features, world.model))
     features = np.concatenate([shard.features for shard in gallery.shards])
     for row, ranking in enumerate(rank(gallery, features, 40, Metric.cosine).hits):
         query = gallery.object_id(row)
@@ -260,7 +260,7 @@ def test_a_trec_run_has_the_rankings_of_a_search(tmp_path: Path) -> None:
 
 def test_the_sheet_shows_the_worst_queries_first(tmp_path: Path) -> None:
     world = random_world(tmp_path)
-    for shard in open_gallery(gallery_folder(world.features, world.model)).shards:
+    for shard in open_gallery(layout.gallery_folder(world.features, world.model)).shards:
         for path in shard.paths or ():
             target = tmp_path / "media" / path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from pipeline import layout
 from pipeline.errors import GalleryMismatch, QueryError, RuijiError, UsageError
-from pipeline.gallery import gallery_folder
 from pipeline.model import Model, load_model
 from pipeline.settings import MAX_PIXELS
 from search.cli import register
@@ -40,7 +40,7 @@ class World:
 
     @property
     def folder(self) -> Path:
-        return gallery_folder(self.features, self.model.path)
+        return layout.gallery_folder(self.features, self.model.path)
 
     def search(self, *arguments: str | Path) -> Result:
         return self.run("search", *arguments)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline import layout
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import load_model
-from pipeline.plan import Limits, Plan, close_plan, suspects_folder
+from pipeline.plan import Limits, Plan, close_plan
 from pipeline.reduce import reduce_segment
 from tests.conftest import ROOT
 from tests.factories import picture
@@ -97,7 +98,7 @@ def test_only_deaths_alone_count_beyond_the_first(plan: Plan) -> None:
     note_deaths(plan, paths, "crashed-worker", alone=False)
     assert [read_suspect(plan, path).deaths for path in paths] == [2, 1, 1, 1]
     close_plan(plan)
-    assert not suspects_folder(plan.folder, plan.plan_id).exists()
+    assert not layout.suspects_folder(plan.folder, plan.plan_id).exists()
 
 
 @pytest.mark.parametrize("kind", ["segfault", "hog", "endless"])
