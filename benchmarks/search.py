@@ -139,7 +139,7 @@ def in_memory(features: NDArray[np.float32]) -> Gallery:
         Shard(f"{start // SHARD_ROWS:04d}", features[start : start + SHARD_ROWS], ids[start : start + SHARD_ROWS])
         for start in starts
     ]
-    return Gallery(LENGTH, tuple(shards))
+    return Gallery(features.shape[1], tuple(shards))
 
 
 def read_once(features: NDArray[np.float32]) -> object:
