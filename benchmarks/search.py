@@ -33,12 +33,13 @@ from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS, Device
-from search.gallery import Gallery, Shard, open_gallery
+from search.gallery.opening import open_gallery
+from search.gallery.shards import Gallery, Shard
 from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
 from search.options import Metric, Precision
-from search.planner import Work, bfloat16_units, look_at_machine, make_plan
 from search.queries import embed_images, load_encoder
-from search.ranking import Neighbours, nearest
+from search.ranking.planner import Work, bfloat16_units, look_at_machine, make_plan
+from search.ranking.rank import Neighbours, nearest
 from tests.factories import tiny_model
 from tests.search.galleries import write_shard
 
@@ -196,7 +197,7 @@ def resident(rows: int) -> Iterator[Figure]:
     """One to a thousand queries in a process that has everything loaded, torch included."""
     import faiss
 
-    from search.ranking_torch import TorchScan
+    from search.ranking.torch_scan import TorchScan
 
     # The bounds on many queries come from AMX: without matrix units bfloat16 is twice as fast as float32, or slower.
     judged = has_matrix_units()

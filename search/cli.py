@@ -16,18 +16,18 @@ from pipeline.arguments import Commands
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
 from pipeline.streams import exact_stdout, note, tell, to_json
-from search import evaluate
+from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
 if TYPE_CHECKING:
     from search.filters import Condition
-    from search.gallery import Gallery
+    from search.gallery.shards import Gallery
     from search.labels import Annotations
     from search.near_duplicates import Group
-    from search.output import Row
     from search.queries import Query
-    from search.ranking import Hit
-    from search.sheet import SheetLine
+    from search.ranking.rank import Hit
+    from search.views.output import Row
+    from search.views.sheet import SheetLine
 
 Images = Annotated[
     list[Path] | None,
@@ -131,7 +131,7 @@ def register(app: typer.Typer) -> None:
     app.command("near-duplicates")(near_duplicates)
     app.command()(index)
     app.add_typer(gallery_app, name="gallery")
-    evaluate.register(app)
+    evaluation_cli.register(app)
 
 
 def search(
@@ -195,9 +195,9 @@ def search(
         loading = query_encoder(model_path, whole, "cuda" if device is Device.cuda else "cpu")
     # While the model is loaded, all that comes after it is made ready.
     from search.filters import apply_conditions
-    from search.output import hit_rows, printable, write_hits
+    from search.views.output import hit_rows, printable, write_hits
 
-    importlib.import_module("search.planner")
+    importlib.import_module("search.ranking.planner")
     gallery = apply_conditions(whole, conditions, annotations)
     _say_unusable(gallery)
     failed = False
@@ -253,8 +253,8 @@ def near_duplicates(
     from pipeline.progress import show_steps
     from search.filters import apply_conditions
     from search.near_duplicates import find_groups
-    from search.output import write_groups
-    from search.planner import choose_multiply
+    from search.ranking.planner import choose_multiply
+    from search.views.output import write_groups
 
     if threshold == 0:
         raise UsageError("--threshold must be above 0")
@@ -275,7 +275,7 @@ def near_duplicates(
     extra = sum(len(group.members) - 1 for group in groups)
     note(f"{len(groups)} groups; {extra} objects beside the first of their group")
     if sheet is not None:
-        from search.sheet import write_sheet
+        from search.views.sheet import write_sheet
 
         shown = "" if len(lines) == len(groups) else f" with the first {len(lines)} of {len(groups)} groups"
         _say_missing(f"sheet: {sheet}{shown}", write_sheet(sheet, lines, max_pixels, "first"))
@@ -292,7 +292,7 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     """
     from pipeline.errors import RuijiError
     from pipeline.progress import show_steps
-    from search.gallery import find_gallery, open_gallery
+    from search.gallery.opening import find_gallery, open_gallery
 
     folder = find_gallery(feature_dir, model_path)
     gallery = open_gallery(folder)
@@ -317,7 +317,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """What a gallery has: objects, shards, length, fingerprint, size, failed objects, rows that cannot be ranked."""
-    from search.gallery import describe_gallery, find_gallery
+    from search.gallery.opening import describe_gallery, find_gallery
 
     facts = describe_gallery(find_gallery(feature_dir, model_path))
     if as_json:
@@ -339,11 +339,11 @@ def _check_pictures(
         if target is not None and media_dir is None:
             raise UsageError(f"{option} shows the pictures of the hits: say where they are with --media-dir")
     if sheet is not None:
-        from search.sheet import check_target
+        from search.views.sheet import check_target
 
         check_target(sheet, queries, top_k)
     if html is not None:
-        from search.page import check_page
+        from search.views.page import check_page
 
         check_page(queries, top_k, objects)
 
@@ -359,7 +359,7 @@ def _check_targets(
     if not any(targets.values()):
         return
     from pipeline.targets import check_targets
-    from search.gallery import find_gallery
+    from search.gallery.opening import find_gallery
 
     model = [] if model_path is None else [model_path, layout.toml_file(model_path)]
     folders = [path for path in queries or [] if path.is_dir()]
@@ -376,7 +376,7 @@ def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[C
 
 
 def _open(feature_dir: Path, model_path: Path | None, include_stale: bool, paths_wanted: bool) -> "Gallery":
-    from search.gallery import find_gallery, open_gallery
+    from search.gallery.opening import find_gallery, open_gallery
 
     gallery = open_gallery(find_gallery(feature_dir, model_path), include_stale)
     if paths_wanted and gallery.fingerprint is None:
@@ -396,9 +396,9 @@ def _rank(
 ) -> "Iterator[list[Hit]]":
     import numpy as np
 
-    from search.planner import Work, look_at_machine, make_plan
     from search.queries import is_self, own_rows
-    from search.ranking import rank
+    from search.ranking.planner import Work, look_at_machine, make_plan
+    from search.ranking.rank import rank
 
     excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
@@ -445,19 +445,19 @@ def _say_unusable(gallery: "Gallery") -> None:
 def _show(sheet: Path | None, html: Path | None, lines: "list[SheetLine]", max_pixels: int) -> None:
     """Write what people look at."""
     if sheet is not None:
-        from search.sheet import write_sheet
+        from search.views.sheet import write_sheet
 
         _say_missing(f"sheet: {sheet}", write_sheet(sheet, lines, max_pixels))
     if html is not None:
-        from search.page import write_page
+        from search.views.page import write_page
 
         about = f"{len(lines)} queries" if len(lines) > 1 else f"query: {lines[0].name}"
         _say_missing(f"page: {html}", write_page(html, "ruiji search", about, lines, max_pixels))
 
 
 def _line(query: "Query", rows: "list[Row]", annotations: "Annotations | None", media_dir: Path) -> "SheetLine":
-    from search.output import printable
-    from search.sheet import SheetHit, SheetLine
+    from search.views.output import printable
+    from search.views.sheet import SheetHit, SheetLine
 
     hits = [
         SheetHit(
@@ -480,7 +480,7 @@ def _query_label(query: "Query", annotations: "Annotations") -> str | None:
 
 
 def _group_lines(groups: "list[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
-    from search.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine
+    from search.views.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine
 
     lines = []
     for group in groups[:GROUP_LINES]:

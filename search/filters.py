@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.gallery import Gallery
+from search.gallery.shards import Gallery
 from search.labels import Annotations
 
 #: Not a column: the object's path, and what it is compared with is a prefix.

@@ -1,8 +1,8 @@
 """All groups of near-identical objects in a gallery: exact, in tiles, each pair once.
 
-Two objects are near-duplicates where the cosine of `search.exact` reaches the threshold; a group is everything that is
-connected by such pairs. A scan multiplies tiles of unit rows; only pairs that its error bound leaves open are decided
-in float64.
+Two objects are near-duplicates where the cosine of `search.ranking.exact` reaches the threshold; a group is everything
+that is connected by such pairs. A scan multiplies tiles of unit rows; only pairs that its error bound leaves open are
+decided in float64.
 """
 
 import itertools
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.bounds import Margin, float32_margin
-from search.exact import Float32, Float64, exact_pair_similarities, exact_pair_table, row_sums
-from search.gallery import Gallery
-from search.norms import is_plain
-from search.ranking import Rows
+from search.arrays import Float32, Float64, row_sums
+from search.gallery.norms import is_plain
+from search.gallery.shards import Gallery
+from search.ranking.bounds import Margin, float32_margin
+from search.ranking.exact import exact_pair_similarities, exact_pair_table
+from search.ranking.rank import Rows
 
 #: Rows that stay in memory while the rest of the gallery passes by, and rows that pass at once: their cosines take
 #: 64 MB, and reading and scaling a row is small beside its products.

@@ -20,8 +20,8 @@ from pipeline.npy import NpyError, map_npy
 from pipeline.objects import without_mark
 from pipeline.scan import Scan
 from pipeline.streams import note
-from search.exact import unusable
-from search.gallery import Gallery
+from search.gallery.shards import Gallery
+from search.ranking.exact import unusable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

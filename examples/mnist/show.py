@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.settings import MAX_PIXELS
-from search.gallery import open_gallery
+from search.gallery.opening import open_gallery
 from search.labels import read_annotations
-from search.sheet import SheetHit, SheetLine, write_sheet
+from search.views.sheet import SheetHit, SheetLine, write_sheet
 
 if TYPE_CHECKING:
     from examples.mnist.train import Epoch

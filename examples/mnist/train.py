@@ -18,7 +18,7 @@ from examples.augment import augment
 from examples.mnist.data import Digits
 from examples.mnist.networks import DIGITS, MEAN, STD, ArticleNet, SoftmaxWithCenters, WideNet
 from examples.onnx_export import check_export, export_onnx
-from search.metrics import METRICS, measure
+from search.evaluation.metrics import METRICS, measure
 
 #: The last of the 60,000 training images are held back: the curve is measured on them, the first of them searching
 #: in the others. The test set is looked at once, at the end, through the pipeline.

@@ -23,7 +23,7 @@ from pipeline.run import enqueue as queue
 from pipeline.status import StatusReader
 from pipeline.store import read_json
 from pipeline.verify import verify
-from search.gallery import open_gallery
+from search.gallery.opening import open_gallery
 from search.queries import query_model
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, files, plan_for

@@ -15,7 +15,7 @@ from pipeline.reduce import reduce_segment, tidy
 from pipeline.status import StatusReader
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify
-from search.gallery import open_gallery
+from search.gallery.opening import open_gallery
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan, plan_for
 

@@ -15,7 +15,7 @@ from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import Record, shard_contents, write_record
 from pipeline.versions import library_versions
-from search.gallery import Gallery, Shard
+from search.gallery.shards import Gallery, Shard
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, picture
 

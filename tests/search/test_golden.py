@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from search.cli import register
-from search.gallery import open_gallery
-from search.ranking import rank
+from search.gallery.opening import open_gallery
+from search.ranking.rank import rank
 
 MODELS = ("mobilenet_v2", "mobilenet_v3_large")
 

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.exact import exact_pair_similarities, exact_pair_table
 from search.near_duplicates import Group, Multiply, find_groups
+from search.ranking.exact import exact_pair_similarities, exact_pair_table
 from tests.search.galleries import brute_force, in_memory
-from tests.search.test_ranking import KINDS, features_of, ids_of
+from tests.search.ranking.test_rank import KINDS, features_of, ids_of
 
 
 def expected(features: NDArray[np.float32], ids: list[str], threshold: float) -> list[tuple[set[str], int]]:
@@ -187,7 +187,7 @@ def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_finds_the_same_groups(kind: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
-    from search.ranking_torch import TorchMultiply
+    from search.ranking.torch_scan import TorchMultiply
 
     gallery = in_memory(features_of(kind), cuts=(100,))
     multiply: Multiply = TorchMultiply("cpu")

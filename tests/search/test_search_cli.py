@@ -323,7 +323,7 @@ def test_a_search_on_the_cpu_imports_no_torch_and_reads_no_graph(world: World) -
     )
     modules = imported_by(code)
     assert "workers.encoder" in modules
-    assert not modules & {"torch", "onnx", "search.ranking_torch", "search.sheet", "celery"}
+    assert not modules & {"torch", "onnx", "search.ranking.torch_scan", "search.views.sheet", "celery"}
 
 
 def test_nothing_is_kept_to_be_reported_to_anyone(world: World, tmp_path: Path) -> None:
@@ -694,7 +694,7 @@ def test_an_indexed_gallery_that_is_not_in_memory_gives_the_same_hits(
 
     before = search()
     own_world.run("index")
-    monkeypatch.setattr("search.gallery.row_in_memory", lambda _: False)
+    monkeypatch.setattr("search.gallery.shards.row_in_memory", lambda _: False)
     after = search()
     assert "float32" in before.stderr and "int8" in after.stderr
     assert after.stdout == before.stdout

@@ -1,0 +1,321 @@
+"""The shards of a gallery, mapped into memory, and the way from rows to features, ids and paths."""
+
+import bisect
+import itertools
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import layout
+from pipeline.cache import ShardCache
+from pipeline.errors import ShardCorrupt
+from search.gallery.codes import Codes, ShardCodes, codes_kept
+from search.gallery.norms import norms_of
+from search.gallery.paging import advise, row_in_memory
+
+#: What to do about a shard that is damaged.
+RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
+#: Read ahead of a scan: enough to keep a disk busy while a block is computed.
+_AHEAD_BYTES = 64 << 20
+#: Rows that are looked at to tell whether many are in memory.
+_LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard, mapped; nothing of it is read until it is needed.
+
+    Attributes:
+        name: its number as in its file names, e.g. `0007`.
+        features: float32[rows, d], C order, read-only.
+        object_ids: `<U…`[rows].
+        paths_file: one path a row; None where paths are unknown (an article's shard).
+        stale: bool[rows], True for objects that are no longer on the list; None where none is left out.
+        cache: where norms and codes are kept; None: nowhere.
+        wanted: bool[rows], False for objects that a filter leaves out; None where none is.
+    """
+
+    name: str
+    features: NDArray[np.float32]
+    object_ids: NDArray[np.str_]
+    paths_file: Path | None = None
+    stale: NDArray[np.bool_] | None = None
+    cache: ShardCache | None = None
+    wanted: NDArray[np.bool_] | None = None
+
+    @property
+    def norms(self) -> NDArray[np.float32]:
+        """float32[rows], as `norms_of` gives them; read from the cache, or computed and kept there."""
+        return self._norms[0]
+
+    @cached_property
+    def _norms(self) -> tuple[NDArray[np.float32], bool]:
+        """The norms, and whether they are in the cache."""
+        if self.cache is None:
+            return norms_of(self.features), False
+        kept = self.cache.read(layout.NORMS, "<f4", self._shape[:1])
+        if kept is not None:
+            return kept, True
+        norms = norms_of(self.features)
+        return norms, self.cache.write(layout.NORMS, norms)
+
+    @cached_property
+    def codes(self) -> ShardCodes:
+        """The rows in 8 bits."""
+        return ShardCodes(self.cache, self.features, lambda: self.norms)
+
+    @property
+    def norms_kept(self) -> bool:
+        """Whether the norms are in the cache, as far as the size of their file tells."""
+        return self.cache is not None and self.cache.has(layout.NORMS, "<f4", self._shape[:1])
+
+    @property
+    def codes_kept(self) -> bool:
+        """Whether the codes are in the cache, as far as the sizes of their files tell."""
+        return self.cache is not None and codes_kept(self.cache, self._shape)
+
+    def keep(self) -> bool:
+        """Have norms and codes in the cache, those that are there checked; False if it cannot be written to."""
+        return self._norms[1] and self.codes.keep()
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        rows, length = self.features.shape
+        return rows, length
+
+    def ids(self, rows: slice = slice(None)) -> list[str]:
+        """The object ids of some of its rows, or of all.
+
+        Raises:
+            ShardCorrupt: one of them is no text.
+        """
+        ids: list[str] = self.object_ids[rows].tolist()
+        for object_id in ids:
+            if not (object_id.isascii() or _is_text(object_id)):
+                raise ShardCorrupt(f"the object ids of shard {self.name} are no text; {RESTORE}")
+        return ids
+
+    @cached_property
+    def left_out(self) -> NDArray[np.bool_] | None:
+        """bool[rows], True for rows that are not searched, stale or filtered; None where all are."""
+        if self.wanted is None:
+            return self.stale
+        return ~self.wanted if self.stale is None else self.stale | ~self.wanted
+
+    @cached_property
+    def paths(self) -> tuple[str, ...] | None:
+        """The path of every row, or None where paths are unknown.
+
+        Raises:
+            ShardCorrupt: the file is missing or has another number of lines than the shard has rows.
+        """
+        if self.paths_file is None:
+            return None
+        try:
+            # Every line ends with a newline; split at once, because a hit asks for one of thousands.
+            paths = tuple(self.paths_file.read_bytes().decode().split("\n")[:-1])
+        except (OSError, UnicodeDecodeError):
+            raise ShardCorrupt(f"{self.paths_file} is missing or damaged; {RESTORE}") from None
+        if len(paths) != len(self.features):
+            raise ShardCorrupt(f"{self.paths_file} has {len(paths)} lines for {len(self.features)} rows; {RESTORE}")
+        return paths
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of one shard.
+
+    Attributes:
+        first: gallery row of its first row.
+        features: float32[b, d].
+        norms: float32[b], as `norms_of` gives them.
+        left_out: bool[b], or None where no row is to be left out.
+        codes: of these rows; None where they were not asked for.
+    """
+
+    first: int
+    features: NDArray[np.float32]
+    norms: NDArray[np.float32]
+    left_out: NDArray[np.bool_] | None
+    codes: Codes | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All shards of one model, searched together. Gallery rows count through the shards in their order.
+
+    Attributes:
+        length: d.
+        shards: in the order of their numbers.
+        fingerprint: of the model that made the features; None where nothing says it (an article's shards).
+        versions: the different sets of library versions that made the shards.
+        contract: of that model, as `Model.contract` has it; None where it was not kept.
+    """
+
+    length: int
+    shards: tuple[Shard, ...]
+    fingerprint: str | None = None
+    versions: tuple[dict[str, str], ...] = ()
+    contract: dict[str, Any] | None = None
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(len(shard.features) for shard in self.shards))
+
+    @property
+    def rows(self) -> int:
+        """n, stale and unusable rows included."""
+        return self._ends[-1] if self._ends else 0
+
+    @cached_property
+    def stale_rows(self) -> int:
+        """Rows that are left out, because their object is no longer on the list."""
+        return sum(int(shard.stale.sum()) for shard in self.shards if shard.stale is not None)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all features."""
+        return 4 * self.rows * self.length
+
+    @cached_property
+    def unusable_rows(self) -> tuple[int, int]:
+        """How many rows cannot be ranked: (all zero, NaN or infinite); rows that are left out do not count."""
+        zero = nonfinite = 0
+        for shard in self.shards:
+            norms = shard.norms if shard.left_out is None else shard.norms[~shard.left_out]
+            zero += int((norms == 0).sum())
+            nonfinite += int(np.isnan(norms).sum())
+        return zero, nonfinite
+
+    @cached_property
+    def searched_rows(self) -> int:
+        """Rows that are neither stale nor filtered."""
+        return self.rows - sum(int(shard.left_out.sum()) for shard in self.shards if shard.left_out is not None)
+
+    def only(self, wanted: Sequence[NDArray[np.bool_]]) -> "Gallery":
+        """The same gallery with other rows left out.
+
+        Args:
+            wanted: bool[rows] for each shard.
+        """
+        shards = tuple(replace(shard, wanted=mask) for shard, mask in zip(self.shards, wanted, strict=True))
+        return replace(self, shards=shards)
+
+    @cached_property
+    def coded(self) -> bool:
+        """Whether the codes of all shards are kept."""
+        return all(shard.codes_kept for shard in self.shards)
+
+    def blocks(self, block_rows: int, first: int = 0, end: int | None = None, coded: bool = False) -> Iterator[Block]:
+        """The gallery rows from `first` to `end` in pieces of at most `block_rows`, in order, none of two shards.
+
+        Args:
+            coded: with their codes, which are then what is read ahead instead of the features.
+        """
+        end = self.rows if end is None else min(end, self.rows)
+        pieces = [
+            (shard, shard_first, start)
+            for shard, shard_first in zip(self.shards, self.firsts, strict=True)
+            for start in range(max(0, first - shard_first), min(len(shard.features), end - shard_first), block_rows)
+        ]
+        ahead = max(1, _AHEAD_BYTES // max(1, (1 if coded else 4) * self.length * block_rows))
+        for index, (shard, shard_first, start) in enumerate(pieces):
+            for later, _, at in pieces[index + ahead : index + ahead + 1] if index else pieces[: ahead + 1]:
+                read = later.codes.integers if coded else later.features
+                advise(read, at, min(block_rows, len(read) - at), mmap.MADV_WILLNEED)
+            piece = slice(start, min(start + block_rows, end - shard_first))
+            left_out = None if shard.left_out is None else shard.left_out[piece]
+            codes = shard.codes.part(piece) if coded else None
+            yield Block(shard_first + start, shard.features[piece], shard.norms[piece], left_out, codes)
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """The gallery row of each shard's first row."""
+        return list(itertools.accumulate((len(shard.features) for shard in self.shards), initial=0))[:-1]
+
+    def _locate(self, row: int) -> tuple[Shard, int]:
+        index = bisect.bisect_right(self._ends, row)
+        return self.shards[index], row - self.firsts[index]
+
+    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
+        """Gallery rows by shard: (shard, positions in `rows`, rows of the shard)."""
+        owners = np.searchsorted(self._ends, rows, side="right")
+        for index in np.unique(owners).tolist():
+            positions = np.flatnonzero(owners == index)
+            yield self.shards[index], positions, rows[positions] - self.firsts[index]
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The features of some gallery rows, float32[c, d], in the order given."""
+        taken = np.empty((len(rows), self.length), dtype=np.float32)
+        # Few rows of many shards are the rule: one by one is quicker than sorting them by shard.
+        for position, (shard, local) in enumerate(map(self._locate, rows.tolist())):
+            taken[position] = shard.features[local]
+        return taken
+
+    def object_ids(self, rows: NDArray[np.int64]) -> NDArray[np.str_]:
+        """The object ids of some gallery rows, `<U…`[c], in the order given."""
+        return np.array([self.object_id(row) for row in rows.tolist()], dtype=np.str_)
+
+    def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
+        """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
+        asked = range(self.rows) if rows is None else rows
+        some = asked[:: max(1, len(asked) // _LOOKED_AT)]
+        return all(row_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
+
+    def plan_reads(self, rows: NDArray[np.int64]) -> None:
+        """Have some rows read now, all at once and without read-ahead, where they are not in memory.
+
+        Otherwise each of them costs a read-ahead of megabytes.
+        """
+        if self.in_memory(rows):
+            return
+        for shard, _, local in self._split(rows):
+            advise(shard.features, 0, len(shard.features), mmap.MADV_RANDOM)
+            for row in np.unique(local).tolist():
+                advise(shard.features, row, 1, mmap.MADV_WILLNEED)
+
+    def rows_of(self, object_ids: Iterable[str]) -> dict[str, list[int]]:
+        """Every gallery row with one of these ids, ascending, by id; more than one only where shards repeat an id.
+
+        The ids of all rows are looked through once, however many are asked for.
+        """
+        found: dict[str, list[int]] = {object_id: [] for object_id in object_ids}
+        asked = np.array(sorted(found), dtype=np.str_)
+        for shard, first in zip(self.shards, self.firsts, strict=True):
+            if len(asked) > 1:
+                nearest = np.minimum(np.searchsorted(asked, shard.object_ids), len(asked) - 1)
+                local = np.flatnonzero(asked[nearest] == shard.object_ids)
+            else:
+                local = np.flatnonzero(shard.object_ids == asked[0]) if len(asked) else np.empty(0, np.int64)
+            for row, object_id in zip(local.tolist(), shard.object_ids[local].tolist(), strict=True):
+                found[object_id].append(first + row)
+        return found
+
+    def object_id(self, row: int) -> str:
+        """The object id of one gallery row."""
+        shard, local = self._locate(row)
+        return shard.ids(slice(local, local + 1))[0]
+
+    def path(self, row: int) -> str | None:
+        """The object's path, relative to the media folder, or None where paths are unknown.
+
+        Raises:
+            ShardCorrupt: the shard's list of paths is missing or does not fit.
+        """
+        shard, local = self._locate(row)
+        return None if shard.paths is None else shard.paths[local]
+
+
+def _is_text(object_id: str) -> bool:
+    # The names of files need not be UTF-8; then their bytes are escaped. numpy makes strings of any numbers, which
+    # only come back from bytes as others.
+    try:
+        return object_id.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == object_id
+    except UnicodeEncodeError:
+        return False

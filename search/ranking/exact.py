@@ -1,0 +1,102 @@
+"""The float64 routines that decide: similarity, distance and angle of a query to each row, by that row alone.
+
+No block, batch, thread count, device or shard order changes a bit of what they give.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.arrays import Float32, Float64, row_sums
+
+#: Values that are multiplied at once; as float64 they take 1 MB and stay in a core's cache.
+_AT_ONCE = 1 << 17
+
+
+def unusable(feature: Float32) -> str | None:
+    """Why a feature, float32[d], has no direction to compare, or None."""
+    if not np.isfinite(feature).all():
+        return "its feature has NaN or infinite values"
+    return None if feature.any() else "its feature is all zero"
+
+
+def exact_similarities(query: Float32, rows: Float32) -> Float64:
+    """The cosine that decides, for each row by itself; 1.0 for a row equal to the query.
+
+    Args:
+        query: float32[d]; rows: float32[c, d]; none zero, all finite.
+
+    Returns:
+        float64[c], from -1 to 1. Products of two float32 are exact in float64 and cannot overflow.
+    """
+    return exact_pair_similarities(query[np.newaxis], rows)
+
+
+def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
+    """The cosine that decides, for each pair of rows by itself, in either order of the two.
+
+    Args:
+        some, others: float32[c, d], or one row for all pairs; none zero, all finite.
+
+    Returns:
+        float64[c].
+    """
+    q, x = some.astype(np.float64), others.astype(np.float64)
+    # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
+    cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
+    return np.clip(cosines, -1.0, 1.0)
+
+
+def exact_pair_table(some: Float32, others: Float32, wanted: NDArray[np.bool_]) -> Float64:
+    """What `exact_pair_similarities` gives for the wanted ones among all pairs of two sides, sooner if these are many.
+
+    Args:
+        some, others: float32[a, d] and float32[b, d]; wanted: bool[a, b].
+
+    Returns:
+        float64[a, b]; NaN for pairs that are not wanted.
+    """
+    similarities = np.full(wanted.shape, np.nan)
+    at_once = max(1, _AT_ONCE // max(1, some.shape[1]))
+    for start in range(0, len(others), at_once):
+        part = slice(start, start + at_once)
+        x = others[part].astype(np.float64)
+        squares = row_sums(x * x)
+        for number in np.flatnonzero(wanted[:, part].any(axis=1)).tolist():
+            q = some[number].astype(np.float64)
+            columns = np.flatnonzero(wanted[number, part])
+            dots = row_sums((x if len(columns) == len(x) else x[columns]) * q)
+            cosines = dots / np.sqrt(squares[columns] * row_sums((q * q)[np.newaxis]))
+            similarities[number, start + columns] = np.clip(cosines, -1.0, 1.0)
+    return similarities
+
+
+def exact_squared_distances(query: Float32, rows: Float32) -> Float64:
+    """The squared Euclidean distance that decides, for each row by itself.
+
+    Args:
+        query: float32[d]; rows: float32[c, d].
+
+    Returns:
+        float64[c], 0.0 for a row equal to the query.
+    """
+    differences = rows.astype(np.float64) - query.astype(np.float64)
+    return row_sums(differences * differences)
+
+
+def exact_angles(query: Float32, rows: Float32) -> Float64:
+    """The angle to each row, exact near 0 and near pi, where the arc cosine is not.
+
+    Returns:
+        float64[c], radians from 0 to pi, error far below 1e-7; 0.0 for a row equal to the query.
+    """
+    a, b = units_of(query[np.newaxis]), units_of(rows)
+    apart, along = a - b, a + b
+    angles: Float64 = 2 * np.arctan2(np.sqrt(row_sums(apart * apart)), np.sqrt(row_sums(along * along)))
+    return angles
+
+
+def units_of(rows: Float32) -> Float64:
+    """Rows divided by their norm, float32[rows, d] to float64[rows, d]; none zero."""
+    x = rows.astype(np.float64)
+    units: Float64 = x / np.sqrt(row_sums(x * x))[:, np.newaxis]
+    return units

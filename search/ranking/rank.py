@@ -1,0 +1,414 @@
+"""The contract of every search, and the numpy way to keep it.
+
+**Exact** means: the k usable rows that come first when the whole gallery is ordered by the value that
+`search.ranking.exact` gives for each row, then by object id. It computes in float64, row by row, so that no block size,
+batch, thread count, device or shard order changes a bit.
+
+A scan in float32 or less only finds candidates. Each of its values comes with a bound on its error, and every row that
+could still be among the first k by that bound is decided in float64.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import QueryError
+from search.arrays import Float32, Float64, row_sums
+from search.gallery.norms import is_plain, plain_rows
+from search.gallery.shards import Gallery
+from search.options import Metric
+from search.ranking.bounds import Margin, float32_margin, margin_of, values_of
+from search.ranking.exact import exact_angles, exact_similarities, exact_squared_distances, unusable
+
+Rows: TypeAlias = NDArray[np.int64]
+
+#: Of features read at once: a whole shard of 10,000 rows of 1280, so that starts are rare; small beside any memory.
+BLOCK_BYTES = 64 << 20
+#: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
+QUERIES_AT_ONCE = 1000
+#: Up to so many queries are few, and so many rows of a block are then multiplied at once.
+_FEW_QUERIES, _ROWS_AT_ONCE = 64, 1024
+#: Rows that are decided at once, so that float64 copies stay small (2048 x 1280: 21 MB).
+_DECIDED_AT_ONCE = 2048
+#: Pairs of a query and a row that are handed over at once.
+_PAIRS_AT_ONCE = 1 << 20
+#: Candidates of one query that wait for their decision; 24 bytes each.
+_WAITING = 1 << 16
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One neighbour of a query.
+
+    Attributes:
+        row: its gallery row.
+        path: relative to the media folder; None where the gallery does not know paths.
+        similarity: cosine, -1 to 1, higher is closer; always given.
+        distance: lower is closer; the angle in radians, or Euclidean for that metric.
+    """
+
+    row: int
+    object_id: str
+    path: str | None
+    similarity: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a search found.
+
+    Attributes:
+        hits: for each query its neighbours, best first: k of them, or as many as there are usable rows.
+        zero_rows, nonfinite_rows: rows of the gallery that cannot be ranked, because all their values are zero, or
+            one is NaN or infinite; they never appear among the hits.
+    """
+
+    hits: tuple[tuple[Hit, ...], ...]
+    zero_rows: int
+    nonfinite_rows: int
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest rows of one query, best first.
+
+    Attributes:
+        rows: gallery rows, int64[k].
+        values: float64[k], what they are ordered by: the cosine, or minus the squared Euclidean distance.
+        object_ids: `<U…`[k].
+    """
+
+    rows: Rows
+    values: Float64
+    object_ids: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries that share one pass.
+
+    Attributes:
+        queries: float32[q, d], raw model output.
+        top_k: k.
+    """
+
+    queries: Float32
+    top_k: int
+    metric: Metric
+
+    @cached_property
+    def norms(self) -> Float64:
+        """float64[q, 1]."""
+        wide = self.queries.astype(np.float64)
+        return np.sqrt(row_sums(wide * wide))[:, np.newaxis]
+
+    @cached_property
+    def units(self) -> Float32:
+        """Queries of length 1, float32[q, d], divided in float64."""
+        return (self.queries / self.norms).astype(np.float32)
+
+    def decide(self, number: int, rows: Float32) -> Float64:
+        """The values that order rows for one query, float32[c, d] to float64[c]; higher is closer."""
+        if self.metric is Metric.euclidean:
+            return -exact_squared_distances(self.queries[number], rows)
+        return exact_similarities(self.queries[number], rows)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows of one block that could be among the best k of some queries, m pairs.
+
+    Attributes:
+        queries: int64[m], ascending.
+        rows: gallery rows, int64[m].
+        lower, upper: float64[m], bounds on the row's value for the query.
+    """
+
+    queries: Rows
+    rows: Rows
+    lower: Float64
+    upper: Float64
+
+
+#: Goes through a gallery block by block. For each query, a row whose value cannot reach the query's cut may be left
+#: out; the cuts, float64[q], rise between the blocks. Rows that are left out or unusable never come.
+Scan: TypeAlias = Callable[[Gallery, Batch, Float64], Iterator[Candidates]]
+
+
+def rank(
+    gallery: Gallery,
+    queries: Float32,
+    top_k: int,
+    metric: Metric = Metric.cosine,
+    scan: Scan | None = None,
+    queries_at_once: int = QUERIES_AT_ONCE,
+) -> Ranking:
+    """Find the nearest rows of every query, exactly.
+
+    Args:
+        queries: float32[q, d], raw model output.
+        top_k: k, at least 1; more than there are rows gives all of them.
+        scan: how candidates are found, which changes memory and speed, never the answer; default numpy's.
+        queries_at_once: queries that share one pass; likewise.
+
+    Raises:
+        QueryError: a query is zero, not finite, or of another length than the gallery.
+    """
+    found = nearest(gallery, queries, top_k, metric, scan, queries_at_once)
+    hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
+    return Ranking(hits, *gallery.unusable_rows)
+
+
+def nearest(
+    gallery: Gallery,
+    queries: Float32,
+    top_k: int,
+    metric: Metric = Metric.cosine,
+    scan: Scan | None = None,
+    queries_at_once: int = QUERIES_AT_ONCE,
+) -> list[Neighbours]:
+    """The rows behind `rank`, without the rest of what a hit tells."""
+    check_queries(queries, gallery.length)
+    found: list[Neighbours] = []
+    for start in range(0, len(queries), queries_at_once):
+        batch = Batch(queries[start : start + queries_at_once], top_k, metric)
+        found += _search(gallery, batch, scan or numpy_scan())
+    return found
+
+
+def _search(gallery: Gallery, batch: Batch, scan: Scan) -> list[Neighbours]:
+    cuts = np.full(len(batch.queries), -np.inf)
+    pools = [_Pool(gallery, batch, number) for number in range(len(cuts))]
+    for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
+        _offer(pools, candidates, cuts)
+    gallery.plan_reads(np.concatenate([pool.rows for pool in pools]))
+    return [pool.decided() for pool in pools]
+
+
+def check_queries(queries: Float32, length: int) -> None:
+    """Check that queries can be ranked.
+
+    Raises:
+        QueryError: one is zero, not finite, or of another length than the gallery.
+    """
+    if queries.ndim != 2 or queries.shape[1] != length:
+        raise QueryError(
+            f"queries of the shape {list(queries.shape)} do not fit a gallery of features of length {length}"
+        )
+    for number, query in enumerate(queries):
+        if problem := unusable(query):
+            raise QueryError(f"query {number} cannot be ranked: {problem}")
+
+
+def _hits(gallery: Gallery, query: Float32, found: Neighbours, metric: Metric) -> tuple[Hit, ...]:
+    hits: list[Hit] = []
+    for start in range(0, len(found.rows), _DECIDED_AT_ONCE):
+        some = slice(start, start + _DECIDED_AT_ONCE)
+        rows, values = found.rows[some], found.values[some]
+        features = gallery.take(rows)
+        if metric is Metric.euclidean:
+            similarities, distances = exact_similarities(query, features), np.sqrt(-values)
+        else:
+            similarities, distances = values, exact_angles(query, features)
+        columns = zip(
+            rows.tolist(), found.object_ids[some].tolist(), similarities.tolist(), distances.tolist(), strict=True
+        )
+        hits += [
+            Hit(row, object_id, gallery.path(row), similarity, distance)
+            for row, object_id, similarity, distance in columns
+        ]
+    return tuple(hits)
+
+
+# Scanning with numpy
+
+
+def numpy_scan(block_rows: int | None = None) -> Scan:
+    """A float32 scan on the CPU with numpy, straight from the mapped shards.
+
+    Args:
+        block_rows: rows read at once; by default so many that they take `BLOCK_BYTES`.
+    """
+
+    def scan(gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
+        margin = float32_margin(gallery.length)
+        for block in gallery.blocks(block_rows or default_block_rows(gallery.length)):
+            usable = usable_rows(block.norms, block.left_out)
+            # What rows that are not usable give is never looked at.
+            norms = np.where(usable, block.norms, np.float32(1))
+            with np.errstate(under="ignore"):
+                cosines = _products(batch.units, block.features, is_plain(block.norms))
+                cosines *= 1 / norms
+            yield select(batch, cosines, margin, norms, usable, block.first, cuts)
+
+    return scan
+
+
+def _products(units: Float32, features: Float32, plain: NDArray[np.bool_]) -> Float32:
+    """Dot products of queries, [q, d], and rows, [b, d]: [q, b]; 0 for rows that are not plain."""
+    if len(units) == 1 and plain.all():
+        # A matrix times a vector reads each row once, at the speed of memory.
+        products: Float32 = (features @ units[0])[np.newaxis]
+        return products
+    if len(units) > _FEW_QUERIES:
+        return units @ plain_rows(features, plain).T
+    # So it is for few queries as well, if the rows come a few at a time: BLAS first copies what it is given.
+    by_row = np.empty((len(features), len(units)), dtype=np.float32)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        np.matmul(plain_rows(features[some], plain[some]), units.T, out=by_row[some])
+    return np.ascontiguousarray(by_row.T)
+
+
+def default_block_rows(length: int) -> int:
+    """Rows that take `BLOCK_BYTES`."""
+    return max(1, BLOCK_BYTES // (4 * max(1, length)))
+
+
+def usable_rows(norms: Float32, left_out: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Rows that a scan has to find, bool[b]: searched, and neither bad nor odd."""
+    plain = is_plain(norms)
+    return plain if left_out is None else plain & ~left_out
+
+
+def select(
+    batch: Batch,
+    cosines: Float32,
+    margin: Margin,
+    row_norms: Float32,
+    usable: NDArray[np.bool_],
+    first: int,
+    cuts: Float64,
+) -> Candidates:
+    """Of one block's cosines, float32[q, b], which may be overwritten, those that can reach the cuts.
+
+    Args:
+        margin: how far they can be from the truth; absolute one number, or float32[b].
+        row_norms: float32[b]; usable: bool[b].
+        first: gallery row of the block's first.
+    """
+    values = cosines
+    if batch.metric is Metric.euclidean:
+        # Squares of norms from anywhere in float32 fit in float64 only.
+        norms = row_norms.astype(np.float64)
+        values = values_of(batch.metric, cosines.astype(np.float64), norms, batch.norms)
+        margin = margin_of(batch.metric, margin, norms, batch.norms)
+    if not usable.all():
+        values[:, ~usable] = -np.inf
+    # Minus infinity would also let the rows in that are not usable.
+    reach = np.maximum(cuts, np.finfo(values.dtype).min / 4)[:, np.newaxis]
+    if np.isneginf(cuts).any() and batch.top_k < values.shape[1]:
+        # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
+        reach = np.maximum(reach, _kth(margin.lower(values), batch.top_k))
+    # A margin for each row is looked at where the widest of them lets the row in.
+    by_row = np.ndim(margin.absolute) == 1
+    widest = Margin(margin.absolute.max()) if by_row else margin
+    # Flat: numpy looks through one dimension many times faster than through two.
+    below = values < widest.least(reach.astype(values.dtype))
+    # A value that is none is not below either.
+    queries, columns = np.divmod(np.flatnonzero(~below), max(1, values.shape[1]))
+    if by_row:
+        near = ~(values[queries, columns] + margin.absolute[columns] < reach[queries, 0])
+        queries, columns = queries[near], columns[near]
+    chosen = values[queries, columns].astype(np.float64)
+    if np.ndim(margin.absolute):
+        margin = Margin(margin.absolute[columns] if by_row else margin.absolute[queries, columns])
+    return Candidates(queries, first + columns, *margin.both(chosen))
+
+
+def _kth(values: NDArray[Any], k: int) -> NDArray[Any]:
+    """The k-th largest of each row, [q, b] to [q, 1]; what is no number is not among the large ones."""
+    highest = np.partition(values, -k)[:, -k:]
+    if not (highest < np.inf).all():
+        highest = np.partition(np.where(values < np.inf, values, -np.inf), -k)[:, -k:]
+    return highest[:, :1]
+
+
+def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:
+    """Usable rows that float32 arithmetic cannot be trusted with: every one a candidate of every query."""
+    at_once = max(1, _PAIRS_AT_ONCE // queries)
+    for shard, first in zip(gallery.shards, gallery.firsts, strict=True):
+        odd = (shard.norms > 0) & ~is_plain(shard.norms)
+        rows = first + np.flatnonzero(odd if shard.left_out is None else odd & ~shard.left_out)
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            pairs = np.repeat(np.arange(queries), len(some))
+            infinite = np.full(len(pairs), np.inf)
+            yield Candidates(pairs, np.tile(some, queries), -infinite, infinite)
+
+
+# Keeping the best
+
+
+class _Pool:
+    """The rows that can still be among the best k of one query; a decided row has equal bounds."""
+
+    def __init__(self, gallery: Gallery, batch: Batch, number: int) -> None:
+        self._gallery, self._batch, self._number, self._top_k = gallery, batch, number, batch.top_k
+        self.rows: Rows = np.empty(0, dtype=np.int64)
+        self._lower: Float64 = np.empty(0)
+        self._upper: Float64 = np.empty(0)
+
+    def add(self, rows: Rows, lower: Float64, upper: Float64) -> float:
+        """Take in candidates; returns the value that a row must reach from now on."""
+        self.rows = np.concatenate([self.rows, rows])
+        self._lower, self._upper = np.concatenate([self._lower, lower]), np.concatenate([self._upper, upper])
+        cut = self._cut()
+        if len(self.rows) > max(_WAITING, 2 * self._top_k):
+            self.decided()
+            cut = self._cut()
+        return cut
+
+    def _cut(self) -> float:
+        if len(self.rows) < self._top_k:
+            return -np.inf
+        # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
+        cut = float(np.partition(self._lower, -self._top_k)[-self._top_k])
+        self._keep(self._upper >= cut)
+        return cut
+
+    def _keep(self, kept: NDArray[np.bool_] | Rows) -> None:
+        self.rows, self._lower, self._upper = self.rows[kept], self._lower[kept], self._upper[kept]
+
+    def _narrow(self) -> None:
+        """Bounds from float32 for rows of coarser ones, so that fewer have to be decided in float64."""
+        gallery, batch = self._gallery, self._batch
+        margin = float32_margin(gallery.length)
+        coarse = np.flatnonzero((self._upper - self._lower > 4 * margin.absolute) & np.isfinite(self._upper))
+        if batch.metric is Metric.euclidean or len(coarse) <= 2 * self._top_k:
+            return
+        for start in range(0, len(coarse), _DECIDED_AT_ONCE):
+            some = coarse[start : start + _DECIDED_AT_ONCE]
+            features = gallery.take(self.rows[some])
+            squares = np.einsum("ij,ij->i", features, features)
+            cosines = (features @ batch.units[self._number] / np.sqrt(squares)).astype(np.float64)
+            self._lower[some], self._upper[some] = margin.lower(cosines), margin.upper(cosines)
+        self._cut()
+
+    def decided(self) -> Neighbours:
+        """Decide in float64, and by id where values are equal; the best k are left."""
+        self._narrow()
+        open_rows = np.flatnonzero(self._lower != self._upper)
+        for start in range(0, len(open_rows), _DECIDED_AT_ONCE):
+            some = open_rows[start : start + _DECIDED_AT_ONCE]
+            self._lower[some] = self._batch.decide(self._number, self._gallery.take(self.rows[some]))
+        self._upper[open_rows] = self._lower[open_rows]
+        self._cut()
+        ids = self._gallery.object_ids(self.rows)
+        order = np.lexsort((self.rows, ids, -self._lower))[: self._top_k]
+        self._keep(order)
+        return Neighbours(self.rows, self._lower, ids[order])
+
+
+def _offer(pools: list[_Pool], candidates: Candidates, cuts: Float64) -> None:
+    numbers, starts = np.unique(candidates.queries, return_index=True)
+    bounds = itertools.pairwise([*starts.tolist(), len(candidates.queries)])
+    for number, (start, end) in zip(numbers.tolist(), bounds, strict=True):
+        part = slice(start, end)
+        cuts[number] = pools[number].add(candidates.rows[part], candidates.lower[part], candidates.upper[part])

@@ -1,0 +1,386 @@
+"""Scans with torch: for CUDA, and for many queries on a CPU with bfloat16 units.
+
+Only candidates come from here. The bounds on their error are those of `search.ranking.bounds`, and the decision in
+float64 is that of `search.ranking.rank`, on the host, so the answer is the same bit for bit.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import RuijiError, UsageError
+from search.gallery.codes import integers_of
+from search.gallery.norms import is_plain
+from search.gallery.shards import Block, Gallery
+from search.near_duplicates import Dense, Multiply, Pairs, is_dense
+from search.options import Metric, Precision
+from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
+from search.ranking.rank import Batch, Candidates, Rows, default_block_rows, usable_rows
+
+#: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
+#: still in its cache when they are needed. A GPU takes whole blocks.
+_ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
+#: Far below what a bound on the error of a unit vector's product notices.
+_NOTHING = np.float32(1e-30)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A block on the device.
+
+    Attributes:
+        first: gallery row of its first row.
+        features: [b, d]: as they are, or rounded to bfloat16.
+        norms: float32[b], of the features as they are; 1 for rows that are not usable.
+        usable: bool[b].
+        loss: the largest part of a usable row's norm that rounding can take.
+    """
+
+    first: int
+    features: torch.Tensor
+    norms: torch.Tensor
+    usable: torch.Tensor
+    loss: float
+
+    def rounded(self) -> "_Rows":
+        """The same in bfloat16, with the loss as it is: less than half of what it could be."""
+        rounded = torch.empty_like(self.features, dtype=torch.bfloat16)
+        loss, done = 0.0, 0
+        for piece in self.pieces(_ROUNDED_ROWS):
+            made = rounded[done : done + len(piece.features)]
+            made.copy_(piece.features)
+            done += len(made)
+            loss = max(loss, _largest_loss(piece.features[piece.usable], made[piece.usable], piece.norms[piece.usable]))
+        return replace(self, features=rounded, loss=loss)
+
+    def pieces(self, rows: int) -> "Iterator[_Rows]":
+        """So many rows at once on a CPU, all of them on a GPU."""
+        at_once = rows if self.features.device.type == "cpu" else max(1, len(self.features))
+        for start in range(0, len(self.features), at_once):
+            some = slice(start, start + at_once)
+            yield _Rows(self.first + start, self.features[some], self.norms[some], self.usable[some], self.loss)
+
+
+class TorchScan:
+    """A scan on a torch device, for one gallery.
+
+    The gallery is streamed to the device block by block: on CUDA through two pinned buffers, so that the next block
+    is copied while one is computed. Of the score matrix only one block's part ever exists.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        device: str,
+        precision: Precision = Precision.float32,
+        *,
+        resident: bool = False,
+        block_rows: int | None = None,
+        staged: bool | None = None,
+    ) -> None:
+        """Nothing is read before the first batch.
+
+        Args:
+            device: `cuda` or `cpu`.
+            precision: what is multiplied; sums are at least float32.
+            resident: keep the whole gallery on the device between batches.
+            staged: go through buffers; by default on CUDA, elsewhere the mapped rows serve as they are.
+
+        Raises:
+            UsageError: CUDA was asked for and torch has none that works.
+        """
+        self._gallery, self._resident = gallery, resident
+        self._device = torch_device(device)
+        self._dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
+        self._block_rows = block_rows or default_block_rows(gallery.length)
+        self._staged = self._device.type == "cuda" if staged is None else staged
+        self._kept: list[_Rows] = []
+
+    def __call__(self, gallery: Gallery, batch: Batch, cuts: NDArray[np.float64]) -> Iterator[Candidates]:
+        """One pass; a `search.ranking.rank.Scan`."""
+        assert gallery is self._gallery
+        units = torch.from_numpy(batch.units).to(self._device)
+        rounded = units.to(self._dtype)
+        query_loss = _largest_loss(units, rounded)
+        for rows in self._blocks():
+            yield _select(batch, rounded, self._margin(rows.loss, query_loss), rows, cuts)
+
+    def _margin(self, row_loss: float, query_loss: float) -> Margin:
+        if self._dtype is torch.float32:
+            return float32_margin(self._gallery.length)
+        return bfloat16_margin(self._gallery.length, row_loss, query_loss)
+
+    def _blocks(self) -> Iterator[_Rows]:
+        if self._kept:
+            yield from self._kept
+            return
+        made: list[_Rows] = []
+        blocks = self._gallery.blocks(self._block_rows)
+        for block, features in self._streamed(blocks) if self._staged else self._borrowed(blocks):
+            rows = self._prepare(block, features)
+            if self._resident:
+                made.append(rows)
+            yield rows
+        # Only a pass that came to its end has all of them.
+        self._kept = made
+
+    def _borrowed(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
+        for block in blocks:
+            yield block, _borrow(block.features).to(self._device)
+
+    def _streamed(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Each block on the device, while the next one is on its way."""
+        cuda = self._device.type == "cuda"
+        shape = (self._block_rows, self._gallery.length)
+        buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=cuda) for _ in range(2)]
+        copies = torch.cuda.Stream(self._device) if cuda else None
+        left: list[torch.cuda.Event | None] = [None, None]
+        waiting: tuple[Block, torch.Tensor, torch.cuda.Event | None] | None = None
+        for number, block in enumerate(blocks):
+            slot = number % 2
+            if (event := left[slot]) is not None:
+                event.synchronize()
+            host = buffers[slot][: len(block.features)]
+            host.copy_(_borrow(block.features))
+            with torch.cuda.stream(copies) if cuda else nullcontext():
+                # A copy on every device: the buffer is used again while the rows may be kept.
+                features = host.to(self._device, non_blocking=True, copy=True)
+                left[slot] = copies.record_event() if copies is not None else None
+            if waiting is not None:
+                yield self._arrived(*waiting)
+            waiting = (block, features, left[slot])
+        if waiting is not None:
+            yield self._arrived(*waiting)
+
+    def _arrived(
+        self, block: Block, features: torch.Tensor, event: "torch.cuda.Event | None"
+    ) -> tuple[Block, torch.Tensor]:
+        if event is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(event)
+            # Made on the copying stream, used on this one: its memory must not be given away before.
+            features.record_stream(stream)
+        return block, features
+
+    def _prepare(self, block: Block, features: torch.Tensor) -> _Rows:
+        usable = usable_rows(block.norms, block.left_out)
+        # As `plain_rows` does, on the device.
+        if not (plain := is_plain(block.norms)).all():
+            features = features.masked_fill(torch.from_numpy(~plain).to(self._device)[:, None], 0)
+        norms = torch.from_numpy(np.where(usable, block.norms, np.float32(1))).to(self._device)
+        rows = _Rows(block.first, features, norms, torch.from_numpy(usable).to(self._device), BFLOAT16_ROUNDOFF)
+        return rows.rounded() if self._resident and self._dtype is torch.bfloat16 else rows
+
+
+class TorchMultiply(Multiply):
+    """Products of tiles with torch, in bfloat16."""
+
+    def __init__(self, device: str) -> None:
+        """Only names the device."""
+        self._device = torch_device(device)
+
+    def prepare(self, units: NDArray[np.float32]) -> tuple[object, Margin]:
+        """Unit rows on the device."""
+        exact = torch.from_numpy(units).to(self._device)
+        rounded = exact.bfloat16()
+        # Both sides are rounded rows; the larger loss of the two counts for both.
+        loss = _largest_loss(exact, rounded)
+        return rounded, bfloat16_margin(units.shape[1], loss, loss)
+
+    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+        """Pairs of rows whose computed cosine is not below `least`; only they leave the device, or all if many are."""
+        a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
+        at_once = max(1, _PRODUCTS // max(1, len(b)) if a.device.type == "cpu" else len(a))
+        for number, part in enumerate(a.split(at_once)):
+            # A bfloat16 is compared as the float32 that it is.
+            cosines = _products(part, b).float()
+            near = ~(cosines < least)
+            if is_dense(int(near.sum()), near.numel()):
+                yield Dense(number * at_once, cosines.cpu().numpy())
+            else:
+                i, j = _chosen(near)
+                yield Pairs(number * at_once + i, j, _at(cosines, i, j))
+
+
+class TorchCodesMultiply:
+    """Integers are multiplied as they are, by two digits of a query; a `search.ranking.codes_scan.CodesMultiply`."""
+
+    def __init__(self, units: NDArray[np.float32]) -> None:
+        """Split the queries, float32[q, d]."""
+        first, steps, _ = integers_of(units)
+        rest = units - first * steps[:, np.newaxis]
+        # What the first digit holds wholly leaves nothing to divide by.
+        rest[np.abs(rest).max(axis=1) < _NOTHING] = _NOTHING
+        second, second_steps, losses = integers_of(rest)
+        self.query_loss = float(losses.max())
+        digits = np.concatenate([first, second])
+        self._digits, self._wide = torch.from_numpy(digits), digits.astype(np.float64)
+        self._steps = torch.from_numpy(np.stack([steps, second_steps])[:, :, np.newaxis])
+
+    def __call__(self, integers: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Dot products with rows of integers, int8[b, d]: float32[q, b].
+
+        Raises:
+            RuijiError: torch gave wrong sums; it says nothing where oneDNN refuses the shapes.
+        """
+        sums = _integer_products(self._digits, _borrow(integers))
+        if (sums[:, 0].numpy() != self._wide @ integers[0]).any():
+            raise RuijiError(
+                f"torch {torch.__version__} multiplies integers wrongly on this machine (rows of {integers.shape[1]}): "
+                "use another version, or delete *.codes.npy in the gallery's folder cache"
+            )
+        first, second = sums.chunk(2)
+        products: NDArray[np.float32] = (first * self._steps[0]).addcmul_(second, self._steps[1]).numpy()
+        return products
+
+
+def sums_integers(length: int) -> bool:
+    """Whether torch multiplies rows of so many integers exactly on this CPU.
+
+    Without instructions for it the sums saturate, and rows of one value are not multiplied at all.
+    """
+    most = torch.full((32, length), 127, dtype=torch.int8)
+    return all(bool((_integer_products(most, sign * most) == sign * 127 * 127 * length).all()) for sign in (1, -1))
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a CUDA device.
+
+    Raises:
+        UsageError: torch has no CUDA that works.
+    """
+    return int(torch.cuda.mem_get_info(torch_device(device))[0])
+
+
+def torch_device(name: str) -> torch.device:
+    """A torch device that works.
+
+    Raises:
+        UsageError: CUDA was asked for and torch has none that works.
+    """
+    if name == "cuda":
+        try:
+            torch.zeros(1, device="cuda")
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"--device cuda: torch {torch.__version__} has no CUDA device that works "
+                f"({str(error).splitlines()[0]}); use --device cpu, or set up with make setup ACCEL=gpu"
+            ) from None
+    return torch.device(name)
+
+
+def _borrow(rows: NDArray[Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # Torch warns that a mapped shard is read-only; nothing here writes to it.
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(rows)
+
+
+@contextmanager
+def _full_sums() -> Iterator[None]:
+    # TensorFloat-32 has 10 bits of mantissa, and sums in bfloat16 have 7: either would break the error bound.
+    precision = torch.get_float32_matmul_precision()
+    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+
+
+def _largest_loss(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor | None = None) -> float:
+    """The largest part of a row's norm that rounding took, or for unit rows the largest norm of what it took."""
+    if not len(rows):
+        return 0.0
+    losses = torch.linalg.vector_norm(rows - rounded, dim=1)
+    return float((losses if norms is None else losses / norms).max())
+
+
+def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Dot products of rows, [b, d], and others, [q, d], in the type of the others: [b, q]."""
+    with _full_sums():
+        if len(others) == 1 and others.dtype == torch.float32:
+            return torch.mv(rows, others[0])[:, None]
+        if rows.dtype == others.dtype or rows.device.type != "cpu":
+            return _matrix_product(rows.to(others.dtype), others)
+        parts = [_matrix_product(part.to(others.dtype), others) for part in rows.split(_ROUNDED_ROWS)]
+        return torch.cat(parts)
+
+
+def _integer_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Dot products of rows of int8, summed in int32: [b, d] and [q, d] to [b, q]."""
+    # The name says that torch may change it; nothing public multiplies integers on a CPU.
+    return torch._int_mm(rows, others.T)
+
+
+def _matrix_product(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    # The routine for a single vector need not sum bfloat16 in float32, that for matrices does.
+    some = rows.expand(2, -1) if len(rows) == 1 else rows
+    some_others = others.expand(2, -1) if len(others) == 1 else others
+    return (some @ some_others.T)[: len(rows), : len(others)]
+
+
+def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
+    """Where a mask, bool[b, q], is true: its rows, ascending, and their columns."""
+    # On a CPU by numpy, and flat: torch takes several times as long, and numpy with two dimensions as well.
+    flat = mask.flatten()
+    places = np.flatnonzero(flat.numpy()) if mask.device.type == "cpu" else flat.nonzero()[:, 0].cpu().numpy()
+    return np.divmod(places, max(1, mask.shape[1]))
+
+
+def _at(values: torch.Tensor, rows: Rows, columns: Rows) -> NDArray[np.float64]:
+    device = values.device
+    chosen: NDArray[np.float64] = (
+        values[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)].double().cpu().numpy()
+    )
+    return chosen
+
+
+def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest of each row, [q, b] to [q]; what is no number is not among the large ones."""
+    highest = torch.topk(values, k, dim=1).values
+    if not (highest[:, 0] < torch.inf).all():
+        highest = torch.topk(values.where(values < torch.inf, -torch.inf), k, dim=1).values
+    return highest[:, -1]
+
+
+def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cuts: NDArray[np.float64]) -> Candidates:
+    """As the numpy way does, on the device and by columns; only what is chosen leaves it."""
+    query_norms = torch.from_numpy(batch.norms.T).to(units.device)
+    # Squares of norms from anywhere in float32 fit in float64 only.
+    dtype = torch.float64 if batch.metric is Metric.euclidean else torch.float32
+    # Minus infinity would also let the rows in that are not usable.
+    reach = torch.from_numpy(cuts).to(units.device).clamp(min=torch.finfo(dtype).min / 4)
+    unknown = bool(np.isneginf(cuts).any())
+    at_once = max(1, _PRODUCTS // len(units))
+    if unknown and 8 * batch.top_k > at_once:
+        # The k-th of so few rows would keep hardly any of the others out.
+        at_once = max(1, len(block.features))
+    found = []
+    for rows in block.pieces(at_once):
+        norms = rows.norms[:, None]
+        cosines = _products(rows.features, units).float()
+        cosines /= norms
+        values = values_of(batch.metric, cosines.to(dtype), norms.to(dtype), query_norms)
+        here = margin_of(batch.metric, margin, norms.to(dtype), query_norms)
+        if not rows.usable.all():
+            values[~rows.usable] = -torch.inf
+        if unknown and batch.top_k < len(values):
+            reach = torch.maximum(reach, _kth(here.lower(values).T.contiguous(), batch.top_k).double())
+        # A value that is none is not below either.
+        numbers, queries = _chosen(~(values < here.least(reach).to(values.dtype)))
+        chosen = _at(values, numbers, queries)
+        if batch.metric is Metric.euclidean:
+            here = Margin(_at(here.absolute, numbers, queries))
+        found.append((queries, rows.first + numbers, *here.both(chosen)))
+    queries, places, lower, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(queries, kind="stable")
+    return Candidates(queries[order], places[order], lower[order], upper[order])

@@ -1,0 +1,156 @@
+"""How answers are written to stdout: tables for people, every digit in a stable order for machines."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from pipeline.streams import csv_writer, exact_stdout, shown, to_json
+from search.options import GroupFormat, OutputFormat
+
+if TYPE_CHECKING:
+    from search.near_duplicates import Group
+    from search.ranking.rank import Hit
+
+#: A hit as it is written, keys in the order of the columns.
+Row: TypeAlias = dict[str, "int | float | str | None"]
+
+_LEFT = {"object_id", "path", "label"}
+
+
+def printable(text: str) -> str:
+    """A name as text of UTF-8: file names need not be that, JSON and CSV have to be."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def hit_rows(hits: "Sequence[Hit]", labels: Sequence[str | None] | None) -> list[Row]:
+    """Hits as rows; with a column for labels where they are known."""
+    rows: list[Row] = []
+    for rank, hit in enumerate(hits, 1):
+        row: Row = {
+            "rank": rank,
+            "object_id": hit.object_id,
+            "path": hit.path,
+            "similarity": hit.similarity,
+            "distance": hit.distance,
+        }
+        if labels is not None:
+            row["label"] = labels[rank - 1]
+        rows.append(row)
+    return rows
+
+
+def write_hits(
+    found: "Sequence[tuple[str, list[Row]]]", form: OutputFormat, media_dir: Path | None, null: bool
+) -> None:
+    """Write the hits of every query.
+
+    Args:
+        found: (query, rows) in order; at least one.
+        null: with `paths`, end each by a null character instead of a new line.
+    """
+    if form is OutputFormat.table:
+        for line in _query_tables(found):
+            print(line)
+    elif form is OutputFormat.json:
+        _write_json([{"query": query, "hits": rows} for query, rows in found])
+    elif form is OutputFormat.jsonl:
+        _write_json_lines({"query": query, **row} for query, rows in found for row in rows)
+    elif form is OutputFormat.csv:
+        columns = list(hit_columns(found))
+        _write_csv(("query", *columns), ({"query": query, **row} for query, rows in found for row in rows))
+    else:
+        _write_paths((row["path"] for _, rows in found for row in rows), media_dir, null)
+
+
+def hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
+    """The columns of the hits, also where there is none."""
+    first = next((row for _, rows in found for row in rows), None)
+    return ("rank", "object_id", "path", "similarity", "distance") if first is None else tuple(first)
+
+
+def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path | None, null: bool) -> None:
+    """Write groups of near-duplicates.
+
+    Args:
+        null: with `paths`, end each by a null character instead of a new line; nothing is then between groups, because
+            `xargs -0` would take it for one more path.
+    """
+    if form is GroupFormat.json:
+        _write_json([group_object(number, group) for number, group in enumerate(groups, 1)])
+    elif form is GroupFormat.jsonl:
+        _write_json_lines(group_object(number, group) for number, group in enumerate(groups, 1))
+    elif form is GroupFormat.csv:
+        _write_csv(
+            ("group", "object_id", "path", "similarity"),
+            ({"group": number, **row} for number, group in enumerate(groups, 1) for row in group_rows(group)),
+        )
+    elif form is GroupFormat.table:
+        for number, group in enumerate(groups, 1):
+            print(f"{'' if number == 1 else chr(10)}group {number}: {len(group.members)} objects, {group.pairs} pairs")
+            for line in _table(("object_id", "path", "similarity"), group_rows(group)):
+                print(line)
+    else:
+        for number, group in enumerate(groups):
+            if number and not null:
+                print()
+            _write_paths((member.path for member in group.members), media_dir, null)
+
+
+def group_rows(group: "Group") -> list[Row]:
+    """A group's members as rows, the first one first."""
+    return [
+        {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
+        for member in group.members
+    ]
+
+
+def group_object(number: int, group: "Group") -> dict[str, object]:
+    """A group as JSON has it."""
+    return {"group": number, "pairs": group.pairs, "members": group_rows(group)}
+
+
+def _write_json(value: object) -> None:
+    print(to_json(value, indent=1), file=exact_stdout())
+
+
+def _write_json_lines(values: Iterator[Mapping[str, object]]) -> None:
+    out = exact_stdout()
+    for value in values:
+        print(to_json(value), file=out)
+
+
+def _write_csv(columns: Sequence[str], rows: Iterator[Mapping[str, object]]) -> None:
+    write_row = csv_writer(exact_stdout())
+    write_row(columns)
+    for row in rows:
+        write_row(row[column] for column in columns)
+
+
+def _write_paths(paths: Iterator[object], media_dir: Path | None, null: bool) -> None:
+    out = exact_stdout()
+    for path in paths:
+        print(path if media_dir is None else media_dir / str(path), end="\0" if null else "\n", file=out)
+
+
+def _query_tables(found: "Sequence[tuple[str, list[Row]]]") -> Iterator[str]:
+    columns = hit_columns(found)
+    for number, (query, rows) in enumerate(found):
+        if len(found) > 1:
+            yield f"{chr(10) if number else ''}query: {shown(query)}"
+        yield from _table(columns, rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
+    lines = [tuple(columns), *(tuple(_cell(row[column]) for column in columns) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = zip(columns, line, widths, strict=True)
+        yield "  ".join(
+            cell.ljust(width) if name in _LEFT else cell.rjust(width) for name, cell, width in cells
+        ).rstrip()
+
+
+def _cell(value: "int | float | str | None") -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6f}" if isinstance(value, float) else shown(value)

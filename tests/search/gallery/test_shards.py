@@ -1,0 +1,269 @@
+"""Opening galleries: what is read, what is refused, and how it is said."""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
+from pipeline.model import Model, load_model
+from pipeline.store import write_atomic
+from search.filters import apply_conditions, parse_conditions
+from search.gallery.opening import find_gallery, open_gallery
+from search.gallery.shards import Gallery
+from search.ranking.codes_scan import codes_scan
+from search.ranking.rank import numpy_scan, rank
+from tests.pipeline.test_npy import HOSTILE
+from tests.search.galleries import in_memory, write_article_shard, write_gallery, write_shard
+
+
+@pytest.fixture
+def model(model_path: Path) -> Model:
+    return load_model(model_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Model) -> Path:
+    """Shards of 4, 4 and 2 rows."""
+    folder = tmp_path / "gallery"
+    write_gallery(folder, model, some_features(10), some_paths(10), 4)
+    return folder
+
+
+def some_features(n: int, d: int = 12) -> NDArray[np.float32]:
+    return np.random.default_rng(1).normal(size=(n, d)).astype(np.float32)
+
+
+def some_paths(n: int) -> list[str]:
+    return [f"a/{row:03d}.jpg" for row in range(n)]
+
+
+def read(gallery: Gallery) -> NDArray[np.float32]:
+    blocks = list(gallery.blocks(3))
+    assert [block.first for block in blocks] == list(np.cumsum([0] + [len(block.features) for block in blocks])[:-1])
+    return np.concatenate([block.features for block in blocks])
+
+
+def test_rows_ids_and_paths_belong_together(folder: Path, model: Model) -> None:
+    gallery = open_gallery(folder)
+    assert (gallery.rows, gallery.length, gallery.fingerprint) == (10, 12, model.fingerprint)
+    assert np.array_equal(read(gallery), some_features(10))
+    for row, path in enumerate(some_paths(10)):
+        assert gallery.path(row) == path
+        assert gallery.object_id(row) == path[2:]
+
+
+def test_a_shard_of_failures_only_has_no_rows_and_is_legal(folder: Path, model: Model) -> None:
+    write_shard(folder, 3, some_features(0), [], model.fingerprint)
+    write_shard(folder, 4, some_features(1), ["z.jpg"], model.fingerprint)
+    gallery = open_gallery(folder)
+    assert gallery.rows == 11
+    assert gallery.object_id(10) == "z.jpg"
+    assert len(read(gallery)) == 11
+
+
+def test_shard_numbers_may_have_gaps_and_five_digits(folder: Path, model: Model) -> None:
+    write_shard(folder, 10000, some_features(1), ["z.jpg"], model.fingerprint)
+    assert [shard.name for shard in open_gallery(folder).shards] == ["0000", "0001", "0002", "10000"]
+
+
+def test_arrays_without_a_record_are_a_killed_reducers_and_ignored(folder: Path, model: Model) -> None:
+    write_shard(folder, 3, some_features(4), some_paths(4), model.fingerprint, record=False)
+    assert open_gallery(folder).rows == 10
+
+
+def test_a_shard_of_another_model_is_refused_by_name_and_fingerprint(folder: Path) -> None:
+    write_shard(folder, 3, some_features(4), some_paths(4), "f00d" * 16)
+    with pytest.raises(GalleryMismatch, match=r"shard 0003 .* f00df00df00d") as caught:
+        open_gallery(folder)
+    assert caught.value.exit_code == 4
+
+
+def test_a_shard_of_another_length_is_refused(folder: Path, model: Model) -> None:
+    write_shard(folder, 3, some_features(4, 13), some_paths(4), model.fingerprint)
+    with pytest.raises(GalleryMismatch, match=r"shard 0003 .* length 13"):
+        open_gallery(folder)
+
+
+@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy", "paths.txt"])
+def test_a_missing_file_of_a_recorded_shard_is_named(folder: Path, ending: str) -> None:
+    (folder / f"0001.{ending}").unlink()
+    with pytest.raises(ShardCorrupt, match=f"0001.{ending}"):
+        open_gallery(folder)
+
+
+@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy"])
+@pytest.mark.parametrize("kept", [0, 5, 100, -8])
+def test_a_truncated_array_is_named(folder: Path, ending: str, kept: int) -> None:
+    path = folder / f"0001.{ending}"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ShardCorrupt, match=f"0001.{ending}"):
+        open_gallery(folder)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        some_features(4).astype(np.float64),
+        np.asfortranarray(some_features(4)),
+        some_features(4).astype(">f4"),
+        some_features(4)[0],
+        some_features(3),
+        some_features(4, 11),
+        np.array([{"pickled": 1}]),
+    ],
+    ids=["float64", "fortran", "big-endian", "one-row", "too-few", "too-short", "pickled"],
+)
+def test_features_that_are_not_what_the_record_says_are_refused(folder: Path, array: NDArray[np.generic]) -> None:
+    np.save(folder / "0001.features.npy", array, allow_pickle=True)
+    with pytest.raises(ShardCorrupt, match=r"0001\.features\.npy"):
+        open_gallery(folder)
+
+
+@pytest.mark.parametrize(
+    "array", [np.array(["a", "b"]), np.arange(4), np.array([["a"] * 4]), np.array(["a", None])], ids=str
+)
+def test_object_ids_that_do_not_fit_are_refused(folder: Path, array: NDArray[np.generic]) -> None:
+    np.save(folder / "0001.object_ids.npy", array, allow_pickle=True)
+    with pytest.raises(ShardCorrupt, match="0001"):
+        open_gallery(folder)
+
+
+def test_paths_that_do_not_fit_their_rows_are_refused_when_they_are_read(folder: Path) -> None:
+    (folder / "0001.paths.txt").write_text("a/000.jpg\n")
+    gallery = open_gallery(folder)
+    assert gallery.path(0) == "a/000.jpg"
+    with pytest.raises(ShardCorrupt, match=r"0001\.paths\.txt has 1 lines for 4 rows"):
+        gallery.path(4)
+
+
+def test_stale_objects_are_marked_unless_asked_for(folder: Path) -> None:
+    mask = np.array([True, False, False, True])
+    write_atomic(folder / "run" / "stale" / "0001.bits", [np.packbits(mask).tobytes()])
+    gallery = open_gallery(folder)
+    assert gallery.stale_rows == 2
+    marks = [block.left_out for block in gallery.blocks(100)]
+    assert marks[0] is None
+    assert marks[2] is None
+    assert marks[1] is not None
+    assert marks[1].tolist() == mask.tolist()
+    assert open_gallery(folder, include_stale=True).stale_rows == 0
+
+
+def test_a_stale_bitmap_of_another_size_is_refused(folder: Path) -> None:
+    write_atomic(folder / "run" / "stale" / "0001.bits", [b"\x00\x00"])
+    with pytest.raises(ShardCorrupt, match="shard 0001"):
+        open_gallery(folder)
+
+
+def test_an_articles_shards_are_read_as_they_are(tmp_path: Path) -> None:
+    features = some_features(5)
+    write_article_shard(tmp_path, 0, features[:3], ["a.jpg", "b.jpg", "c.jpg"])
+    write_article_shard(tmp_path, 1, features[3:], ["d.jpg", "e.jpg"])
+    gallery = open_gallery(tmp_path)
+    assert gallery.fingerprint is None
+    assert np.array_equal(read(gallery), features)
+    assert gallery.object_id(4) == "e.jpg"
+    assert gallery.path(4) is None
+
+
+def test_an_articles_shards_of_two_lengths_are_refused_by_name(tmp_path: Path) -> None:
+    write_article_shard(tmp_path, 0, some_features(1, 12), ["a.jpg"])
+    write_article_shard(tmp_path, 7, some_features(1, 13), ["b.jpg"])
+    with pytest.raises(GalleryMismatch, match=r"shard 0007 .* length 13") as caught:
+        open_gallery(tmp_path)
+    assert caught.value.exit_code == 4
+
+
+def test_an_articles_shard_without_ids_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "0000.features.npy", some_features(2))
+    with pytest.raises(ShardCorrupt, match=r"0000\.object_ids\.npy is missing"):
+        open_gallery(tmp_path)
+
+
+def test_no_gallery_and_an_empty_one_say_what_to_run(tmp_path: Path, model: Model) -> None:
+    write_gallery(tmp_path / "empty", model, some_features(0), [], 4)
+    for folder in (tmp_path / "none", tmp_path / "empty", tmp_path):
+        with pytest.raises(UsageError, match="ruiji enqueue"):
+            open_gallery(folder)
+
+
+def test_a_gallery_is_found_by_its_name_and_by_its_models_file(tmp_path: Path) -> None:
+    for name in ("net_100.ra_in1k", "other"):
+        write_article_shard(tmp_path / name, 0, some_features(1), ["a.jpg"])
+    with pytest.raises(UsageError, match=r"It has: net_100\.ra_in1k, other"):
+        find_gallery(tmp_path, None)
+    for model in ("net_100.ra_in1k", "net_100.ra_in1k.onnx", "models/net_100.ra_in1k.onnx"):
+        assert find_gallery(tmp_path, Path(model)) == tmp_path / "net_100.ra_in1k"
+    for model in ("other", "other.onnx", "models/other.onnx"):
+        assert find_gallery(tmp_path, Path(model)) == tmp_path / "other"
+    assert find_gallery(tmp_path, Path("new.onnx")) == tmp_path / "new"
+
+
+def test_a_damaged_record_is_an_error_of_ours(folder: Path) -> None:
+    (folder / "0001.json").write_text("{")
+    with pytest.raises(RuijiError, match=r"0001\.json is damaged"):
+        open_gallery(folder)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_hostile_array_is_refused_in_one_line(folder: Path, name: str, ending: str, recorded: bool) -> None:
+    if not recorded:
+        (folder / "gallery.json").unlink()
+    (folder / f"0001.{ending}").write_bytes(HOSTILE[name])
+    with pytest.raises(ShardCorrupt, match=rf"0001\.{ending} is damaged") as caught:
+        open_gallery(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [0x110005, 0xD800], ids=hex)
+def test_object_ids_that_are_no_text_are_refused_when_they_are_read(folder: Path, code: int) -> None:
+    np.save(folder / "0001.object_ids.npy", np.full((4, 9), code, np.uint32).view("<U9")[:, 0])
+    gallery = open_gallery(folder)
+    assert gallery.object_id(0) == "000.jpg"
+    reads: list[Callable[[], object]] = [
+        lambda: gallery.object_id(4),
+        lambda: gallery.object_ids(np.arange(10)),
+        lambda: apply_conditions(gallery, parse_conditions(["path=a"]), None),
+    ]
+    for read_ids in reads:
+        with pytest.raises(ShardCorrupt, match="object ids of shard 0001 are no text"):
+            read_ids()
+
+
+def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, model: Model) -> None:
+    write_gallery(tmp_path, model, some_features(300), some_paths(300), 1)
+    # As many as Python and its libraries need.
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        gallery = open_gallery(tmp_path)
+        for shard in gallery.shards:
+            shard.keep()
+        for scan in (numpy_scan(), codes_scan()):
+            hits = rank(open_gallery(tmp_path), some_features(300)[7:8], 2, scan=scan).hits[0]
+            assert hits[0].object_id == "007.jpg"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_rows_of_many_ids_are_found_in_one_look() -> None:
+    ids = [f"{row % 90_000:040d}.jpg" for row in range(100_000)]
+    gallery = in_memory(np.zeros((100_000, 2), np.float32), ids, cuts=tuple(range(10_000, 100_000, 10_000)))
+    asked = ids[:90_000:45]
+    started = time.monotonic()
+    found = gallery.rows_of([*asked, "none", asked[0]])
+    assert time.monotonic() - started < 1
+    want = {
+        name: [row, row + 90_000][: 1 + (row < 10_000)] for row, name in zip(range(0, 90_000, 45), asked, strict=True)
+    }
+    assert found == want | {"none": []}
+    assert gallery.rows_of(asked[:1]) == {asked[0]: [0, 90_000]}
+    assert gallery.rows_of([]) == {}

@@ -1,0 +1,95 @@
+"""Which way a search takes, for every kind of work and machine."""
+
+import dataclasses
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.settings import Device
+from search.options import Metric, Precision
+from search.ranking.planner import Bfloat16Units, Machine, Plan, Work, make_plan
+
+SMALL, LARGE = 100_000, 20_000_000
+UNITS = Bfloat16Units("units", matrix=True, products=50_000_000)
+BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, int8=False, memory_bytes=16 << 30)
+STRONG = Machine(Device.auto, torch=True, torch_loaded=False, bfloat16=UNITS, int8=True, memory_bytes=16 << 30)
+GPU = Machine(
+    Device.cuda, torch=True, torch_loaded=True, bfloat16=None, int8=False, memory_bytes=0, device_free_bytes=80 << 30
+)
+
+
+def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
+    return make_plan(Work(rows, 1280, queries, metric), machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "rows", "queries", "torch", "said"),
+    [
+        (BARE, SMALL, 10_000, False, "no bfloat16 units"),
+        (dataclasses.replace(STRONG, torch=False), SMALL, 10_000, False, "not installed"),
+        (STRONG, SMALL, 15, False, "rounding the gallery"),
+        (STRONG, SMALL, 100, False, "before torch would be imported"),
+        (STRONG, SMALL, 1000, True, "1,000 queries are worth"),
+        (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 16, True, "16 queries are worth"),
+    ],
+)
+def test_a_cpu_takes_torch_only_where_it_pays(
+    machine: Machine, rows: int, queries: int, torch: bool, said: str
+) -> None:
+    chosen = plan(machine, rows, queries)
+    assert (chosen.torch, chosen.device) == (torch, "cpu")
+    assert chosen.precision is (Precision.bfloat16 if torch else Precision.float32)
+    assert said in str(chosen)
+
+
+def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -> None:
+    assert not plan(STRONG, SMALL, 1000).resident
+    assert plan(STRONG, SMALL, 1001).resident
+    assert not plan(STRONG, LARGE, 1001).resident
+
+
+@pytest.mark.parametrize(
+    ("machine", "in_memory", "queries", "way"),
+    [
+        (STRONG, True, 1, "numpy on cpu, float32"),
+        (STRONG, False, 1, "numpy on cpu, int8"),
+        (STRONG, False, 64, "numpy on cpu, int8"),
+        (STRONG, False, 65, "numpy on cpu, float32"),
+        (BARE, False, 1, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), True, 128, "torch on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), True, 129, "torch on cpu, bfloat16"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), True, 3, "numpy on cpu, float32"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), False, 3, "numpy on cpu, int8"),
+        (GPU, False, 1, "torch on cuda, float32"),
+    ],
+)
+def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, in_memory: bool, queries: int, way: str) -> None:
+    work = Work(SMALL, 1280, queries, Metric.cosine, coded=True, in_memory=in_memory)
+    assert str(make_plan(work, machine)).startswith(way)
+    assert make_plan(dataclasses.replace(work, metric=Metric.euclidean), machine).precision is Precision.float32
+    assert make_plan(dataclasses.replace(work, coded=False), machine).precision is not Precision.int8
+
+
+def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
+    loaded = dataclasses.replace(STRONG, torch_loaded=True)
+    assert make_plan(Work(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).torch
+    assert not make_plan(Work(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).torch
+
+
+def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:
+    assert not plan(STRONG, SMALL, 10_000, Metric.euclidean).torch
+    assert plan(GPU, SMALL, 10_000, Metric.euclidean).precision is Precision.float32
+
+
+def test_cuda_always_takes_torch_and_keeps_what_fits_and_is_used_again() -> None:
+    one = plan(GPU, SMALL, 1)
+    assert (one.torch, one.device, one.precision, one.resident) == (True, "cuda", Precision.float32, False)
+    assert not plan(GPU, SMALL, 4000).resident
+    assert plan(GPU, SMALL, 5000).resident
+    assert not plan(GPU, 30 * LARGE, 5000).resident
+    assert plan(GPU, SMALL, 4000).precision is Precision.bfloat16
+
+
+def test_cuda_without_torch_is_refused() -> None:
+    with pytest.raises(UsageError, match="not installed"):
+        plan(dataclasses.replace(GPU, torch=False), SMALL, 1)

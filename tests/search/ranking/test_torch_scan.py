@@ -1,0 +1,179 @@
+"""The torch scan gives the same hits bit for bit; on torch's CPU always, on CUDA where there is one."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
+
+from pipeline.errors import UsageError  # noqa: E402
+from search.near_duplicates import find_groups  # noqa: E402
+from search.options import Metric, Precision  # noqa: E402
+from search.ranking import torch_scan  # noqa: E402
+from search.ranking.rank import Batch, rank  # noqa: E402
+from search.ranking.torch_scan import TorchMultiply, TorchScan  # noqa: E402
+from tests.search.galleries import in_memory  # noqa: E402
+from tests.search.ranking.test_rank import KINDS, check_bounds, features_of, ids_of, queries_of  # noqa: E402
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_and_numpy_give_the_same_ranking(kind: str, precision: Precision, device: str) -> None:
+    features = features_of(kind)
+    gallery = in_memory(features, ids_of(len(features)), cuts=(100, 200))
+    queries = queries_of(features)
+    resident = TorchScan(gallery, device, precision, resident=True, block_rows=73)
+    staged = TorchScan(gallery, device, precision, block_rows=30, staged=True)
+    for metric in Metric:
+        for k in (1, 10, 1000):
+            expected = rank(gallery, queries, k, metric)
+            assert rank(gallery, queries, k, metric, resident) == expected
+            assert rank(gallery, queries, k, metric, staged) == expected
+        assert rank(gallery, queries[:1], 10, metric, resident) == rank(gallery, queries[:1], 10, metric)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "kept"])
+@pytest.mark.parametrize("kind", ["random", "positive", "near_duplicates"])
+def test_bfloat16_stays_within_its_error_bound(kind: str, resident: bool, device: str) -> None:
+    for d in (3, 64, 1280):
+        rows, queries = features_of(kind, 400, d), features_of("positive", 20, d)
+        gallery = in_memory(rows)
+        for metric in Metric:
+            batch = Batch(queries, 400, metric)
+            scan = TorchScan(gallery, device, Precision.bfloat16, resident=resident)
+            (found,) = scan(gallery, batch, np.full(20, -np.inf))
+            assert len(found.rows) == 20 * 400
+            check_bounds(found, batch, rows)
+
+
+@pytest.mark.parametrize("products", [1, 600, 10**6])
+def test_the_first_block_leaves_most_rows_out(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.ranking.torch_scan._PRODUCTS", products)
+    rows, queries = features_of("random", 400, 64), features_of("positive", 20, 64)
+    gallery = in_memory(rows)
+    (found,) = TorchScan(gallery, "cpu", Precision.bfloat16)(
+        gallery, Batch(queries, 25, Metric.cosine), np.full(20, -np.inf)
+    )
+    assert 25 * 20 <= len(found.rows) < 50 * 20
+
+
+def test_bfloat16_alone_would_rank_near_duplicates_wrongly() -> None:
+    features = features_of("near_duplicates", 1000, 64)
+    query = features_of("random", 1, 64)
+    units = torch.from_numpy(features / np.linalg.norm(features, axis=1, keepdims=True)).bfloat16()
+    alone = (torch.from_numpy(query).bfloat16() @ units.T).float().topk(20).indices[0]
+    gallery = in_memory(features)
+    hits = rank(gallery, query, 20, scan=TorchScan(gallery, "cpu", Precision.bfloat16)).hits[0]
+    assert {hit.row for hit in hits} != set(alone.tolist())
+    assert hits == rank(gallery, query, 20).hits[0]
+
+
+def test_a_pass_that_was_broken_off_is_not_kept() -> None:
+    features = features_of("random")
+    gallery = in_memory(features)
+    scan = TorchScan(gallery, "cpu", resident=True, block_rows=50)
+    next(scan(gallery, Batch(features[:2], 5, Metric.cosine), np.full(2, -np.inf)))
+    for _ in range(2):
+        assert rank(gallery, features[:2], 5, scan=scan) == rank(gallery, features[:2], 5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_permitted_tensorfloat32_is_not_used_and_stays_permitted(device: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        features = features_of("near_duplicates", 1000, 256)
+        gallery = in_memory(features)
+        assert rank(gallery, features[:3], 20, scan=TorchScan(gallery, device)) == rank(gallery, features[:3], 20)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device_is_an_error_and_no_fallback() -> None:
+    with pytest.raises(UsageError, match="--device cuda"):
+        TorchScan(in_memory(np.ones((2, 4), np.float32)), "cuda")
+
+
+def matrix_units(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """As AMX multiplies rows whose length is no multiple of 32: what lies behind a row meets zeros, and NaN stays."""
+    product = TRUE_PRODUCT(rows, others)
+    bad = ~rows.float().isfinite().all(dim=1)
+    product[:-1][bad[1:]] = torch.nan
+    return product
+
+
+TRUE_PRODUCT = torch_scan._matrix_product
+NEIGHBOURS = {"nan": np.nan, "infinite": -np.inf, "huge": np.float32(3.4e38), "zero": 0.0}
+
+
+@pytest.mark.parametrize("way", ["streamed", "staged", "kept"])
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_a_row_is_found_beside_one_that_cannot_be_multiplied(
+    neighbour: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", matrix_units)
+    features = features_of("random", 200, 100)
+    features[101, 0] = NEIGHBOURS[neighbour]
+    features[150:153] = NEIGHBOURS[neighbour]
+    gallery = in_memory(features, ids_of(200))
+    usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
+    queries = np.concatenate([features[usable][90:110], features[149:150]])
+    scan = TorchScan(gallery, "cpu", Precision.bfloat16, resident=way == "kept", staged=way == "staged", block_rows=77)
+    for metric in Metric:
+        for k in (1, 10):
+            for _ in range(2):
+                assert rank(gallery, queries, k, metric, scan) == rank(gallery, queries, k, metric)
+    # The huge one is rankable, and the nearest to itself.
+    if neighbour == "huge":
+        assert rank(gallery, features[101:102], 1, scan=scan).hits[0][0].row == 101
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+@pytest.mark.parametrize("kind", ["bad_rows", "extremes"])
+def test_only_finite_values_are_multiplied(
+    kind: str, precision: Precision, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        assert rows.to(others.dtype).isfinite().all()
+        assert others.isfinite().all()
+        return TRUE_PRODUCT(rows, others)
+
+    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", watched)
+    features = features_of(kind)
+    gallery = in_memory(features, cuts=(100,))
+    queries = queries_of(features)
+    for resident in (False, True):
+        scan = TorchScan(gallery, device, precision, resident=resident, block_rows=60)
+        for metric in Metric:
+            assert rank(gallery, queries, 5, metric, scan) == rank(gallery, queries, 5, metric)
+    multiply = TorchMultiply(device)
+    assert find_groups(gallery, 0.3, multiply, panel_rows=90, tile_rows=33) == find_groups(gallery, 0.3)
+
+
+@pytest.mark.parametrize("told", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_a_product_that_is_no_number_hides_no_row(kind: str, told: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        product = TRUE_PRODUCT(rows, others)
+        product[::7] = told
+        return product
+
+    features = features_of(kind)
+    gallery = in_memory(features, cuts=(100,))
+    queries = queries_of(features)
+    want = [rank(gallery, queries, k, metric) for k in (1, 10) for metric in Metric]
+    groups = find_groups(gallery, 0.9)
+    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", broken)
+    scan = TorchScan(gallery, "cpu", Precision.bfloat16, block_rows=60)
+    assert [rank(gallery, queries, k, metric, scan) for k in (1, 10) for metric in Metric] == want
+    if np.isnan(told):
+        assert find_groups(gallery, 0.9, TorchMultiply("cpu"), panel_rows=90, tile_rows=33) == groups
