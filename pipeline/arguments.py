@@ -1,11 +1,14 @@
-"""What every command refuses before it runs: empty arguments, and numbers that are none."""
+"""What all commands have in common: what they refuse before they run, and how `--help` groups them."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+from pipeline.errors import UsageError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -35,8 +38,39 @@ class Command(TyperCommand):
         return rest
 
 
+class Group(TyperGroup):
+    """A group whose help lists its commands under their `rich_help_panel`.
+
+    Typer does so only with rich, whose table of options leaves 18 of 80 columns to what an option does, and takes a
+    `[default: …]` in a help text for markup.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; without any, show the help on stderr and end with exit code 2."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help(), file=sys.stderr)
+            ctx.exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per panel, panels and commands in the order in which they were added."""
+        shown = {name: command for name, command in self.commands.items() if not command.hidden}
+        width = max(map(len, shown), default=0)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in shown.items():
+            panel = getattr(command, "rich_help_panel", None)
+            text = command.get_short_help_str(formatter.width - width - 4)
+            panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append((name.ljust(width), text))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
 class Commands(typer.Typer):
-    """A group of such commands."""
+    """Commands that are grouped like that and refuse the same."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Group, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[_Function], _Function]:
         """As Typer's."""

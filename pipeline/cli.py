@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 app = Commands(
     name="ruiji",
+    rich_markup_mode=None,
     help="Turn a sorted list of images into a searchable gallery of features, and find look-alikes in it.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-model_app = Commands(no_args_is_help=True, help="Look at models.")
+model_app = Commands(help="Look at models.")
 app.add_typer(model_app, name="model")
 
 #: Commands that take up what an interruption left.
@@ -62,7 +61,7 @@ def _run() -> tuple[int, str]:
         # By name, because the arrows between the packages point the other way.
         for package in ("workers.cli", "search.cli"):
             importlib.import_module(package).register(app)
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="ruiji", standalone_mode=False) or 0
         sys.stdout.flush()
     except RuijiError as error:
         return error.exit_code, str(error)
@@ -88,6 +87,30 @@ def _said(error: OSError) -> str:
     if isinstance(error, BrokenPipeError) and error.filename == streams.STDOUT:
         return ""  # Whoever reads has read enough.
     return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from pipeline.versions import installed_versions
+
+        for package, version in installed_versions().items():
+            streams.tell(f"{package} {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_versions,
+            help="Show the versions of ruiji and of the libraries that decide its results, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Read the options that stand before a command."""
 
 
 @app.command("list")

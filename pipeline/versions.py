@@ -24,6 +24,16 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of ruiji and of the libraries that can change a feature or a ranking, by package name, as installed.
+
+    Reads package metadata and imports none of them. A package that is not installed is left out; of ONNX Runtime the
+    build that is installed is named.
+    """
+    packages = ("ruiji", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "simplejpeg", "torch")
+    return {package: version for package in packages if (version := _installed(package)) is not None}
+
+
 def other_versions(made: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Libraries of which a plan or record names another version than there is here, by name: theirs, and ours.
 
@@ -47,11 +57,17 @@ def _version(module: str, *packages: str) -> str:
     # What is loaded says it at once; to look up what is installed takes longer than a search.
     if module in sys.modules:
         return str(sys.modules[module].__version__)
+    for package in packages:
+        version = _installed(package)
+        if version is not None:
+            return version
+    raise RuijiError(f"{packages[0]} is not installed here; run make setup, or pip install 'ruiji[cpu]'")
+
+
+def _installed(package: str) -> str | None:
     from importlib import metadata
 
-    for package in packages:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    raise RuijiError(f"{packages[0]} is not installed here; run make setup, or pip install 'ruiji[cpu]'")
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -122,7 +122,7 @@ IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also search
 FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit code 5 where nothing is found.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Say on stderr which way the search takes, and why.")]
 
-gallery_app = Commands(no_args_is_help=True, help="Look at galleries.")
+gallery_app = Commands(help="Look at galleries.")
 
 
 def register(app: typer.Typer) -> None:

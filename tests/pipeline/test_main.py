@@ -4,6 +4,9 @@ import importlib
 import json
 import os
 import re
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from pipeline import cli
 from pipeline.model import load_model
 from pipeline.settings import load_dotenv
 from pipeline.streams import csv_writer, shown, to_json
+from pipeline.versions import library_versions
 from tests.factories import Ruiji, only_line, picture
 from tests.search.galleries import write_gallery, write_pictures_gallery
 
@@ -78,6 +82,44 @@ def test_a_number_that_is_none_is_bad_input(
 def test_what_the_command_line_cannot_read_is_one_line(ruiji: Ruiji) -> None:
     for arguments in (["search", "--nope"], ["nope"], ["search", "--top-k", "many"], ["run", "--device", "tpu"]):
         only_line(ruiji(*arguments, code=2).stderr)
+
+
+def test_no_command_shows_the_help_and_is_bad_input(ruiji: Ruiji) -> None:
+    for group in ([], ["gallery"], ["model"]):
+        done = ruiji(*group, code=2)
+        assert done.stderr == ruiji(*group, "--help").stdout and not done.stdout
+
+
+def test_help_shows_defaults_and_whole_variables_at_80_columns(ruiji: Ruiji) -> None:
+    ruiji.environment["COLUMNS"] = "80"
+    said = ruiji("enqueue", "--help").stdout
+    assert max(map(len, said.splitlines())) <= 80
+    assert "[default:" in said and "MEDIA_DIR/objects.txt]" in said
+    assert "RUIJI_REDIS_PASSWORD_FILE" in said
+
+
+def test_version_says_what_decides_results_and_loads_none_of_it(ruiji: Ruiji) -> None:
+    script = (
+        "import sys; sys.argv = ['ruiji', '--version']\n"
+        "from pipeline.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'numpy', 'torch', 'onnxruntime', 'PIL', 'simplejpeg'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said = dict(line.split(" ") for line in done.stdout.splitlines())
+    assert said["ruiji"] == metadata.version("ruiji")
+    assert said.items() >= library_versions().items()
+    assert ruiji("--version").stdout == done.stdout
+
+
+def test_the_shell_completes_commands_and_values(ruiji: Ruiji) -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_RUIJI_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        return ruiji.shell("ruiji", **asked).stdout.decode().split()
+
+    assert completed("ruiji near") == ["near-duplicates"]
+    assert completed("ruiji search --format j") == ["json", "jsonl"]
 
 
 COMMANDS = {
