@@ -3,15 +3,12 @@
 What they need beyond the standard library and typer is imported when they run.
 """
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import layout
 from pipeline.arguments import Commands
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
@@ -20,13 +17,6 @@ from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
 if TYPE_CHECKING:
-    from search.filters import Condition
-    from search.gallery.shards import Gallery
-    from search.labels import Annotations
-    from search.near_duplicates import Group
-    from search.queries import Query
-    from search.ranking.rank import Hit
-    from search.views.output import Row
     from search.views.sheet import SheetLine
 
 Images = Annotated[
@@ -161,68 +151,43 @@ def search(
 
     Exit code 3: some of the pictures could not be read; the others were searched with.
     """
-    from search.queries import (
-        embed_images,
-        feature_queries,
-        gallery_queries,
-        image_files,
-        image_queries,
-        query_encoder,
+    from search.requests.search import SearchRequest
+    from search.requests.search import search as answer
+    from search.requests.selection import Selection
+
+    paths_wanted = output_format is OutputFormat.paths
+    request = SearchRequest(
+        selection=Selection(
+            feature_dir=feature_dir,
+            model_path=model_path,
+            labels=labels,
+            where=tuple(where or ()),
+            include_stale=include_stale,
+            need_paths=paths_wanted,
+        ),
+        images=tuple(images or ()),
+        ids=tuple(ids or ()),
+        features=tuple(features or ()),
+        media_dir=media_dir,
+        top_k=top_k,
+        metric=metric,
+        min_similarity=min_similarity,
+        exclude_self=exclude_self,
+        device=device,
+        sheet=sheet,
+        html=html,
+        max_pixels=max_pixels,
+        explain=explain,
     )
+    _check_null(null, paths_wanted)
+    result = answer(request, note)
+    from search.views.output import write_answers
 
-    if not (images or ids or features):
-        raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
-    _check_null(null, output_format is OutputFormat.paths)
-    _check_pictures(sheet, html, media_dir)
-    if exclude_self and features:
-        raise UsageError("--exclude-self: no object is known that a --feature is of; search with --id, or leave it out")
-    if exclude_self and images and media_dir is None:
-        raise UsageError(
-            "--exclude-self knows the object of a picture by its path in the media folder: say where that is with "
-            "--media-dir"
-        )
-    files = image_files(images or [], sys.stdin, media_dir)
-    read = [labels, *(images or []), *files, *(features or [])]
-    _check_targets({"--sheet": sheet, "--html": html}, feature_dir, model_path, media_dir, read, images)
-    conditions, annotations = _read_filters(where, labels)
-    whole = _open(feature_dir, model_path, include_stale, output_format is OutputFormat.paths)
-    queries = gallery_queries(whole, ids or [], media_dir) + feature_queries(features or [], whole.length)
-    _check_pictures(sheet, html, media_dir, len(queries) + len(files), top_k, whole.rows)
-    loading = None
-    if files:
-        if model_path is None:
-            raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-        loading = query_encoder(model_path, whole, "cuda" if device is Device.cuda else "cpu")
-    # While the model is loaded, all that comes after it is made ready.
-    from search.filters import apply_conditions
-    from search.views.output import hit_rows, printable, write_hits
-
-    importlib.import_module("search.ranking.planner")
-    gallery = apply_conditions(whole, conditions, annotations)
-    _say_unusable(gallery)
-    failed = False
-    if loading is not None:
-        embedded = embed_images(files, *loading, max_pixels)
-        _say_other_versions(whole)
-        for image, reason in embedded.failures:
-            note(f"{image}: {reason}; left out")
-            failed = True
-        queries += image_queries(embedded, whole, media_dir)
-
-    found = []
-    for query, hits in zip(queries, _rank(gallery, queries, top_k, metric, exclude_self, device, explain), strict=True):
-        kept = hits if min_similarity is None else [hit for hit in hits if hit.similarity >= min_similarity]
-        known = None if annotations is None else [annotations.label(hit.object_id, hit.path) for hit in kept]
-        found.append((printable(query.name), hit_rows(kept, known)))
-    lines = []
-    if media_dir is not None and not (sheet is None and html is None):
-        # Before hits are written: labels that contradict each other are refused, and then nothing else is said.
-        lines = [_line(query, rows, annotations, media_dir) for query, (_, rows) in zip(queries, found, strict=True)]
-    write_hits(found, output_format, media_dir, null)
-    _show(sheet, html, lines, max_pixels)
-    if failed:
+    write_answers(result.answers, output_format, media_dir, null)
+    _draw(sheet, html, result.lines, max_pixels)
+    if result.failures:
         raise typer.Exit(EXIT_INCOMPLETE)
-    if not any(rows for _, rows in found):
+    if not any(one.hits for one in result.answers):
         note("nothing found")
         raise typer.Exit(EXIT_EMPTY if fail_if_empty else 0)
 
@@ -251,34 +216,38 @@ def near_duplicates(
     to the group's first, which comes first in the object list.
     """
     from pipeline.progress import show_steps
-    from search.filters import apply_conditions
-    from search.near_duplicates import find_groups
-    from search.ranking.planner import choose_multiply
+    from search.requests.near_duplicates import NearDuplicatesRequest
+    from search.requests.near_duplicates import near_duplicates as find
+    from search.requests.selection import Selection
     from search.views.output import write_groups
 
-    if threshold == 0:
-        raise UsageError("--threshold must be above 0")
-    _check_null(null, output_format is GroupFormat.paths)
-    _check_pictures(sheet, None, media_dir)
-    _check_targets({"--sheet": sheet}, feature_dir, model_path, media_dir, [labels])
-    conditions, annotations = _read_filters(where, labels)
-    whole = _open(feature_dir, model_path, include_stale, output_format is GroupFormat.paths)
-    gallery = apply_conditions(whole, conditions, annotations)
-    _say_unusable(gallery)
-    multiply, why = choose_multiply(gallery, device)
-    if explain:
-        note(f"plan: {why}")
-    with show_steps("pairs") as progress:
-        groups = find_groups(gallery, threshold, multiply, progress)
-    lines = [] if sheet is None or media_dir is None else _group_lines(groups, annotations, media_dir)
+    paths_wanted = output_format is GroupFormat.paths
+    request = NearDuplicatesRequest(
+        selection=Selection(
+            feature_dir=feature_dir,
+            model_path=model_path,
+            labels=labels,
+            where=tuple(where or ()),
+            include_stale=include_stale,
+            need_paths=paths_wanted,
+        ),
+        threshold=threshold,
+        media_dir=media_dir,
+        device=device,
+        sheet=sheet,
+        explain=explain,
+    )
+    _check_null(null, paths_wanted)
+    found = find(request, note, show_steps)
+    groups = found.groups
     write_groups(groups, output_format, media_dir, null)
     extra = sum(len(group.members) - 1 for group in groups)
     note(f"{len(groups)} groups; {extra} objects beside the first of their group")
     if sheet is not None:
-        from search.views.sheet import write_sheet
+        from search.requests.pictures import draw_sheet
 
-        shown = "" if len(lines) == len(groups) else f" with the first {len(lines)} of {len(groups)} groups"
-        _say_missing(f"sheet: {sheet}{shown}", write_sheet(sheet, lines, max_pixels, "first"))
+        shown = "" if len(found.lines) == len(groups) else f" with the first {len(found.lines)} of {len(groups)} groups"
+        draw_sheet(sheet, found.lines, max_pixels, note, shown, "first")
     if not groups and fail_if_empty:
         raise typer.Exit(EXIT_EMPTY)
 
@@ -290,24 +259,12 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     has to decide between. They lie in the gallery's folder cache, which can be deleted; only what is missing or damaged
     is made.
     """
-    from pipeline.errors import RuijiError
     from pipeline.progress import show_steps
-    from search.gallery.opening import find_gallery, open_gallery
+    from search.gallery.opening import find_gallery
+    from search.requests.index import index as keep
 
-    folder = find_gallery(feature_dir, model_path)
-    gallery = open_gallery(folder)
-    unkept = 0
-    with show_steps("shards") as progress:
-        for number, shard in enumerate(gallery.shards, 1):
-            unkept += not shard.keep()
-            progress(number, len(gallery.shards))
-    zero, nonfinite = gallery.unusable_rows
-    if unkept:
-        raise RuijiError(
-            f"cannot write to {layout.cache_folder(folder)}: nothing is kept of {unkept} shards; check its permissions "
-            f"and that the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
-        )
-    note(f"{gallery.rows} objects in {len(gallery.shards)} shards; {zero + nonfinite} cannot be ranked")
+    done = keep(find_gallery(feature_dir, model_path), show_steps)
+    note(f"{done.objects} objects in {done.shards} shards; {done.unusable} cannot be ranked")
 
 
 @gallery_app.command()
@@ -332,169 +289,13 @@ def _check_null(null: bool, paths: bool) -> None:
         raise UsageError("-0 ends paths: it needs --format paths")
 
 
-def _check_pictures(
-    sheet: Path | None, html: Path | None, media_dir: Path | None, queries: int = 0, top_k: int = 0, objects: int = 0
-) -> None:
-    for option, target in (("--sheet", sheet), ("--html", html)):
-        if target is not None and media_dir is None:
-            raise UsageError(f"{option} shows the pictures of the hits: say where they are with --media-dir")
-    if sheet is not None:
-        from search.views.sheet import check_target
-
-        check_target(sheet, queries, top_k)
-    if html is not None:
-        from search.views.page import check_page
-
-        check_page(queries, top_k, objects)
-
-
-def _check_targets(
-    targets: dict[str, Path | None],
-    feature_dir: Path,
-    model_path: Path | None,
-    media_dir: Path | None,
-    inputs: list[Path | None],
-    queries: list[Path] | None = None,
-) -> None:
-    if not any(targets.values()):
-        return
-    from pipeline.targets import check_targets
-    from search.gallery.opening import find_gallery
-
-    model = [] if model_path is None else [model_path, layout.toml_file(model_path)]
-    folders = [path for path in queries or [] if path.is_dir()]
-    check_targets(targets, [*inputs, *model], media_dir, find_gallery(feature_dir, model_path), folders)
-
-
-def _read_filters(where: list[str] | None, labels: Path | None) -> "tuple[list[Condition], Annotations | None]":
-    if not where and labels is None:
-        return [], None
-    from search.filters import parse_conditions
-    from search.labels import read_annotations
-
-    return parse_conditions(where or []), None if labels is None else read_annotations(labels)
-
-
-def _open(feature_dir: Path, model_path: Path | None, include_stale: bool, paths_wanted: bool) -> "Gallery":
-    from search.gallery.opening import find_gallery, open_gallery
-
-    gallery = open_gallery(find_gallery(feature_dir, model_path), include_stale)
-    if paths_wanted and gallery.fingerprint is None:
-        raise UsageError("--format paths: this gallery has no gallery.json and does not know paths, only object ids")
-    _say_provenance(gallery)
-    return gallery
-
-
-def _rank(
-    gallery: "Gallery",
-    queries: "list[Query]",
-    top_k: int,
-    metric: Metric,
-    exclude_self: bool | None,
-    device: Device,
-    explain: bool,
-) -> "Iterator[list[Hit]]":
-    import numpy as np
-
-    from search.queries import is_self, own_rows
-    from search.ranking.planner import Work, look_at_machine, make_plan
-    from search.ranking.rank import rank
-
-    excluding = [query.by_id if exclude_self is None else exclude_self for query in queries]
-    # The first k without the query's own rows are among the first k and so many more.
-    more = own_rows(gallery, (query for query, out in zip(queries, excluding, strict=True) if out))
-    work = Work(gallery.rows, gallery.length, len(queries), metric, gallery.coded, gallery.in_memory())
-    plan = make_plan(work, look_at_machine(device))
-    if explain:
-        note(f"plan: {plan}")
-    features = np.stack([query.feature for query in queries])
-    ranking = rank(gallery, features, top_k + more, metric, plan.scan(gallery), plan.queries_at_once)
-    for query, out, hits in zip(queries, excluding, ranking.hits, strict=True):
-        yield [hit for hit in hits if not (out and is_self(query, hit.object_id, hit.path))][:top_k]
-
-
-def _say_provenance(gallery: "Gallery") -> None:
-    if gallery.fingerprint is None:
-        note("warning: unverified gallery: nothing says which model and preprocessing made these shards")
-    from pipeline.versions import are_mixed
-
-    if are_mixed(gallery.versions):
-        note("warning: shards were made with different library versions; similarities can differ in their last digits")
-
-
-def _say_other_versions(gallery: "Gallery") -> None:
-    from pipeline.versions import other_versions
-
-    for versions in gallery.versions:
-        changed = [f"{name} {made} (here {ours})" for name, (made, ours) in other_versions(versions).items()]
-        if changed:
-            note(f"warning: shards were made with {', '.join(changed)}; similarities can differ in their last digits")
-
-
-def _say_unusable(gallery: "Gallery") -> None:
-    zero, nonfinite = gallery.unusable_rows
-    if zero or nonfinite:
-        note(
-            f"warning: left out {zero} objects whose feature is all zero and "
-            f"{nonfinite} whose feature has NaN or infinite values"
-        )
-    if gallery.searched_rows == zero + nonfinite:
-        note("the gallery has no object that can be ranked")
-
-
-def _show(sheet: Path | None, html: Path | None, lines: "list[SheetLine]", max_pixels: int) -> None:
+def _draw(sheet: Path | None, html: Path | None, lines: "Sequence[SheetLine]", max_pixels: int) -> None:
     """Write what people look at."""
+    if sheet is None and html is None:
+        return
+    from search.requests.pictures import draw_page, draw_sheet
+
     if sheet is not None:
-        from search.views.sheet import write_sheet
-
-        _say_missing(f"sheet: {sheet}", write_sheet(sheet, lines, max_pixels))
+        draw_sheet(sheet, lines, max_pixels, note)
     if html is not None:
-        from search.views.page import write_page
-
-        about = f"{len(lines)} queries" if len(lines) > 1 else f"query: {lines[0].name}"
-        _say_missing(f"page: {html}", write_page(html, "ruiji search", about, lines, max_pixels))
-
-
-def _line(query: "Query", rows: "list[Row]", annotations: "Annotations | None", media_dir: Path) -> "SheetLine":
-    from search.views.output import printable
-    from search.views.sheet import SheetHit, SheetLine
-
-    hits = [
-        SheetHit(
-            str(row["object_id"]),
-            None if row["path"] is None else media_dir / str(row["path"]),
-            float(row["similarity"] or 0),
-            None if row.get("label") is None else str(row["label"]),
-        )
-        for row in rows
-    ]
-    label = None if annotations is None else _query_label(query, annotations)
-    return SheetLine(query.picture, tuple(hits), label, printable(Path(query.name).name))
-
-
-def _query_label(query: "Query", annotations: "Annotations") -> str | None:
-    if query.object_id is not None:
-        return annotations.label(query.object_id, query.path)
-    # From outside the media folder nothing is known of it: that a line has its file name says nothing.
-    return None if query.path is None else annotations.picture_label(query.path)
-
-
-def _group_lines(groups: "list[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
-    from search.views.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine
-
-    lines = []
-    for group in groups[:GROUP_LINES]:
-        labels = [
-            None if annotations is None else annotations.label(member.object_id, member.path)
-            for member in group.members
-        ]
-        first, *rest = (
-            SheetHit(member.object_id, media_dir / member.path if member.path else None, member.similarity, label)
-            for member, label in zip(group.members[: GROUP_HITS + 1], labels, strict=False)
-        )
-        lines.append(SheetLine(first.picture, tuple(rest), first.label, first.object_id))
-    return lines
-
-
-def _say_missing(text: str, missing: int) -> None:
-    note(text + (f" ({missing} pictures could not be opened)" if missing else ""))
+        draw_page(html, lines, max_pixels, note)

@@ -44,5 +44,15 @@ class GroupFormat(StrEnum):
     paths = "paths"
 
 
+class ReportFormat(StrEnum):
+    """How an evaluation is written to stdout."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
 TOP_K = 10
 THRESHOLD = 0.95
+#: Of an evaluation: hits of each query in a TREC run file, and queries on a sheet.
+RUN_DEPTH, SHEET_QUERIES = 1000, 10

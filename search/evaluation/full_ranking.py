@@ -27,6 +27,8 @@ Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 #: float32[b, d] -> float64[q, b], dot products with the unit queries, summed in float64 in any order.
 Products: TypeAlias = Callable[[Float32], Float64]
+#: Unit queries, float64[q, d], to what multiplies them.
+MakeProducts: TypeAlias = Callable[[Float64], Products]
 
 #: Of the cosines that are in memory at once; with 60,000 rows of 559 queries.
 VALUES_BYTES = 256 << 20
@@ -120,7 +122,7 @@ def full_ranking(
     depth: int = 0,
     *,
     values_bytes: int = VALUES_BYTES,
-    make_products: Callable[[Float64], Products] | None = None,
+    make_products: MakeProducts | None = None,
 ) -> Iterator[Placed]:
     """Rank the candidates for every query and say where the matches stand.
 
@@ -177,7 +179,7 @@ def _id_order(gallery: Gallery, candidates: Rows) -> NDArray[np.int64]:
     return order
 
 
-def _cosines(search: _Search, features: Float32, make_products: Callable[[Float64], Products]) -> Float64:
+def _cosines(search: _Search, features: Float32, make_products: MakeProducts) -> Float64:
     products = make_products(units_of(features))
     values = np.empty((len(features), len(search.task.candidates)))
     for where, rows in _blocks(search.gallery, search.task.candidates):

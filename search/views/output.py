@@ -8,8 +8,8 @@ from pipeline.streams import csv_writer, exact_stdout, shown, to_json
 from search.options import GroupFormat, OutputFormat
 
 if TYPE_CHECKING:
+    from search.answers import Answer
     from search.near_duplicates import Group
-    from search.ranking.rank import Hit
 
 #: A hit as it is written, keys in the order of the columns.
 Row: TypeAlias = dict[str, "int | float | str | None"]
@@ -22,32 +22,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def hit_rows(hits: "Sequence[Hit]", labels: Sequence[str | None] | None) -> list[Row]:
-    """Hits as rows; with a column for labels where they are known."""
-    rows: list[Row] = []
-    for rank, hit in enumerate(hits, 1):
-        row: Row = {
-            "rank": rank,
-            "object_id": hit.object_id,
-            "path": hit.path,
-            "similarity": hit.similarity,
-            "distance": hit.distance,
-        }
-        if labels is not None:
-            row["label"] = labels[rank - 1]
-        rows.append(row)
-    return rows
-
-
-def write_hits(
-    found: "Sequence[tuple[str, list[Row]]]", form: OutputFormat, media_dir: Path | None, null: bool
-) -> None:
+def write_answers(answers: "Sequence[Answer]", form: OutputFormat, media_dir: Path | None, null: bool) -> None:
     """Write the hits of every query.
 
     Args:
-        found: (query, rows) in order; at least one.
+        answers: at least one.
         null: with `paths`, end each by a null character instead of a new line.
     """
+    found = [(printable(one.query.name), _hit_rows(one)) for one in answers]
     if form is OutputFormat.table:
         for line in _query_tables(found):
             print(line)
@@ -56,13 +38,30 @@ def write_hits(
     elif form is OutputFormat.jsonl:
         _write_json_lines({"query": query, **row} for query, rows in found for row in rows)
     elif form is OutputFormat.csv:
-        columns = list(hit_columns(found))
+        columns = list(_hit_columns(found))
         _write_csv(("query", *columns), ({"query": query, **row} for query, rows in found for row in rows))
     else:
         _write_paths((row["path"] for _, rows in found for row in rows), media_dir, null)
 
 
-def hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
+def _hit_rows(answer: "Answer") -> list[Row]:
+    """Hits as rows; with a column for labels where they are known."""
+    rows: list[Row] = []
+    for rank, hit in enumerate(answer.hits, 1):
+        row: Row = {
+            "rank": rank,
+            "object_id": hit.object_id,
+            "path": hit.path,
+            "similarity": hit.similarity,
+            "distance": hit.distance,
+        }
+        if answer.labels is not None:
+            row["label"] = answer.labels[rank - 1]
+        rows.append(row)
+    return rows
+
+
+def _hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
     """The columns of the hits, also where there is none."""
     first = next((row for _, rows in found for row in rows), None)
     return ("rank", "object_id", "path", "similarity", "distance") if first is None else tuple(first)
@@ -76,18 +75,18 @@ def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path |
             `xargs -0` would take it for one more path.
     """
     if form is GroupFormat.json:
-        _write_json([group_object(number, group) for number, group in enumerate(groups, 1)])
+        _write_json([_group_object(number, group) for number, group in enumerate(groups, 1)])
     elif form is GroupFormat.jsonl:
-        _write_json_lines(group_object(number, group) for number, group in enumerate(groups, 1))
+        _write_json_lines(_group_object(number, group) for number, group in enumerate(groups, 1))
     elif form is GroupFormat.csv:
         _write_csv(
             ("group", "object_id", "path", "similarity"),
-            ({"group": number, **row} for number, group in enumerate(groups, 1) for row in group_rows(group)),
+            ({"group": number, **row} for number, group in enumerate(groups, 1) for row in _group_rows(group)),
         )
     elif form is GroupFormat.table:
         for number, group in enumerate(groups, 1):
             print(f"{'' if number == 1 else chr(10)}group {number}: {len(group.members)} objects, {group.pairs} pairs")
-            for line in _table(("object_id", "path", "similarity"), group_rows(group)):
+            for line in _table(("object_id", "path", "similarity"), _group_rows(group)):
                 print(line)
     else:
         for number, group in enumerate(groups):
@@ -96,7 +95,7 @@ def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path |
             _write_paths((member.path for member in group.members), media_dir, null)
 
 
-def group_rows(group: "Group") -> list[Row]:
+def _group_rows(group: "Group") -> list[Row]:
     """A group's members as rows, the first one first."""
     return [
         {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
@@ -104,9 +103,9 @@ def group_rows(group: "Group") -> list[Row]:
     ]
 
 
-def group_object(number: int, group: "Group") -> dict[str, object]:
+def _group_object(number: int, group: "Group") -> dict[str, object]:
     """A group as JSON has it."""
-    return {"group": number, "pairs": group.pairs, "members": group_rows(group)}
+    return {"group": number, "pairs": group.pairs, "members": _group_rows(group)}
 
 
 def _write_json(value: object) -> None:
@@ -133,7 +132,7 @@ def _write_paths(paths: Iterator[object], media_dir: Path | None, null: bool) ->
 
 
 def _query_tables(found: "Sequence[tuple[str, list[Row]]]") -> Iterator[str]:
-    columns = hit_columns(found)
+    columns = _hit_columns(found)
     for number, (query, rows) in enumerate(found):
         if len(found) > 1:
             yield f"{chr(10) if number else ''}query: {shown(query)}"

@@ -1,0 +1,86 @@
+"""The plain function under `ruiji near-duplicates`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UsageError
+from pipeline.settings import Device
+from search.filters import apply_conditions
+from search.near_duplicates import Group, find_groups
+from search.options import THRESHOLD
+from search.ranking.planner import choose_multiply
+from search.requests.pictures import check_picture_targets, check_pictures, group_lines
+from search.requests.selection import Progress, Say, Selection, say_unusable
+
+if TYPE_CHECKING:
+    from search.views.sheet import SheetLine
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicatesRequest:
+    """In what near-duplicates are looked for, and what counts as one.
+
+    Attributes:
+        selection: the objects that are compared.
+        threshold: the least similarity of a pair, above 0, at most 1.
+        media_dir: where the pictures of the gallery are.
+        device: where pairs are compared; changes speed, never the groups.
+        sheet: what will be drawn; checked before any work.
+        explain: say which way the comparison takes, and why.
+
+    Raises:
+        UsageError: the threshold is 0.
+    """
+
+    selection: Selection
+    threshold: float = THRESHOLD
+    media_dir: Path | None = None
+    device: Device = Device.auto
+    sheet: Path | None = None
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threshold == 0:
+            raise UsageError("--threshold must be above 0")
+
+
+@dataclass(frozen=True)
+class NearDuplicatesResult:
+    """What was found.
+
+    Attributes:
+        groups: in the order of their first members.
+        lines: what a sheet shows; empty if none is wanted.
+    """
+
+    groups: tuple[Group, ...]
+    lines: "tuple[SheetLine, ...]"
+
+
+def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress) -> NearDuplicatesResult:
+    """Find all groups of near-identical objects of a gallery; exact, each pair compared once.
+
+    Args:
+        say: called with warnings.
+        progress: of pairs compared.
+
+    Raises:
+        UsageError: the request contradicts itself or what is on the disk.
+        GalleryMismatch, ShardCorrupt: as `open_gallery`.
+    """
+    selection, media_dir = request.selection, request.media_dir
+    check_pictures(request.sheet, None, media_dir)
+    check_picture_targets(selection, {"--sheet": request.sheet}, media_dir, [selection.labels])
+    conditions, annotations = selection.read_filters()
+    gallery = apply_conditions(selection.open(say), conditions, annotations)
+    say_unusable(gallery, say)
+    multiply, why = choose_multiply(gallery, request.device)
+    if request.explain:
+        say(f"plan: {why}")
+    with progress("pairs") as step:
+        groups = find_groups(gallery, request.threshold, multiply, step)
+    lines: list[SheetLine] = []
+    if request.sheet is not None and media_dir is not None:
+        lines = group_lines(groups, annotations, media_dir)
+    return NearDuplicatesResult(tuple(groups), tuple(lines))
