@@ -16,7 +16,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -103,6 +103,15 @@ test-compose: .venv/dev ## The tests that start containers, one after the other
 
 bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
 	.venv/bin/python -m benchmarks.search $(PART)
+
+build/models/made: requirements/models.txt
+	@[ -n "$(PYTHON)" ] || { echo $(PYTHON_MESSAGE) >&2; exit 1; }
+	@$(PYTHON) -m venv build/models
+	@build/models/bin/python -m pip --disable-pip-version-check --no-input -q install -r $<
+	@touch $@
+
+check-models: build/models/made ## Compare preprocessing with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
+	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
 
 lint: .venv/dev ## Style
 	.venv/bin/ruff check .

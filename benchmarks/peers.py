@@ -114,7 +114,7 @@ def _bare_worker(media: Path, lines: list[str], output: Path, counter: "Synchron
         for line in lines[start : start + 16]:
             with open(f"{root}/{line}", "rb", buffering=0) as file:
                 pixels = simplejpeg.decode_jpeg(file.read(), "RGBA")
-            small = resize(pixels, 224, 224, "bicubic")
+            small = resize(pixels, (224, 224), (0, 0, 224, 224), "bicubic")
             assert small is not None
             (feature,) = session.run(["feature_vector"], {PIXELS_INPUT: small[np.newaxis]})
             object_id = line.rpartition("/")[2]

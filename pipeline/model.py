@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,12 @@ from pipeline.layout import toml_file
 
 ARTICLE_INPUT, ARTICLE_OUTPUT = "inputs:0", "feature_vector"
 RESIZE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+#: The ways from a picture's shape to the model's, and the libraries whose rounding each can follow.
+REFERENCES: dict[str, tuple[str, ...]] = {
+    "stretch": (),
+    "crop": ("torchvision", "huggingface", "timm"),
+    "pad": ("timm",),
+}
 #: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
 _FINGERPRINT_FORMAT = 1
 #: The ways from a file to pixels that there are, see `ModelSpec.pixels`: new galleries get the last one.
@@ -29,6 +35,10 @@ _TOML_KEYS = {
         "height",
         "width",
         "resize",
+        "fit",
+        "resize_size",
+        "pad_color",
+        "reference",
         "divisor",
         "mean",
         "std",
@@ -47,7 +57,7 @@ class ModelSpec:
     Attributes:
         layout: `NHWC` or `NCHW`.
         color: `RGB` (3 channels) or `L` (grey, 1 channel), as Pillow's `convert` makes them.
-        resize: name of Pillow's filter; the aspect ratio is not kept, as in the article.
+        resize: name of Pillow's filter.
         divisor, mean, std: the input is `(pixel / divisor - mean) / std`, one mean and std a channel.
         exif_orientation: whether a picture is turned upright before it is resized.
         jpeg_draft: whether a large JPEG may be decoded at a half, quarter or eighth of its size: faster, and not quite
@@ -55,6 +65,10 @@ class ModelSpec:
         length: d, the number of float32 values of one feature.
         pixels: which rules turn a file into pixels. 1: the article's, by which wide samples clip, transparency is
             dropped and TIFFs are turned twice; also of a gallery that says none, being older. 2: see `workers.images`.
+        fit: how a picture comes to `width` x `height`, see `workers.fit`. `stretch`: to that size, whatever its shape,
+            as in the article. `crop`: its shorter side to `resize_size`, then the centre. `pad`: as large as fits, then
+            filled up with `pad_color`, one value from 0 to 255 per channel.
+        reference: the library whose rounding `crop` and `pad` follow, one of `REFERENCES[fit]`.
     """
 
     input_name: str
@@ -71,11 +85,24 @@ class ModelSpec:
     jpeg_draft: bool
     length: int
     pixels: int = 1
+    fit: str = "stretch"
+    resize_size: int | None = None
+    pad_color: tuple[int, ...] | None = None
+    reference: str | None = None
 
     @property
     def values(self) -> dict[str, Any]:
-        """For JSON; without `pixels` if that is 1, as it was before there were others."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("pixels", 1)}
+        """For JSON; without the fields that have a default and equal it, as it was before there were such fields."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "ModelSpec":
+        """Of `values`, as JSON has them: with lists for tuples."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
     @property
     def channels(self) -> int:
@@ -153,9 +180,7 @@ def recall_model(path: Path, contract: dict[str, Any], fingerprint: str) -> Mode
     """
     if not path.is_file() or _toml_digest(path) != contract["toml"]:
         return None
-    # JSON has lists for tuples.
-    kept = dict(contract["spec"])
-    spec = ModelSpec(**{**kept, "mean": tuple(kept["mean"]), "std": tuple(kept["std"])})
+    spec = ModelSpec.from_values(contract["spec"])
     if spec.pixels not in PIXELS:
         _refuse_pixels(spec.pixels)
     external = tuple(contract["external"])
@@ -194,7 +219,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("inputs", "; ".join(map(str, inputs))),
         ("outputs", "; ".join(map(str, outputs))),
         ("layout", spec.layout),
-        ("image", f"{spec.color} {spec.width} x {spec.height} (width x height), resized {spec.resize}"),
+        ("image", f"{spec.color} {spec.width} x {spec.height} (width x height), {_fit_words(spec)}, {spec.resize}"),
         ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
         ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
         ("large JPEGs", "decoded at reduced size" if spec.jpeg_draft else "decoded whole"),
@@ -297,7 +322,13 @@ def _resolve(
         jpeg_draft=_truth(given, "jpeg_draft", False),
         length=_length(target, wanted.get("length")),
         pixels=given.get("pixels", pixels),
+        **_fit(given, expected),
     )
+    if spec.resize_size is not None and spec.resize_size < max(spec.height, spec.width):
+        raise ModelError(
+            f"resize_size {spec.resize_size} is less than the {spec.width} x {spec.height} that are cut out of the "
+            "resized picture"
+        )
     if type(spec.pixels) is not int or spec.pixels not in PIXELS:
         _refuse_pixels(spec.pixels)
     if spec.resize not in RESIZE_FILTERS:
@@ -306,6 +337,42 @@ def _resolve(
     if spec.divisor == 0 or 0 in spec.std:
         raise ModelError("divisor and std may not be 0")
     return spec, batch
+
+
+def _fit(given: dict[str, Any], channels: int) -> dict[str, Any]:
+    """The fields of `ModelSpec` that say how a picture's shape becomes the model's; nothing of them is guessed."""
+    fit = _text(given, "fit") or "stretch"
+    if fit not in REFERENCES:
+        raise ModelError(f"fit {fit!r} is none of {', '.join(REFERENCES)}")
+    needed = {"stretch": set(), "crop": {"resize_size", "reference"}, "pad": {"pad_color", "reference"}}[fit]
+    for key in ("resize_size", "pad_color", "reference"):
+        if (key in given) != (key in needed):
+            verb = "needs" if key in needed else "has no"
+            raise ModelError(f'fit = "{fit}" {verb} {key}; see docs/models.md')
+    values: dict[str, Any] = {"fit": fit}
+    if "reference" in needed:
+        values["reference"] = _text(given, "reference")
+        if values["reference"] not in REFERENCES[fit]:
+            raise ModelError(
+                f'reference {values["reference"]!r} is none whose rounding fit = "{fit}" can follow: '
+                f"{', '.join(REFERENCES[fit])}"
+            )
+    if "resize_size" in needed:
+        values["resize_size"] = _size("resize_size", None, given["resize_size"], None)
+    if "pad_color" in needed:
+        color = given["pad_color"] if isinstance(given["pad_color"], list) else [given["pad_color"]] * channels
+        if len(color) != channels or any(type(value) is not int or not 0 <= value <= 255 for value in color):
+            raise ModelError(f"pad_color {given['pad_color']!r} is not a number from 0 to 255, or {channels} of them")
+        values["pad_color"] = tuple(color)
+    return values
+
+
+def _fit_words(spec: ModelSpec) -> str:
+    return {
+        "stretch": "stretched",
+        "crop": f"the centre after the shorter side was resized to {spec.resize_size} as {spec.reference} does it",
+        "pad": f"resized to fit and padded with {spec.pad_color} as {spec.reference} does it",
+    }[spec.fit]
 
 
 def _refuse_pixels(value: object) -> NoReturn:

@@ -8,6 +8,9 @@
    it is multiplied as two halves. Output rows are made in order, and between the passes only the rows are kept that the
    next output needs, so that they stay in the cache.
 
+   Of the resized picture only a window is made, with the weights of the whole. So its pixels are those that a crop after
+   resizing would have, and no others are computed.
+
    No part of Python is needed to compile this. Whoever changes what the functions take changes their names: a library
    from before may still lie beside newer code.
 */
@@ -59,15 +62,16 @@ static int window(double center, double support, int size, int *low) {
     return high < size ? high : size;
 }
 
-static int make_axis(axis *made, int size, int outputs, int filter) {
-    double scale = (double)size / outputs, stretch = scale < 1 ? 1 : scale;
+/* The `outputs` from number `from` on, of the `resized` that the whole side becomes. */
+static int make_axis(axis *made, int size, int resized, int from, int outputs, int filter) {
+    double scale = (double)size / resized, stretch = scale < 1 ? 1 : scale;
     double support = (filter == BICUBIC ? 2 : 1) * stretch, inverse = 1 / stretch;
     double raw[MAX_TAPS];
     int low, taps = 0;
 
     if (2 * support + 2 > MAX_TAPS) return LEFT_TO_PILLOW;
     for (int output = 0; output < outputs; output++) {
-        int length = window((output + 0.5) * scale, support, size, &low) - low;
+        int length = window((from + output + 0.5) * scale, support, size, &low) - low;
         if (length > taps) taps = length;
     }
     taps += taps % 2;
@@ -78,7 +82,7 @@ static int make_axis(axis *made, int size, int outputs, int filter) {
     if (!made->first || !made->weights) return NO_MEMORY;
 
     for (int output = 0; output < outputs; output++) {
-        double center = (output + 0.5) * scale, sum = 0;
+        double center = (from + output + 0.5) * scale, sum = 0;
         int high = window(center, support, size, &low);
         int first = low + taps <= size ? low : size - taps;
         uint32_t *weights = made->weights + (size_t)output * taps;
@@ -142,9 +146,10 @@ __attribute__((target("avx2"))) static void resize_rows(
     }
 }
 
-/* One output row, number y, of `length` bytes, at least 16, from a ring of rows that has those of its window. */
+/* One output row, number y, of `length` bytes, at least 16, from a ring of rows that has those of its window; from one
+   row to the next it is `stride` bytes. */
 __attribute__((target("avx2"))) static void resize_columns(
-    const uint8_t *ring, int ring_rows, int length, const axis *rows, int y, uint8_t *out
+    const uint8_t *ring, int ring_rows, ptrdiff_t stride, int length, const axis *rows, int y, uint8_t *out
 ) {
     const uint32_t *weights = rows->weights + (ptrdiff_t)y * rows->taps;
 
@@ -154,9 +159,9 @@ __attribute__((target("avx2"))) static void resize_columns(
         __m256i high_a = _mm256_setzero_si256(), low_a = _mm256_set1_epi32(HALF), high_b = high_a, low_b = low_a;
 
         for (int tap = 0; tap < rows->taps; tap += 2) {
-            __m128i one = _mm_loadu_si128((const __m128i *)(ring + (ptrdiff_t)row * length + start));
+            __m128i one = _mm_loadu_si128((const __m128i *)(ring + row * stride + start));
             row = row + 1 < ring_rows ? row + 1 : 0;
-            __m128i other = _mm_loadu_si128((const __m128i *)(ring + (ptrdiff_t)row * length + start));
+            __m128i other = _mm_loadu_si128((const __m128i *)(ring + row * stride + start));
             row = row + 1 < ring_rows ? row + 1 : 0;
             __m256i a = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(one, other));
             __m256i b = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(one, other));
@@ -183,7 +188,7 @@ static int rows_first(
     const axis *rows, const axis *columns
 ) {
     /* One row more than a window has, since they come two at a time; and the output's. */
-    int ring_rows = rows->taps + 1, ready = 0;
+    int ring_rows = rows->taps + 1, ready = rows->first[0];
     ptrdiff_t length = 4 * (ptrdiff_t)width, out_length = 4 * (ptrdiff_t)out_width;
     uint8_t *ring = malloc((ring_rows + 1) * out_length);
 
@@ -197,7 +202,7 @@ static int rows_first(
                 ring + (ready + 1) % ring_rows * out_length, columns, out_width
             );
         }
-        resize_columns(ring, ring_rows, (int)out_length, rows, y, row);
+        resize_columns(ring, ring_rows, out_length, (int)out_length, rows, y, row);
         out = without_fourth(row, out_width, out);
     }
     free(ring);
@@ -208,14 +213,20 @@ static int columns_first(
     const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width,
     const axis *rows, const axis *columns
 ) {
-    ptrdiff_t length = 4 * (ptrdiff_t)width, out_length = 4 * (ptrdiff_t)out_width;
+    /* The columns that any output needs, and four at least. */
+    int end = columns->first[out_width - 1] + columns->taps, start = columns->first[0];
+    if (start > end - 4) start = end > 4 ? end - 4 : 0;
+    if (end < start + 4) end = start + 4;
+    ptrdiff_t stride = 4 * (ptrdiff_t)width, length = 4 * (ptrdiff_t)(end - start), out_length = 4 * (ptrdiff_t)out_width;
     uint8_t *between = malloc(2 * (length + out_length));
 
     if (!between) return NO_MEMORY;
     uint8_t *resized = between + 2 * length;
+    for (int x = 0; x < out_width; x++) columns->first[x] -= start;
     for (int y = 0; y < out_height; y += 2) {
         int count = y + 1 < out_height ? 2 : 1;
-        for (int n = 0; n < count; n++) resize_columns(pixels, height, (int)length, rows, y + n, between + n * length);
+        for (int n = 0; n < count; n++)
+            resize_columns(pixels + 4 * start, height, stride, (int)length, rows, y + n, between + n * length);
         resize_rows(between, between + (count - 1) * length, resized, resized + out_length, columns, out_width);
         for (int n = 0; n < count; n++) out = without_fourth(resized + n * out_length, out_width, out);
     }
@@ -224,18 +235,19 @@ static int columns_first(
 }
 
 static int resize(
-    const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width, int filter
+    const uint8_t *pixels, int height, int width, int resized_height, int resized_width,
+    uint8_t *out, int top, int left, int out_height, int out_width, int filter
 ) {
     axis columns = {0}, rows = {0};
     int outcome = LEFT_TO_PILLOW;
 
     /* Four pixels are a vector. */
-    if (width >= 4 && out_width >= 4 && width <= MAX_SIDE && out_width <= MAX_SIDE)
-        outcome = make_axis(&columns, width, out_width, filter);
-    if (outcome == DONE) outcome = make_axis(&rows, height, out_height, filter);
+    if (width >= 4 && out_width >= 4 && width <= MAX_SIDE && resized_width <= MAX_SIDE)
+        outcome = make_axis(&columns, width, resized_width, left, out_width, filter);
+    if (outcome == DONE) outcome = make_axis(&rows, height, resized_height, top, out_height, filter);
     if (outcome == DONE) {
-        /* Pillow 13's rule; before, rows always came first. */
-        int by_columns = height > out_height && height - out_height > 2 * (width - out_width);
+        /* Pillow 13's rule, of the whole picture; before, rows always came first. */
+        int by_columns = height > resized_height && height - resized_height > 2 * (width - resized_width);
         outcome = (by_columns ? columns_first : rows_first)(
             pixels, height, width, out, out_height, out_width, &rows, &columns
         );
@@ -251,7 +263,10 @@ static int supported(void) {
 
 #else
 
-static int resize(const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width, int filter) {
+static int resize(
+    const uint8_t *pixels, int height, int width, int resized_height, int resized_width,
+    uint8_t *out, int top, int left, int out_height, int out_width, int filter
+) {
     return LEFT_TO_PILLOW;
 }
 
@@ -266,9 +281,11 @@ int ruiji_resize_supported(void) {
     return supported();
 }
 
-/* uint8[height, width, 4] to uint8[out_height, out_width, 3]; the fourth channel is left out. Sizes are at least 1. */
-int ruiji_resize(
-    const uint8_t *pixels, int height, int width, uint8_t *out, int out_height, int out_width, int filter
+/* uint8[height, width, 4], brought to [resized_height, resized_width], of which the window from (top, left) on becomes
+   uint8[out_height, out_width, 3]. The fourth channel is left out. Sizes are at least 1, the window lies within. */
+int ruiji_resize_window(
+    const uint8_t *pixels, int height, int width, int resized_height, int resized_width,
+    uint8_t *out, int top, int left, int out_height, int out_width, int filter
 ) {
-    return resize(pixels, height, width, out, out_height, out_width, filter);
+    return resize(pixels, height, width, resized_height, resized_width, out, top, left, out_height, out_width, filter);
 }

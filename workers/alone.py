@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,10 +129,7 @@ def _main() -> None:
 
     request = json.loads(sys.stdin.readline())
     path, limits = Path(request["path"]), Limits(**request["limits"])
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in request["spec"].items()
-    }
-    spec = ModelSpec(**values)
+    spec = ModelSpec.from_values(request["spec"])
     out = sys.stdout.buffer
     _read_through(path)
     out.write(b"read\n")

@@ -37,6 +37,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.altered import CLIPPED, GROUND, TURNED
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
+from workers.fit import place
 from workers.resize import has_filter, resize
 
 logger = logging.getLogger(__name__)
@@ -190,18 +191,30 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
     if decoded is None:
         decoded = _opened(file, spec, max_pixels, altered)
-    if isinstance(decoded, Image.Image):
-        image = decoded
-    else:
-        resized = resize(decoded, spec.width, spec.height, spec.resize) if decoded.shape[2] == 4 else None
-        if resized is not None:
-            return resized
-        image = Image.fromarray(decoded[:, :, :3])
-    if image.mode != spec.color:
-        image = image.convert(spec.color)
-    image = image.resize((spec.width, spec.height), Image.Resampling[spec.resize.upper()])
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    width, height = decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
+    placed = place(width, height, spec)
+    if spec.fit == "crop":
+        # The shorter side of a very long picture is not resized at any price.
+        _check_size(*placed.size, max_pixels)
+    left, top, right, bottom = placed.window
+    # What is seen of the resized picture itself.
+    seen = (max(0, left), max(0, top), min(right, placed.size[0]), min(bottom, placed.size[1]))
+    pixels = None
+    if not isinstance(decoded, Image.Image) and decoded.shape[2] == 4:
+        pixels = resize(decoded, placed.size, seen, spec.resize)
+    if pixels is None:
+        image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded[:, :, :3])
+        if image.mode != spec.color:
+            image = image.convert(spec.color)
+        resized = image.resize(placed.size, Image.Resampling[spec.resize.upper()])
+        pixels = np.asarray(resized.crop(seen) if seen != (0, 0, *resized.size) else resized, dtype=np.uint8)
+        pixels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    if seen == placed.window:
+        return pixels
+    padded = np.empty((spec.height, spec.width, spec.channels), dtype=np.uint8)
+    padded[:] = np.asarray(spec.pad_color, dtype=np.uint8)
+    padded[seen[1] - top : seen[3] - top, seen[0] - left : seen[2] - left] = pixels
+    return padded
 
 
 def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> Image.Image | NDArray[np.uint8]:
@@ -216,7 +229,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
         turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation and (jpeg or spec.pixels == 1) else None
         if spec.jpeg_draft:
             # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
-            side = 2 * max(spec.width, spec.height)
+            side = 2 * max(spec.width, spec.height, spec.resize_size or 0)
             image.draft(None, (side, side))
         elif image.format == "JPEG" and image.mode == "RGB" and isinstance(file, io.BytesIO):
             # Turned by Pillow, an array would have to be copied twice to become one again.

@@ -31,34 +31,52 @@ def has_filter(name: str) -> bool:
     return name in _FILTERS and why_not() is None
 
 
-def resize(pixels: NDArray[np.uint8], width: int, height: int, filter_name: str) -> NDArray[np.uint8] | None:
-    """Bring pixels to another size.
+def resize(
+    pixels: NDArray[np.uint8], size: tuple[int, int], window: tuple[int, int, int, int], filter_name: str
+) -> NDArray[np.uint8] | None:
+    """Bring pixels to another size and crop them. Only the pixels of the window are computed.
 
     Args:
         pixels: uint8[h, w, 4], contiguous; the last channel is left out.
-        width, height: of the result, in Pillow's order.
+        size: width and height of the whole resized picture.
+        window: the part of it to return: left, top, right, bottom, in Pillow's order.
         filter_name: one that `has_filter`.
 
     Returns:
-        uint8[height, width, 3]; None: it cannot be used here, or a side is shorter than the filter or than 4 pixels, or
-        more than some 250 times the result's, and Pillow has to do it.
+        uint8[bottom - top, right - left, 3]; None: Pillow has to do it, because the library cannot be used here, or a
+        side is shorter than the filter or than 4 pixels, or more than some 250 times the resized one.
 
     Raises:
         MemoryError: there is none left.
-        ValueError: the pixels are not as said above.
+        ValueError: the pixels or the window are not as said above.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 4 or not pixels.flags.c_contiguous:
         raise ValueError("pixels must be uint8[h, w, 4], contiguous")
+    left, top, right, bottom = window
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(f"the window {window} does not lie within {size}")
     library = _library()
-    return None if isinstance(library, str) else _resize(library, pixels, width, height, filter_name)
+    return None if isinstance(library, str) else _resize(library, pixels, size, window, filter_name)
 
 
 def _resize(
-    library: ctypes.CDLL, pixels: NDArray[np.uint8], width: int, height: int, filter_name: str
+    library: ctypes.CDLL,
+    pixels: NDArray[np.uint8],
+    size: tuple[int, int],
+    window: tuple[int, int, int, int],
+    filter_name: str,
 ) -> NDArray[np.uint8] | None:
-    out = np.empty((height, width, 3), dtype=np.uint8)
-    outcome = library.ruiji_resize(
-        pixels.ctypes.data, *pixels.shape[:2], out.ctypes.data, height, width, _FILTERS[filter_name]
+    left, top, right, bottom = window
+    out = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+    outcome = library.ruiji_resize_window(
+        pixels.ctypes.data,
+        *pixels.shape[:2],
+        *size[::-1],
+        out.ctypes.data,
+        top,
+        left,
+        *out.shape[:2],
+        _FILTERS[filter_name],
     )
     if outcome not in (_DONE, _LEFT_TO_PILLOW):
         raise MemoryError("no memory to resize an image")
@@ -76,8 +94,8 @@ def _library() -> ctypes.CDLL | str:
         )
     try:
         library = ctypes.CDLL(found.origin)
-        size = [ctypes.c_int, ctypes.c_int]
-        library.ruiji_resize.argtypes = [ctypes.c_void_p, *size, ctypes.c_void_p, *size, ctypes.c_int]
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        library.ruiji_resize_window.argtypes = (pointer, *[number] * 4, pointer, *[number] * 5)
         supported = library.ruiji_resize_supported()
     except (OSError, AttributeError) as error:  # Made for another machine, or another version of ruiji.
         return f"the compiled library is none of this ruiji's ({error}); install ruiji again (make clean setup)"
@@ -95,7 +113,8 @@ def _has_pillows_bits(library: ctypes.CDLL) -> bool:
         image = Image.fromarray(pixels[:, :, :3])
         for name in _FILTERS:
             expected = np.asarray(image.resize((24, 24), Image.Resampling[name.upper()]))
-            resized = _resize(library, pixels, 24, 24, name)
-            if resized is None or (resized != expected).any():
+            whole = _resize(library, pixels, (24, 24), (0, 0, 24, 24), name)
+            part = _resize(library, pixels, (24, 24), (5, 3, 20, 21), name)
+            if whole is None or part is None or (whole != expected).any() or (part != expected[3:21, 5:20]).any():
                 return False
     return True

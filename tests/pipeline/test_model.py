@@ -66,6 +66,17 @@ def test_a_toml_beside_the_model_declares_the_rest(tmp_path: Path) -> None:
         ("[input]\nmean = [1, 2]\n", "2 values for 3 channels"),
         ("[input]\nstd = 0\n", "may not be 0"),
         ("[output]\nlength = 7\n", "does not fit its output"),
+        ('[input]\nfit = "squash"\n', "none of stretch, crop, pad"),
+        ('[input]\nfit = "crop"\nreference = "timm"\n', "needs resize_size"),
+        ('[input]\nfit = "crop"\nresize_size = 9\n', "needs reference"),
+        ('[input]\nfit = "pad"\nreference = "timm"\n', "needs pad_color"),
+        ("[input]\nresize_size = 9\n", 'fit = "stretch" has no resize_size'),
+        ('[input]\nfit = "crop"\nreference = "opencv"\nresize_size = 9\n', "torchvision, huggingface, timm"),
+        ('[input]\nfit = "pad"\nreference = "huggingface"\npad_color = 0\n', "can follow: timm"),
+        ('[input]\nfit = "crop"\nreference = "timm"\nresize_size = 7\n', "less than the 8 x 8"),
+        ('[input]\nfit = "crop"\nreference = "timm"\nresize_size = 9.5\n', "not a size in pixels"),
+        ('[input]\nfit = "pad"\nreference = "timm"\npad_color = 256\n', "not a number from 0 to 255"),
+        ('[input]\nfit = "pad"\nreference = "timm"\npad_color = [0, 0]\n', "not a number from 0 to 255"),
     ],
 )
 def test_a_toml_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path, toml: str, words: str) -> None:
@@ -74,6 +85,30 @@ def test_a_toml_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path, tom
     with pytest.raises(ModelError) as caught:
         load_model(path)
     assert words in str(caught.value)
+
+
+def test_a_crop_and_a_padding_are_declared_remembered_and_part_of_the_fingerprint(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    stretched = load_model(path)
+    # As in a gallery from before there were other ways: its JSON has none of the new keys.
+    assert not {"fit", "resize_size", "pad_color", "reference"} & set(stretched.spec.values)
+    seen = {stretched.fingerprint}
+    for toml in (
+        'fit = "crop"\nreference = "torchvision"\nresize_size = 9\n',
+        'fit = "crop"\nreference = "huggingface"\nresize_size = 9\n',
+        'fit = "crop"\nreference = "huggingface"\nresize_size = 10\n',
+        'fit = "pad"\nreference = "timm"\npad_color = 7\n',
+        'fit = "pad"\nreference = "timm"\npad_color = [7, 7, 8]\n',
+    ):
+        path.with_suffix(".toml").write_text(f"[input]\n{toml}")
+        model = load_model(path)
+        seen.add(model.fingerprint)
+        assert recall_model(path, json.loads(json.dumps(model.contract)), model.fingerprint) == model
+    assert len(seen) == 6
+    assert model.spec.pad_color == (7, 7, 8)
+    assert "padded with (7, 7, 8) as timm does it" in dict(describe_model(path))["image"]
+    path.with_suffix(".toml").write_text('[input]\nfit = "stretch"\n')
+    assert load_model(path).fingerprint == stretched.fingerprint
 
 
 def test_a_graph_that_is_not_one_image_batch_to_one_vector_is_refused(tmp_path: Path) -> None:

@@ -64,19 +64,30 @@ def test_it_is_used_for_color_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @given(
     size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     target=st.tuples(st.integers(1, 240), st.integers(1, 240)),
+    crop=st.tuples(*[st.floats(0, 1)] * 4),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=150, deadline=None)
-def test_every_size_has_pillows_bits(
-    filter_name: str, size: tuple[int, int], target: tuple[int, int], seed: int
+@settings(max_examples=300, deadline=None)
+def test_every_window_of_every_size_has_pillows_bits(
+    filter_name: str, size: tuple[int, int], target: tuple[int, int], crop: tuple[float, ...], seed: int
 ) -> None:
     pixels = noise(*size, seed)
-    ours = resize(pixels, target[1], target[0], filter_name)
+    height, width = target
+    left, top = int(crop[0] * (width - 1)), int(crop[1] * (height - 1))
+    right, bottom = left + 1 + int(crop[2] * (width - 1 - left)), top + 1 + int(crop[3] * (height - 1 - top))
+    ours = resize(pixels, (width, height), (left, top, right, bottom), filter_name)
     if ours is None:
         # Only what is smaller than the window of the filter or a vector.
-        assert min(*size, target[1]) < 8 or max(size[0] / target[0], size[1] / target[1]) * 4 + 2 > min(size)
+        assert min(*size, right - left) < 8 or max(size[0] / height, size[1] / width) * 4 + 2 > min(size)
     else:
-        assert (ours == by_pillow(pixels, target[1], target[0], filter_name)).all()
+        assert (ours == by_pillow(pixels, width, height, filter_name)[top:bottom, left:right]).all()
+
+
+@compiled
+@pytest.mark.parametrize("window", [(-1, 0, 8, 8), (0, 0, 9, 8), (0, 0, 8, 9), (4, 0, 4, 8), (0, 5, 8, 4)])
+def test_a_window_that_lies_outside_is_refused(window: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="does not lie within"):
+        resize(noise(40, 40), (8, 8), window, "bicubic")
 
 
 @compiled
@@ -85,7 +96,7 @@ def test_every_size_has_pillows_bits(
 )
 def test_photos_of_both_orders_of_passes_have_pillows_bits(size: tuple[int, int]) -> None:
     pixels = noise(*size)
-    ours = resize(pixels, 224, 224, "bicubic")
+    ours = resize(pixels, (224, 224), (0, 0, 224, 224), "bicubic")
     assert ours is not None
     assert (ours == by_pillow(pixels, 224, 224, "bicubic")).all()
 
@@ -94,7 +105,7 @@ def test_photos_of_both_orders_of_passes_have_pillows_bits(size: tuple[int, int]
 @pytest.mark.parametrize("size", [(3, 3), (224, 2), (1, 224), (20_000, 40), (40, 60_000)])
 def test_what_does_not_fit_its_windows_is_left_to_pillow(size: tuple[int, int], tmp_path: Path) -> None:
     pixels = noise(*size)
-    assert resize(pixels, 8, 8, "bicubic") is None
+    assert resize(pixels, (8, 8), (0, 0, 8, 8), "bicubic") is None
     Image.fromarray(pixels[:, :, :3]).save(tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
         assert (load_pixels(tmp_path / "x.jpg", SPEC, LIMIT) == np.asarray(image.resize((224, 224)))).all()
@@ -124,7 +135,7 @@ def test_a_grey_model_sees_a_color_jpeg_as_pillow_does(tmp_path: Path, orientati
 def test_pixels_of_another_shape_are_refused() -> None:
     for wrong in (noise(9, 9)[:, :, :3], noise(9, 9)[:, ::2], noise(9, 9).astype(np.float32), noise(9, 9)[0]):
         with pytest.raises(ValueError, match="contiguous"):
-            resize(wrong, 8, 8, "bicubic")
+            resize(wrong, (8, 8), (0, 0, 8, 8), "bicubic")
     assert not has_filter("lanczos")
 
 
@@ -135,11 +146,15 @@ def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_
         """
         #include <stdlib.h>
         #include <stdint.h>
-        int ruiji_resize(const uint8_t *, int, int, uint8_t *, int, int, int);
-        static int one(int h, int w, int oh, int ow, int filter) {
+        int ruiji_resize_window(const uint8_t *, int, int, int, int, uint8_t *, int, int, int, int, int);
+        static int one(int h, int w, int oh, int ow, int filter, int whole) {
             uint8_t *in = malloc((size_t)h * w * 4), *out = malloc((size_t)oh * ow * 3);
             for (int i = 0; i < h * w * 4; i++) in[i] = (uint8_t)rand();
-            int outcome = ruiji_resize(in, h, w, out, oh, ow, filter);
+            /* The memory ends with the window, and so it does in the whole. */
+            int top = rand() % oh, left = rand() % ow, wh = 1 + rand() % (oh - top), ww = 1 + rand() % (ow - left);
+            if (whole) top = left = 0, wh = oh, ww = ow;
+            out = realloc(out, (size_t)wh * ww * 3);
+            int outcome = ruiji_resize_window(in, h, w, oh, ow, out, top, left, wh, ww, filter);
             free(in);
             free(out);
             return outcome;
@@ -147,10 +162,10 @@ def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_
         int main(void) {
             int small = 0;
             for (int n = 0; n < 3000; n++)
-                if (one(1 + rand() % 90, 1 + rand() % 90, 1 + rand() % 50, 1 + rand() % 50, n % 2) == 0) small++;
+                small += !one(1 + rand() % 90, 1 + rand() % 90, 1 + rand() % 50, 1 + rand() % 50, n % 2, !(n % 3));
             /* As many taps as there may be, in either direction; and a result that no memory holds. */
-            if (one(2540, 40, 10, 20, 1) || one(40, 2540, 20, 10, 1) || one(2550, 2550, 10, 10, 1)) return 1;
-            return small < 1000 || ruiji_resize(0, 1 << 30, 8, 0, 8, 1 << 30, 1) != 1;
+            if (one(2540, 40, 10, 20, 1, 1) || one(40, 2540, 20, 10, 1, 1) || one(2550, 2550, 10, 10, 1, 1)) return 1;
+            return small < 1000 || ruiji_resize_window(0, 1 << 30, 8, 8, 1 << 30, 0, 0, 0, 8, 1 << 30, 1) != 1;
         }
         """
     )
@@ -191,9 +206,11 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: p
 def test_a_library_with_other_pixels_is_not_used(wrong: str) -> None:
     class Library:
         @staticmethod
-        def ruiji_resize(pixels: int, height: int, width: int, out: int, h: int, w: int, name: int) -> int:
+        def ruiji_resize_window(
+            pixels: int, h: int, w: int, resized_h: int, resized_w: int, out: int, *window: int
+        ) -> int:
             if wrong == "zeros":
-                ctypes.memset(out, 0, h * w * 3)
+                ctypes.memset(out, 0, window[2] * window[3] * 3)
             return int(wrong == "declined")
 
     assert not resizing._has_pillows_bits(Library())
