@@ -44,7 +44,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> U
     shutil.copy(model_path, folder)
     command = Ruiji(folder / "media", folder / "features", folder / model_path.name, folder / "state", ROOT)
     started = time.monotonic()
-    command("run", "--workers", "2", "--shard-rows", str(ROWS))
+    # As `finish` waits: on a busy machine 5,000 pictures take more than a command usually may.
+    command("run", "--workers", "2", "--shard-rows", str(ROWS), timeout_s=1200)
     return Undisturbed(command, time.monotonic() - started)
 
 
