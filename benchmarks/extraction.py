@@ -42,10 +42,10 @@ from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import Plan, open_plan
 from pipeline.planning import Settings, make_plan
-from pipeline.queue.app import embed_queue, make_app, unacked_keys
-from pipeline.queue.chords import Chords
-from pipeline.queue.publish import Producer
+from pipeline.queue.app import make_app
+from pipeline.queue.keys import embed_queue, unacked_keys
 from pipeline.reduce import reduce_segment
+from pipeline.segments import Segments
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
 from pipeline.store import write_feature
 from search.queries import embed_images, load_encoder
@@ -316,7 +316,7 @@ def queue(sizes: Sizes) -> list[Figure]:
     ]
 
 
-def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Producer:
+def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Segments:
     run = running.gallery / "run"
     run.mkdir()
     objects = prepare(listed, run, IdScheme("basename"))
@@ -329,7 +329,7 @@ def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Produce
     )
     assert plan is not None
     app = make_app(running.redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
-    return Producer(app, Chords(client, plan), plan)
+    return Segments(app, client, plan)
 
 
 def _drain_ruiji(running: Ruiji, client: Any, tasks: int, transport: str) -> Drained:

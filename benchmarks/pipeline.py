@@ -17,7 +17,7 @@ from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.status import StatusReader
 
 #: Nothing here takes as long.

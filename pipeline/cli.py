@@ -164,7 +164,7 @@ def enqueue(
     """Check the list, freeze the plan and publish one task per image; run it again to go on."""
     from pipeline.logs import set_up
     from pipeline.planning import Settings
-    from pipeline.queue.app import connect
+    from pipeline.queue.connection import connect
     from pipeline.run import Work, follow
     from pipeline.run import enqueue as enqueue_list
 
@@ -228,7 +228,7 @@ def retry(
     """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
     from pipeline.logs import set_up
     from pipeline.planning import Retry, Settings
-    from pipeline.queue.app import connect
+    from pipeline.queue.connection import connect
     from pipeline.run import Work, enqueue, follow
 
     set_up(log_format)
@@ -360,7 +360,7 @@ def status(
     """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
     from pipeline.gallery import read_gallery
     from pipeline.logs import set_up
-    from pipeline.queue.app import broker_faults, connect
+    from pipeline.queue.connection import broker_faults, connect
     from pipeline.run import follow, follow_run, redis_of_run
     from pipeline.status import STARTING, StatusReader
 
@@ -431,7 +431,7 @@ def redis(state_dir: settings.StateDir = None) -> None:
     import os
     import threading
 
-    from pipeline.queue.app import public_url
+    from pipeline.queue.connection import public_url
     from pipeline.queue.embedded import embedded_redis
 
     folder = settings.make_state_folder(state_dir)

@@ -16,6 +16,7 @@ from pipeline.generations import current
 from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, why_another
 from pipeline.objects import IdScheme
 from pipeline.plan import Plan, closed_plans, open_plan
+from pipeline.queue.keys import place_key
 from pipeline.reduce import nested_folders
 from pipeline.store import (
     FORMAT,
@@ -246,7 +247,7 @@ def check_place(folder: Path, gallery: GalleryInfo, client: "redis.Redis") -> No
     Raises:
         GalleryMismatch: the folder is a copy.
     """
-    key = f"ruiji:{gallery.gallery_id}:place"
+    key = place_key(gallery.gallery_id)
     here = _Place(socket.gethostname(), str(folder.resolve()), layout.gallery_file(folder).stat().st_ino)
     try:
         noted = as_type(json.loads(client.get(key) or "null"), _Place, Path(key))

@@ -23,11 +23,11 @@ from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
 from pipeline.planning import Retry, Settings, make_plan
 from pipeline.probes import find_probes, note_probes
-from pipeline.queue.app import broker_faults, connect, make_app, passes, refusal
-from pipeline.queue.chords import Chords
+from pipeline.queue.app import make_app
+from pipeline.queue.connection import broker_faults, connect, passes, refusal
 from pipeline.queue.embedded import embedded_redis, locked, url_of
-from pipeline.queue.publish import Producer
 from pipeline.scan import Scan, count_unlisted, write_list
+from pipeline.segments import Segments
 from pipeline.status import Status, StatusReader
 from pipeline.stops import PlanStopped, stopped
 from pipeline.store import machine_faults
@@ -131,7 +131,7 @@ def enqueue(
     if plan is not None and client is not None and redis_url is not None:
         app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
         with broker_faults():
-            published = Producer(app, Chords(client, plan), plan).fill_window(work.window_segments)
+            published = Segments(app, client, plan).fill_window(work.window_segments)
     return Enqueued(plan, resumed, published, objects.lines, objects.notes)
 
 

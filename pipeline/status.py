@@ -16,6 +16,7 @@ from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plan import OpenPlan, Plan, Published, Segment
 from pipeline.queue.chords import Chords
+from pipeline.queue.keys import worker_key
 from pipeline.stops import stopped
 from pipeline.store import as_type, read_record
 
@@ -171,13 +172,13 @@ class StatusReader:
         # A retry's segment of which all failed again is settled too, and changes no sum.
         settled = published | set(self._records.fruitless() if plan.retry else ())
         segments = [s for s in plan.segments if s.shard not in settled]
-        chords = Chords(self._client, plan) if self._client is not None else None
+        chords = Chords(self._client, plan.gallery_id, plan.plan_id) if self._client is not None else None
         if chords is None or exact or not chords.known():
             return [self._walk(plan, segment) for segment in segments], 0
         armed = chords.armed()
         flying = [s for s in segments if s.index in armed]
         finished = chords.finished_members([armed[s.index] for s in flying])
-        failed = chords.failed(flying)
+        failed = chords.failed([s.index for s in flying])
         coming = [ShardStatus(s.shard, "pending", s.lines, 0, 0, s.retry) for s in segments if s.index not in armed]
         for segment, through, failures in zip(flying, finished, failed, strict=True):
             # What was not published with the group had been done before.
@@ -199,7 +200,7 @@ class StatusReader:
     def _workers(self) -> list[dict[str, Any]]:
         if self._client is None:
             return []
-        keys = sorted(self._client.scan_iter(f"ruiji:{self._gallery_id}:worker:*", count=1000))
+        keys = sorted(self._client.scan_iter(worker_key(self._gallery_id, "*"), count=1000))
         return [state for value in (self._client.mget(keys) if keys else []) if (state := _worker(value)) is not None]
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import redis
 from celery import Celery
-from kombu.exceptions import OperationalError
 from redis.exceptions import LockError
 
 from pipeline.errors import RuijiError
-from pipeline.plan import OpenPlan, Plan
-from pipeline.queue.chords import Armed, Chords, renewed
-from pipeline.queue.publish import Producer
+from pipeline.plan import OpenPlan, Plan, is_closed, open_plan
+from pipeline.queue.chords import Armed, Chords
+from pipeline.queue.connection import REDIS_FAULTS
+from pipeline.queue.keys import lease_key
+from pipeline.queue.leases import holding, lease
 from pipeline.reduce import finish_plan
+from pipeline.segments import Segments
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +29,23 @@ _CLOSE_LEASE_S = 10.0
 def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) -> bool:
     """Do what comes after a shard: arm the next segment, or close the plan; True if it was closed."""
     if not plan.all_published():
-        Producer(app, Chords(client, plan), plan).fill_window(window_segments)
+        Segments(app, client, plan).fill_window(window_segments)
         return False
-    chords = Chords(client, plan)
     try:
-        with renewed(chords.lease("close", _CLOSE_LEASE_S, wait_s=0)):
+        with holding(lease(client, lease_key(plan.gallery_id, "close"), _CLOSE_LEASE_S)):
             # A segment's reducer may be at its files still.
             finish_plan(
-                plan, lambda segment: renewed(chords.lease(f"reduce.{segment.index}", _CLOSE_LEASE_S, wait_s=0))
+                plan,
+                lambda segment: holding(
+                    lease(client, lease_key(plan.gallery_id, f"reduce.{segment.index}"), _CLOSE_LEASE_S)
+                ),
             )
     except LockError:
         return False  # Another process is at it; the watchdogs look again.
-    chords.forget_plan()
+    now = open_plan(plan.folder)
+    Chords(client, plan.gallery_id, plan.plan_id).forget_plans(
+        lambda plan_id: is_closed(plan.folder, plan_id) and (now is None or now.plan_id != plan_id)
+    )
     logger.info("plan finished", extra={"event": "plan_finished", "plan": plan.plan_id})
     return True
 
@@ -70,7 +77,7 @@ class Watchdog(threading.Thread):
             try:
                 self._look()
                 told = ""
-            except (redis.RedisError, LockError, OperationalError, OSError, RuijiError) as error:
+            except (*REDIS_FAULTS, OSError, RuijiError) as error:
                 if str(error) != told:
                     told = str(error)
                     logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
@@ -83,7 +90,7 @@ class Watchdog(threading.Thread):
         if plan is None:
             self._seen.clear()
             return
-        chords = Chords(self._client, plan)
+        chords = Chords(self._client, plan.gallery_id, plan.plan_id)
         if not chords.known():
             logger.warning("Redis does not know the open plan; publishing it anew", extra={"event": "plan_rebuilt"})
         if ahead := chords.settle_clocks():
@@ -98,7 +105,7 @@ class Watchdog(threading.Thread):
         queued = chords.queued_segments()
         for segment in plan.still_unpublished(stalled):
             if segment.index not in queued:
-                count = Producer(self._app, chords, plan).arm_again(segment, stalled[segment.index])
+                count = Segments(self._app, self._client, plan).heal(segment, stalled[segment.index])
                 extra = {"event": "segment_rebuilt", "shard": segment.shard, "images": count}
                 logger.warning("lost tasks published again", extra=extra)
 

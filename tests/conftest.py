@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.queue.embedded import embedded_redis
 from tests.factories import Ruiji, tiny_model
 

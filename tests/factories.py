@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.status import Status, StatusReader
 
 

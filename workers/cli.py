@@ -51,7 +51,7 @@ def worker(
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
     from pipeline.errors import BrokerUnavailable, UsageError
     from pipeline.logs import set_up
-    from pipeline.queue.app import connect
+    from pipeline.queue.connection import connect
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 

@@ -17,7 +17,7 @@ from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
 from pipeline.plan import open_plan, published_shards
-from pipeline.queue.app import connect, public_url
+from pipeline.queue.connection import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import read_record, sync_folder, write_atomic

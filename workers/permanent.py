@@ -59,7 +59,7 @@ class Repeats:
 def _done(plan: Plan, client: redis.Redis) -> tuple[int, int]:
     """How many of the plan's segments are published, and objects of others through, on all machines."""
     unpublished = plan.unpublished()
-    chords = Chords(client, plan)
+    chords = Chords(client, plan.gallery_id, plan.plan_id)
     armed = chords.armed()
     flying = [armed[segment.index] for segment in unpublished if segment.index in armed]
     return len(plan.segments) - len(unpublished), sum(chords.finished_members(flying))

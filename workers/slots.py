@@ -12,18 +12,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 import redis
-from redis.exceptions import LockError
 from redis.lock import Lock
 
 from pipeline.errors import BrokerUnavailable, NoFreeSlot, UsageError
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import slot_key
+from pipeline.queue.leases import lease, renewed
 
 logger = logging.getLogger(__name__)
 
@@ -92,25 +92,20 @@ def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int, 
         NoFreeSlot: all are taken; the message says by whom. BrokerUnavailable: Redis went away.
     """
     try:
-        lease, device = _take(client, devices, slots_per_device, wait)
+        slot, device = _take(client, devices, slots_per_device, wait)
     except redis.RedisError as error:
         raise BrokerUnavailable(f"Redis went away while a GPU slot was looked for: {error}") from None
-    logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": lease.name})
-    ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(lease, ended), name="slot", daemon=True)
-    thread.start()
+    logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": slot.name})
     try:
-        yield device
+        with renewed(slot, lambda: _regained(slot)):
+            yield device
     finally:
-        ended.set()
-        thread.join()
         with suppress(redis.RedisError):
-            lease.release()
+            slot.release()
 
 
 def _slots(client: redis.Redis, device: str, slots_per_device: int) -> list[Lock]:
-    names = (f"ruiji:slot:{device}:{number}" for number in range(slots_per_device))
-    return [Lock(client, name, timeout=LEASE_S, blocking=False, thread_local=False) for name in names]
+    return [lease(client, slot_key(device, number), LEASE_S) for number in range(slots_per_device)]
 
 
 def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: bool) -> tuple[Lock, str]:
@@ -137,16 +132,10 @@ def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: 
         time.sleep(_LOOK_S)
 
 
-def _renew(lease: Lock, ended: threading.Event) -> None:
-    while not ended.wait(LEASE_S / 3):
-        try:
-            lease.reacquire()
-        except LockError:
-            with suppress(redis.RedisError):
-                # Free: Redis was emptied, or away for longer than the lease.
-                if not lease.acquire(token=lease.local.token):
-                    logger.error("another worker took this one's GPU slot", extra={"event": "slot_lost"})
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-        except redis.RedisError:
-            continue  # The processes tell of it; the lease may outlast it.
+def _regained(slot: Lock) -> bool:
+    # Free: Redis was emptied, or away for longer than the lease.
+    if slot.acquire(token=slot.local.token):
+        return True
+    logger.error("another worker took this one's GPU slot", extra={"event": "slot_lost"})
+    os.kill(os.getpid(), signal.SIGTERM)
+    return False

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 from celery import Celery
-from celery.exceptions import Reject
-from celery.worker import state
 from redis.exceptions import LockError
 
 from pipeline.errors import DeviceFault, MachineFault, ModelError, PlanMismatch, RuijiError
 from pipeline.generations import is_plan_id
 from pipeline.plan import OpenPlan, Plan, is_closed
-from pipeline.queue.app import EMBED_TASK, REDUCE_TASK
-from pipeline.queue.batches import REST_S, BatchTask
-from pipeline.queue.chords import Chords, renewed
-from pipeline.queue.consumer import noted
-from pipeline.queue.publish import Producer
+from pipeline.queue.batches import REST_S, register, register_batched
+from pipeline.queue.chords import Chords
+from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, lease_key
+from pipeline.queue.leases import holding, lease
+from pipeline.queue.outages import end_process, noted
 from pipeline.reduce import missing_after_reread, reduce_segment
+from pipeline.segments import Segments
 from pipeline.stops import stop_plan
 from pipeline.versions import other_versions
 from pipeline.watchdog import advance
@@ -84,11 +83,11 @@ def register_embed(
         except PlanMismatch as error:
             # Permanent for this worker alone: others take what it gives back.
             logger.error("%s", error, extra={"event": "worker_unfit"})
-            state.should_stop = error.exit_code
+            end_process(error.exit_code)
             raise MachineFault(str(error)) from error
         except DeviceFault as error:
             # CUDA does not recover within a process; the next one tries the model first.
-            state.should_stop = error.exit_code
+            end_process(error.exit_code)
             raise
         except (MachineFault, redis.RedisError):
             raise
@@ -122,13 +121,15 @@ def register_embed(
         on_batch(outcomes)
         return outcomes
 
-    class Embed(BatchTask):
-        name = EMBED_TASK
-
-    task = Embed()
-    task.compute, task.batch_images, task.on_rest = compute, encoder.batch_images, on_rest
-    task.stopping, task.busy, task._outcomes = stopping, lambda: ledger.busy("queue"), {}
-    app.register_task(task)
+    register_batched(
+        app,
+        EMBED_TASK,
+        compute,
+        batch_images=encoder.batch_images,
+        on_rest=on_rest,
+        stopping=stopping,
+        busy=lambda: ledger.busy("queue"),
+    )
 
 
 class _Lines:
@@ -178,16 +179,14 @@ def _note_failures(client: redis.Redis, plan: Plan, jobs: list[Job], outcomes: l
         if outcome == FAILED or (outcome == SKIPPED and plan.has_failed(object_id)):
             failed.setdefault(job.segment.index, []).append(object_id)
     for index, object_ids in failed.items():
-        Chords(client, plan).note_failed(plan.segments[index], object_ids)
+        Chords(client, plan.gallery_id, plan.plan_id).note_failed(index, object_ids)
 
 
 def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segments: int) -> None:
     """Register the reduce task: `(plan id, segment)`, the body of the segment's chord."""
     plans, repeats = OpenPlan(folder), Repeats(folder, client)
 
-    # What goes wrong is given back to the queue.
-    @app.task(name=REDUCE_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
-    def reduce(self: Any, plan_id: str, index: int) -> None:
+    def reduce(plan_id: str, index: int) -> None:
         try:
             plan = plans.get(plan_id) if is_plan_id(plan_id) else None
             if plan is not None and _segment_exists(plan, index):
@@ -198,7 +197,7 @@ def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segme
             else:
                 logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
             time.sleep(_LATE_FILE_WAIT_S)
-            raise Reject(str(error), requeue=True) from error
+            raise
         except Exception as error:
             if isinstance(error, RuijiError):
                 logger.error("%s; the segment is given back", error, extra={"event": "segment_failed"})
@@ -206,7 +205,10 @@ def register_reduce(app: Celery, folder: Path, client: redis.Redis, window_segme
                 logger.exception("a segment failed and is given back", extra={"event": "segment_failed"})
             repeats.add(error)
             time.sleep(REST_S)
-            raise Reject(str(error), requeue=True) from error
+            raise
+
+    # What goes wrong is given back to the queue.
+    register(app, REDUCE_TASK, reduce)
 
 
 def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int, window_segments: int) -> None:
@@ -216,17 +218,17 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
         MachineFault: the disk failed, or the plan was cancelled. LockError: another reducer holds the segment, or
             took it over.
     """
-    segment, chords = plan.segments[index], Chords(client, plan)
+    segment, chords = plan.segments[index], Chords(client, plan.gallery_id, plan.plan_id)
     started = time.monotonic()
-    lease = chords.lease(f"reduce.{index}", _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
+    held = lease(client, lease_key(plan.gallery_id, f"reduce.{index}"), _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
 
     def still_ours() -> None:
-        lease.reacquire()
+        held.reacquire()
         # Spares work only: what is linked after the plan was closed does not exist.
         if is_closed(plan.folder, plan.plan_id):
             raise MachineFault(f"the plan {plan.plan_id} was closed meanwhile")
 
-    with renewed(lease):
+    with holding(held):
         reduced = reduce_segment(plan, segment, still_ours)
     if reduced.missing:
         time.sleep(_LATE_FILE_WAIT_S)
@@ -238,9 +240,9 @@ def reduce_and_advance(app: Celery, client: redis.Redis, plan: Plan, index: int,
         extra = {"event": "segment_incomplete", "shard": segment.shard, "images": len(missing), "heals": heals}
         logger.warning("features are missing", extra=extra)
         if heals < _QUICK_HEALS:
-            Producer(app, chords, plan).arm_again(segment, seen)
+            Segments(app, client, plan).heal(segment, seen)
         return
-    chords.forget(segment)
+    chords.forget(index)
     extra = {
         "event": "shard_published",
         "shard": segment.shard,

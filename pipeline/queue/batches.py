@@ -1,7 +1,7 @@
-"""Micro-batches of ordinary Celery tasks: a `Task.Strategy` that computes many requests at once.
+"""Plain functions as Celery tasks: one that computes many requests at once, by a `Task.Strategy`, and one alone.
 
-Requests are buffered and computed together; then every one passes Celery's own tracer, which picks
-up its outcome and stores its chord part, and is acknowledged last. Leans on internals of Celery 5.7.
+Requests of a batch are buffered and computed together; then every one passes Celery's own tracer, which picks
+up its outcome and stores its chord part, and is acknowledged last.
 """
 
 import logging
@@ -13,15 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import redis
-from celery import Task
+from celery import Celery, Task
 from celery.app import trace
+from celery.exceptions import Reject
 from celery.utils.imports import symbol_by_name
-from celery.worker import state
 from celery.worker.request import create_request_cls
 from celery.worker.state import task_ready, task_reserved
 
 from pipeline.errors import MachineFault, RuijiError
-from pipeline.queue.consumer import noted
+from pipeline.queue.outages import ending, noted
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,47 @@ REST_S = 5.0
 _STORE_AGAIN_S = 0.5
 
 
-class BatchTask(Task):  # type: ignore[misc]
-    """A task whose requests are computed in batches.
+def register_batched(
+    app: Celery,
+    name: str,
+    compute: Callable[[list[tuple[Any, ...]]], list[str]],
+    *,
+    batch_images: int,
+    on_rest: Callable[[str | None], None],
+    stopping: threading.Event,
+    busy: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Register a task whose requests are computed in batches.
 
-    Attributes:
-        compute: takes the positional arguments of each request, returns one small constant for each.
+    If `compute` raises, the process rests and the batch goes back to its queue.
+
+    Args:
+        compute: takes the positional arguments of each request, which nobody has checked; returns one small constant
+            for each.
         batch_images: the most requests a batch.
-        on_rest: told why the worker rests, and None when it goes on.
+        on_rest: called with the reason why the worker rests, and with None when it goes on.
         stopping: set once the process is told to stop.
         busy: entered while requests take time besides computing.
     """
+    task = type("BatchTask", (_BatchTask,), {"name": name})()
+    task.compute, task.batch_images, task.on_rest = compute, batch_images, on_rest
+    task.stopping, task.busy, task._outcomes = stopping, busy, {}
+    app.register_task(task)
+
+
+def register(app: Celery, name: str, work: Callable[..., None]) -> None:
+    """Register a task that is worked on alone; if `work` raises, its message goes back to the queue."""
+
+    @app.task(name=name, acks_late=True)  # type: ignore[untyped-decorator]
+    def task(*args: Any) -> None:
+        try:
+            work(*args)
+        except Exception as error:
+            raise Reject(str(error), requeue=True) from error
+
+
+class _BatchTask(Task):  # type: ignore[misc]
+    """What `register_batched` registers."""
 
     abstract = True
     acks_late = True
@@ -111,7 +142,7 @@ def _nothing() -> None:
     pass
 
 
-def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -> None:
+def _run_batch(task: _BatchTask, requests: list[Any], wake: Callable[[], None]) -> None:
     # Whatever fails outside a task's body (a chord part that cannot be stored, Redis away) must give the
     # messages back: else they stay in the prefetch window for ever and the worker silently stops.
     try:
@@ -139,7 +170,7 @@ def _run_batch(task: BatchTask, requests: list[Any], wake: Callable[[], None]) -
     wake()
 
 
-def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
+def _compute_and_trace(task: _BatchTask, requests: list[Any]) -> None:
     now, pid = time.monotonic(), os.getpid()
     for request in requests:
         request.on_accepted(pid, now)
@@ -161,7 +192,7 @@ def _compute_and_trace(task: BatchTask, requests: list[Any]) -> None:
             request.on_success(result)
 
 
-def _store_parts(task: BatchTask, backend: Any, parts: list[Any]) -> None:
+def _store_parts(task: _BatchTask, backend: Any, parts: list[Any]) -> None:
     """Store a batch's chord parts. The features are on disk: with Redis away there is nothing better than to wait."""
     while True:
         try:
@@ -169,5 +200,5 @@ def _store_parts(task: BatchTask, backend: Any, parts: list[Any]) -> None:
             return
         except redis.RedisError as error:
             noted(error)
-            if state.should_stop is not None or task.stopping.wait(_STORE_AGAIN_S):
+            if ending() or task.stopping.wait(_STORE_AGAIN_S):
                 raise

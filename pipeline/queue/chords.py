@@ -1,30 +1,35 @@
-"""What Redis knows of a plan's segments: which are armed, how far their chords are, what is queued.
+"""What Redis knows of a plan's segments: which are armed, how far their chords are, what is queued or in hand.
 
-All of it can be lost at any time; the disk is the truth. The chord keys are Celery 5.7's own.
+All of it can be lost at any time; the disk is the truth. The chords' own keys are Celery's.
 """
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import redis
-from redis.lock import Lock
 
 from pipeline.errors import FileDamaged
 from pipeline.generations import is_plan_id
-from pipeline.plan import Plan, Segment, is_closed, open_plan
-from pipeline.queue.app import embed_queue, reduce_queue, unacked_keys
+from pipeline.queue.keys import (
+    chord_keys,
+    embed_queue,
+    failed_key,
+    plan_key,
+    reduce_queue,
+    segment_of,
+    unacked_keys,
+)
 from pipeline.store import as_type
 
-#: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
-_CHORD_ENDINGS = ("j", "d", "t", "s", "c")
-#: Clocks of hosts differ by less, where they are set by the network.
-_CLOCK_TOLERANCE_S = 5.0
 #: Longer than a segment may wait for its first member.
-_KEEP_S = 14 * 24 * 3600
+KEEP_S = 14 * 24 * 3600
+#: Clocks of hosts differ by less if they are set by the network.
+_CLOCK_TOLERANCE_S = 5.0
+#: Messages that are read from a queue at once.
+_READ_MESSAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Armed:
     Attributes:
         group: Celery's group id.
         size: members published; the segment's other rows were done already.
-        complete: False while (or where) publishing was cut off.
+        complete: False while publishing is under way, or if it was cut off.
         heals: how often rows had to be published again.
         at: Unix time in s.
     """
@@ -56,65 +61,66 @@ def _armed(fields: dict[Any, Any]) -> dict[int, Armed]:
 
 
 class Chords:
-    """The Redis side of one plan."""
+    """The Redis side of one plan. Segments go by their index."""
 
-    def __init__(self, client: redis.Redis, plan: Plan) -> None:
-        self.client = client
-        self._plan = plan
-        self._prefix = f"ruiji:{plan.gallery_id}"
-        self._segments = f"{self._prefix}:plan:{plan.plan_id}"
+    def __init__(self, client: redis.Redis, gallery_id: str, plan_id: str) -> None:
+        self._client = client
+        self._gallery_id, self._plan_id = gallery_id, plan_id
+        self._segments = plan_key(gallery_id, plan_id)
+        self._unacked = unacked_keys(gallery_id)
 
     def known(self) -> bool:
         """Whether this Redis knows the plan: False after it was emptied or replaced."""
-        return bool(self.client.exists(self._segments))
+        return bool(self._client.exists(self._segments))
 
     def armed(self) -> dict[int, Armed]:
         """The armed segments by index."""
-        fields = self.client.hgetall(self._segments)
+        fields = self._client.hgetall(self._segments)
         return _armed(fields)
 
-    def set_armed(self, segment: Segment, armed: Armed) -> None:
+    def set_armed(self, segment: int, armed: Armed) -> None:
         """Note a segment as armed."""
-        with self.client.pipeline() as pipe:
-            pipe.hset(self._segments, mapping={"plan": self._plan.plan_id, str(segment.index): json.dumps(vars(armed))})
-            pipe.expire(self._segments, _KEEP_S)
+        with self._client.pipeline() as pipe:
+            pipe.hset(self._segments, mapping={"plan": self._plan_id, str(segment): json.dumps(vars(armed))})
+            pipe.expire(self._segments, KEEP_S)
             pipe.execute()
 
-    def forget(self, segment: Segment) -> None:
+    def forget(self, segment: int) -> None:
         """Drop what is known of a published segment."""
-        self.client.hdel(self._segments, str(segment.index))
-        self.client.delete(self._failed(segment))
+        self._client.hdel(self._segments, str(segment))
+        self._client.delete(self._failed(segment))
 
-    def forget_plan(self) -> None:
-        """Drop what is known of this plan, which is closed, and of those that were cancelled before it."""
-        now = open_plan(self._plan.folder)
-        for key in list(self.client.scan_iter(f"{self._prefix}:plan:*", count=1000)):
-            plan_id, _, rest = str(key).removeprefix(f"{self._prefix}:plan:").partition(":")
-            if not is_plan_id(plan_id) or not is_closed(self._plan.folder, plan_id):
+    def forget_plans(self, over: Callable[[str], bool]) -> None:
+        """Drop what is known of the gallery's plans that are over, such as those that were cancelled.
+
+        Args:
+            over: whether nothing more will come of the plan with this id.
+        """
+        every = plan_key(self._gallery_id, "*")
+        for key in list(self._client.scan_iter(every, count=1000)):
+            plan_id, _, rest = str(key).removeprefix(every[:-1]).partition(":")
+            if not is_plan_id(plan_id) or not over(plan_id):
                 continue
-            if now is not None and now.plan_id == plan_id:
-                continue
-            fields = {} if rest else self.client.hgetall(key)
+            fields = {} if rest else self._client.hgetall(key)
             groups = [armed.group for armed in _armed(fields).values()]
             # Without its size a chord is none any more, and what comes late of it is not counted.
-            self.client.delete(
-                key, *(f"celery-taskset-meta-{group}.{ending}" for group in groups for ending in _CHORD_ENDINGS)
-            )
+            self._client.delete(key, *(name for group in groups for name in chord_keys(group).values()))
 
     def begin_group(self, group: str, size: int) -> None:
         """Make a chord's counter start at 0 and fire at `size`, whatever an older arming left behind."""
-        keys = {ending: f"celery-taskset-meta-{group}.{ending}" for ending in _CHORD_ENDINGS}
-        with self.client.pipeline(transaction=True) as pipe:
+        keys = chord_keys(group)
+        with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(*keys.values())
-            pipe.set(keys["s"], size, ex=_KEEP_S)
+            pipe.set(keys["s"], size, ex=KEEP_S)
             pipe.execute()
 
     def finished_members(self, armed: list[Armed]) -> list[int]:
         """How many members of each armed segment are through, failed ones too."""
-        with self.client.pipeline(transaction=False) as pipe:
+        with self._client.pipeline(transaction=False) as pipe:
             for entry in armed:
-                pipe.scard(f"celery-taskset-meta-{entry.group}.d")
-                pipe.get(f"celery-taskset-meta-{entry.group}.c")
+                keys = chord_keys(entry.group)
+                pipe.scard(keys["d"])
+                pipe.get(keys["c"])
             answers = pipe.execute()
         return [
             # Once the body is on its way Celery drops the counter and leaves a marker.
@@ -122,26 +128,26 @@ class Chords:
             for entry, count, claim in zip(armed, answers[0::2], answers[1::2], strict=True)
         ]
 
-    def _failed(self, segment: Segment) -> str:
-        return f"{self._segments}:failed:{segment.index}"
+    def _failed(self, segment: int) -> str:
+        return failed_key(self._gallery_id, self._plan_id, segment)
 
-    def note_failed(self, segment: Segment, object_ids: list[str]) -> None:
-        """Remember failed objects until the record tells them; a set, because tasks may run twice."""
-        with self.client.pipeline() as pipe:
+    def note_failed(self, segment: int, object_ids: list[str]) -> None:
+        """Remember failed objects until the record names them; a set, because tasks may run twice."""
+        with self._client.pipeline() as pipe:
             pipe.sadd(self._failed(segment), *object_ids)
-            pipe.expire(self._failed(segment), _KEEP_S)
+            pipe.expire(self._failed(segment), KEEP_S)
             pipe.execute()
 
-    def failed(self, segments: list[Segment]) -> list[int]:
+    def failed(self, segments: list[int]) -> list[int]:
         """How many objects of each segment failed so far."""
-        with self.client.pipeline(transaction=False) as pipe:
+        with self._client.pipeline(transaction=False) as pipe:
             for segment in segments:
                 pipe.scard(self._failed(segment))
             return [int(count) for count in pipe.execute()]
 
     def in_hand(self) -> int:
-        """Messages that workers hold."""
-        return int(self.client.hlen(unacked_keys(self._plan.gallery_id)["unacked_key"]))
+        """Messages that the gallery's workers hold."""
+        return int(self._client.hlen(self._unacked["unacked_key"]))
 
     def settle_clocks(self) -> int:
         """Set stamps from the future to now, so that a host whose clock is ahead keeps no message for longer.
@@ -152,12 +158,12 @@ class Chords:
         Returns:
             How many stamps were set back.
         """
-        index = unacked_keys(self._plan.gallery_id)["unacked_index_key"]
-        seconds, micros = self.client.time()
+        index = self._unacked["unacked_index_key"]
+        seconds, micros = self._client.time()
         now = seconds + micros / 1e6
-        ahead = self.client.zrangebyscore(index, now + _CLOCK_TOLERANCE_S, "+inf")
+        ahead = self._client.zrangebyscore(index, now + _CLOCK_TOLERANCE_S, "+inf")
         if ahead:
-            self.client.zadd(index, {str(tag): now for tag in ahead}, xx=True)
+            self._client.zadd(index, {str(tag): now for tag in ahead}, xx=True)
         return len(ahead)
 
     def queued_segments(self) -> set[int]:
@@ -166,13 +172,12 @@ class Chords:
         Reads every message in the queue, about 1 kB each: for use in doubt only.
         """
         found: set[int] = set()
-        gallery_id = self._plan.gallery_id
-        for queue in (embed_queue(gallery_id), reduce_queue(gallery_id)):
-            start, step = 0, 2000
-            while messages := self.client.lrange(queue, start, start + step - 1):
+        for queue in (embed_queue(self._gallery_id), reduce_queue(self._gallery_id)):
+            start = 0
+            while messages := self._client.lrange(queue, start, start + _READ_MESSAGES - 1):
                 found |= {self._segment_in(message) for message in messages}
-                start += step
-        for _, message in self.client.hscan_iter(unacked_keys(gallery_id)["unacked_key"], count=1000):
+                start += _READ_MESSAGES
+        for _, message in self._client.hscan_iter(self._unacked["unacked_key"], count=1000):
             found.add(self._segment_in(message))
         return found - {-1}
 
@@ -180,41 +185,7 @@ class Chords:
         """The segment of one message, or of one in hand, which kombu keeps with its place; -1: none of this plan."""
         try:
             content: Any = json.loads(message)
-            # Task ids are <plan>.<segment>.<digest>.<row or r>; see produce.
-            task_id = (content[0] if isinstance(content, list) else content)["headers"]["id"]
-            plan_id, _, rest = str(task_id).partition(".")
-            return int(rest.partition(".")[0]) if plan_id == self._plan.plan_id else -1
+            content = content[0] if isinstance(content, list) else content
+            return segment_of(str(content["headers"]["id"]), self._plan_id)
         except (ValueError, KeyError, IndexError, TypeError):
             return -1  # Not ours; a worker will drop it.
-
-    def lease(self, what: str, timeout_s: float, wait_s: float) -> Lock:
-        """A lease that runs out by itself; use it as a context manager, which raises where it cannot be had."""
-        name = f"{self._prefix}:lease:{what}"
-        return Lock(self.client, name, timeout=timeout_s, blocking_timeout=wait_s, thread_local=False)
-
-
-@contextmanager
-def renewed(lease: Lock) -> Iterator[None]:
-    """Hold a lease for as long as the block takes, by renewing it in a thread.
-
-    A process that was stopped for longer than the lease may find it gone: `lease.reacquire` tells.
-
-    Raises:
-        LockError: somebody else holds it, or it was lost meanwhile.
-    """
-    done = threading.Event()
-
-    def renew() -> None:
-        assert lease.timeout is not None
-        while not done.wait(lease.timeout / 3):
-            with suppress(redis.RedisError):
-                lease.reacquire()
-
-    with lease:
-        thread = threading.Thread(target=renew, name="lease", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline import layout
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 
 _START_TIMEOUT_S = 10.0
 #: A run with one worker process takes 16; each further process 6.

@@ -6,13 +6,16 @@ what ruiji's own producers send; what differs is dropped, with one line. Both ch
 """
 
 import binascii
+import logging
 import re
 from typing import Any
 
 from celery.app.task import Context
 
 from pipeline.generations import is_plan_id
-from pipeline.queue.app import EMBED_TASK, REDUCE_TASK, reduce_queue
+from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, reduce_queue, task_id
+
+logger = logging.getLogger(__name__)
 
 #: Ids and the like: printable, without what a log or a Redis client could stumble over.
 _WORD = re.compile(r"[!-~]{1,255}")
@@ -102,10 +105,16 @@ def chord_body(group: str, plan_id: str, index: int, gallery_id: str) -> dict[st
         "task": REDUCE_TASK,
         "args": [plan_id, index],
         "kwargs": {},
-        "options": {"task_id": f"{group}.r", "queue": reduce_queue(gallery_id)},
+        "options": {"task_id": task_id(group, None), "queue": reduce_queue(gallery_id)},
         "subtask_type": None,
         "immutable": True,
     }
+
+
+def report_dropped(queue: str, fault: str) -> None:
+    """Say that a message that ruiji did not send is dropped."""
+    extra = {"event": "message_dropped", "queue": queue}
+    logger.warning("a message that ruiji did not send is dropped: %s", fault, extra=extra)
 
 
 def _is_word(value: Any) -> bool:

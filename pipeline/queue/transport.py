@@ -14,7 +14,6 @@ priorities.
 """
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +24,7 @@ import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
-from pipeline.queue.messages import envelope_fault
-
-logger = logging.getLogger(__name__)
+from pipeline.queue.messages import envelope_fault, report_dropped
 
 #: Moves up to ARGV[1] messages from the queue KEYS[1] to the hash KEYS[2] and its index KEYS[3], at the time ARGV[2].
 #: Never more than a quarter of the queue, so that the last ones of a run are shared out among the workers.
@@ -172,7 +169,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             if fault is None:
                 self.connection._deliver(message, self._peeked)
             else:
-                tell_dropped(self._peeked, fault)
+                report_dropped(self._peeked, fault)
                 if tag:
                     self.qos.settle(tag)
         return True
@@ -199,7 +196,7 @@ class StockTransport(stock.Transport):  # type: ignore[misc]
             except (Empty, redis.RedisError, OSError):
                 raise
             except Exception as error:  # Whatever a decoder raises at what somebody made up.
-                tell_dropped("", f"it is not JSON ({type(error).__name__})")
+                report_dropped("", f"it is not JSON ({type(error).__name__})")
                 raise Empty from None
 
     def _deliver(self, message: Any, queue: str) -> None:
@@ -207,7 +204,7 @@ class StockTransport(stock.Transport):  # type: ignore[misc]
         if fault is None:
             super()._deliver(message, queue)
         else:
-            tell_dropped(queue, fault)
+            report_dropped(queue, fault)
 
 
 def _opened(raw: bytes, queue: str, tag: str) -> tuple[Any, str | None]:
@@ -219,12 +216,6 @@ def _opened(raw: bytes, queue: str, tag: str) -> tuple[Any, str | None]:
     except (ValueError, RecursionError) as error:
         return None, f"it is not JSON ({type(error).__name__})"
     return message, envelope_fault(message, queue, tag)
-
-
-def tell_dropped(queue: str, fault: str) -> None:
-    """Say that a message that ruiji did not send is dropped."""
-    extra = {"event": "message_dropped", "queue": queue}
-    logger.warning("a message that ruiji did not send is dropped: %s", fault, extra=extra)
 
 
 class Transport(stock.Transport):  # type: ignore[misc]

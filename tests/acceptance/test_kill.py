@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from pipeline.plan import open_plan
-from pipeline.queue.app import REDUCE_TASK, connect, unacked_keys
-from pipeline.queue.chords import Chords
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import REDUCE_TASK, lease_key, unacked_keys
+from pipeline.queue.leases import lease
 from tests.acceptance.test_redis import server_of
 from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
@@ -159,8 +160,8 @@ def test_a_segment_that_could_not_be_given_back_is_taken_up_again(
         ruiji("enqueue")
         client, plan = connect(server.url), open_plan(ruiji.gallery)
         assert plan is not None
-        lease = Chords(client, plan).lease("reduce.0", timeout_s=600, wait_s=1)
-        assert lease.acquire()
+        held_by_us = lease(client, lease_key(plan.gallery_id, "reduce.0"), timeout_s=600)
+        assert held_by_us.acquire()
         ruiji.start("worker", "--processes", "2")
         held = unacked_keys(plan.gallery_id)["unacked_key"]
         wait_until(lambda: any(REDUCE_TASK in m for m in client.hvals(held)), what="a reducer that waits")
@@ -168,7 +169,7 @@ def test_a_segment_that_could_not_be_given_back_is_taken_up_again(
         # The reducer gives up, and then cannot give back either.
         time.sleep(6)
         server.start()
-        lease.release()
+        held_by_us.release()
         finish(ruiji, expected)
         ruiji.stop_all()
 

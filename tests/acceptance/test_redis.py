@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from pipeline.gallery import read_gallery
-from pipeline.queue.app import connect, embed_queue
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import embed_queue
 from tests.factories import Ruiji, pictures, wait_until
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.children import start_child
 from pipeline.errors import RuijiError, UsageError
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.queue.embedded import embedded_redis, find_server
 from pipeline.settings import resolve_redis_url
 from tests.conftest import ROOT

@@ -8,7 +8,7 @@ import time
 import redis
 
 from pipeline.gallery import read_gallery
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.run import _read_patiently
 from pipeline.status import StatusReader
 from tests.factories import Ruiji, pictures, wait_until

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from tests.factories import Ruiji, pictures, wait_until
 
 

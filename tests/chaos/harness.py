@@ -18,7 +18,7 @@ import redis
 
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.queue.embedded import find_server
 from tests.factories import Ruiji, wait_until
 

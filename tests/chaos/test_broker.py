@@ -6,7 +6,8 @@ import time
 import redis
 
 from pipeline.plan import open_plan
-from pipeline.queue.app import connect, unacked_keys
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import unacked_keys
 from tests.chaos.conftest import FAST, SHIPPED, Undisturbed, finish
 from tests.chaos.harness import Network, Server, processes, progress, sized, wait_for_progress
 from tests.factories import Ruiji, wait_until

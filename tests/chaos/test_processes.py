@@ -12,8 +12,8 @@ import pytest
 
 from pipeline import layout
 from pipeline.plan import open_plan
-from pipeline.queue.app import connect
 from pipeline.queue.chords import Chords
+from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from pipeline.store import check_shard, read_record
 from tests.chaos.conftest import SHIPPED, Undisturbed, finish
@@ -124,7 +124,7 @@ def test_with_shipped_settings_a_dead_workers_images_run_again_within_75_s(
     killed = time.monotonic()
     wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
     client = connect(server.url)
-    held = Chords(client, plan).in_hand()
+    held = Chords(client, plan.gallery_id, plan.plan_id).in_hand()
     assert held > 0, "the dead worker held something"
     before = progress(disturbed)
     disturbed.start("worker", "--processes", "2")

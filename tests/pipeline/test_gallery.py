@@ -13,7 +13,7 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plan import close_plan
 from pipeline.planning import Settings, make_plan
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from tests.factories import picture, tiny_model
 from tests.pipeline.galleries import new_plan
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.model import load_model
 from pipeline.plan import Plan, close_plan
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan

@@ -12,7 +12,9 @@ import pytest
 
 from pipeline.gallery import read_gallery
 from pipeline.plan import Plan, open_plan
-from pipeline.queue.app import connect, embed_queue, make_app, reduce_queue
+from pipeline.queue.app import make_app
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import embed_queue, reduce_queue
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 

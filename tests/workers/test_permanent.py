@@ -22,7 +22,7 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plan import open_plan
 from pipeline.planning import Settings
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from pipeline.run import Work, enqueue
 from pipeline.stops import stop_plan, stopped

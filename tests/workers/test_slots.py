@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from pipeline.errors import NoFreeSlot, UsageError
-from pipeline.queue.app import connect
+from pipeline.queue.connection import connect
 from tests.factories import Ruiji, wait_until
 from workers.slots import LEASE_S, cuda_devices, device_slot
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import MachineFault, PlanMismatch
 from pipeline.plan import cancel_plan
-from pipeline.queue.app import connect, make_app
+from pipeline.queue.app import make_app
+from pipeline.queue.connection import connect
 from pipeline.store import recorded_shards
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, new_plan, plan_for

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.plan import open_plan
-from pipeline.queue.app import connect, embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
 from pipeline.queue.messages import envelope_fault, task_fault
 from tests.factories import Ruiji, pictures, wait_until
 

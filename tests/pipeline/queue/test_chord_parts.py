@@ -1,0 +1,53 @@
+"""The workers' own chord backend, against a real Redis and beside the stock one."""
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import reduce_queue
+from tests.pipeline.queue.test_transport import GALLERY, app_for
+
+
+def member(number: int, app: Celery) -> Context:
+    body = app.signature("ruiji.reduce", args=("plan", 0), immutable=True, task_id="body", queue=reduce_queue(GALLERY))
+    return Context({"id": f"m{number}", "group": "group", "group_index": number, "chord": dict(body)})
+
+
+def store(app: Celery, numbers: list[int]) -> None:
+    with app.backend.collected_parts() as parts:
+        for number in numbers:
+            app.backend.on_chord_part_return(member(number, app), "SUCCESS", "done")
+    app.backend.store_parts(parts)
+
+
+def test_a_batch_of_chord_parts_counts_each_member_once_and_sends_the_body_once(redis_url: str) -> None:
+    app, client = app_for(redis_url, "fast"), connect(redis_url)
+    app.backend.set_chord_size("group", 6)
+    store(app, [0, 1, 2])
+    store(app, [2, 1, 3])
+    assert client.scard("celery-taskset-meta-group.d") == 4
+    assert client.llen(reduce_queue(GALLERY)) == 0
+    # The last part of this batch was counted before: the body goes all the same.
+    store(app, [4, 5, 3])
+    assert client.llen(reduce_queue(GALLERY)) == 1
+    store(app, [0, 1])
+    assert client.llen(reduce_queue(GALLERY)) == 1
+    assert not client.exists("celery-taskset-meta-group.d"), "a late duplicate does not begin the count anew"
+
+
+@pytest.mark.parametrize("numbers", [[0], [0, 1, 2]])
+def test_parts_of_a_chord_that_there_is_not_leave_nothing_in_redis(redis_url: str, numbers: list[int]) -> None:
+    store(app_for(redis_url, "fast"), numbers)
+    assert connect(redis_url).dbsize() == 0
+
+
+def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
+    fast, stock, client = app_for(redis_url, "fast"), app_for(redis_url, "stock"), connect(redis_url)
+    fast.backend.set_chord_size("group", 4)
+    store(fast, [0, 1])
+    stock.backend.on_chord_part_return(member(2, stock), "SUCCESS", "done")
+    stock.backend.on_chord_part_return(member(1, stock), "SUCCESS", "done")
+    assert client.llen(reduce_queue(GALLERY)) == 0
+    store(fast, [3])
+    assert client.llen(reduce_queue(GALLERY)) == 1

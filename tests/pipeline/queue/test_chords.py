@@ -1,0 +1,21 @@
+"""What Redis knows of segments, against a real Redis."""
+
+import json
+
+import redis
+
+from pipeline.plan import Plan
+from pipeline.queue.chords import Chords
+from pipeline.queue.keys import embed_queue, unacked_keys
+from pipeline.segments import Segments
+
+
+def test_messages_that_are_not_ours_are_no_segments(
+    plan: Plan, client: redis.Redis, chords: Chords, segments: Segments
+) -> None:
+    segments.fill_window(1)
+    nearly = json.dumps({"headers": {"id": f"{plan.plan_id}.x.y"}})
+    for junk in ("no json", "[]", "3", "{}", nearly):
+        client.lpush(embed_queue(plan.gallery_id), junk)
+        client.hset(unacked_keys(plan.gallery_id)["unacked_key"], junk, junk)
+    assert chords.queued_segments() == {0}

@@ -1,0 +1,66 @@
+"""Arming and healing, against a real Redis."""
+
+import time
+
+import pytest
+import redis
+
+from pipeline.plan import Plan
+from pipeline.queue.chords import Chords
+from pipeline.queue.keys import embed_queue, reduce_queue
+from pipeline.segments import Segments
+from tests.pipeline.galleries import embed, fail
+
+
+def queued(client: redis.Redis, plan: Plan) -> int:
+    return int(client.llen(embed_queue(plan.gallery_id)))
+
+
+def test_a_window_of_segments_is_published_once(
+    plan: Plan, client: redis.Redis, chords: Chords, segments: Segments
+) -> None:
+    assert segments.fill_window(2) == 8
+    assert queued(client, plan) == 8
+    assert segments.fill_window(2) == 0
+    assert sorted(chords.armed()) == [0, 1]
+    assert chords.queued_segments() == {0, 1}
+    assert segments.fill_window(3) == 4
+
+
+def test_what_has_a_feature_or_failed_is_not_published(
+    plan: Plan, client: redis.Redis, chords: Chords, segments: Segments
+) -> None:
+    paths = plan.paths(plan.segments[0])
+    embed(plan, paths[:2])
+    fail(plan, paths[2])
+    assert segments.fill_window(1) == 1
+    embed(plan, paths[3:])
+    seen = chords.armed()[0]
+    assert segments.heal(plan.segments[0], seen) == 0
+    assert client.llen(reduce_queue(plan.gallery_id)) == 1, "nothing is missing: the body goes by itself"
+    assert chords.armed()[0].heals == 1
+    # Another watchdog that saw the same comes too late.
+    segments.heal(plan.segments[0], seen)
+    assert chords.armed()[0].heals == 1
+
+
+def test_a_publishing_that_was_cut_off_is_done_again(chords: Chords, segments: Segments) -> None:
+    segments.fill_window(1)
+    armed = chords.armed()[0]
+    chords.set_armed(0, type(armed)(**{**vars(armed), "complete": False}))
+    assert segments.fill_window(1) == 4
+
+
+def test_a_slow_folder_costs_the_lease_nothing(
+    chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
+    look = Plan.is_done
+
+    def slow(self: Plan, path: str) -> bool:
+        time.sleep(0.2)
+        return look(self, path)
+
+    monkeypatch.setattr(Plan, "is_done", slow)
+    assert segments.fill_window(1) == 4
+    assert chords.armed()[0].complete

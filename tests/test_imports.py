@@ -1,0 +1,122 @@
+"""Imports point one way, and nobody pays for what they do not use."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"numpy", "torch", "onnxruntime", "onnx", "celery", "PIL", "redis"}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['ruiji', '--help']\n"
+        "from pipeline.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    for command in (
+        "list",
+        "enqueue",
+        "run",
+        "worker",
+        "status",
+        "search",
+        "cancel",
+        "redis",
+        "model",
+        "retry",
+        "doctor",
+    ):
+        assert command in done.stdout
+    assert "worker-process" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("pipeline", {"workers", "search", "onnxruntime", "torch"}), ("workers", {"search", "torch"})],
+)
+def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[str]) -> None:
+    for module in modules():
+        if module.partition(".")[0] == package:
+            assert not {name.partition(".")[0] for name in imported(module)} & forbidden, module
+
+
+def test_search_reaches_the_workers_in_one_place() -> None:
+    assert {module for module in modules() if module.startswith("search") and uses(module, "workers")} == {
+        "search.queries"
+    }
+
+
+def test_only_the_queue_knows_celery_and_kombu() -> None:
+    # The class serves others for annotations, and makes nothing happen.
+    public = {"celery", "celery.Celery"}
+    users = {
+        module: found
+        for module in modules()
+        if not module.startswith("pipeline.queue")
+        and (found := {n for n in imported(module) if n.partition(".")[0] in ("celery", "kombu")} - public)
+    }
+    assert users == {}
+
+
+def test_the_queue_knows_nothing_of_plans_and_of_the_disk() -> None:
+    known = {"pipeline", "pipeline.errors"}
+    # The embedded server is a child process, and has a folder.
+    known |= {"pipeline.children", "pipeline.children.start_child", "pipeline.layout"}
+    # Ids are checked as on the disk, and what Redis says as what a file says.
+    known |= {"pipeline.generations", "pipeline.generations.is_plan_id", "pipeline.store", "pipeline.store.as_type"}
+    for module in modules():
+        if module.startswith("pipeline.queue"):
+            ours = {name for name in imported(module) if name.startswith(PACKAGES)}
+            others = {name for name in ours if not name.startswith(("pipeline.queue", "pipeline.errors."))}
+            assert others <= known, module
+
+
+def test_no_two_modules_need_each_other() -> None:
+    graph = {
+        module: {name for name in imported(module, late=False) if name in modules()} - {module} for module in modules()
+    }
+    while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+    assert graph == {}
+
+
+PACKAGES = ("pipeline", "workers", "search")
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the three packages, by its full name."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+
+
+def imported(module: str, late: bool = True) -> set[str]:
+    """What a module imports: modules, and names as `module.name`.
+
+    `late` counts what is imported by a function when it is called, or for annotations only.
+    """
+    tree = modules()[module]
+    found = set()
+    for node in ast.walk(tree) if late else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and not node.level, f"a relative import in {module}"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def uses(module: str, package: str) -> bool:
+    return any(name.partition(".")[0] == package for name in imported(module))
