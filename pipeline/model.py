@@ -23,6 +23,9 @@ REFERENCES: dict[str, tuple[str, ...]] = {
     "crop": ("torchvision", "huggingface", "timm"),
     "pad": ("timm",),
 }
+DTYPES = ("float32", "float16", "uint8")
+#: How one vector comes out of the graph's output, and the shape that each takes.
+POOLINGS = {"none": "[n, d]", "cls": "[n, tokens, d]", "mean": "[n, tokens, d]", "map-mean": "[n, d, h, w]"}
 #: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
 _FINGERPRINT_FORMAT = 1
 #: The ways from a file to pixels that there are, see `ModelSpec.pixels`: new galleries get the last one.
@@ -46,7 +49,7 @@ _TOML_KEYS = {
         "jpeg_draft",
         "pixels",
     },
-    "output": {"name", "length"},
+    "output": {"name", "length", "pooling", "skip_tokens"},
 }
 
 
@@ -69,6 +72,10 @@ class ModelSpec:
             as in the article. `crop`: its shorter side to `resize_size`, then the centre. `pad`: as large as fits, then
             filled up with `pad_color`, one value from 0 to 255 per channel.
         reference: the library whose rounding `crop` and `pad` follow, one of `REFERENCES[fit]`.
+        dtype: of the graph's input. `uint8` takes pixels as they are; divisor, mean and std are then 1, 0 and 1.
+        pooling: of the graph's output, see `POOLINGS`. `cls`: the first token. `mean`: the mean of the tokens but the
+            first `skip_tokens`. `map-mean`: the mean over height and width.
+        constants: what the graph's other inputs are given at every run, by name: numbers, or nested lists of them.
     """
 
     input_name: str
@@ -89,6 +96,10 @@ class ModelSpec:
     resize_size: int | None = None
     pad_color: tuple[int, ...] | None = None
     reference: str | None = None
+    dtype: str = "float32"
+    pooling: str = "none"
+    skip_tokens: int = 0
+    constants: dict[str, Any] | None = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -220,11 +231,12 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("outputs", "; ".join(map(str, outputs))),
         ("layout", spec.layout),
         ("image", f"{spec.color} {spec.width} x {spec.height} (width x height), {_fit_words(spec)}, {spec.resize}"),
-        ("input value", f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}"),
+        ("input value", _scaling_words(spec)),
         ("EXIF rotation", "applied" if spec.exif_orientation else "ignored"),
         ("large JPEGs", "decoded at reduced size" if spec.jpeg_draft else "decoded whole"),
         ("pixels", f"{spec.pixels} in a new gallery; one that exists keeps its own, and with it its fingerprint"),
-        ("feature", f"{spec.output_name}, d = {spec.length}"),
+        ("feature", f"{spec.output_name}, d = {spec.length}{_pooling_words(spec)}"),
+        *([("constants", json.dumps(spec.constants))] if spec.constants else []),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
         ("fingerprint", model.fingerprint),
     ]
@@ -275,9 +287,11 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     for section, values in declared.items():
+        if section == "constants" and isinstance(values, dict):
+            continue
         known = _TOML_KEYS.get(section)
         if known is None or not isinstance(values, dict):
-            raise ModelError(f"{path}: unknown section {section!r}; there are [input] and [output]")
+            raise ModelError(f"{path}: unknown section {section!r}; there are [input], [output] and [constants]")
         for key in values:
             if key not in known:
                 raise ModelError(f"{path}: unknown key {key!r} in [{section}]; known: {', '.join(sorted(known))}")
@@ -288,10 +302,13 @@ def _resolve(
     inputs: list[Tensor], outputs: list[Tensor], declared: dict[str, dict[str, Any]], pixels: int
 ) -> tuple[ModelSpec, int | None]:
     given, wanted = declared.get("input", {}), declared.get("output", {})
-    source = _pick(inputs, _text(given, "name"), ARTICLE_INPUT, "input")
+    constants = declared.get("constants", {})
+    images = [tensor for tensor in inputs if tensor.name not in constants]
+    source = _pick(images, _text(given, "name"), ARTICLE_INPUT, "input")
     target = _pick(outputs, _text(wanted, "name"), ARTICLE_OUTPUT, "output")
-    if source.dtype != "float32":
-        raise ModelError(f"its input {source} is not float32")
+    _check_constants(constants, inputs, source)
+    if source.dtype not in DTYPES:
+        raise ModelError(f"its input {source} is none of {', '.join(DTYPES)}")
     if source.shape is None or len(source.shape) != 4:
         raise ModelError(f"its input {source} is not an image batch with 4 dimensions")
     article = source.name == ARTICLE_INPUT and target.name == ARTICLE_OUTPUT
@@ -307,6 +324,11 @@ def _resolve(
     if channels not in (None, expected):
         raise ModelError(f"its input {source} has {channels} channels in layout {layout}, {color} has {expected}")
     default = 224 if article else None
+    if source.dtype == "uint8" and (scaled := sorted({"divisor", "mean", "std"} & given.keys())):
+        raise ModelError(
+            f"its input {source} takes pixels as they are, and the .toml has {', '.join(scaled)}; take that out"
+        )
+    pooling, skip_tokens = _pooling(wanted)
     spec = ModelSpec(
         input_name=source.name,
         output_name=target.name,
@@ -315,14 +337,18 @@ def _resolve(
         height=_size("height", height, given.get("height"), default),
         width=_size("width", width, given.get("width"), default),
         resize=_text(given, "resize") or "bicubic",
-        divisor=_number("divisor", given.get("divisor", 255)),
+        divisor=_number("divisor", given.get("divisor", 1 if source.dtype == "uint8" else 255)),
         mean=_per_channel("mean", given.get("mean", 0.0), expected),
         std=_per_channel("std", given.get("std", 1.0), expected),
         exif_orientation=_truth(given, "exif_orientation", True),
         jpeg_draft=_truth(given, "jpeg_draft", False),
-        length=_length(target, wanted.get("length")),
+        length=_length(target, wanted.get("length"), pooling),
         pixels=given.get("pixels", pixels),
         **_fit(given, expected),
+        dtype=source.dtype,
+        pooling=pooling,
+        skip_tokens=skip_tokens,
+        constants=constants or None,
     )
     if spec.resize_size is not None and spec.resize_size < max(spec.height, spec.width):
         raise ModelError(
@@ -401,7 +427,10 @@ def _pick(tensors: list[Tensor], name: str | None, article: str, kind: str) -> T
                 return tensor
         raise ModelError(f"it has no {kind} {name!r}, only: {listed}")
     if kind == "input" and len(tensors) != 1:
-        raise ModelError(f"it has {len(tensors)} inputs ({listed}); one image batch is expected")
+        raise ModelError(
+            f"it has {len(tensors)} inputs ({listed}); name that of the images in <model>.toml ([input] name = …), and "
+            "give the others a value in [constants]"
+        )
     for tensor in tensors:
         if tensor.name == article:
             return tensor
@@ -429,15 +458,71 @@ def _size(what: str, in_graph: int | None, given: Any, default: int | None) -> i
     return int(size)
 
 
-def _length(target: Tensor, given: Any) -> int:
+def _check_constants(constants: dict[str, Any], inputs: list[Tensor], source: Tensor) -> None:
+    """Refuse values of inputs that there are not, or not of their shape, and an input that gets none."""
+    named = {tensor.name: tensor for tensor in inputs if tensor.name != source.name}
+    for name, value in constants.items():
+        if name not in named:
+            raise ModelError(f"[constants] {name}: the graph has no such input beside the images")
+        shape, wanted = _shape(name, value), named[name].shape
+        if wanted is not None and (
+            len(wanted) != len(shape) or any(n not in (None, m) for n, m in zip(wanted, shape, strict=True))
+        ):
+            raise ModelError(f"[constants] {name} has the shape {list(shape)}, its input is {named[name]}")
+    if missing := [str(tensor) for name, tensor in named.items() if name not in constants]:
+        raise ModelError(f"its inputs {'; '.join(missing)} get no value; give them one in <model>.toml: [constants]")
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):
+        shapes = {_shape(name, part) for part in value}
+        if len(shapes) != 1:
+            raise ModelError(f"[constants] {name} is empty, or its lists have different lengths")
+        return (len(value), *shapes.pop())
+    if not isinstance(value, bool | int | float):
+        raise ModelError(f"[constants] {name}: {value!r} is not a number")
+    return ()
+
+
+def _pooling(wanted: dict[str, Any]) -> tuple[str, int]:
+    pooling, skipped = _text(wanted, "pooling") or "none", wanted.get("skip_tokens", 0)
+    if pooling not in POOLINGS:
+        raise ModelError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+    if type(skipped) is not int or skipped < 0:
+        raise ModelError(f"skip_tokens {skipped!r} is not a number of tokens")
+    if skipped and pooling != "mean":
+        raise ModelError(f'skip_tokens is of pooling = "mean", not of "{pooling}"')
+    return pooling, skipped
+
+
+def _pooling_words(spec: ModelSpec) -> str:
+    skipped = f" without the first {spec.skip_tokens}" if spec.skip_tokens else ""
+    words = {"none": "", "cls": ", its first token", "mean": f", the mean of its tokens{skipped}"}
+    return words.get(spec.pooling, ", the mean of its map")
+
+
+def _scaling_words(spec: ModelSpec) -> str:
+    if spec.dtype == "uint8":
+        return "pixels as they are, uint8"
+    return f"(pixel / {spec.divisor:g} - {list(spec.mean)}) / {list(spec.std)}, {spec.dtype}"
+
+
+def _length(target: Tensor, given: Any, pooling: str) -> int:
     shape = target.shape
+    if shape is None:
+        raise ModelError(f"its output {target} has no shape")
     # A trailing [.., 1, 1] is a pooled feature map that was not flattened: the same values in the same order.
-    flat = shape is not None and (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1)))
-    if not flat or shape is None:
-        raise ModelError(f"its output {target} is not one vector an image")
-    if given is not None and (type(given) is not int or given < 1 or shape[1] not in (None, given)):
+    ranks = {"none": (2, 4), "cls": (3,), "mean": (3,), "map-mean": (4,)}[pooling]
+    if len(shape) not in ranks or (pooling == "none" and shape[2:] not in ((), (1, 1))):
+        advice = [f'"{name}" takes {takes}' for name, takes in POOLINGS.items() if name != pooling]
+        raise ModelError(
+            f"its output {target} is not one vector per image; say [output] pooling = … in <model>.toml: "
+            f"{', '.join(advice)}"
+        )
+    at = 2 if len(shape) == 3 else 1
+    if given is not None and (type(given) is not int or given < 1 or shape[at] not in (None, given)):
         raise ModelError(f"length {given!r} does not fit its output {target}")
-    length = shape[1] or given
+    length = shape[at] or given
     if length is None:
         raise ModelError(f"the length of its output {target} is open; say [output] length = … in <model>.toml")
     return int(length)

@@ -3,13 +3,14 @@
 import logging
 import re
 import threading
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RunFailed, UsageError
-from pipeline.model import Model, ModelSpec
+from pipeline.model import POOLINGS, Model, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Encoder:
         # company. CUDA, and a graph that fixes its batch, get one padded shape.
         self.run_images = model.batch or (self.batch_images if on_cuda else 1)
         self._session = session
-        self._pixels_input = _pixels_input(session)
+        self._pixels_input = _pixels_input(session, model.spec)
+        self._constants = _constants(session, model.spec)
         try:
             self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
@@ -120,17 +122,19 @@ class Encoder:
                 output = self._bound.run(pixels)
             else:
                 values = pixels if self._pixels_input else to_input(pixels, spec)
-                (output,) = self._session.run([spec.output_name], {self._pixels_input or spec.input_name: values})
+                fed = {self._pixels_input or spec.input_name: values, **self._constants}
+                (output,) = self._session.run([spec.output_name], fed)
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
             raise _fault(self.model, self.device, error) from error
-        shapes = [(len(pixels), spec.length, *rest) for rest in ((), (1, 1))]
-        if not isinstance(output, np.ndarray) or output.dtype.kind not in "fiu" or output.shape not in shapes:
+        pooled = pool(output, spec) if isinstance(output, np.ndarray) and output.dtype.kind in "fiu" else None
+        if pooled is None or pooled.shape != (len(pixels), spec.length):
             given = f"{output.dtype}{list(output.shape)}" if isinstance(output, np.ndarray) else type(output).__name__
+            promised = POOLINGS[spec.pooling].replace("n", str(len(pixels)), 1).replace("d", str(spec.length), 1)
             raise ModelError(
                 f"the model {self.model.path} gives {given} for {len(pixels)} image(s), its graph or .toml promises "
-                f"float32[{len(pixels)}, {spec.length}]; correct [output] length in its .toml, or the graph"
+                f"float32{promised}; correct [output] length in its .toml, or the graph"
             )
-        return output.astype(np.float32, copy=False).reshape(len(pixels), -1)[:count]
+        return pooled[:count]
 
 
 def _fault(model: Model, device: str, error: Exception) -> ModelError | MachineFault:
@@ -148,15 +152,40 @@ def _said(error: Exception) -> str:
     return words if len(words) <= 2 * _SAID else f"{words[:_SAID]} … {words[-_SAID:]}"
 
 
-def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
-    """Scale a batch of pixels and bring it into the model's layout.
+def pool(output: NDArray[Any], spec: ModelSpec) -> NDArray[np.float32] | None:
+    """One vector per image of what the graph gives; see `ModelSpec.pooling`.
+
+    Means are taken in float64, so that they are the same on every device.
+
+    Returns:
+        float32[b, d]; None: the output has not the shape that the pooling takes, or no token is left for a mean.
+    """
+    if spec.pooling == "none":
+        flat = output.ndim == 2 or (output.ndim == 4 and output.shape[2:] == (1, 1))
+        pooled = output.reshape(len(output), -1) if flat else None
+    elif spec.pooling == "map-mean":
+        pooled = output.mean(axis=(2, 3), dtype=np.float64) if output.ndim == 4 and output.size else None
+    elif output.ndim != 3 or output.shape[1] <= spec.skip_tokens:
+        pooled = None
+    elif spec.pooling == "cls":
+        pooled = output[:, 0]
+    else:
+        pooled = output[:, spec.skip_tokens :].mean(axis=1, dtype=np.float64)
+    return None if pooled is None else np.ascontiguousarray(pooled, dtype=np.float32)
+
+
+def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
+    """Scale a batch of pixels and bring it into the model's layout and dtype.
 
     Args:
         pixels: uint8[b, h, w, c].
 
     Returns:
-        float32[b, h, w, c] or float32[b, c, h, w]; for the article's spec exactly `pixels / 255`.
+        [b, h, w, c] or [b, c, h, w] of the spec's dtype; for the article's spec exactly `pixels / 255`. float16 is
+        rounded from float32, and uint8 is not scaled.
     """
+    if spec.dtype == "uint8":
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) if spec.layout == "NCHW" else pixels
     values = pixels.astype(np.float32)
     values /= np.float32(spec.divisor)
     if any(spec.mean):
@@ -165,7 +194,7 @@ def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[np.float32]:
         values /= np.asarray(spec.std, dtype=np.float32)
     if spec.layout == "NCHW":
         values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-    return values
+    return values.astype(spec.dtype, copy=False)
 
 
 class BoundSession:
@@ -181,14 +210,16 @@ class BoundSession:
         spec = model.spec
         self._session, self._spec = session, spec
         self._binding = session.io_binding()
-        self._pixels_input = _pixels_input(session)
+        self._pixels_input = _pixels_input(session, spec)
         pixels = np.zeros((run_images, spec.height, spec.width, spec.channels), dtype=np.uint8)
         self._input = ort.OrtValue.ortvalue_from_numpy(self._values(pixels), device, 0)
         self._binding.bind_ortvalue_input(self._pixels_input or spec.input_name, self._input)
+        for name, value in _constants(session, spec).items():
+            self._binding.bind_cpu_input(name, value)
         self._binding.bind_output(spec.output_name, device)
         self.run(pixels)
 
-    def _values(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | NDArray[np.float32]:
+    def _values(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         return pixels if self._pixels_input else to_input(pixels, self._spec)
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -199,10 +230,20 @@ class BoundSession:
         return output
 
 
-def _pixels_input(session: ort.InferenceSession) -> str | None:
-    """The name of a graph's input that takes pixels; None where it takes what `to_input` makes of them."""
-    first = session.get_inputs()[0]
-    return str(first.name) if first.type == "tensor(uint8)" else None
+def _pixels_input(session: ort.InferenceSession, spec: ModelSpec) -> str | None:
+    """The name of the input that `taking_pixels` gave a graph; None if it takes what `to_input` makes of pixels."""
+    names = [str(value.name) for value in session.get_inputs()]
+    return None if spec.input_name in names else names[0]
+
+
+def _constants(session: ort.InferenceSession, spec: ModelSpec) -> dict[str, NDArray[Any]]:
+    """The values of the graph's other inputs, in their dtypes."""
+    types = {value.name: str(value.type).removeprefix("tensor(").removesuffix(")") for value in session.get_inputs()}
+    numpy_names = {"float": "float32", "double": "float64"}
+    return {
+        name: np.asarray(value, dtype=numpy_names.get(types[name], types[name]))
+        for name, value in (spec.constants or {}).items()
+    }
 
 
 def _cuda_is_offered() -> bool:

@@ -28,12 +28,14 @@ class _Step:
 
     Attributes:
         constant: a number, or one for each channel; None for a cast.
+        to: ONNX's number of the type that a cast gives.
         constant_first: it is the left operand.
     """
 
     operator: str
     constant: NDArray[np.float32] | None = None
     constant_first: bool = False
+    to: int | None = None
 
 
 def taking_pixels(model: Model, always: bool) -> bytes | None:
@@ -49,17 +51,19 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
     Returns:
         The ONNX file, or None: the model is taken as it is. So are those with weights outside the file, or too large.
     """
-    if model.external or model.path.stat().st_size > _COPIED_BYTES:
+    if model.external or model.path.stat().st_size > _COPIED_BYTES or model.spec.dtype == "uint8":
         return None
     whole = onnx.load_model(model.path)
     graph, spec = whole.graph, model.spec
-    steps = [_Step("Cast"), _Step("Div", np.asarray(spec.divisor, dtype=np.float32))]
+    steps = [_Step("Cast", to=TensorProto.FLOAT), _Step("Div", np.asarray(spec.divisor, dtype=np.float32))]
     if any(spec.mean):
         steps.append(_Step("Sub", np.asarray(spec.mean, dtype=np.float32)))
     if any(std != 1 for std in spec.std):
         steps.append(_Step("Div", np.asarray(spec.std, dtype=np.float32)))
+    if spec.dtype == "float16":
+        steps.append(_Step("Cast", to=TensorProto.FLOAT16))
     planes, output = spec.layout == "NCHW", spec.input_name
-    if not planes and (found := _scaling_before_planes(graph, output)) is not None:
+    if not planes and spec.dtype == "float32" and (found := _scaling_before_planes(graph, output)) is not None:
         nodes, own_steps = found
         steps, planes, output = steps + own_steps, True, nodes[-1].output[0]
         for node in nodes:
@@ -130,7 +134,7 @@ def _nodes(graph: Any, steps: list[_Step], planes: bool, output: str) -> list[No
         name = "ruiji_planes"
     for number, step in enumerate(steps):
         inputs, name = [name], f"ruiji_scaled_{number}"
-        attributes = {"to": TensorProto.FLOAT} if step.operator == "Cast" else {}
+        attributes = {} if step.to is None else {"to": step.to}
         if step.constant is not None:
             constant = step.constant.reshape(-1, 1, 1) if planes and step.constant.ndim else step.constant
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(constant), f"{name}_by"))
