@@ -14,7 +14,7 @@ from workers import cli as workers_cli
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 #: These also tell what was: files, commands and options that are gone.
-HISTORY = {"CHANGELOG.md", "decisions.md", "performance-log.md"}
+HISTORY = {"CHANGELOG.md", "decisions.md", "performance-log.md", "evaluation-log.md"}
 CURRENT = [path for path in DOCUMENTS if path.name not in HISTORY]
 #: Options of other programs that the documents show.
 OTHERS = {
