@@ -26,8 +26,6 @@ app = Commands(
     help="Turn a sorted list of images into a searchable gallery of features, and find look-alikes in it.",
     pretty_exceptions_enable=False,
 )
-model_app = Commands(help="Look at models.")
-app.add_typer(model_app, name="model")
 
 #: Commands that take up what an interruption left.
 _GO_ON = {"enqueue", "retry", "run"}
@@ -448,15 +446,6 @@ def redis(state_dir: settings.StateDir = None) -> None:
                 check()
         finally:
             url_file.unlink(missing_ok=True)
-
-
-@model_app.command()
-def inspect(model: Annotated[Path, typer.Argument(help="The .onnx file.")]) -> None:
-    """Show what a model expects and gives, and its fingerprint; refuse one that does not fit, saying why."""
-    from pipeline.model import describe_model
-
-    for name, value in describe_model(model):
-        streams.tell(f"{name:<14} {value}")
 
 
 def _exit_code(now: "Status") -> int:

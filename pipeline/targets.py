@@ -17,7 +17,7 @@ _STDIN, _STDOUT = 0, 1
 
 
 #: Options whose file is a picture.
-_PICTURES = {"--sheet", "--plot"}
+_PICTURES = {"--sheet", "--plot", "--out"}
 
 
 def check_targets(

@@ -4,11 +4,13 @@ import os
 import signal
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline import layout, settings, streams
+from pipeline.arguments import Commands
 from pipeline.settings import Device, TransportKind, WhenNoSlot
 
 
@@ -20,11 +22,15 @@ class Role(StrEnum):
     all = "all"
 
 
+model_app = Commands(help="Look at models.")
+
+
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(worker)
     app.command()(doctor)
     app.command("worker-process", hidden=True)(worker_process)
+    app.add_typer(model_app, name="model")
 
 
 def worker(
@@ -121,6 +127,37 @@ def doctor(
         states.add(check.state)
     code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
     raise typer.Exit(code)
+
+
+@model_app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="The .onnx file.")],
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Also write what the model sees of this picture; needs --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The .png file for --picture.")] = None,
+    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+) -> None:
+    """Show what a model expects and gives, and its fingerprint; refuse one that does not fit, saying why.
+
+    A wrong crop or color shows at a glance: ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png
+    """
+    from pipeline.errors import UsageError
+    from pipeline.model import describe_model, load_model
+    from pipeline.targets import check_targets
+
+    if (picture is None) != (out is None):
+        raise UsageError("--picture and --out belong together: the picture to look at, and the .png file to write")
+    if out is not None and out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the name of a .png file is needed, which keeps every pixel as it is")
+    check_targets({"--out": out}, [model, picture])
+    for name, value in describe_model(model):
+        streams.tell(f"{name:<14} {value}")
+    if picture is not None and out is not None:
+        from workers.images import write_seen
+
+        write_seen(picture, load_model(model).spec, max_pixels, out)
+        streams.note(f"{out}: what the model sees of {picture}, before its values are scaled")
 
 
 def _uses_cuda(device: Device) -> bool:

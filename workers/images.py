@@ -35,8 +35,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.altered import CLIPPED, GROUND, TURNED
-from pipeline.errors import ImageError, MachineFault
+from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.model import ModelSpec
+from pipeline.targets import writing
 from workers.fit import place
 from workers.resize import has_filter, resize
 
@@ -101,6 +102,20 @@ def load_pixels(path: Path, spec: ModelSpec, max_pixels: int, altered: list[str]
     """
     with open_image(path) as file:
         return decode(file, spec, max_pixels, altered)
+
+
+def write_seen(path: Path, spec: ModelSpec, max_pixels: int, target: Path) -> None:
+    """Write the pixels that the model gets of one picture as a PNG file.
+
+    Raises:
+        RuijiError: the picture cannot be read, or the file not be written.
+    """
+    try:
+        pixels = load_pixels(path, spec, max_pixels)
+    except ImageError as error:
+        raise RuijiError(f"{path}: {error}") from None
+    with writing(target) as file:
+        Image.fromarray(pixels[:, :, 0] if spec.channels == 1 else pixels).save(file, "PNG")
 
 
 def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.model import ModelSpec
+from pipeline.model import ModelSpec, load_model
+from tests.factories import Ruiji, only_line, tiny_model
 from tests.models.pictures import picture
 from tests.workers.test_images import LIMIT, SPEC
 from workers.fit import place
@@ -98,3 +99,26 @@ def test_what_a_draft_saves_leaves_the_crop_enough_to_average(tmp_path: Path) ->
     near = load_pixels(tmp_path / "x.jpg", spec, LIMIT).astype(np.int64)
     exact = load_pixels(tmp_path / "x.jpg", replace(spec, jpeg_draft=False), LIMIT)
     assert 0 < np.abs(near - exact).mean() < 4
+
+
+def test_a_person_sees_what_the_model_sees(ruiji: Ruiji, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx", size=32)
+    path.with_suffix(".toml").write_text('[input]\nfit = "pad"\npad_color = [9, 8, 7]\nreference = "timm"\n')
+    picture(64, 32).save(tmp_path / "photo.jpg")
+    asked = ["model", "inspect", str(path), "--picture", str(tmp_path / "photo.jpg")]
+    shown = ruiji(*asked, "--out", str(tmp_path / "seen.png"))
+    assert "padded with (9, 8, 7) as timm does it" in shown.stdout
+    expected = load_pixels(tmp_path / "photo.jpg", load_model(path).spec, LIMIT)
+    with Image.open(tmp_path / "seen.png") as seen:
+        assert (np.asarray(seen) == expected).all() and tuple(expected[0, 0]) == (9, 8, 7)
+    before = (tmp_path / "photo.jpg").read_bytes()
+    for wrong, words in (
+        (["--out", str(tmp_path / "photo.jpg")], ".png file is needed"),
+        ([], "belong together"),
+        (["--out", str(tmp_path)], ".png file is needed"),
+    ):
+        assert words in only_line(ruiji(*asked, *wrong, code=2).stderr)
+    asked[-1] = str(tmp_path / "none.jpg")
+    missing = only_line(ruiji(*asked, "--out", str(tmp_path / "other.png"), code=1).stderr)
+    assert "none.jpg: there is no such file" in missing and not (tmp_path / "other.png").exists()
+    assert (tmp_path / "photo.jpg").read_bytes() == before
