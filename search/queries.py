@@ -5,11 +5,12 @@ reasons why search reaches into `workers`; they are imported only when a query n
 """
 
 import importlib
+import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
     from workers.encoder import Encoder
 
+#: What is embedded: a file, its bytes, or a Pillow image.
+Picture: TypeAlias = "Path | bytes | Image"
+
+#: Modes of Pillow images with at most 8 bits a sample.
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_ORIENTATION_TAG = 0x0112
 #: Images that are decoded before they are encoded, as many as are worth it on CUDA; 150 kB each at 224 x 224.
 _DECODED_AT_ONCE = 64
 
@@ -280,30 +287,84 @@ def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", m
         QueryError: none of them can be embedded; the message has the reason of each.
         ModelError, UsageError, MachineFault: as the encoder raises them.
     """
-    from workers.images import load_pixels
-
     usable: list[Path] = []
     features: list[NDArray[np.float32]] = []
     failures: list[tuple[Path, str]] = []
-    for start in range(0, len(images), _DECODED_AT_ONCE):
-        batch: list[tuple[Path, NDArray[np.uint8]]] = []
-        for image in images[start : start + _DECODED_AT_ONCE]:
-            try:
-                batch.append((image, load_pixels(image, model.spec, max_pixels)))
-            except ImageError as error:
-                failures.append((image, str(error)))
-        if not batch:
-            continue
-        encoded = encoder.result().encode(np.stack([pixels for _, pixels in batch]))
-        for (image, _), feature in zip(batch, encoded, strict=True):
-            if problem := unusable(feature):
-                failures.append((image, problem))
-            else:
-                usable.append(image)
-                features.append(feature)
+    for image, outcome in zip(images, embed_pictures(images, model, encoder, max_pixels), strict=True):
+        problem = str(outcome) if isinstance(outcome, ImageError) else unusable(outcome)
+        if problem:
+            failures.append((image, problem))
+        elif not isinstance(outcome, ImageError):
+            usable.append(image)
+            features.append(outcome)
     if not usable:
         raise QueryError("no query can be searched with: " + "; ".join(f"{image}: {why}" for image, why in failures))
     return Queries(tuple(usable), np.stack(features), tuple(failures))
+
+
+def embed_pictures(
+    pictures: "Sequence[Picture]", model: Model, encoder: "Future[Encoder]", max_pixels: int
+) -> "Iterator[NDArray[np.float32] | ImageError]":
+    """Embed pictures by the same steps and the same encoder as a worker.
+
+    Args:
+        encoder: of the model; the first pictures are decoded before it is waited for. One thread at a time uses it.
+        max_pixels: pictures with more are not decoded.
+
+    Yields:
+        For each picture, in order, its raw feature, float32[d], or why it has none.
+
+    Raises:
+        ModelError, UsageError, MachineFault: as the encoder raises them.
+    """
+    for start in range(0, len(pictures), _DECODED_AT_ONCE):
+        decoded = [_pixels(picture, model, max_pixels) for picture in pictures[start : start + _DECODED_AT_ONCE]]
+        batch = [pixels for pixels in decoded if not isinstance(pixels, ImageError)]
+        features: Iterator[NDArray[np.float32]] = iter(())
+        if batch:
+            ready = encoder.result()
+            with ready.turn:
+                features = iter(ready.encode(np.stack(batch)))
+        for pixels in decoded:
+            yield pixels if isinstance(pixels, ImageError) else next(features)
+
+
+def _pixels(picture: "Picture", model: Model, max_pixels: int) -> NDArray[np.uint8] | ImageError:
+    from workers.images import decode, load_pixels
+
+    try:
+        if isinstance(picture, Path):
+            return load_pixels(picture, model.spec, max_pixels)
+        data = picture if isinstance(picture, bytes) else _as_png(picture)
+        return decode(io.BytesIO(data), model.spec, max_pixels)
+    except ImageError as error:
+        return error
+
+
+def _as_png(picture: "Image") -> bytes:
+    """A Pillow image as the bytes of a PNG that decodes to it, orientation and transparency included.
+
+    Raises:
+        ImageError: its data is broken, or has more than 8 bits a sample.
+    """
+    from PIL.Image import Exif
+
+    file = io.BytesIO()
+    try:
+        picture.load()
+        if picture.mode not in _EIGHT_BITS:
+            raise ImageError(
+                f"a Pillow image of the mode {picture.mode} does not say which of its values is white; give its file"
+            )
+        grey = picture.mode in ("1", "L")
+        plain = picture.convert("RGBA" if picture.has_transparency_data else "L" if grey else "RGB")
+        exif = Exif()
+        exif[_ORIENTATION_TAG] = picture.getexif().get(_ORIENTATION_TAG, 1)
+        # Not compressed: it is read again at once.
+        plain.save(file, "PNG", compress_level=0, exif=exif)
+    except OSError:
+        raise ImageError("the image data is broken") from None
+    return file.getvalue()
 
 
 def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":

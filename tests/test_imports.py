@@ -41,12 +41,34 @@ def test_help_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("pipeline", {"workers", "search", "onnxruntime", "torch"}), ("workers", {"search", "torch"})],
+    [
+        ("pipeline", {"workers", "search", "ruiji", "onnxruntime", "torch"}),
+        ("workers", {"search", "ruiji", "torch"}),
+        ("search", {"ruiji"}),
+        ("ruiji", {"torch", "onnxruntime", "celery"}),
+    ],
 )
 def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[str]) -> None:
     for module in modules():
         if module.partition(".")[0] == package:
             assert not {name.partition(".")[0] for name in imported(module)} & forbidden, module
+
+
+def test_the_families_of_search_import_one_way() -> None:
+    families = ("search.gallery", "search.ranking", "search.evaluation", "search.requests")
+    for lower, family in enumerate(families):
+        for module in modules():
+            if module.startswith(family) and not module.endswith(".cli"):
+                found = {name for name in imported(module) if name.startswith(families[lower + 1 :])}
+                assert not found, module
+    known = {module for module in modules() if module.startswith("search") and uses(module, "typer")}
+    assert known == {"search.cli", "search.evaluation.cli"}
+
+
+def test_the_python_api_loads_numpy_and_nothing_heavier() -> None:
+    script = f"import sys, ruiji\nprint(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['numpy']"
 
 
 def test_search_reaches_the_workers_in_one_place() -> None:
@@ -89,12 +111,12 @@ def test_no_two_modules_need_each_other() -> None:
     assert graph == {}
 
 
-PACKAGES = ("pipeline", "workers", "search")
+PACKAGES = ("pipeline", "workers", "search", "ruiji")
 
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Every module of the three packages, by its full name."""
+    """Every module of the four packages, by its full name."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
         for package in PACKAGES

@@ -82,7 +82,9 @@ class ShardCodes:
 
     def part(self, rows: slice) -> Codes:
         """Some rows. If those of the cache are not as they were written, the whole shard's are made and kept."""
-        if self._kept is not None and not self._kept.check(rows):
+        # Another thread may give them up meanwhile.
+        kept = self._kept
+        if kept is not None and not kept.check(rows):
             self._give_up()
             self._write(self._all)
         return self._all.part(rows)
@@ -98,11 +100,13 @@ class ShardCodes:
 
     @property
     def _all(self) -> Codes:
-        if self._kept is not None:
-            return self._kept.codes
-        if self._made is None:
-            self._made = codes_of(self._features, self._norms())
-        return self._made
+        kept = self._kept
+        if kept is not None:
+            return kept.codes
+        made = self._made
+        if made is None:
+            self._made = made = codes_of(self._features, self._norms())
+        return made
 
     def _give_up(self) -> None:
         assert self._cache is not None

@@ -1,5 +1,6 @@
 """Finding a gallery on the disk and opening it, each file checked against its record."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from pipeline.store import Record, feature_shards, read_record
 from search.gallery.shards import RESTORE, Gallery, Shard
 
 
-def find_gallery(feature_dir: Path, model: Path | None) -> Path:
+def find_gallery(feature_dir: Path, model: Path | None, option: str = "--model NAME") -> Path:
     """The folder of the gallery that is meant.
 
     Args:
+        option: how the caller's user names a model.
         model: a gallery's name, or the model's file, which need not exist and whose name is the folder's. None:
             `feature_dir` itself is a gallery, or has exactly one.
 
@@ -29,16 +31,17 @@ def find_gallery(feature_dir: Path, model: Path | None) -> Path:
     """
     if model is not None:
         return layout.gallery_folder(feature_dir, model)
-    if _is_gallery(feature_dir):
+    if is_gallery(feature_dir):
         return feature_dir
-    found = sorted(path for path in feature_dir.glob("*/") if _is_gallery(path))
+    found = sorted(path for path in feature_dir.glob("*/") if is_gallery(path))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UsageError(f"which gallery in {feature_dir} is meant? It has: {names}. Say so with --model NAME")
+        raise UsageError(f"which gallery in {feature_dir} is meant? It has: {names}. Say so with {option}")
     return found[0]
 
 
-def _is_gallery(folder: Path) -> bool:
+def is_gallery(folder: Path) -> bool:
+    """Whether a folder has a `gallery.json`, or shards."""
     return folder.is_dir() and (layout.gallery_file(folder).is_file() or bool(feature_shards(folder)))
 
 
@@ -96,6 +99,29 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
     if not gallery.shards:
         raise UsageError(f"no shard in {folder} yet: run ruiji enqueue and ruiji worker (or ruiji run) first")
     return gallery
+
+
+def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
+    """A gallery that was opened anew, with the shards of before where they are the same: what is known of them stays.
+
+    Returns:
+        `before` itself if nothing has changed.
+    """
+    known = {(shard.name, shard.cache and shard.cache.key): shard for shard in before.shards}
+    shards = []
+    for shard in opened.shards:
+        old = known.get((shard.name, shard.cache and shard.cache.key))
+        same = old is not None and np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
+        shards.append(old if old is not None and same else shard)
+    unchanged = opened.fingerprint == before.fingerprint and len(shards) == len(before.shards)
+    if unchanged and all(one is other for one, other in zip(shards, before.shards, strict=True)):
+        return before
+    return replace(opened, shards=tuple(shards))
+
+
+def _no_rows(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """A mask; an empty one for none."""
+    return np.empty(0, bool) if mask is None else mask
 
 
 def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gallery:

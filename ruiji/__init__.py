@@ -1,0 +1,52 @@
+"""ruiji from Python: open a gallery, search it, find near-duplicates, embed pictures, follow a run.
+
+Example:
+    >>> import ruiji
+    >>> gallery = ruiji.open_gallery("features", model="model.onnx")
+    >>> for hit in gallery.search("photo.jpg", top_k=5).hits:
+    ...     print(hit.path, hit.similarity)
+
+`docs/python.md` has an example of everything. Importing this loads numpy, and neither ONNX Runtime nor torch. Every
+error that ruiji raises on purpose is a `RuijiError`, and says what to do next.
+"""
+
+from pipeline.errors import (
+    BrokerUnavailable,
+    GalleryMismatch,
+    ImageError,
+    MachineFault,
+    ModelError,
+    QueryError,
+    RuijiError,
+    ShardCorrupt,
+    UsageError,
+)
+from ruiji.embedding import Embedder
+from ruiji.galleries import Gallery, RuijiWarning, open_gallery
+from ruiji.results import NearDuplicates, QueryResult, SearchResults
+from ruiji.runs import status
+from search.near_duplicates import Group, Member
+from search.ranking.rank import Hit
+
+__all__ = [
+    "BrokerUnavailable",
+    "Embedder",
+    "Gallery",
+    "GalleryMismatch",
+    "Group",
+    "Hit",
+    "ImageError",
+    "MachineFault",
+    "Member",
+    "ModelError",
+    "NearDuplicates",
+    "QueryError",
+    "QueryResult",
+    "RuijiError",
+    "RuijiWarning",
+    "SearchResults",
+    "ShardCorrupt",
+    "UsageError",
+    "open_gallery",
+    "status",
+]

@@ -1,0 +1,378 @@
+"""A gallery that is opened once and searched many times, from several threads."""
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ImageError, QueryError, UsageError
+from pipeline.settings import MAX_PIXELS, Device
+from ruiji.embedding import Picture, checked_device, embed_all, encoder_device, inputs, name_of
+from ruiji.results import NearDuplicates, QueryResult, SearchResults
+from search.answers import Criteria, answer
+from search.arrays import Float32
+from search.filters import Condition, apply_conditions, parse_conditions
+from search.gallery.opening import find_gallery, is_gallery, reuse_shards
+from search.gallery.opening import open_gallery as open_shards
+from search.gallery.shards import Gallery as Shards
+from search.labels import Annotations, read_annotations
+from search.near_duplicates import find_groups
+from search.options import THRESHOLD, TOP_K, Metric
+from search.queries import Query, embed_pictures, load_encoder, query_model
+from search.ranking.exact import unusable
+from search.ranking.planner import choose_multiply
+from search.requests.selection import provenance_warnings, version_warnings
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from pipeline.model import Model
+    from workers.encoder import Encoder
+
+
+class RuijiWarning(UserWarning):
+    """What is doubtful about a gallery, and does not keep it from being searched."""
+
+
+@dataclass
+class _Embedding:
+    """The gallery's model, loaded when the first picture comes."""
+
+    path: Path
+    device: Device
+    max_pixels: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    loaded: "tuple[str | None, Model, Future[Encoder]] | None" = None
+
+    def ready(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
+        with self.lock:
+            # A folder that was emptied may be another model's gallery now.
+            if self.loaded is None or self.loaded[0] != shards.fingerprint:
+                model = query_model(self.path, shards)
+                for warning in version_warnings(shards):
+                    _warn(warning)
+                self.loaded = shards.fingerprint, model, load_encoder(model, encoder_device(self.device))
+            return self.loaded[1:]
+
+
+class Gallery:
+    """All features of one model, mapped into memory; `open_gallery` opens it.
+
+    Several threads may search one gallery at once. Each search sees the shards that were there when it began;
+    `refresh` takes up new ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        embedding: _Embedding | None,
+        device: Device,
+        include_stale: bool,
+        whole: Shards,
+        conditions: tuple[Condition, ...] = (),
+        annotations: Annotations | None = None,
+    ) -> None:
+        self._folder, self._embedding, self._device, self._include_stale = folder, embedding, device, include_stale
+        self._conditions, self._annotations = conditions, annotations
+        self._whole, self._shards = whole, apply_conditions(whole, conditions, annotations)
+        self._refreshing = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        """Where its shards lie."""
+        return self._folder
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the model that made the features; None if nothing says it."""
+        return self._shards.fingerprint
+
+    @property
+    def length(self) -> int:
+        """d, of a feature."""
+        return self._shards.length
+
+    def __len__(self) -> int:
+        """Objects that are searched; those that cannot be ranked are among them."""
+        return self._shards.searched_rows
+
+    @property
+    def unusable(self) -> int:
+        """How many of them cannot be ranked, because their feature is zero or not finite."""
+        return sum(self._shards.unusable_rows)
+
+    def only(self, *conditions: str, labels: str | os.PathLike[str] | None = None) -> "Gallery":
+        """The same gallery with fewer objects.
+
+        Args:
+            conditions: each `COLUMN=VALUE`, `COLUMN!=VALUE` or `path=PREFIX`, as `ruiji search --where` takes them:
+                values of one column are alternatives, different columns must all hold.
+            labels: the annotation CSV that has the columns.
+
+        Raises:
+            UsageError: a condition cannot be read, or asks for what is not there.
+        """
+        annotations = None if labels is None else read_annotations(Path(labels))
+        wanted = tuple(parse_conditions(conditions))
+        shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
+        return Gallery(*shared, wanted, annotations)
+
+    def search(
+        self,
+        pictures: "Picture | Sequence[Picture]",
+        *,
+        top_k: int = TOP_K,
+        metric: str = Metric.cosine,
+        min_similarity: float | None = None,
+    ) -> SearchResults:
+        """Find what looks like a picture, or like each of several.
+
+        Args:
+            pictures: files, bytes of files, or Pillow images of 8 bits a sample; one, or a sequence of them.
+            top_k: hits of each query, at least 1.
+            metric: `cosine` and `angle` give one order, and the angle in radians as distance; `euclidean` is between
+                raw features.
+            min_similarity: hits below this cosine are left out.
+
+        Returns:
+            One answer for each picture. One of several that cannot be embedded has `error` instead of hits.
+
+        Raises:
+            QueryError: none of the pictures can be searched with.
+            UsageError: the gallery was opened without its model.
+            GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
+        """
+        several = _several(pictures)
+        shards = self._shards
+        model, encoder = self._model(shards)
+        queries: list[Query | str] = []
+        for number, outcome in enumerate(embed_pictures(inputs(several), model, encoder, self._max_pixels)):
+            if isinstance(outcome, ImageError):
+                queries.append(str(outcome))
+            else:
+                queries.append(unusable(outcome) or Query(name_of(several[number], number), outcome))
+        names = [name_of(picture, number) for number, picture in enumerate(several)]
+        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity))
+
+    def search_ids(
+        self,
+        object_ids: str | Sequence[str],
+        *,
+        top_k: int = TOP_K,
+        metric: str = Metric.cosine,
+        min_similarity: float | None = None,
+        include_self: bool = False,
+    ) -> SearchResults:
+        """Find what looks like an object of the gallery, or like each of several; no model is needed.
+
+        Args:
+            include_self: whether an object is among its own hits.
+            top_k, metric, min_similarity: as `search` takes them.
+
+        Raises:
+            QueryError: there is no such object, or it cannot be ranked.
+        """
+        shards = self._shards
+        names = [object_ids] if isinstance(object_ids, str) else list(object_ids)
+        features, rows = _features(shards, names), shards.rows_of(names)
+        queries: list[Query | str] = []
+        for name, feature in zip(names, features, strict=True):
+            if problem := unusable(feature):
+                raise QueryError(f"object {name}: {problem}")
+            queries.append(Query(name, feature, None, name, shards.path(rows[name][0]), by_id=True))
+        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, not include_self))
+
+    def search_vectors(
+        self,
+        vectors: NDArray[np.floating[Any]],
+        *,
+        top_k: int = TOP_K,
+        metric: str = Metric.cosine,
+        min_similarity: float | None = None,
+    ) -> SearchResults:
+        """Find what is nearest to a feature, or to each of several; one pass over the gallery serves many.
+
+        Args:
+            vectors: float[d] or float[q, d], raw model output or anything of its length; taken as float32.
+            top_k, metric, min_similarity: as `search` takes them.
+
+        Raises:
+            QueryError: one is of another length than the gallery's features, zero, or not finite.
+        """
+        shards, given = self._shards, np.asarray(vectors)
+        if given.dtype.kind != "f" or given.ndim not in (1, 2) or given.shape[-1] != shards.length or not len(given):
+            raise QueryError(
+                f"the vectors are {given.dtype}{list(given.shape)}, the gallery needs float32[{shards.length}] or "
+                f"float32[q, {shards.length}], q at least 1"
+            )
+        with np.errstate(over="ignore", under="ignore"):
+            features = np.atleast_2d(given).astype(np.float32)
+        queries: list[Query | str] = []
+        for number, feature in enumerate(features):
+            if problem := unusable(feature):
+                raise QueryError(f"vector {number}: {problem}")
+            queries.append(Query(str(number), feature))
+        names = [str(number) for number in range(len(features))]
+        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity))
+
+    def features(self, object_ids: Sequence[str]) -> Float32:
+        """The features of some objects, float32[n, d], raw model output, in the order given.
+
+        Raises:
+            QueryError: there is no such object.
+        """
+        return _features(self._shards, list(object_ids))
+
+    def near_duplicates(
+        self, threshold: float = THRESHOLD, progress: Callable[[int, int], None] | None = None
+    ) -> NearDuplicates:
+        """Find all groups of near-identical objects: everything that is connected by pairs at or above a threshold.
+
+        Args:
+            threshold: the least similarity of a pair, above 0, at most 1.
+            progress: called with how many pairs are compared, and how many there are.
+
+        Raises:
+            UsageError: the threshold is out of its bounds.
+        """
+        shards = self._shards
+        multiply, _ = choose_multiply(shards, self._device)
+        return NearDuplicates(tuple(find_groups(shards, threshold, multiply, progress or (lambda done, total: None))))
+
+    def embed(self, pictures: "Sequence[Picture]") -> Float32:
+        """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.
+
+        Args:
+            pictures: as `search` takes them.
+
+        Returns:
+            float32[n, d], raw model output, a row for each picture in the order given.
+
+        Raises:
+            ImageError: a picture cannot be embedded; names each that cannot.
+            UsageError: the gallery was opened without its model.
+            GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
+        """
+        return embed_all(pictures, *self._model(self._shards), self._max_pixels)
+
+    def refresh(self) -> bool:
+        """Take up shards that were published since, and objects that left the list; searches in flight go on as begun.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            UsageError, GalleryMismatch, ShardCorrupt: as `open_gallery`; the gallery is then as it was.
+        """
+        with self._refreshing:
+            whole = reuse_shards(_open(self._folder, self._include_stale), self._whole)
+            if whole is self._whole:
+                return False
+            # Searches take this once each: whatever is assigned, they see one or the other.
+            self._whole, self._shards = whole, apply_conditions(whole, self._conditions, self._annotations)
+            return True
+
+    def _model(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
+        if self._embedding is None:
+            raise UsageError("pictures need the model that made the gallery: give it to open_gallery as model")
+        return self._embedding.ready(shards)
+
+    @property
+    def _max_pixels(self) -> int:
+        return MAX_PIXELS if self._embedding is None else self._embedding.max_pixels
+
+    def _answer(
+        self, shards: Shards, names: Sequence[str], queries: Sequence[Query | str], criteria: Criteria
+    ) -> SearchResults:
+        """The answers of queries; a text among them is why there is none."""
+        usable = [query for query in queries if isinstance(query, Query)]
+        if not usable:
+            reasons = "; ".join(f"{name}: {why}" for name, why in zip(names, queries, strict=True))
+            raise QueryError(f"no query can be searched with: {reasons or 'there is none'}")
+        answers = iter(answer(shards, usable, criteria, self._device))
+        return SearchResults(
+            tuple(
+                QueryResult(name, next(answers).hits) if isinstance(query, Query) else QueryResult(name, (), query)
+                for name, query in zip(names, queries, strict=True)
+            )
+        )
+
+
+def _several(pictures: "Picture | Sequence[Picture]") -> "list[Picture]":
+    if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
+        return list(pictures)
+    return [pictures]
+
+
+def open_gallery(
+    path: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    include_stale: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Gallery:
+    """Open a gallery to search it.
+
+    Args:
+        path: a gallery's folder, or a FEATURE_DIR: with a model, the gallery of its name in it; without, the only one.
+        model: the ONNX file that made the gallery, for searches with pictures; it is loaded when the first one comes.
+        device: `cpu`, `cuda`, or `auto`, which is the CPU. It changes speed, never the order of hits.
+        include_stale: also objects that left the object list.
+        max_pixels: pictures with more are not decoded.
+
+    Raises:
+        UsageError: there is no gallery, or no shard in it yet, or it is not clear which one is meant.
+        GalleryMismatch: shards of different models or lengths; names the shard.
+        ShardCorrupt: a file is missing, damaged, or differs from its record.
+
+    Warns:
+        RuijiWarning: nothing says which model made the features, or library versions differ.
+    """
+    where, chosen = Path(path), checked_device(device)
+    file = None if model is None else Path(model)
+    # A gallery's own folder counts, whatever the model is called.
+    folder = find_gallery(where, None if is_gallery(where) else file, "the argument model")
+    embedding = None if file is None else _Embedding(file, chosen, max_pixels)
+    return Gallery(folder, embedding, chosen, include_stale, _open(folder, include_stale))
+
+
+def _open(folder: Path, include_stale: bool) -> Shards:
+    shards = open_shards(folder, include_stale)
+    for warning in provenance_warnings(shards):
+        _warn(warning)
+    return shards
+
+
+def _warn(text: str) -> None:
+    # To the line that called ruiji, which is two or three calls up: the package is skipped by its name.
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ruiji":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuijiWarning, stacklevel=level)
+
+
+def _features(shards: Shards, object_ids: Sequence[str]) -> Float32:
+    rows = shards.rows_of(object_ids)
+    for object_id in object_ids:
+        if not rows[object_id]:
+            raise QueryError(f"the gallery has no object {object_id}")
+    return shards.take(np.array([rows[object_id][0] for object_id in object_ids], np.int64))
+
+
+def _criteria(top_k: int, metric: str, min_similarity: float | None, exclude_self: bool | None = None) -> Criteria:
+    if top_k < 1:
+        raise UsageError(f"top_k must be at least 1, not {top_k}")
+    if metric not in set(Metric):
+        raise UsageError(f"there is no metric {metric!r}: name one of {', '.join(Metric)}")
+    if min_similarity is not None and not -1 <= min_similarity <= 1:
+        raise UsageError(f"min_similarity must be a cosine, from -1 to 1, not {min_similarity}")
+    return Criteria(top_k=top_k, metric=Metric(metric), min_similarity=min_similarity, exclude_self=exclude_self)

@@ -1,0 +1,271 @@
+"""The public gallery: every kind of query, the same answers as the command, many threads, new shards."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import ruiji
+from pipeline import layout
+from pipeline.model import Model, load_model
+from pipeline.settings import MAX_PIXELS
+from search.queries import embed_images, load_encoder
+from tests.factories import pictures, tiny_model
+from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
+
+COUNT, SHARD_ROWS = 12, 5
+
+
+class World:
+    """A media folder, its model, and its features as an ordinary search embeds them."""
+
+    def __init__(self, base: Path) -> None:
+        self.media, self.features_dir = base / "media", base / "features"
+        self.paths = pictures(self.media, COUNT)
+        self.model: Model = load_model(tiny_model(base / "tiny.onnx"))
+        images = [self.media / path for path in self.paths]
+        self.features = embed_images(images, self.model, load_encoder(self.model, "cpu"), MAX_PIXELS).features
+        write_gallery(self.folder, self.model, self.features, self.paths, SHARD_ROWS)
+
+    @property
+    def folder(self) -> Path:
+        return self.features_dir / "tiny"
+
+    @property
+    def ids(self) -> list[str]:
+        return [Path(path).name for path in self.paths]
+
+    def open(self) -> ruiji.Gallery:
+        return ruiji.open_gallery(self.features_dir, self.model.path)
+
+    def expected(self, query: NDArray[np.float32], k: int, euclidean: bool = False) -> list[str]:
+        return [name for name, _ in brute_force(self.features, self.ids, query, euclidean)][:k]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def own_world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_gallery_is_found_by_its_folder_by_its_model_and_alone(world: World) -> None:
+    for gallery in (
+        world.open(),
+        ruiji.open_gallery(world.folder),
+        ruiji.open_gallery(str(world.features_dir)),
+        ruiji.open_gallery(world.folder, world.model.path),
+    ):
+        assert gallery.folder == world.folder
+        assert (len(gallery), gallery.length, gallery.unusable) == (COUNT, 12, 0)
+        assert gallery.fingerprint == world.model.fingerprint
+
+
+@pytest.mark.parametrize("metric", ["cosine", "angle", "euclidean"])
+def test_path_bytes_image_id_and_vector_find_the_same(world: World, metric: str) -> None:
+    gallery, path = world.open(), world.media / world.paths[3]
+    with Image.open(path) as image:
+        answers = [
+            gallery.search(path, top_k=4, metric=metric),
+            gallery.search(str(path), top_k=4, metric=metric),
+            gallery.search(path.read_bytes(), top_k=4, metric=metric),
+            gallery.search(image, top_k=4, metric=metric),
+            gallery.search_ids(world.ids[3], top_k=4, metric=metric, include_self=True),
+            gallery.search_vectors(world.features[3], top_k=4, metric=metric),
+            gallery.search_vectors(world.features[3:4].astype(np.float64), top_k=4, metric=metric),
+        ]
+    expected = world.expected(world.features[3], 4, metric == "euclidean")
+    for found in answers:
+        assert found.hits == answers[0].hits
+        assert [hit.object_id for hit in found.hits] == expected
+    assert [one.queries[0].query for one in answers] == [str(path), str(path), "0", "0", world.ids[3], "0", "0"]
+
+
+def test_an_object_is_left_out_of_its_own_hits(world: World) -> None:
+    found = world.open().search_ids(world.ids, top_k=COUNT)
+    assert [len(one.hits) for one in found] == [COUNT - 1] * COUNT
+    assert all(one.query not in {hit.object_id for hit in one.hits} for one in found)
+
+
+def test_queries_are_answered_in_order_and_each_failure_in_its_place(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    given = [world.media / world.paths[5], broken, b"nothing", world.media / world.paths[2]]
+    found = world.open().search(given, top_k=1)
+    assert [one.query for one in found] == [str(given[0]), str(broken), "2", str(given[3])]
+    assert [one.error for one in found] == [None, *["it is not an image in a known format"] * 2, None]
+    assert [[hit.object_id for hit in one.hits] for one in found] == [[world.ids[5]], [], [], [world.ids[2]]]
+    with pytest.raises(ruiji.QueryError, match="these are the answers of 4 queries"):
+        _ = found.hits
+    with pytest.raises(ruiji.QueryError, match=r"broken\.jpg: it is not an image"):
+        world.open().search(broken)
+    with pytest.raises(ruiji.QueryError, match="there is none"):
+        world.open().search([])
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (40, 30)), ("L", (40, 30)), ("RGBA", (31, 17)), ("P", (16, 16)), ("1", (9, 9))]
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_pillow_image_gives_the_bits_of_its_file(
+    world: World, mode: str, size: tuple[int, int], orientation: int
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, size=(size[1], size[0], 4), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    (image.convert("RGB") if mode in ("P", "1") else image).convert(mode).save(file, "PNG", exif=exif)
+    gallery = world.open()
+    with Image.open(io.BytesIO(file.getvalue())) as opened:
+        assert (gallery.embed([opened]) == gallery.embed([file.getvalue()])).all()
+
+
+def test_jpegs_of_all_colors_give_the_bits_of_their_file(world: World) -> None:
+    gallery, noise = world.open(), np.random.default_rng(1).integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
+    for mode in ("RGB", "L", "CMYK"):
+        file = io.BytesIO()
+        Image.fromarray(noise).convert(mode).save(file, "JPEG", quality=90)
+        with Image.open(io.BytesIO(file.getvalue())) as opened:
+            assert (gallery.embed([opened]) == gallery.embed([file.getvalue()])).all(), mode
+
+
+def test_an_image_of_wide_samples_and_what_is_no_picture_are_refused(world: World) -> None:
+    with pytest.raises(ruiji.ImageError, match="mode F does not say which of its values is white"):
+        world.open().embed([Image.new("F", (8, 8))])
+    with pytest.raises(ruiji.QueryError, match="picture 0 is a int"):
+        world.open().search(7)  # type: ignore[arg-type]
+
+
+def test_embedding_gives_the_bits_of_the_gallery_or_names_each_failure(world: World) -> None:
+    images = [world.media / path for path in world.paths]
+    for embed in (world.open().embed, ruiji.Embedder(world.model.path).embed):
+        features = embed(images)
+        assert features.dtype == np.float32
+        assert features.tobytes() == world.features.tobytes()
+        assert embed([]).shape == (0, 12)
+        with pytest.raises(ruiji.ImageError, match=r"1 of 2 pictures cannot be embedded: gone\.png: there is no"):
+            embed([images[0], "gone.png"])
+
+
+def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:
+    gallery = world.open()
+    vector = world.features[0]
+    for kind, message, ask in (
+        (ruiji.UsageError, "no device 'gpu': name one of auto, cuda, cpu", lambda: world_with("gpu")),
+        (ruiji.UsageError, "no metric 'l1'", lambda: gallery.search_vectors(vector, metric="l1")),
+        (ruiji.UsageError, "top_k must be at least 1", lambda: gallery.search_vectors(vector, top_k=0)),
+        (ruiji.UsageError, "min_similarity must be", lambda: gallery.search_vectors(vector, min_similarity=np.nan)),
+        (
+            ruiji.QueryError,
+            r"are float32\[3\], the gallery needs",
+            lambda: gallery.search_vectors(vector[:3]),
+        ),
+        (ruiji.QueryError, "vector 0: its feature is all zero", lambda: gallery.search_vectors(0 * vector)),
+        (ruiji.QueryError, "the gallery has no object nowhere", lambda: gallery.search_ids(["nowhere"])),
+        (ruiji.QueryError, "the gallery has no object nowhere", lambda: gallery.features(["nowhere"])),
+        (ruiji.UsageError, "the threshold must be above 0", lambda: gallery.near_duplicates(0)),
+        (
+            ruiji.UsageError,
+            "give it to open_gallery as model",
+            lambda: ruiji.open_gallery(world.folder).search("a.png"),
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            ask()
+
+
+def world_with(device: str) -> ruiji.Gallery:
+    return ruiji.open_gallery("features", device=device)
+
+
+def test_another_model_than_the_gallerys_is_refused(world: World, tmp_path: Path) -> None:
+    gallery = ruiji.open_gallery(world.folder, tiny_model(tmp_path / "tiny.onnx", seed=1))
+    with pytest.raises(ruiji.GalleryMismatch, match="the gallery was made by the model with fingerprint"):
+        gallery.search(world.media / world.paths[0])
+
+
+def test_an_unverified_gallery_is_searched_with_a_warning(tmp_path: Path, world: World) -> None:
+    write_article_shard(tmp_path / "article", 0, world.features, world.ids)
+    with pytest.warns(ruiji.RuijiWarning, match="unverified gallery") as warned:
+        gallery = ruiji.open_gallery(tmp_path / "article")
+    # It names the line of the caller, not one of ruiji.
+    assert warned[0].filename == __file__
+    assert gallery.search_vectors(world.features[0], top_k=1).hits[0].path is None
+
+
+def test_only_some_objects_are_searched_and_grouped(world: World) -> None:
+    gallery, prefix = world.open(), world.paths[0][:10]
+    some = gallery.only(f"path={prefix}")
+    expected = [name for path, name in zip(world.paths, world.ids, strict=True) if path.startswith(prefix)]
+    assert {hit.object_id for hit in some.search_vectors(world.features[0], top_k=COUNT).hits} == set(expected)
+    assert (len(some), len(gallery)) == (len(expected), COUNT)
+    assert len(gallery.near_duplicates(0.01).groups[0].members) == COUNT
+    with pytest.raises(ruiji.UsageError, match="annotation CSV"):
+        gallery.only("label=cat")
+
+
+def test_new_shards_are_taken_up_and_what_is_known_of_the_others_stays(own_world: World) -> None:
+    world = own_world
+    gallery = world.open()
+    some = gallery.only("path=new/")
+    assert not gallery.refresh()
+    before = gallery._shards.shards
+    added = np.random.default_rng(5).normal(size=(3, 12)).astype(np.float32)
+    write_shard(world.folder, 3, added, [f"new/{number}.png" for number in range(3)], world.model.fingerprint)
+    assert gallery.search_vectors(added[0], top_k=1).hits[0].object_id != "0.png"
+    assert gallery.refresh()
+    assert not gallery.refresh()
+    assert gallery.search_vectors(added[0], top_k=1).hits[0].path == "new/0.png"
+    assert all(old is new for old, new in zip(before, gallery._shards.shards, strict=False))
+    assert (len(gallery), len(some)) == (COUNT + 3, 0)
+    assert some.refresh()
+    assert len(some) == 3
+
+
+def test_a_shard_that_is_damaged_is_refused_and_the_gallery_stays_as_it_was(own_world: World) -> None:
+    world = own_world
+    gallery = world.open()
+    write_shard(world.folder, 3, world.features[:2], world.paths[:2], world.model.fingerprint)
+    layout.paths_file(world.folder, 3).unlink()
+    with pytest.raises(ruiji.ShardCorrupt, match=r"0003 has a record but no 0003\.paths\.txt"):
+        gallery.refresh()
+    assert len(gallery.search_vectors(world.features[0], top_k=COUNT + 2).hits) == COUNT
+
+
+def test_many_threads_search_while_shards_come(own_world: World) -> None:
+    world = own_world
+    gallery = world.open()
+    whole = world.features
+    added = np.random.default_rng(6).normal(size=(8, 3, 12)).astype(np.float32)
+    done = threading.Event()
+
+    def ask(number: int) -> int:
+        asked = 0
+        while not done.is_set() or asked < 5:
+            row = (number + asked) % COUNT
+            by_picture = gallery.search(world.media / world.paths[row], top_k=1)
+            by_vector = gallery.search_vectors(whole, top_k=1)
+            assert by_picture.hits[0].object_id == world.ids[row]
+            assert [one.hits[0].object_id for one in by_vector] == world.ids
+            assert len(gallery.near_duplicates(0.999999)) == 0
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(6) as threads:
+        running = [threads.submit(ask, number) for number in range(5)]
+        for number, features in enumerate(added, 3):
+            paths = [f"new/{number}-{row}.png" for row in range(3)]
+            write_shard(world.folder, number, features, paths, world.model.fingerprint)
+            assert gallery.refresh()
+        done.set()
+        assert sum(one.result() for one in running) >= 25
+    assert len(gallery) == COUNT + 24

@@ -1,0 +1,37 @@
+"""docs/python.md: every example runs on a gallery that `ruiji run` made, and prints what the page says."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.factories import Ruiji, picture, tiny_model
+
+PAGE = ROOT / "docs" / "python.md"
+PICTURES = ("holiday/beach.png", "holiday/sea.png", "town/church.png", "town/harbour.png", "town/street.png")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`photos`, `features` and `model.onnx`, as the page says."""
+    ruiji = Ruiji(
+        tmp_path / "photos", tmp_path / "features", tiny_model(tmp_path / "model.onnx"), tmp_path / "state", ROOT
+    )
+    for seed, path in enumerate(PICTURES):
+        picture(ruiji.media / path, seed, (64, 48))
+    with Image.open(ruiji.media / PICTURES[0]) as beach:
+        beach.resize((12, 9)).save(ruiji.media / "holiday" / "beach-small.png")
+    ruiji("run")
+    return tmp_path
+
+
+def test_every_example_of_the_page_gives_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    page = doctest.DocTestParser().get_doctest(PAGE.read_text(), {}, PAGE.name, str(PAGE), 0)
+    assert len(page.examples) == len(re.findall(r"^    >>> ", PAGE.read_text(), re.MULTILINE)) > 20
+    said: list[str] = []
+    doctest.DocTestRunner().run(page, out=said.append)
+    assert not said, "".join(said)
