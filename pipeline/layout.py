@@ -30,6 +30,15 @@ def toml_file(model: Path) -> Path:
     return model.with_suffix(".toml")
 
 
+#: Where a model of the library comes from, beside it.
+MODEL_SOURCE: Final = "source.json"
+
+
+def added_model_file(models: Path, name: str) -> Path:
+    """The ONNX file of a model that was added to the library under a name."""
+    return models / name / (name + MODEL_ENDING)
+
+
 # The gallery folder G. What is beside `gallery.json`, `run` and `cache` has names of shards, or of two characters.
 
 GALLERY_FILE: Final = "gallery.json"

@@ -168,14 +168,14 @@ def load_model(path: Path, pixels: int | None = None) -> Model:
     Raises:
         ModelError: the file is missing, is not ONNX, or does not fit the contract; says why.
     """
-    graph = _load_graph(path)
+    graph = load_graph(path)
     inputs, outputs = graph_tensors(graph)
     declared = _read_toml(toml_file(path))
     try:
         spec, batch = _resolve(inputs, outputs, declared, PIXELS[-1] if pixels is None else pixels)
     except ModelError as error:
         raise ModelError(f"{path} does not fit: {error}") from None
-    external = tuple(sorted(_external_files(graph)))
+    external = tuple(sorted(external_files(graph)))
     return Model(path, spec, batch, _fingerprint(path, external, spec), external, _toml_digest(path))
 
 
@@ -222,7 +222,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
     Raises:
         ModelError: as `load_model`; the message has the graph's inputs and outputs where they do not fit.
     """
-    inputs, outputs = graph_tensors(_load_graph(path))
+    inputs, outputs = graph_tensors(load_graph(path))
     model = load_model(path)
     spec = model.spec
     return [
@@ -260,7 +260,12 @@ def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [tensor(v) for v in graph.input if v.name not in constants], [tensor(v) for v in graph.output]
 
 
-def _load_graph(path: Path) -> Any:
+def load_graph(path: Path) -> Any:
+    """An ONNX file's graph, without weights that lie outside of the file.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or is no model.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -563,7 +568,7 @@ def _fingerprint(path: Path, external: tuple[str, ...], spec: ModelSpec) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _external_files(graph: Any) -> set[str]:
+def external_files(graph: Any) -> set[str]:
     """Files that hold weights outside the .onnx file, also those of subgraphs (If, Loop, Scan)."""
     import onnx
 

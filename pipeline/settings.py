@@ -80,6 +80,21 @@ class TransportKind(StrEnum):
     stock = "stock"
 
 
+def models_dir(given: Path | None = None) -> Path:
+    """The folder of the models that were added: as given, of the environment, or the user's data folder."""
+    named = given or os.environ.get("RUIJI_MODELS")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(named) if named else Path(data) / "ruiji" / "models"
+
+
+def model_file(model: Path | None) -> Path | None:
+    """The file of a model that is given by its name in the library; any other path as it is."""
+    if model is None or len(model.parts) != 1 or model.suffix == layout.MODEL_ENDING or model.is_file():
+        return model
+    added = layout.added_model_file(models_dir(), model.name)
+    return added if added.is_file() else model
+
+
 MediaDir = Annotated[
     Path,
     typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images; never written to."),
@@ -97,7 +112,18 @@ FeatureDir = Annotated[
 ModelFile = Annotated[
     Path,
     typer.Option(
-        "--model", envvar="RUIJI_MODEL", help="The ONNX model; a <model>.toml beside it says what it expects."
+        "--model",
+        envvar="RUIJI_MODEL",
+        callback=model_file,
+        help="The ONNX model; a <model>.toml beside it says what it expects. Or the name of one from ruiji model list.",
+    ),
+]
+ModelsDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--models-dir",
+        envvar="RUIJI_MODELS",
+        help="Folder of the models that were added.  [default: ~/.local/share/ruiji/models]",
     ),
 ]
 ListFile = Annotated[

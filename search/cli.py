@@ -11,7 +11,7 @@ import typer
 
 from pipeline.arguments import Commands
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir
+from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir, model_file
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
@@ -32,6 +32,7 @@ GalleryModel = Annotated[
     typer.Option(
         "--model",
         envvar="RUIJI_MODEL",
+        callback=model_file,
         help="The ONNX model: its name is the gallery's. The file itself is only needed for pictures; without it "
         "FEATURE_DIR is the gallery or has one.",
     ),

@@ -22,7 +22,7 @@ class Role(StrEnum):
     all = "all"
 
 
-model_app = Commands(help="Look at models.")
+model_app = Commands(help="Add models, and look at them.")
 
 
 def register(app: typer.Typer) -> None:
@@ -127,6 +127,53 @@ def doctor(
         states.add(check.state)
     code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
     raise typer.Exit(code)
+
+
+@model_app.command()
+def add(
+    source: Annotated[
+        Path,
+        typer.Argument(help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich has it."),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="What --model takes.  [default: the folder's name]")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", help="The graph's output with the features.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option("--pooling", help="One vector from tokens or a map: cls, mean or map-mean.")
+    ] = None,
+    skip_tokens: Annotated[
+        int | None, typer.Option("--skip-tokens", min=0, help="With --pooling mean: leave out so many first tokens.")
+    ] = None,
+    models_dir: settings.ModelsDir = None,
+) -> None:
+    """Copy a model, write its .toml from what lies beside it, and prove that it runs.
+
+    Read are preprocessor_config.json, config.json of timm, open_clip_config.json and preprocess_cfg.json. What they say
+    and ruiji cannot do is refused by its name. Then: ruiji run --model NAME
+    """
+    from workers.models.library import add_model
+
+    given = {"name": output, "pooling": pooling, "skip_tokens": skip_tokens}
+    wanted = {key: value for key, value in given.items() if value is not None}
+    added = add_model(source, settings.models_dir(models_dir), name, wanted)
+    streams.tell(layout.toml_file(added.path).read_text(encoding="utf-8").rstrip())
+    streams.note(
+        f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}"
+    )
+
+
+@model_app.command("list")
+def list_models(models_dir: settings.ModelsDir = None) -> None:
+    """List the models that were added: name, licence and source."""
+    from workers.models.library import added_models
+
+    added = list(added_models(settings.models_dir(models_dir)))
+    width = max((len(model.name) for model in added), default=0)
+    for model in added:
+        streams.tell(f"{model.name:<{width}}  {model.license or '-':<12}  {model.source}")
+    if not added:
+        streams.note("no model was added; see ruiji model add --help")
 
 
 @model_app.command()

@@ -9,6 +9,8 @@ They need another torch than ruiji's tests, so they live in an environment of th
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from PIL import Image
 from tests.models.pictures import KINDS, SIZES, picture
 
 CASES = Path(__file__).parent.parent / "data" / "fit.json"
+#: From a picture to [c, h, w]: the values that the model gets, or (False) pixels from 0 to 255.
+Maker = Callable[[Image.Image, bool], NDArray[Any]]
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "open_clip_torch", "pillow")
 
 
@@ -82,6 +86,90 @@ def by_open_clip(image: Image.Image, kind: dict[str, Any]) -> NDArray[np.uint8]:
     return np.rint(np.asarray(steps(image)).transpose(1, 2, 0) * 255).astype(np.uint8)
 
 
+def hugging_face_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:
+    """`preprocessor_config.json` of image processors, as transformers writes it, and what the processor makes."""
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    dinov2 = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
+    for processor in (
+        CLIPImageProcessorPil(),
+        BitImageProcessorPil(**dinov2),
+        ViTImageProcessorPil(),
+        SiglipImageProcessorPil(),
+        ConvNextImageProcessorPil(size={"shortest_edge": 224}),
+        ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+    ):
+        written = json.loads(processor.to_json_string())
+
+        def make(image: Image.Image, whole: bool, processor: Any = processor) -> NDArray[Any]:
+            options = {} if whole else {"do_rescale": False, "do_normalize": False}
+            return np.asarray(processor(image, return_tensors="np", **options)["pixel_values"][0])
+
+        yield "preprocessor_config.json", written, make
+
+
+def timm_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:
+    """`config.json` of timm's models, as timm writes it for a hub, and what its transforms make."""
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    addresses = ("url", "hf_hub_id", "origin_url")
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("resnet18", {}),
+        ("vit_tiny_patch16_224", {}),
+        ("efficientnet_b0", {}),
+        ("mobilenetv3_small_100", {"crop_pct": 0.95}),
+        ("resnet18", {"crop_mode": "squash", "crop_pct": 1.0}),
+        ("resnet18", {"crop_mode": "border", "crop_pct": 1.0}),
+    ]
+    for name, changed in changes:
+        model = timm.create_model(name, pretrained=False)
+        model.pretrained_cfg.update(changed)
+        kept = {key: value for key, value in model.pretrained_cfg.items() if value is not None and key not in addresses}
+        written = {"architecture": name, "pretrained_cfg": kept}
+
+        def make(image: Image.Image, whole: bool, model: Any = model) -> NDArray[Any]:
+            steps = create_transform(**resolve_model_data_config(model), is_training=False, normalize=whole)
+            return np.asarray(steps(image))
+
+        yield "config.json", json.loads(json.dumps(written)), make
+
+
+def open_clip_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:
+    """What open_clip's and immich's models have beside them, and what open_clip makes of it."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    for mode in ("shortest", "longest", "squash"):
+        given = PreprocessCfg(size=(224, 224), resize_mode=mode, interpolation="bicubic", fill_color=114)
+
+        def make(image: Image.Image, whole: bool, given: Any = given) -> NDArray[Any]:
+            plain = {} if whole else {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+            made = np.asarray(image_transform_v2(replace(given, **plain), is_train=False)(image))
+            return made if whole else np.rint(made * 255)
+
+        yield "preprocess_cfg.json", json.loads(json.dumps(asdict(given))), make
+
+
+def conventions() -> Iterator[dict[str, Any]]:
+    """Each configuration with the digests of the pixels, and the mean of the values, of some pictures."""
+    for made_by in (hugging_face_configurations, timm_configurations, open_clip_configurations):
+        for name, written, make in made_by():
+            seen = []
+            for size in SIZES[:4]:
+                pixels = make(picture(*size), False)
+                bytes_of = np.ascontiguousarray(pixels.transpose(1, 2, 0).astype(np.uint8))
+                assert (bytes_of == pixels.transpose(1, 2, 0)).all()
+                mean = float(make(picture(*size), True).mean(dtype=np.float64))
+                seen.append(
+                    {"size": size, "sha256": hashlib.sha256(bytes_of.tobytes()).hexdigest(), "mean": round(mean, 5)}
+                )
+            yield {"file": name, "written": written, "seen": seen}
+
+
 def made() -> dict[str, Any]:
     """All cases as the installed libraries make them."""
     ways = {"torchvision": by_torchvision, "huggingface": by_huggingface, "timm": by_timm}
@@ -91,21 +179,27 @@ def made() -> dict[str, Any]:
         for size in SIZES
         for pixels in [np.ascontiguousarray(ways[kind["reference"]](picture(*size), kind))]
     ]
-    return {"versions": {name: version(name) for name in LIBRARIES}, "cases": cases}
+    return {
+        "versions": {name: version(name) for name in LIBRARIES},
+        "cases": cases,
+        "conventions": list(conventions()),
+    }
 
 
 def main() -> None:
     """Record, or compare."""
-    now = made()
+    # As JSON has it.
+    now = json.loads(json.dumps(made()))
     if "--record" in sys.argv:
         CASES.write_text(json.dumps(now, indent=1) + "\n")
         print(f"{len(now['cases'])} cases of {now['versions']}")
         return
     kept = json.loads(CASES.read_text())
-    differ = [a for a, b in zip(now["cases"], kept["cases"], strict=True) if a != b | {"size": tuple(b["size"])}]
+    pairs = [pair for key in ("cases", "conventions") for pair in zip(now[key], kept[key], strict=True)]
+    differ = [a for a, b in pairs if a != b]
     for case in differ:
         print(f"another result: {case}")
-    print(f"{len(now['cases'])} cases, {len(differ)} differ; {now['versions']}")
+    print(f"{len(pairs)} cases, {len(differ)} differ; {now['versions']}")
     sys.exit(bool(differ))
 
 

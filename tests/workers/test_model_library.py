@@ -1,0 +1,245 @@
+"""Models are added with the preprocessing that lies beside them, read as the library that wrote it reads it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.errors import ModelError, UsageError
+from pipeline.model import load_model
+from tests.factories import Ruiji, only_line, pictures
+from tests.models.pictures import picture
+from tests.workers.test_images import LIMIT
+from workers.encoder import to_input
+from workers.images import load_pixels
+from workers.models.library import add_model, added_models
+
+RECORDED = json.loads((Path(__file__).parent.parent / "data" / "fit.json").read_text())["conventions"]
+CLIP = RECORDED[0]["written"]
+README = "---\nlicense: apache-2.0\ntags: []\n---\n# A model\n"
+
+
+def exported(folder: Path, outputs: tuple[str, ...] = ("image_embeds",), name: str = "model.onnx") -> Path:
+    """A graph as exporters make it: [n, 3, h, w] of open size, to the mean of each channel in four corners."""
+    folder.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        helper.make_node("Resize", ["pixel_values", "", "", "small"], ["corners"], mode="nearest"),
+        helper.make_node("Reshape", ["corners", "flat"], [outputs[0]]),
+        *(helper.make_node("Mul", [outputs[0], "two"], [other]) for other in outputs[1:]),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([1, 3, 2, 2], np.int64), "small"),
+        numpy_helper.from_array(np.array([0, 12], np.int64), "flat"),
+        numpy_helper.from_array(np.array(2, np.float32), "two"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "corners",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, "height", "width"])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [1, 12]) for output in outputs],
+        constants,
+    )
+    path = folder / name
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def source_of(folder: Path, written: dict[str, Any] | None = None, file: str = "preprocessor_config.json") -> Path:
+    exported(folder)
+    (folder / file).write_text(json.dumps(CLIP if written is None else written))
+    (folder / "README.md").write_text(README)
+    return folder
+
+
+def named(case: dict[str, Any]) -> str:
+    written = case["written"]
+    cfg = written.get("pretrained_cfg", {})
+    kind = written.get("image_processor_type") or written.get("architecture") or written.get("resize_mode")
+    return f"{case['file']}-{kind}-{cfg.get('crop_mode', written.get('size'))}"
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=named)
+def test_a_convention_is_read_as_its_library_reads_it(case: dict[str, Any], tmp_path: Path) -> None:
+    added = add_model(source_of(tmp_path / "theirs", case["written"], case["file"]), tmp_path / "models")
+    spec = load_model(added.path).spec
+    for seen in case["seen"]:
+        picture(*seen["size"]).save(tmp_path / "x.png")
+        pixels = load_pixels(tmp_path / "x.png", spec, LIMIT)
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == seen["sha256"]
+        assert to_input(pixels[np.newaxis], spec).mean(dtype=np.float64) == pytest.approx(seen["mean"], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "words"),
+    [
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "Siglip2ImageProcessor"},
+            "Siglip2ImageProcessor is none",
+        ),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.Y"}}, "code of its own"),
+        ("preprocessor_config.json", {"do_pad": True}, "do_pad is True"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize is False"),
+        ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
+        ("preprocessor_config.json", {"resample": None}, "has no resample"),
+        ("preprocessor_config.json", {"image_mean": None}, "has no image_mean"),
+        ("preprocessor_config.json", {"crop_size": None}, "no crop_size"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "none of the ways"),
+        ("preprocessor_config.json", {"crop_size": {"height": 300, "width": 300}}, "less than the 300 x 300"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 224}}, "whole number of pixels"),
+        ("preprocessor_config.json", {"color_jitter": 0.4}, "color_jitter is 0.4"),
+        ("config.json", {"crop_mode": "corner"}, "none of the ways"),
+        ("config.json", {"interpolation": "random"}, "interpolation is 'random'"),
+        ("config.json", {"input_size": [3, 224, 256]}, "one whole number"),
+        ("config.json", {"crop_pct": "0.9"}, "not a number"),
+        ("preprocess_cfg.json", {"resize_mode": "fill"}, "none of shortest"),
+        ("preprocess_cfg.json", {"mode": "L"}, "mode is 'L'"),
+        ("preprocess_cfg.json", {"size": [224, 256]}, "one whole number"),
+        ("preprocess_cfg.json", {"antialias": "none"}, "antialias is 'none'"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_its_name(
+    tmp_path: Path, file: str, changed: dict[str, Any], words: str
+) -> None:
+    written = json.loads(json.dumps(next(case["written"] for case in RECORDED if case["file"] == file)))
+    inner = written.get("pretrained_cfg", written)
+    inner.update(changed)
+    with pytest.raises(ModelError) as caught:
+        add_model(source_of(tmp_path / "theirs", written, file), tmp_path / "models")
+    assert words in str(caught.value)
+    assert not list((tmp_path / "models").glob("*")), "nothing is left of what was refused"
+
+
+def test_two_conventions_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    same = {"size": 224, "mean": CLIP["image_mean"], "std": CLIP["image_std"], "resize_mode": "shortest"}
+    (source / "preprocess_cfg.json").write_text(json.dumps(same))
+    add_model(source, tmp_path / "models", "agree")
+    (source / "preprocess_cfg.json").write_text(json.dumps({**same, "resize_mode": "squash"}))
+    with pytest.raises(ModelError, match=r"contradict each other in (fit|resize_size)"):
+        add_model(source, tmp_path / "models", "differ")
+    (source / "preprocess_cfg.json").write_text("[" * 5000)
+    with pytest.raises(ModelError, match="cannot read"):
+        add_model(source, tmp_path / "models", "differ")
+
+
+@pytest.mark.parametrize("place", ["model.onnx", "onnx/model.onnx", "visual/model.onnx", "deep/er/some.onnx"])
+def test_the_graph_is_found_where_exporters_put_it(tmp_path: Path, place: str) -> None:
+    source = source_of(tmp_path / "theirs")
+    (source / "model.onnx").unlink()
+    exported((source / place).parent, name=Path(place).name)
+    if place.startswith("deep"):
+        # Its convention is looked for beside the graph.
+        (source / "preprocessor_config.json").rename(source / "deep" / "er" / "preprocessor_config.json")
+    added = add_model(source, tmp_path / "models")
+    assert added.name == ("er" if place.startswith("deep") else "theirs") or added.name == "theirs"
+
+
+def test_of_several_graphs_one_has_to_be_given(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    (source / "model.onnx").rename(source / "a.onnx")
+    exported(source, name="b.onnx")
+    with pytest.raises(ModelError, match=r"several models \(a\.onnx, b\.onnx\)"):
+        add_model(source, tmp_path / "models")
+    assert add_model(source / "b.onnx", tmp_path / "models").name == "theirs"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no \.onnx file"):
+        add_model(tmp_path / "empty", tmp_path / "models")
+    with pytest.raises(ModelError, match="no file or folder"):
+        add_model(tmp_path / "none", tmp_path / "models")
+
+
+def test_of_several_outputs_the_embedding_is_taken_and_said(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    exported(source, ("last_hidden_state", "pooler_output"))
+    added = add_model(source, tmp_path / "models")
+    assert load_model(added.path).spec.output_name == "pooler_output"
+    assert "the graph's embedding among last_hidden_state, pooler_output" in added.path.with_suffix(".toml").read_text()
+    exported(source, ("one", "other"))
+    with pytest.raises(ModelError, match=r"several outputs \(one, other\); name one with --output"):
+        add_model(source, tmp_path / "models", "second")
+    added = add_model(source, tmp_path / "models", "second", {"name": "other"})
+    assert load_model(added.path).spec.output_name == "other"
+
+
+def test_weights_outside_the_file_come_along_and_no_other_file_does(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    graph = onnx.load(source / "model.onnx")
+    graph.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.ones(1000, np.float32), "two"))
+    graph.graph.node.append(helper.make_node("ReduceSum", ["two"], ["unused"], keepdims=0))
+    onnx.save(graph, source / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=100)
+    (source / "secret.txt").write_text("x")
+    added = add_model(source, tmp_path / "models")
+    assert sorted(path.name for path in added.path.parent.iterdir()) == [
+        "source.json",
+        "theirs.onnx",
+        "theirs.toml",
+        "weights.bin",
+    ]
+    (source / "weights.bin").unlink()
+    with pytest.raises(ModelError, match=r"weights\.bin, which is not there"):
+        add_model(source, tmp_path / "models", "without")
+    hostile = onnx.load(source / "model.onnx", load_external_data=False)
+    for entry in hostile.graph.initializer[2].external_data:
+        if entry.key == "location":
+            entry.value = "../../secret.txt"
+    (source / "model.onnx").write_bytes(hostile.SerializeToString())
+    with pytest.raises(ModelError, match="no file beside it"):
+        add_model(source, tmp_path / "models", "hostile")
+
+
+def test_a_name_is_one_model(tmp_path: Path) -> None:
+    source, models = source_of(tmp_path / "theirs"), tmp_path / "models"
+    first = add_model(source, models)
+    kept = first.path.with_suffix(".toml").read_bytes()
+    assert add_model(source, models) == first, "the same model again changes nothing"
+    (source / "preprocessor_config.json").write_text(json.dumps({**CLIP, "resample": 2}))
+    with pytest.raises(UsageError, match="another model has the name theirs"):
+        add_model(source, models)
+    assert first.path.with_suffix(".toml").read_bytes() == kept
+    for name in ("../x", ".x", "a/b", "", "x" * 101):
+        if name:
+            with pytest.raises(UsageError, match="no name for a model"):
+                add_model(source, models, name)
+    add_model(source, models, "second")
+    assert [(model.name, model.license) for model in added_models(models)] == [
+        ("second", "apache-2.0"),
+        ("theirs", "apache-2.0"),
+    ]
+
+
+def test_a_model_that_gives_nothing_useful_is_refused(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    for operator, words in (("Sub", "the same feature"), ("Div", "not finite")):
+        graph = onnx.load(exported(source))
+        graph.graph.node[1].output[0] = "raw"
+        # The features minus themselves, and that divided by itself.
+        graph.graph.node.append(helper.make_node("Sub", ["raw", "raw"], ["zero"]))
+        graph.graph.node.append(helper.make_node(operator, ["zero", "zero"], ["image_embeds"]))
+        onnx.save(graph, source / "model.onnx")
+        with pytest.raises(ModelError, match=words):
+            add_model(source, tmp_path / "models")
+    assert not list((tmp_path / "models").glob("*"))
+
+
+def test_from_a_folder_to_a_ranking_in_three_commands(ruiji: Ruiji, tmp_path: Path) -> None:
+    pictures(ruiji.media, 6, size=(90, 60))
+    source = source_of(tmp_path / "clip-vit")
+    ruiji.environment = {"RUIJI_MODELS": str(tmp_path / "models")}
+    added = ruiji("model", "add", str(source))
+    assert 'fit = "crop"' in added.stdout and "# preprocessor_config.json: size" in added.stdout
+    assert "--model clip-vit" in added.stderr
+    assert ruiji("model", "list").stdout.split() == ["clip-vit", "apache-2.0", str(source)]
+    ruiji.model = Path("clip-vit")
+    ruiji("run", "--workers", "1")
+    asked = next(ruiji.media.rglob("*.png"))
+    best = json.loads(ruiji("search", str(asked), "--top-k", "1", "--format", "jsonl").stdout.splitlines()[0])
+    assert best["similarity"] == pytest.approx(1) and best["object_id"] == asked.name
+    refused = only_line(ruiji("model", "add", str(tmp_path), code=2).stderr)
+    assert "several models" in refused or "nothing in" in refused
+    assert "no model was added" in ruiji("model", "list", "--models-dir", str(tmp_path / "none")).stderr

@@ -1,0 +1,289 @@
+"""What lies beside a model's weights and says how its pictures are prepared, as the keys of a `<model>.toml`.
+
+Four conventions are read. What they can say and ruiji cannot do is refused by its name, never approximated: a wrong
+value gives no error, only worse hits.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+
+#: A convention has some hundred bytes.
+_MAX_BYTES = 1 << 20
+#: Pillow's numbers for its filters, which transformers keeps.
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+#: Image processors of transformers that resize the shorter side and crop, those that stretch, and one that does either.
+_SHORTER_SIDE = ("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor")
+_STRETCHING = ("ViTImageProcessor", "ViTFeatureExtractor", "SiglipImageProcessor", "DINOv3ViTImageProcessor")
+_CONVNEXT = ("ConvNextImageProcessor", "ConvNextFeatureExtractor")
+#: Up to this side ConvNext's processor crops; from it on, it stretches.
+_CONVNEXT_STRETCHES = 384
+#: Keys that change no pixel, for us: channels are always converted, and tensors are our own.
+_NEUTRAL = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format"),
+    *(
+        "input_data_format",
+        "return_tensors",
+        "device",
+        "disable_grouping",
+        "_valid_processor_keys",
+        "default_to_square",
+    ),
+    "image_seq_length",
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """One value of a convention.
+
+    Attributes:
+        value: as a `<model>.toml` has it.
+        origin: where it comes from, for people.
+    """
+
+    value: Any
+    origin: str
+
+
+class _Keys:
+    """The keys of one JSON object, each taken at most once; what is left over was not understood."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self._left = dict(values)
+
+    def refuse(self, words: str) -> ModelError:
+        return ModelError(f"{self.path}: {words}")
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """A value, null if it is absent and has a default.
+
+        Raises:
+            ModelError: it is absent and has none, since that of the library may change.
+        """
+        value = self._left.pop(key, None)
+        if value is None and default is ...:
+            raise self.refuse(f"it has no {key}, and what the library takes instead is not written there; add it")
+        return default if value is None else value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(f"{key} is {value!r}, not a number")
+        return float(value)
+
+    def side(self, key: str, value: Any) -> int:
+        if isinstance(value, list) and len(set(map(str, value))) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refuse(f"{key} is {value!r}; ruiji takes one whole number of pixels, or the same one twice")
+        return value
+
+    def only(self, key: str, allowed: Any, default: Any = ...) -> None:
+        """Refuse all values of a key but one."""
+        value = self.take(key, default)
+        if value != allowed:
+            raise self.refuse(f"{key} is {value!r}, and ruiji can only do {allowed!r}")
+
+    def end(self, neutral: set[str]) -> None:
+        """Refuse what is left and could change a pixel."""
+        for key, value in self._left.items():
+            if key not in neutral and value not in (None, False):
+                raise self.refuse(f"{key} is {value!r}, which ruiji does not know how to follow")
+
+
+def find_convention(folders: list[Path]) -> dict[str, Said]:
+    """The keys of `[input]` that the conventions in some folders say.
+
+    Raises:
+        ModelError: there is none, two contradict each other, or one says what cannot be followed.
+    """
+    readers: dict[str, Callable[[Path, dict[str, Any]], dict[str, Said] | None]] = {
+        "preprocess_cfg.json": _open_clip,
+        "open_clip_config.json": _open_clip,
+        "preprocessor_config.json": _hugging_face,
+        "config.json": _timm,
+    }
+    found: list[tuple[Path, dict[str, Said]]] = []
+    for folder in folders:
+        for name, read in readers.items():
+            path = folder / name
+            if path.is_file() and (said := read(path, _object(path))) is not None:
+                found.append((path, said))
+    if not found:
+        names = ", ".join(readers)
+        raise ModelError(
+            f"nothing in {' and '.join(map(str, folders))} says how pictures are prepared ({names}); write a .toml "
+            "beside the model, as docs/models.md shows"
+        )
+    first, said = found[0]
+    for other, differently in found[1:]:
+        for key in said.keys() | differently.keys():
+            values = [each[key].value if key in each else None for each in (said, differently)]
+            if values[0] != values[1] and key != "reference":
+                raise ModelError(f"{first} and {other} contradict each other in {key}; remove the one that is wrong")
+    return said
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()[: _MAX_BYTES + 1]
+        value = json.loads(data) if len(data) <= _MAX_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not one JSON object of less than 1 MB")
+    return value
+
+
+def _colors(keys: _Keys, mean: str, std: str) -> Iterator[tuple[str, Said]]:
+    for name, key in (("mean", mean), ("std", std)):
+        values = keys.take(key)
+        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+            raise keys.refuse(f"{key} is {values!r}, not a list of numbers")
+        yield name, Said(values, f"{keys.path.name}: {key}")
+
+
+def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
+    """`preprocessor_config.json`, of transformers' image processors."""
+    keys = _Keys(path, values)
+    kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+    family = kind.removesuffix("Fast").removesuffix("Pil")
+    if "auto_map" in values:
+        raise keys.refuse("it names code of its own (auto_map), which ruiji does not run")
+    if family not in (*_SHORTER_SIDE, *_STRETCHING, *_CONVNEXT):
+        known = ", ".join((*_SHORTER_SIDE, *_STRETCHING, *_CONVNEXT))
+        raise keys.refuse(f"the image processor {kind} is none of those that ruiji knows: {known}")
+    keys.only("do_resize", True, True)
+    keys.only("do_rescale", True, True)
+    if not math.isclose(factor := keys.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise keys.refuse(f"rescale_factor is {factor}, and ruiji can only do 1/255")
+    resample = keys.take("resample")
+    if resample not in _RESAMPLE:
+        raise keys.refuse(f"resample is {resample!r}, none of Pillow's filters")
+    said = {"resize": Said(_RESAMPLE[resample], f"{path.name}: resample {resample}")}
+    size = keys.take("size")
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        exact = (keys.side("size.height", size["height"]), keys.side("size.width", size["width"]))
+        shortest = None
+    else:
+        shortest = keys.side("size", size.get("shortest_edge") if isinstance(size, dict) else size)
+        exact = (shortest, shortest)
+    crops = keys.take("do_center_crop", family in _SHORTER_SIDE)
+    crop = keys.take("crop_size", None)
+    if family in _CONVNEXT:
+        part = keys.number("crop_pct", 224 / 256)
+        crops, crop = exact[0] < _CONVNEXT_STRETCHES, exact[0]
+        shortest = int(exact[0] / part)
+    if crops and shortest is not None and family not in _STRETCHING:
+        if crop is None:
+            raise keys.refuse("it crops and has no crop_size, and what the library takes instead is not written there")
+        height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
+        said |= {
+            "fit": Said("crop", f"{kind} crops the centre"),
+            "resize_size": Said(shortest, f"{path.name}: size"),
+            "reference": Said("huggingface", f"{kind}, as transformers does it with Pillow"),
+            "height": Said(keys.side("crop_size", height), f"{path.name}: crop_size"),
+            "width": Said(keys.side("crop_size", width), f"{path.name}: crop_size"),
+        }
+    elif crops or (family in _SHORTER_SIDE and shortest is not None):
+        raise keys.refuse(
+            f"{kind} with size {size!r} and do_center_crop {crops!r} is none of the ways that ruiji knows"
+        )
+    else:
+        said |= {
+            "fit": Said("stretch", f"{kind} resizes both sides"),
+            "height": Said(exact[0], f"{path.name}: size"),
+            "width": Said(exact[1], f"{path.name}: size"),
+        }
+    normalizes = keys.take("do_normalize", True)
+    if normalizes is not True and normalizes is not False:
+        raise keys.refuse(f"do_normalize is {normalizes!r}, neither true nor false")
+    if normalizes:
+        said |= dict(_colors(keys, "image_mean", "image_std"))
+    # Configurations have these also if nothing uses them.
+    keys.end({*_NEUTRAL, *(() if normalizes else ("image_mean", "image_std")), "crop_pct", "crop_size"})
+    return said
+
+
+def _timm(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
+    """`config.json` of timm; None if it is another library's."""
+    if not isinstance(values.get("pretrained_cfg"), dict):
+        return None
+    keys = _Keys(path, values["pretrained_cfg"])
+    shape = keys.take("input_size")
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise keys.refuse(f"input_size is {shape!r}, not [channels, height, width]")
+    side = keys.side("input_size", shape[1:])
+    part, mode = keys.number("crop_pct"), keys.take("crop_mode", "center")
+    interpolation = keys.take("interpolation")
+    if interpolation not in _RESAMPLE.values():
+        raise keys.refuse(f"interpolation is {interpolation!r}, which ruiji does not know how to follow")
+    said = {
+        "height": Said(side, f"{path.name}: input_size"),
+        "width": Said(side, f"{path.name}: input_size"),
+        "resize": Said(interpolation, f"{path.name}: interpolation"),
+        **dict(_colors(keys, "mean", "std")),
+    }
+    if mode == "center":
+        return said | {
+            "fit": Said("crop", f"{path.name}: crop_mode center"),
+            "resize_size": Said(math.floor(side / part), f"{path.name}: input_size / crop_pct {part}"),
+            "reference": Said("timm", "timm's own transforms"),
+        }
+    if part != 1:
+        raise keys.refuse(f"crop_mode {mode!r} with crop_pct {part} is none of the ways that ruiji knows")
+    if mode == "squash":
+        return said | {"fit": Said("stretch", f"{path.name}: crop_mode squash")}
+    if mode != "border":
+        raise keys.refuse(f"crop_mode is {mode!r}, none of center, squash and border")
+    return said | {
+        "fit": Said("pad", f"{path.name}: crop_mode border"),
+        "pad_color": Said([round(255 * value) for value in said["mean"].value], f"{path.name}: mean"),
+        "reference": Said("timm", "timm's own transforms"),
+    }
+
+
+def _open_clip(path: Path, values: dict[str, Any]) -> dict[str, Said]:
+    """`open_clip_config.json`, and immich's `preprocess_cfg.json`, which is its inner part."""
+    inner = values.get("preprocess_cfg", values)
+    keys = _Keys(path, inner if isinstance(inner, dict) else {})
+    size = keys.take("size", None)
+    if size is None:
+        vision = values.get("model_cfg", {})
+        vision = vision.get("vision_cfg", {}) if isinstance(vision, dict) else {}
+        size = vision.get("image_size") if isinstance(vision, dict) else None
+    side = keys.side("size", size)
+    mode, interpolation = keys.take("resize_mode", "shortest"), keys.take("interpolation", "bicubic")
+    if interpolation not in ("bicubic", "bilinear"):
+        raise keys.refuse(f"interpolation is {interpolation!r}, which ruiji does not know how to follow")
+    keys.only("mode", "RGB", "RGB")
+    color = keys.take("fill_color", 0)
+    said = {
+        "height": Said(side, f"{path.name}: size"),
+        "width": Said(side, f"{path.name}: size"),
+        "resize": Said(interpolation, f"{path.name}: interpolation"),
+        **dict(_colors(keys, "mean", "std")),
+    }
+    keys.end(set())
+    if mode == "squash":
+        return said | {"fit": Said("stretch", f"{path.name}: resize_mode squash")}
+    if mode == "shortest":
+        return said | {
+            "fit": Said("crop", f"{path.name}: resize_mode shortest"),
+            "resize_size": Said(side, f"{path.name}: size"),
+            "reference": Said("torchvision", "open_clip crops with torchvision"),
+        }
+    if mode != "longest":
+        raise keys.refuse(f"resize_mode is {mode!r}, none of shortest, squash and longest")
+    return said | {
+        "fit": Said("pad", f"{path.name}: resize_mode longest"),
+        "pad_color": Said(color, f"{path.name}: fill_color"),
+        "reference": Said("timm", "open_clip pads as timm does"),
+    }

@@ -1,0 +1,218 @@
+"""The models that a user has added: one folder each, with the ONNX file, its `.toml` and where they come from."""
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import layout
+from pipeline.errors import ModelError, RuijiError, UsageError
+from pipeline.model import Model, external_files, load_graph, load_model
+from workers.encoder import Encoder
+from workers.models.conventions import Said, find_convention
+
+#: Where exporters put the graph, the usual places first.
+_PLACES = ("model.onnx", "onnx/model.onnx", "visual/model.onnx", "onnx/vision_model.onnx", "vision_model.onnx")
+#: Outputs that are one vector per image, the one that its library calls an embedding first.
+_EMBEDDINGS = ("image_embeds", "pooler_output", "feature_vector")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LICENSE = re.compile(r"^license:\s*(\S.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A model of the library.
+
+    Attributes:
+        name: what `--model` takes.
+        path: of its ONNX file.
+        source: where it was added from.
+        license: as its source states it; None if it states none.
+    """
+
+    name: str
+    path: Path
+    source: str
+    license: str | None
+
+
+def add_model(source: Path, models: Path, name: str | None = None, output: dict[str, Any] | None = None) -> Added:
+    """Copy a model with its external weights, write its `.toml` from the convention beside it, and prove it.
+
+    Nothing is left of a model that is refused.
+
+    Args:
+        source: an ONNX file, or a folder that has one in a usual place.
+        models: the library's folder; made if it is not there.
+        name: by default that of the source's folder.
+        output: keys of `[output]` that the caller gives, which no convention says.
+
+    Raises:
+        ModelError: there is no model, its convention cannot be followed, or it does not run as it promises.
+        UsageError: the name cannot be used, or another model has it.
+    """
+    found = _graph_in(source)
+    near = found.parent
+    # Exporters put the graph into a folder of its own, below the convention.
+    folders = [near, *([near.parent] if near.name in ("onnx", "visual") else [])]
+    name = name or (source if source.is_dir() else folders[-1]).resolve().name
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name for a model: letters, digits, dots, _ and - are; give one with --name")
+    declared = layout.toml_file(found)
+    said = None if declared.is_file() else find_convention(folders)
+    if said is None and output:
+        raise UsageError(f"{declared} says what comes out of the model; change it there")
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models, prefix=".adding-") as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            model = _copied(found, folder, said, output or {})
+            prove(model)
+            facts = {
+                "source": str(source),
+                "graph": str(found),
+                "license": _license(folders),
+                "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+            }
+            (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
+            target = models / name
+            if target.exists():
+                _require_same(target, facts)
+            else:
+                os.rename(folder, target)
+    except OSError as error:
+        raise RuijiError(f"cannot write the model {name} to {models}: {error.strerror}") from error
+    return _read(models / name)
+
+
+def added_models(models: Path) -> Iterator[Added]:
+    """The models of the library, by name."""
+    if models.is_dir():
+        for folder in sorted(models.iterdir()):
+            if not folder.name.startswith(".") and (folder / layout.MODEL_SOURCE).is_file():
+                yield _read(folder)
+
+
+def prove(model: Model) -> None:
+    """Encode pictures of noise: features are finite, differ between pictures, and are the same bits at a second time.
+
+    Raises:
+        ModelError: they are not; or as `Encoder.encode`.
+    """
+    encoder, spec = Encoder(model, "cpu"), model.spec
+    noise = np.random.default_rng(0).integers(0, 256, (3, spec.height, spec.width, spec.channels), dtype=np.uint8)
+    first, second = encoder.encode(noise), encoder.encode(noise)
+    if not np.isfinite(first).all():
+        raise ModelError(f"{model.path} gives features that are not finite; was it exported in float16?")
+    if (first == first[0]).all():
+        raise ModelError(f"{model.path} gives all pictures the same feature; take another output with --output")
+    if (first != second).any():
+        raise ModelError(
+            f"{model.path} gives the same picture another feature at the second time; was it exported with dropout?"
+        )
+
+
+def _graph_in(source: Path) -> Path:
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise ModelError(f"there is no file or folder {source}")
+    usual = [source / place for place in _PLACES if (source / place).is_file()]
+    found = usual[:1] or sorted(source.rglob("*.onnx"))
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(str(path.relative_to(source)) for path in found[:10])
+    raise ModelError(f"{source} has {f'several models ({listed}); give one of them' if found else 'no .onnx file'}")
+
+
+def _copied(found: Path, folder: Path, said: dict[str, Said] | None, output: dict[str, Any]) -> Model:
+    graph = load_graph(found)
+    path = folder / (folder.name + layout.MODEL_ENDING)
+    shutil.copyfile(found, path)
+    for name in sorted(external_files(graph)):
+        # A graph of a stranger's names the files that are read beside it.
+        if Path(name).name != name or name in (path.name, layout.toml_file(path).name, layout.MODEL_SOURCE):
+            raise ModelError(f"{found} has weights in {name!r}, which is no file beside it")
+        if not (found.parent / name).is_file():
+            raise ModelError(f"{found} has weights in {name}, which is not there; copy it beside the model")
+        shutil.copyfile(found.parent / name, folder / name)
+    if said is None:
+        shutil.copyfile(layout.toml_file(found), layout.toml_file(path))
+        return load_model(path)
+    outputs = [value.name for value in graph.output]
+    best = next((name for name in _EMBEDDINGS if name in outputs), None)
+    lines = {key: Said(value, "given on the command line") for key, value in output.items()}
+    if "name" not in lines and len(outputs) > 1:
+        if best is None:
+            raise ModelError(f"{found} has several outputs ({', '.join(outputs)}); name one with --output")
+        lines["name"] = Said(best, f"the graph's embedding among {', '.join(outputs)}")
+    layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
+    return load_model(path)
+
+
+def _toml(found: Path, said: dict[str, Said], output: dict[str, Said]) -> str:
+    lines = [f"# How pictures are prepared for {found.name}, and where each value comes from; see docs/models.md."]
+    for section, values in (("input", said), ("output", output)):
+        lines += ["", f"[{section}]"] if values else []
+        # JSON's strings, numbers and lists are TOML's.
+        written = {key: f"{key} = {json.dumps(value.value)}" for key, value in values.items()}
+        width = max(map(len, written.values()), default=0)
+        lines += [f"{line:<{width}}  # {_comment(values[key].origin)}" for key, line in written.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _license(folders: list[Path]) -> str | None:
+    for folder in folders:
+        readme = folder / "README.md"
+        if readme.is_file() and (stated := _LICENSE.search(readme.read_text("utf-8", errors="replace")[:100_000])):
+            return _comment(stated[1].strip())[:200]
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_same(target: Path, facts: dict[str, Any]) -> None:
+    if _facts(target).get("sha256") != facts["sha256"]:
+        raise UsageError(
+            f"another model has the name {target.name} in {target.parent}; give this one another with --name"
+        )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / layout.MODEL_SOURCE
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}; remove {folder} and add the model again") from None
+    if not isinstance(facts, dict):
+        raise ModelError(f"{path} is no JSON object; remove {folder} and add the model again")
+    return facts
+
+
+def _read(folder: Path) -> Added:
+    facts = _facts(folder)
+    stated = facts.get("license")
+    return Added(
+        folder.name,
+        layout.added_model_file(folder.parent, folder.name),
+        str(facts.get("source")),
+        None if stated is None else str(stated),
+    )
