@@ -27,7 +27,7 @@ from search.near_duplicates import find_groups
 from search.options import THRESHOLD, TOP_K, Metric
 from search.queries import Query, embed_pictures, load_encoder, query_model
 from search.ranking.exact import unusable
-from search.ranking.planner import choose_multiply
+from search.ranking.planner import Planner, Purpose
 from search.requests.selection import provenance_warnings, version_warnings
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Gallery:
         self._conditions, self._annotations = conditions, annotations
         self._whole, self._shards = whole, apply_conditions(whole, conditions, annotations)
         self._refreshing = threading.Lock()
+        self._planner = Planner(device)
 
     @property
     def folder(self) -> Path:
@@ -243,8 +244,8 @@ class Gallery:
             UsageError: the threshold is out of its bounds.
         """
         shards = self._shards
-        multiply, _ = choose_multiply(shards, self._device)
-        return NearDuplicates(tuple(find_groups(shards, threshold, multiply, progress or (lambda done, total: None))))
+        arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
+        return NearDuplicates(tuple(find_groups(shards, threshold, arithmetic, progress or (lambda done, total: None))))
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.
@@ -261,6 +262,25 @@ class Gallery:
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
         return embed_all(pictures, *self._model(self._shards), self._max_pixels)
+
+    def warm_up(self) -> None:
+        """Make ready, in a process that stays, whatever makes later searches quicker.
+
+        The model is loaded, if there is one, and the norms of all rows. If torch is installed and quicker here, it is
+        imported, and from then on answers: by the rows in 8 bits, if `ruiji index` has kept them; by rows in bfloat16,
+        which stay in memory if they take less than a quarter of it; on CUDA by rows that stay on the device.
+
+        Raises:
+            UsageError: CUDA was asked for and does not work.
+            GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
+        """
+        shards = self._shards
+        planner = Planner(self._device, lasting=True)
+        planner.load(shards)
+        if self._embedding is not None:
+            self._embedding.ready(shards)[1].result()
+        _ = shards.unusable_rows
+        self._planner = planner
 
     def refresh(self) -> bool:
         """Take up shards that were published since, and objects that left the list; searches in flight go on as begun.
@@ -296,7 +316,7 @@ class Gallery:
         if not usable:
             reasons = "; ".join(f"{name}: {why}" for name, why in zip(names, queries, strict=True))
             raise QueryError(f"no query can be searched with: {reasons or 'there is none'}")
-        answers = iter(answer(shards, usable, criteria, self._device))
+        answers = iter(answer(shards, usable, criteria, self._planner))
         return SearchResults(
             tuple(
                 QueryResult(name, next(answers).hits) if isinstance(query, Query) else QueryResult(name, (), query)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.settings import Device
 from search.gallery.shards import Gallery
 from search.labels import Annotations
 from search.options import TOP_K, Metric
 from search.queries import Query, is_self, own_rows
-from search.ranking.planner import Work, look_at_machine, make_plan
+from search.ranking.planner import Planner, Purpose
 from search.ranking.rank import Hit, rank
 
 
@@ -49,7 +48,7 @@ def answer(
     gallery: Gallery,
     queries: Sequence[Query],
     criteria: Criteria,
-    device: Device = Device.auto,
+    planner: Planner,
     annotations: Annotations | None = None,
     explain: Callable[[str], None] | None = None,
 ) -> list[Answer]:
@@ -57,6 +56,7 @@ def answer(
 
     Args:
         queries: at least one.
+        planner: chooses what multiplies.
         annotations: what the objects show.
         explain: called with the way that the search takes, and why.
 
@@ -67,13 +67,12 @@ def answer(
     excluding = [query.by_id if exclude is None else exclude for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
     more = own_rows(gallery, (query for query, out in zip(queries, excluding, strict=True) if out))
-    work = Work(gallery.rows, gallery.length, len(queries), criteria.metric, gallery.coded, gallery.in_memory())
-    plan = make_plan(work, look_at_machine(device))
+    way = planner.way(gallery, Purpose.hits, len(queries), criteria.metric)
     if explain is not None:
-        explain(f"plan: {plan}")
+        explain(f"plan: {way}")
     features = np.stack([query.feature for query in queries])
-    scan = plan.scan(gallery)
-    ranking = rank(gallery, features, criteria.top_k + more, criteria.metric, scan, plan.queries_at_once)
+    scan = planner.arithmetic(way).scan
+    ranking = rank(gallery, features, criteria.top_k + more, criteria.metric, scan, way.queries_at_once)
     least = -np.inf if criteria.min_similarity is None else criteria.min_similarity
     answers = []
     for query, out, hits in zip(queries, excluding, ranking.hits, strict=True):

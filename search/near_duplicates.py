@@ -14,20 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.arrays import Float32, Float64, row_sums
+from search.arrays import Float32, Float64, Rows, row_sums
 from search.gallery.norms import is_plain
 from search.gallery.shards import Gallery
+from search.ranking.arithmetic import Arithmetic, Pairs, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
-from search.ranking.rank import Rows
+from search.ranking.numpy_arithmetic import NumpyArithmetic
 
 #: Rows that stay in memory while the rest of the gallery passes by, and rows that pass at once: their cosines take
 #: 64 MB, and reading and scaling a row is small beside its products.
 PANEL_ROWS, TILE_ROWS = 8192, 2048
 #: Pairs that are decided at once, so that float64 copies stay small (1024 x 1280, six times: 63 MB).
 _DECIDED_AT_ONCE = 1024
-#: Rows of a dense tile that are looked at at once: a million pairs. With every 16th pair near, a tile is dense.
-_DENSE_ROWS, _LISTED = 512, 16
+#: Rows of a dense tile that are looked at at once: a million pairs.
+_DENSE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Some pairs of a tile: positions in its two parts, int64[m], and their approximate cosines, float64[m]."""
-
-    some: Rows
-    others: Rows
-    cosines: Float64
-
-
-@dataclass(frozen=True)
-class Dense:
-    """All pairs of some rows of a tile's first part, from position `first` on: approximate cosines, float32[b, t]."""
-
-    first: int
-    cosines: Float32
-
-
-@dataclass(frozen=True)
 class Part:
     """Rows as one side of a tile: usable ones, and of equal ones the first.
 
     Attributes:
         rows: gallery rows, int64[b], ascending.
         units: of length 1, float32[b, d].
-        made: what `Multiply` made of the unit rows.
+        made: what the arithmetic made of the unit rows.
     """
 
     rows: Rows
@@ -92,35 +76,10 @@ class Part:
     margin: Margin
 
 
-class Multiply:
-    """Products of tiles with numpy, in float32."""
-
-    def prepare(self, units: Float32) -> tuple[object, Margin]:
-        """Unit rows, float32[b, d], in the form that `near` takes, and how far their cosines can be off."""
-        return units, float32_margin(units.shape[1])
-
-    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
-        """Every pair of rows of both sides whose computed cosine is not below `least`, and maybe others."""
-        assert isinstance(some, np.ndarray) and isinstance(others, np.ndarray)
-        cosines = some @ others.T
-        # Flat: numpy looks through one dimension many times faster than through two.
-        near = np.flatnonzero(~(cosines < np.float32(least)))
-        if is_dense(len(near), cosines.size):
-            yield Dense(0, cosines)
-        else:
-            i, j = np.divmod(near, max(1, cosines.shape[1]))
-            yield Pairs(i, j, cosines[i, j].astype(np.float64))
-
-
-def is_dense(near: int, pairs: int) -> bool:
-    """Whether so many of the pairs are near that a look at each of them costs less than a list of those."""
-    return near * _LISTED > pairs
-
-
 def find_groups(
     gallery: Gallery,
     threshold: float,
-    multiply: Multiply | None = None,
+    arithmetic: Arithmetic | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     panel_rows: int = PANEL_ROWS,
     tile_rows: int = TILE_ROWS,
@@ -131,7 +90,7 @@ def find_groups(
 
     Args:
         threshold: the least similarity of a pair, above 0, at most 1.
-        multiply: how tiles are multiplied; changes speed, never the answer.
+        arithmetic: what multiplies, by default numpy; changes speed, never the answer.
         progress: called with pairs of different rows compared so far, and all of them.
         panel_rows, tile_rows: change memory and speed, never the answer.
 
@@ -143,15 +102,15 @@ def find_groups(
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"the threshold must be above 0 and at most 1, not {threshold}")
-    multiply = multiply or Multiply()
+    arithmetic = arithmetic or NumpyArithmetic()
     links = _Links(_first_equals(gallery, tile_rows))
     different = np.flatnonzero(links.weights)
     total, done = len(different) * (len(different) - 1) // 2, 0
     for panel_first in range(0, len(different), panel_rows):
-        panel = _part(gallery, different[panel_first : panel_first + panel_rows], multiply)
+        panel = _part(gallery, different[panel_first : panel_first + panel_rows], arithmetic)
         for tile_first in range(panel_first, len(different), tile_rows):
-            tile = _part(gallery, different[tile_first : tile_first + tile_rows], multiply)
-            _compare(gallery, panel, tile, threshold, multiply, links)
+            tile = _part(gallery, different[tile_first : tile_first + tile_rows], arithmetic)
+            _compare(gallery, panel, tile, threshold, arithmetic, links)
             done += _comparisons(panel.rows, tile.rows)
             progress(done, total)
     return list(_groups(gallery, links))
@@ -188,14 +147,14 @@ def _sums(features: Float32) -> NDArray[np.uint64]:
     return sums
 
 
-def _part(gallery: Gallery, rows: Rows, multiply: Multiply) -> Part:
+def _part(gallery: Gallery, rows: Rows, arithmetic: Arithmetic) -> Part:
     """Rows, ascending, read block by block."""
     units = np.empty((len(rows), gallery.length), np.float32)
     for block in gallery.blocks(TILE_ROWS, int(rows[0]), int(rows[-1]) + 1):
         start, end = np.searchsorted(rows, [block.first, block.first + len(block.features)])
         local = rows[start:end] - block.first
         units[start:end] = _units(block.features[local], block.norms[local])
-    made, margin = multiply.prepare(units)
+    made, margin = arithmetic.prepare(units)
     return Part(rows, units, made, margin)
 
 
@@ -214,10 +173,12 @@ def _comparisons(panel: Rows, tile: Rows) -> int:
     return int(np.searchsorted(panel, tile).sum())
 
 
-def _compare(gallery: Gallery, panel: Part, tile: Part, threshold: float, multiply: Multiply, links: "_Links") -> None:
+def _compare(
+    gallery: Gallery, panel: Part, tile: Part, threshold: float, arithmetic: Arithmetic, links: "_Links"
+) -> None:
     """Link the pairs of a tile that reach the threshold, the smaller gallery row first."""
     margin = Margin(max(panel.margin.absolute, tile.margin.absolute), max(panel.margin.relative, tile.margin.relative))
-    for found in multiply.near(panel.made, tile.made, margin.least(threshold)):
+    for found in arithmetic.near(panel.made, tile.made, margin.least(threshold)):
         if isinstance(found, Pairs):
             some, others = panel.rows[found.some], tile.rows[found.others]
             # A tile inside the panel has each pair twice, and each row with itself.

@@ -18,6 +18,8 @@ class Metric(StrEnum):
 class Precision(StrEnum):
     """What a scan multiplies. The answer is the same; the less exact, the more rows have to be decided in float64."""
 
+    #: Of an evaluation only.
+    float64 = "float64"
     float32 = "float32"
     bfloat16 = "bfloat16"
     #: The gallery's codes.

@@ -10,25 +10,19 @@ Memory is bounded: queries come in groups whose cosines fit `VALUES_BYTES`, and 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, row_sums
+from search.arrays import Float32, Float64, Mask, Rows, row_sums
 from search.evaluation.metrics import Places, Ranks, Tie
 from search.gallery.shards import Gallery
+from search.ranking.arithmetic import Arithmetic
 from search.ranking.exact import exact_similarities, units_of
-
-Rows = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-#: float32[b, d] -> float64[q, b], dot products with the unit queries, summed in float64 in any order.
-Products: TypeAlias = Callable[[Float32], Float64]
-#: Unit queries, float64[q, d], to what multiplies them.
-MakeProducts: TypeAlias = Callable[[Float64], Products]
+from search.ranking.numpy_arithmetic import NumpyArithmetic
 
 #: Of the cosines that are in memory at once; with 60,000 rows of 559 queries.
 VALUES_BYTES = 256 << 20
@@ -107,7 +101,7 @@ class _Search:
         object.__setattr__(self, "error", 2 * 2 * terms / (1 - terms))
 
 
-def usable_rows(gallery: Gallery) -> Mask:
+def rankable_rows(gallery: Gallery) -> Mask:
     """Rows that can be ranked, bool[n]: all values finite and not all zero; stale rows are none."""
     usable = np.zeros(gallery.rows, dtype=bool)
     for block in gallery.blocks(_block_rows(gallery)):
@@ -122,7 +116,7 @@ def full_ranking(
     depth: int = 0,
     *,
     values_bytes: int = VALUES_BYTES,
-    make_products: MakeProducts | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Iterator[Placed]:
     """Rank the candidates for every query and say where the matches stand.
 
@@ -131,7 +125,7 @@ def full_ranking(
     Args:
         depth: how many of the first rows are wanted with each answer.
         values_bytes: changes memory and speed, never the answer.
-        make_products: the scan, given the unit queries float64[q, d]; default numpy's.
+        arithmetic: what multiplies, by default numpy; likewise.
 
     Yields:
         The answers in the order of the queries.
@@ -146,16 +140,11 @@ def full_ranking(
         for start in range(0, len(task.queries), at_once):
             group = range(start, min(start + at_once, len(task.queries)))
             features = gallery.take(task.queries[group.start : group.stop])
-            values = _cosines(search, features, make_products or numpy_products)
+            values = _cosines(search, features, arithmetic or NumpyArithmetic())
             # Sorting, most of the work, is numpy's and runs beside other threads.
             yield from threads.map(lambda one: _place(search, *one), zip(group, features, values, strict=True))
             # Before the next group's are made.
             del values
-
-
-def numpy_products(units: Float64) -> Products:
-    """Dot products on the CPU."""
-    return lambda rows: units @ rows.astype(np.float64).T
 
 
 def _block_rows(gallery: Gallery) -> int:
@@ -179,8 +168,8 @@ def _id_order(gallery: Gallery, candidates: Rows) -> NDArray[np.int64]:
     return order
 
 
-def _cosines(search: _Search, features: Float32, make_products: MakeProducts) -> Float64:
-    products = make_products(units_of(features))
+def _cosines(search: _Search, features: Float32, arithmetic: Arithmetic) -> Float64:
+    products = arithmetic.products(units_of(features))
     values = np.empty((len(features), len(search.task.candidates)))
     for where, rows in _blocks(search.gallery, search.task.candidates):
         np.divide(products(rows), search.norms[where], out=values[:, where])

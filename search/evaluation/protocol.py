@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from pipeline.errors import UsageError
-from search.evaluation.full_ranking import Task, usable_rows
+from search.evaluation.full_ranking import Task, rankable_rows
 from search.gallery.shards import Gallery
 from search.labels import LABEL_COLUMN, TYPE_COLUMN, Annotation, Annotations
 
@@ -166,7 +166,7 @@ def _protocol(
 
 def _reasons(gallery: Gallery, junk: frozenset[str]) -> Callable[[_Row], str | None]:
     """Why a row does not take part, or None."""
-    usable = usable_rows(gallery)
+    usable = rankable_rows(gallery)
     stale = np.concatenate(
         [np.zeros(len(shard.features), dtype=bool) if shard.stale is None else shard.stale for shard in gallery.shards]
     )

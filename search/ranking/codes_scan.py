@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from search.arrays import Float32, Float64
 from search.gallery.shards import Gallery
 from search.ranking.bounds import int8_margin
-from search.ranking.rank import Batch, Candidates, Scan, default_block_rows, select, usable_rows
+from search.ranking.scan import Batch, Candidates, Scan, default_block_rows, scanned_rows, select
 
 #: Values that a thread converts at once: as float32 they take 1 MB and stay in its core's cache.
 _AT_ONCE = 1 << 18
@@ -88,7 +88,7 @@ def codes_scan(make_multiply: MakeCodesMultiply = NumpyCodesMultiply, block_rows
         multiply = make_multiply(batch.units)
         for block in gallery.blocks(block_rows or default_block_rows(gallery.length), coded=True):
             assert block.codes is not None
-            usable = usable_rows(block.norms, block.left_out)
+            usable = scanned_rows(block.norms, block.left_out)
             norms = np.where(usable, block.norms, np.float32(1))
             cosines = multiply(block.codes.integers)
             cosines *= block.codes.scales

@@ -1,21 +1,22 @@
-"""Which way a search takes, and why: the one place that decides it."""
+"""Which way a search, a search for near-duplicates or an evaluation takes, and why: the one place that decides it."""
 
+import importlib
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.settings import Device
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
-from search.ranking.rank import QUERIES_AT_ONCE, Scan, default_block_rows, numpy_scan
-
-if TYPE_CHECKING:
-    from search.near_duplicates import Multiply
+from search.ranking.arithmetic import Arithmetic
+from search.ranking.numpy_arithmetic import NumpyArithmetic
+from search.ranking.rank import QUERIES_AT_ONCE
+from search.ranking.scan import default_block_rows
 
 #: From so many queries on a bfloat16 product on CUDA costs no more than reading its rows.
 _WORTH_TENSOR_CORES = 16
@@ -61,21 +62,34 @@ _INT32_LENGTH = 1 << 17
 _CODES_BY_TORCH, _CODES_BY_NUMPY = 128, 64
 
 
+class Purpose(Enum):
+    """What is looked for."""
+
+    hits = "hits"
+    pairs = "pairs"
+    places = "places"
+
+
 @dataclass(frozen=True)
-class Work:
+class Question:
     """What is asked: n rows of length d, q queries.
 
     Attributes:
+        purpose: the best hits of each query; all pairs of rows that are near; or the places of matches in whole
+            rankings, of an evaluation.
         coded: the rows' codes are kept.
         in_memory: so are their features, or they seem to be.
+        lasting: more questions about the same rows will come, so that what is kept for them pays.
     """
 
     rows: int
     length: int
     queries: int
-    metric: Metric
+    metric: Metric = Metric.cosine
     coded: bool = False
     in_memory: bool = True
+    purpose: Purpose = Purpose.hits
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +116,13 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Way:
     """The way to take.
 
     Attributes:
-        torch: scan with torch, else with numpy.
+        torch: multiply with torch, else with numpy.
         device: `cpu` or `cuda`.
+        precision: of a scan, or of tiles, or of an evaluation's products.
         resident: the gallery stays on the device between passes.
         queries_at_once: queries that share one pass.
         why: one sentence for people.
@@ -119,113 +134,160 @@ class Plan:
     resident: bool
     block_rows: int
     queries_at_once: int
-    why: str
+    why: str = field(compare=False)
+    purpose: Purpose = Purpose.hits
 
-    def scan(self, gallery: Gallery) -> Scan:
-        """The scan to search `gallery` with."""
-        if self.precision is Precision.int8:
-            return _codes_scan(self.torch, gallery.length, self.block_rows)
+    def arithmetic(self) -> Arithmetic:
+        """What multiplies on this way.
+
+        Raises:
+            UsageError: CUDA is asked for and does not work.
+        """
         if not self.torch:
-            return numpy_scan(self.block_rows)
-        from search.ranking.torch_scan import TorchScan
+            return NumpyArithmetic(self.block_rows, codes=self.precision is Precision.int8)
+        from search.ranking.torch_arithmetic import TorchArithmetic
 
-        return TorchScan(gallery, self.device, self.precision, resident=self.resident, block_rows=self.block_rows)
+        return TorchArithmetic(self.device, self.precision, resident=self.resident, block_rows=self.block_rows)
 
     def __str__(self) -> str:
-        way = f"{'torch' if self.torch else 'numpy'} on {self.device}, {self.precision.value}"
+        library = "torch" if self.torch else "numpy"
+        if self.purpose is Purpose.pairs:
+            on = f" on {self.device}" if self.torch else ""
+            return f"tiles with {library}{on} in {self.precision.value}: {self.why}"
         kept = ", gallery kept on the device" if self.resident else ""
         at_once = f"blocks of {self.block_rows:,} rows, up to {self.queries_at_once:,} queries a pass"
-        return f"{way}{kept}, {at_once}: {self.why}"
+        return f"{library} on {self.device}, {self.precision.value}{kept}, {at_once}: {self.why}"
 
 
-def make_plan(work: Work, machine: Machine) -> Plan:
+class Planner:
+    """Chooses a way for every question of one process, and keeps what stays resident; several threads may use it."""
+
+    def __init__(self, device: Device, lasting: bool = False) -> None:
+        """Nothing is looked at before the first question.
+
+        Args:
+            lasting: more questions about the same galleries will come.
+        """
+        self._device, self._lasting = device, lasting
+        self._kept: dict[Way, Arithmetic] = {}
+
+    def way(self, gallery: Gallery, purpose: Purpose, queries: int, metric: Metric = Metric.cosine) -> Way:
+        """The way to answer some queries.
+
+        Raises:
+            UsageError: CUDA is asked for and does not work.
+        """
+        hits = purpose is Purpose.hits
+        question = Question(
+            gallery.rows,
+            gallery.length,
+            queries,
+            metric,
+            hits and gallery.coded,
+            not hits or gallery.in_memory(),
+            purpose,
+            self._lasting,
+        )
+        way = choose_way(question, look_at_machine(self._device))
+        # What is on the device already fits, although it leaves less free.
+        kept = replace(way, resident=True)
+        return next((one for one in tuple(self._kept) if one == kept), way)
+
+    def arithmetic(self, way: Way) -> Arithmetic:
+        """What multiplies on a way; the same one again if the gallery stays resident.
+
+        Raises:
+            UsageError: CUDA is asked for and does not work.
+        """
+        if not way.resident:
+            return way.arithmetic()
+        return self._kept.setdefault(way, way.arithmetic())
+
+    def load(self, gallery: Gallery) -> None:
+        """Import torch if some question about a gallery would then be answered by it.
+
+        Raises:
+            UsageError: CUDA is asked for and does not work.
+        """
+        machine = replace(look_at_machine(self._device), torch_loaded=True)
+        question = Question(gallery.rows, gallery.length, 1, coded=gallery.coded, lasting=self._lasting)
+        if any(choose_way(replace(question, queries=queries), machine).torch for queries in (1, QUERIES_AT_ONCE)):
+            importlib.import_module("search.ranking.torch_arithmetic")
+
+
+def choose_way(question: Question, machine: Machine) -> Way:
     """Choose the way; a pure function.
 
     Raises:
         UsageError: CUDA is asked for and torch is not installed.
     """
+    return replace(_choose(question, machine), purpose=question.purpose)
+
+
+def _choose(question: Question, machine: Machine) -> Way:
     if machine.device is Device.cuda:
-        return _cuda_plan(work, machine)
-    rows = default_block_rows(work.length)
-    if work.coded and work.metric is not Metric.euclidean:
-        torch = machine.int8 and machine.torch_loaded and work.length <= _INT32_LENGTH
-        if torch and work.queries <= _CODES_BY_TORCH:
+        return _on_cuda(question, machine)
+    rows = default_block_rows(question.length)
+    if question.purpose is Purpose.places:
+        why = "whole rankings are multiplied in float64, where numpy is as fast as torch"
+        return Way(False, "cpu", Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+    if question.coded and question.metric is not Metric.euclidean:
+        torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
+        if torch and question.queries <= _CODES_BY_TORCH:
             why = "the kept codes are a quarter of the bytes"
-            return Plan(True, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
-        if not work.in_memory and work.queries <= _CODES_BY_NUMPY:
+            return Way(True, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+        if not question.in_memory and question.queries <= _CODES_BY_NUMPY:
             why = "the features are not in memory, and the kept codes are a quarter of the bytes"
-            return Plan(False, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
-    if why := _why_numpy(work, machine):
-        return Plan(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
-    why = f"{work.queries:,} queries are worth the CPU's bfloat16 units"
-    fits = 2 * work.rows * work.length <= _MEMORY_PART * machine.memory_bytes
-    resident = work.queries > QUERIES_AT_ONCE and fits
-    return Plan(True, "cpu", Precision.bfloat16, resident, rows, QUERIES_AT_ONCE, why)
+            return Way(False, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+    if why := _why_numpy(question, machine):
+        return Way(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
+    why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
+    fits = 2 * question.rows * question.length <= _MEMORY_PART * machine.memory_bytes
+    again = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE)
+    return Way(True, "cpu", Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
 
 
-def _codes_scan(torch: bool, length: int, block_rows: int) -> Scan:
-    from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
-
-    if torch:
-        from search.ranking.torch_scan import TorchCodesMultiply, sums_integers
-
-        if sums_integers(length):
-            return codes_scan(TorchCodesMultiply, block_rows)
-    return codes_scan(NumpyCodesMultiply, block_rows)
-
-
-def _why_numpy(work: Work, machine: Machine) -> str:
+def _why_numpy(question: Question, machine: Machine) -> str:
     """Why torch would not help on this CPU; empty where it would."""
-    if work.metric is Metric.euclidean:
+    if question.metric is Metric.euclidean:
         return "Euclidean distances need float32, where numpy is as fast"
     units = machine.bfloat16
     if units is None:
         return "this CPU has no bfloat16 units, and without them numpy is as fast as torch"
     if not machine.torch:
         return "torch is not installed"
-    if work.queries < _WORTH_BFLOAT16:
+    if question.queries < _WORTH_BFLOAT16:
         return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
-    if not machine.torch_loaded and work.queries * work.rows < units.products:
+    if not machine.torch_loaded and question.queries * question.rows < units.products:
         return "this is done before torch would be imported"
     return ""
 
 
-def _cuda_plan(work: Work, machine: Machine) -> Plan:
+def _on_cuda(question: Question, machine: Machine) -> Way:
     if not machine.torch:
         raise UsageError(
             "--device cuda ranks with torch, which is not installed; set up with make setup ACCEL=gpu, "
             "or use --device cpu"
         )
+    rows = max(1, _CUDA_BLOCK_BYTES // (4 * max(1, question.length)))
+    why = "CUDA was asked for"
+    if question.purpose is not Purpose.hits:
+        precision = Precision.bfloat16 if question.purpose is Purpose.pairs else Precision.float64
+        return Way(True, "cuda", precision, False, rows, _CUDA_QUERIES_AT_ONCE, why)
     assert machine.device_free_bytes is not None
-    matrix = work.queries >= _WORTH_TENSOR_CORES and work.metric is not Metric.euclidean
-    precision = Precision.bfloat16 if matrix else Precision.float32
-    needed = work.rows * work.length * (2 if matrix else 4)
-    passes = -(-work.queries // _CUDA_QUERIES_AT_ONCE)
-    resident = passes > 1 and needed <= _DEVICE_PART * machine.device_free_bytes
-    why = "CUDA was asked for; "
-    if passes == 1:
-        why += "one pass, so the gallery is streamed through"
+    # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
+    matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
+    precision = Precision.bfloat16 if matrix and question.metric is not Metric.euclidean else Precision.float32
+    needed = question.rows * question.length * (2 if precision is Precision.bfloat16 else 4)
+    passes = -(-question.queries // _CUDA_QUERIES_AT_ONCE)
+    fits = needed <= _DEVICE_PART * machine.device_free_bytes
+    if passes == 1 and not question.lasting:
+        why += "; one pass, so the gallery is streamed through"
     else:
-        why += f"{passes} passes over {needed / 1e9:.1f} GB, " + ("which fit" if resident else "which do not fit")
-    rows = max(1, _CUDA_BLOCK_BYTES // (4 * max(1, work.length)))
-    return Plan(True, "cuda", precision, resident, rows, _CUDA_QUERIES_AT_ONCE, why)
-
-
-def choose_multiply(gallery: Gallery, device: Device) -> "tuple[Multiply, str]":
-    """How the tiles of a search for near-duplicates are multiplied, and why.
-
-    Raises:
-        UsageError: CUDA is asked for and does not work.
-    """
-    # Every row is a query here.
-    plan = make_plan(Work(gallery.rows, gallery.length, gallery.rows, Metric.cosine), look_at_machine(device))
-    if not plan.torch:
-        from search.near_duplicates import Multiply
-
-        return Multiply(), f"tiles with numpy in float32: {plan.why}"
-    from search.ranking.torch_scan import TorchMultiply
-
-    return TorchMultiply(plan.device), f"tiles with torch on {plan.device} in bfloat16: {plan.why}"
+        many = "many" if question.lasting else f"{passes}"
+        why += f"; {many} passes over {needed / 1e9:.1f} GB, " + ("which fit" if fits else "which do not fit")
+    again = (passes > 1 or question.lasting) and fits
+    return Way(True, "cuda", precision, again, rows, _CUDA_QUERIES_AT_ONCE, why)
 
 
 def look_at_machine(device: Device) -> Machine:
@@ -234,14 +296,19 @@ def look_at_machine(device: Device) -> Machine:
     Raises:
         UsageError: CUDA is asked for and does not work.
     """
-    installed = importlib.util.find_spec("torch") is not None
+    installed = _has_torch()
     free = None
     if device is Device.cuda and installed:
-        from search.ranking.torch_scan import free_bytes
+        from search.ranking.torch_arithmetic import free_bytes
 
         free = free_bytes(device.value)
     int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
     return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), int8, _memory_bytes(), free)
+
+
+@cache
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def _memory_bytes() -> int:

@@ -7,11 +7,12 @@ from pipeline import layout
 from pipeline.errors import UsageError
 from pipeline.settings import MAX_PIXELS, Device
 from search.evaluation import protocol, report, scores
-from search.evaluation.full_ranking import MakeProducts, full_ranking
+from search.evaluation.full_ranking import full_ranking
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
 from search.labels import read_annotations
 from search.options import RUN_DEPTH, SHEET_QUERIES, TOP_K
+from search.ranking.planner import Planner, Purpose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,9 @@ def evaluate(request: EvaluateRequest) -> tuple[Gallery, report.Evaluation]:
             junk_labels=request.junk_labels,
         )
     depth = RUN_DEPTH if request.trec else 0
-    answers = full_ranking(gallery, setup.task, depth, make_products=_make_products(request.device))
+    planner = Planner(request.device)
+    arithmetic = planner.arithmetic(planner.way(gallery, Purpose.places, len(setup.task.queries)))
+    answers = full_ranking(gallery, setup.task, depth, arithmetic=arithmetic)
     if request.trec is not None:
         answers = report.write_run(request.trec, gallery, setup.task, answers)
     scored = scores.score(answers)
@@ -133,16 +136,3 @@ def _check(request: EvaluateRequest) -> Path:
     read = [request.labels, request.model_path, layout.toml_file(request.model_path)]
     check_targets(targets, read, request.media_dir, folder)
     return folder
-
-
-def _make_products(device: Device) -> MakeProducts | None:
-    if device is not Device.cuda:
-        return None
-    try:
-        from search.evaluation.full_ranking_torch import torch_products
-    except ImportError as error:
-        raise UsageError(
-            f"--device cuda scans with torch, which cannot be imported ({error}); set up with make setup ACCEL=gpu, "
-            "or use --device cpu"
-        ) from None
-    return torch_products("cuda")

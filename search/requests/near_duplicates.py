@@ -9,7 +9,7 @@ from pipeline.settings import Device
 from search.filters import apply_conditions
 from search.near_duplicates import Group, find_groups
 from search.options import THRESHOLD
-from search.ranking.planner import choose_multiply
+from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
 from search.requests.selection import Progress, Say, Selection, say_unusable
 
@@ -75,11 +75,13 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     conditions, annotations = selection.read_filters()
     gallery = apply_conditions(selection.open(say), conditions, annotations)
     say_unusable(gallery, say)
-    multiply, why = choose_multiply(gallery, request.device)
+    planner = Planner(request.device)
+    # Every row is a query here.
+    way = planner.way(gallery, Purpose.pairs, gallery.rows)
     if request.explain:
-        say(f"plan: {why}")
+        say(f"plan: {way}")
     with progress("pairs") as step:
-        groups = find_groups(gallery, request.threshold, multiply, step)
+        groups = find_groups(gallery, request.threshold, planner.arithmetic(way), step)
     lines: list[SheetLine] = []
     if request.sheet is not None and media_dir is not None:
         lines = group_lines(groups, annotations, media_dir)

@@ -108,6 +108,7 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
     importlib.import_module("search.views.output")
     from search.answers import Criteria, answer
     from search.filters import apply_conditions
+    from search.ranking.planner import Planner
 
     gallery = apply_conditions(whole, conditions, annotations)
     say_unusable(gallery, say)
@@ -121,13 +122,14 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
             say(f"{image}: {reason}; left out")
         queries += image_queries(embedded, whole, media_dir)
 
+    planner = Planner(request.device)
     criteria = Criteria(
         top_k=request.top_k,
         metric=request.metric,
         min_similarity=request.min_similarity,
         exclude_self=request.exclude_self,
     )
-    answers = answer(gallery, queries, criteria, request.device, annotations, say if request.explain else None)
+    answers = answer(gallery, queries, criteria, planner, annotations, say if request.explain else None)
     lines: list[SheetLine] = []
     if media_dir is not None and not (request.sheet is None and request.html is None):
         lines = answer_lines(answers, annotations, media_dir)

@@ -13,8 +13,12 @@ from PIL import Image
 import ruiji
 from pipeline import layout
 from pipeline.model import Model, load_model
-from pipeline.settings import MAX_PIXELS
+from pipeline.progress import show_steps
+from pipeline.settings import MAX_PIXELS, Device
+from search.options import Precision
 from search.queries import embed_images, load_encoder
+from search.ranking.planner import Purpose, look_at_machine
+from search.requests.index import index
 from tests.factories import pictures, tiny_model
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
 
@@ -269,3 +273,32 @@ def test_many_threads_search_while_shards_come(own_world: World) -> None:
         done.set()
         assert sum(one.result() for one in running) >= 25
     assert len(gallery) == COUNT + 24
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_gallery_that_is_warm_answers_the_same(own_world: World, indexed: bool) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
+    world = own_world
+    if indexed:
+        index(world.folder, show_steps)
+    cold, warm = world.open(), world.open()
+    warm.warm_up()
+    assert warm._embedding is not None
+    assert warm._embedding.loaded is not None
+    ways = [warm._planner.way(warm._shards, Purpose.hits, queries) for queries in (1, 100)]
+    machine = look_at_machine(Device.cpu)
+    if indexed and machine.int8:
+        assert [(way.torch, way.precision) for way in ways] == [(True, Precision.int8)] * 2
+    elif not indexed and machine.bfloat16 is not None:
+        assert [(way.torch, way.resident) for way in ways] == [(False, False), (True, True)]
+    queries = np.concatenate([world.features] * 5)
+    for count in (1, len(queries)):
+        for metric in ("cosine", "euclidean"):
+            asked = queries[:count]
+            assert warm.search_vectors(asked, metric=metric) == cold.search_vectors(asked, metric=metric)
+    image = world.media / world.paths[0]
+    assert warm.search(image) == cold.search(image)
+    write_shard(world.folder, 3, world.features[:2], ["new/0.png", "new/1.png"], world.model.fingerprint)
+    assert warm.refresh()
+    assert cold.refresh()
+    assert warm.search_vectors(queries) == cold.search_vectors(queries)

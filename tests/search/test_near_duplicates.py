@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.near_duplicates import Group, Multiply, find_groups
+from search.near_duplicates import Group, find_groups
+from search.options import Precision
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 from tests.search.galleries import brute_force, in_memory
 from tests.search.ranking.test_rank import KINDS, features_of, ids_of
@@ -98,7 +99,7 @@ def test_a_dense_tile_gives_the_same_groups(kind: str, listed: int, monkeypatch:
     features = twins() if kind == "twins" else features_of(kind, 120)
     ids = ids_of(len(features))
     gallery = in_memory(features, ids, cuts=(1, 50, 50, 77))
-    monkeypatch.setattr("search.near_duplicates._LISTED", listed)
+    monkeypatch.setattr("search.ranking.arithmetic._LISTED", listed)
     monkeypatch.setattr("search.near_duplicates._DENSE_ROWS", 19)
     for threshold in (0.3, 0.95, 1.0):
         want = expected(features, ids, threshold)
@@ -187,11 +188,11 @@ def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_finds_the_same_groups(kind: str, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
-    from search.ranking.torch_scan import TorchMultiply
+    from search.ranking.torch_arithmetic import TorchArithmetic
 
     gallery = in_memory(features_of(kind), cuts=(100,))
-    multiply: Multiply = TorchMultiply("cpu")
+    multiply = TorchArithmetic("cpu", Precision.bfloat16)
     wanted = {threshold: find_groups(gallery, threshold) for threshold in (0.3, 0.999, 1.0)}
-    monkeypatch.setattr("search.near_duplicates._LISTED", listed)
+    monkeypatch.setattr("search.ranking.arithmetic._LISTED", listed)
     for threshold, want in wanted.items():
         assert find_groups(gallery, threshold, multiply, panel_rows=90, tile_rows=33) == want

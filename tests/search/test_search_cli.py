@@ -323,7 +323,7 @@ def test_a_search_on_the_cpu_imports_no_torch_and_reads_no_graph(world: World) -
     )
     modules = imported_by(code)
     assert "workers.encoder" in modules
-    assert not modules & {"torch", "onnx", "search.ranking.torch_scan", "search.views.sheet", "celery"}
+    assert not modules & {"torch", "onnx", "search.ranking.torch_arithmetic", "search.views.sheet", "celery"}
 
 
 def test_nothing_is_kept_to_be_reported_to_anyone(world: World, tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from search.evaluation.full_ranking import Placed, Products, Task, full_ranking, numpy_products, usable_rows
+from search.evaluation.full_ranking import Placed, Task, full_ranking, rankable_rows
 from search.evaluation.metrics import Tie
 from search.gallery.shards import Gallery, Shard
+from search.options import Precision
+from search.ranking.arithmetic import Products
 from search.ranking.exact import exact_similarities
+from search.ranking.numpy_arithmetic import NumpyArithmetic
 from tests.search.galleries import in_memory
 
 Features = NDArray[np.float32]
@@ -130,22 +133,24 @@ def test_rows_without_a_direction_and_stale_rows_are_not_usable() -> None:
     features[5] = 1e-45
     names = np.array(ids(6))
     stale = np.array([False, False, False, False, True, False])
-    assert usable_rows(Gallery(3, (Shard("0000", features, names, stale=stale),))).tolist() == [1, 0, 0, 0, 0, 1]
+    assert rankable_rows(Gallery(3, (Shard("0000", features, names, stale=stale),))).tolist() == [1, 0, 0, 0, 0, 1]
 
 
 def test_only_usable_rows_are_multiplied() -> None:
     features = random_features(60, 33)
     features[1::7], features[2::11, 0], features[3::13, 1] = 0, np.nan, np.inf
     gallery = in_memory(features, ids(60), cuts=(20,))
-    usable = np.flatnonzero(usable_rows(gallery))
+    usable = np.flatnonzero(rankable_rows(gallery))
     labels = np.random.default_rng(3).integers(0, 3, len(usable))
 
-    def watched(units: NDArray[np.float64]) -> Products:
-        assert np.isfinite(units).all()
-        return lambda rows: numpy_products(units)(rows) if np.isfinite(rows).all() else pytest.fail("a bad row")
+    class Watched(NumpyArithmetic):
+        def products(self, units: NDArray[np.float64]) -> Products:
+            assert np.isfinite(units).all()
+            multiply = super().products(units)
+            return lambda rows: multiply(rows) if np.isfinite(rows).all() else pytest.fail("a bad row")
 
     task = Task(usable[:20], labels[:20], usable[20:], labels[20:])
-    assert len(list(full_ranking(gallery, task, 7, make_products=watched))) == 20
+    assert len(list(full_ranking(gallery, task, 7, arithmetic=Watched()))) == 20
     check(gallery, features, task)
 
 
@@ -158,12 +163,12 @@ def test_huge_and_tiny_features_are_ranked_as_any_other() -> None:
 
 def test_the_torch_scan_gives_the_same() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    from search.evaluation.full_ranking_torch import torch_products
+    from search.ranking.torch_arithmetic import TorchArithmetic
 
     features = near_duplicates(90, 16)
     task = split(np.random.default_rng(3).integers(0, 3, 90), 20)
     gallery = in_memory(features, ids(90), cuts=(33,))
-    with_torch = list(full_ranking(gallery, task, 7, make_products=torch_products("cpu")))
+    with_torch = list(full_ranking(gallery, task, 7, arithmetic=TorchArithmetic("cpu", Precision.float64)))
     for one, other in zip(check(gallery, features, task), with_torch, strict=True):
         assert (one.places is None) == (other.places is None)
         if one.places and other.places:

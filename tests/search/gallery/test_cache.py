@@ -16,7 +16,8 @@ from search.gallery.codes import codes_of
 from search.gallery.norms import is_plain, norms_of
 from search.gallery.opening import open_gallery
 from search.ranking.codes_scan import codes_scan
-from search.ranking.rank import Scan, numpy_scan, rank
+from search.ranking.rank import rank
+from search.ranking.scan import Scan, numpy_scan
 from tests.pipeline.test_npy import HOSTILE
 from tests.search.galleries import write_article_shard, write_gallery, write_shard
 from tests.search.ranking.test_rank import KINDS, features_of

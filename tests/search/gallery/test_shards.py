@@ -17,7 +17,8 @@ from search.filters import apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, open_gallery
 from search.gallery.shards import Gallery
 from search.ranking.codes_scan import codes_scan
-from search.ranking.rank import numpy_scan, rank
+from search.ranking.rank import rank
+from search.ranking.scan import numpy_scan
 from tests.pipeline.test_npy import HOSTILE
 from tests.search.galleries import in_memory, write_article_shard, write_gallery, write_shard
 

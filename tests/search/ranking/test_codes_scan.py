@@ -10,8 +10,9 @@ import pytest
 from pipeline.errors import RuijiError
 from search.options import Metric, Precision
 from search.ranking.codes_scan import MakeCodesMultiply, NumpyCodesMultiply, codes_scan
-from search.ranking.planner import Plan
-from search.ranking.rank import Batch, rank
+from search.ranking.planner import Way
+from search.ranking.rank import rank
+from search.ranking.scan import Batch
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import KINDS, check_bounds, features_of, ids_of, queries_of
 
@@ -19,7 +20,7 @@ NO_TORCH = "torch is not installed; `make test-all` installs it"
 
 
 def by_torch() -> MakeCodesMultiply:
-    torch_scans = pytest.importorskip("search.ranking.torch_scan", reason=NO_TORCH)
+    torch_scans = pytest.importorskip("search.ranking.torch_arithmetic", reason=NO_TORCH)
     if not torch_scans.sums_integers(64):
         pytest.skip("torch does not multiply integers exactly on this CPU")
     multiply: MakeCodesMultiply = torch_scans.TorchCodesMultiply
@@ -74,19 +75,21 @@ def test_the_first_block_leaves_most_rows_out(multiply: MakeCodesMultiply) -> No
 
 
 def test_rows_of_one_value_are_left_to_numpy() -> None:
-    torch_scans = pytest.importorskip("search.ranking.torch_scan", reason=NO_TORCH)
+    torch_scans = pytest.importorskip("search.ranking.torch_arithmetic", reason=NO_TORCH)
     # oneDNN refuses them, and torch does not tell.
     assert not torch_scans.sums_integers(1)
     features = features_of("random", 50, 1)
     gallery = in_memory(features)
-    plan = Plan(True, "cpu", Precision.int8, False, 20, 10, "")
-    assert rank(gallery, features[:3], 10, scan=plan.scan(gallery)) == rank(gallery, features[:3], 10)
+    way = Way(True, "cpu", Precision.int8, False, 20, 10, "")
+    assert rank(gallery, features[:3], 10, scan=way.arithmetic().scan) == rank(gallery, features[:3], 10)
 
 
 def test_wrong_sums_are_an_error_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply = by_torch()
-    products = sys.modules["search.ranking.torch_scan"]._integer_products
-    monkeypatch.setattr("search.ranking.torch_scan._integer_products", lambda rows, others: products(rows, others) + 1)
+    products = sys.modules["search.ranking.torch_arithmetic"]._integer_products
+    monkeypatch.setattr(
+        "search.ranking.torch_arithmetic._integer_products", lambda rows, others: products(rows, others) + 1
+    )
     features = features_of("random", 50)
     with pytest.raises(RuijiError, match="multiplies integers wrongly"):
         rank(in_memory(features), features[:3], 10, scan=codes_scan(multiply))
@@ -98,15 +101,15 @@ def test_a_cpu_that_saturates_sums_is_noticed_and_answers_the_same() -> None:
 import sys
 from pipeline.errors import RuijiError
 from search.options import Metric, Precision
-from search.ranking.planner import Plan
+from search.ranking.planner import Way
 from search.ranking.rank import rank
-from search.ranking.torch_scan import sums_integers
+from search.ranking.torch_arithmetic import sums_integers
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
 features = features_of("positive", 2000, 1280)
 gallery = in_memory(features)
-plan = Plan(True, "cpu", Precision.int8, False, 500, 10, "")
-assert rank(gallery, features[:3], 20, scan=plan.scan(gallery)) == rank(gallery, features[:3], 20)
+way = Way(True, "cpu", Precision.int8, False, 500, 10, "")
+assert rank(gallery, features[:3], 20, scan=way.arithmetic().scan) == rank(gallery, features[:3], 20)
 print(sums_integers(1280))
 """
     run = subprocess.run(

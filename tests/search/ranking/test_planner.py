@@ -1,4 +1,4 @@
-"""Which way a search takes, for every kind of work and machine."""
+"""Which way each kind of question takes, on every kind of machine."""
 
 import dataclasses
 
@@ -7,7 +7,9 @@ import pytest
 from pipeline.errors import UsageError
 from pipeline.settings import Device
 from search.options import Metric, Precision
-from search.ranking.planner import Bfloat16Units, Machine, Plan, Work, make_plan
+from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Question, Way, choose_way
+from tests.search.galleries import in_memory
+from tests.search.ranking.test_rank import features_of
 
 SMALL, LARGE = 100_000, 20_000_000
 UNITS = Bfloat16Units("units", matrix=True, products=50_000_000)
@@ -18,8 +20,8 @@ GPU = Machine(
 )
 
 
-def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Plan:
-    return make_plan(Work(rows, 1280, queries, metric), machine)
+def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosine) -> Way:
+    return choose_way(Question(rows, 1280, queries, metric), machine)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +66,16 @@ def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -
     ],
 )
 def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, in_memory: bool, queries: int, way: str) -> None:
-    work = Work(SMALL, 1280, queries, Metric.cosine, coded=True, in_memory=in_memory)
-    assert str(make_plan(work, machine)).startswith(way)
-    assert make_plan(dataclasses.replace(work, metric=Metric.euclidean), machine).precision is Precision.float32
-    assert make_plan(dataclasses.replace(work, coded=False), machine).precision is not Precision.int8
+    question = Question(SMALL, 1280, queries, Metric.cosine, coded=True, in_memory=in_memory)
+    assert str(choose_way(question, machine)).startswith(way)
+    assert choose_way(dataclasses.replace(question, metric=Metric.euclidean), machine).precision is Precision.float32
+    assert choose_way(dataclasses.replace(question, coded=False), machine).precision is not Precision.int8
 
 
 def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
     loaded = dataclasses.replace(STRONG, torch_loaded=True)
-    assert make_plan(Work(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).torch
-    assert not make_plan(Work(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).torch
+    assert choose_way(Question(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).torch
+    assert not choose_way(Question(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).torch
 
 
 def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:
@@ -93,3 +95,47 @@ def test_cuda_always_takes_torch_and_keeps_what_fits_and_is_used_again() -> None
 def test_cuda_without_torch_is_refused() -> None:
     with pytest.raises(UsageError, match="not installed"):
         plan(dataclasses.replace(GPU, torch=False), SMALL, 1)
+
+
+def test_a_process_that_stays_keeps_rows_that_fit() -> None:
+    loaded = dataclasses.replace(STRONG, torch_loaded=True)
+    stays = Question(SMALL, 1280, 100, lasting=True)
+    assert choose_way(stays, loaded).resident
+    assert not choose_way(dataclasses.replace(stays, rows=LARGE), loaded).resident
+    # On CUDA half the bytes are half the time, also for one query.
+    one = choose_way(dataclasses.replace(stays, queries=1), GPU)
+    assert (one.precision, one.resident) == (Precision.bfloat16, True)
+    euclidean = choose_way(dataclasses.replace(stays, metric=Metric.euclidean), GPU)
+    assert (euclidean.precision, euclidean.resident) == (Precision.float32, True)
+
+
+def test_pairs_and_evaluations_are_planned_by_the_same_rules() -> None:
+    pairs = Question(SMALL, 1280, SMALL, purpose=Purpose.pairs)
+    places = Question(SMALL, 1280, 1000, purpose=Purpose.places)
+    assert str(choose_way(pairs, BARE)).startswith("tiles with numpy in float32: ")
+    assert str(choose_way(pairs, STRONG)).startswith("tiles with torch on cpu in bfloat16: ")
+    assert str(choose_way(pairs, GPU)).startswith("tiles with torch on cuda in bfloat16: ")
+    for machine, device in ((BARE, "cpu"), (STRONG, "cpu"), (GPU, "cuda")):
+        way = choose_way(places, machine)
+        assert (way.precision, way.device, way.torch) == (Precision.float64, device, device == "cuda")
+        assert not way.resident
+    for question in (pairs, places):
+        with pytest.raises(UsageError, match="not installed"):
+            choose_way(question, dataclasses.replace(GPU, torch=False))
+
+
+def test_one_copy_is_kept_however_many_queries_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
+    loaded = dataclasses.replace(STRONG, torch_loaded=True)
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: loaded)
+    gallery = in_memory(features_of("random", 300, 64))
+    planner = Planner(Device.cpu, lasting=True)
+    ways = [planner.way(gallery, Purpose.hits, queries) for queries in (16, 100)]
+    assert planner.arithmetic(ways[0]) is planner.arithmetic(ways[1])
+    # Less memory is free now, of which the copy is the cause.
+    monkeypatch.setattr(
+        "search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(loaded, memory_bytes=1)
+    )
+    assert planner.way(gallery, Purpose.hits, 50).resident
+    assert not Planner(Device.cpu, lasting=True).way(gallery, Purpose.hits, 50).resident
+    assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import search.gallery.shards as gallery_module
-import search.ranking.rank as ranking_module
+import search.ranking.scan as scan_module
 from pipeline.errors import QueryError
 from pipeline.model import load_model
 from search.gallery.opening import open_gallery
@@ -27,7 +27,8 @@ from search.options import Metric
 from search.ranking.bounds import float32_margin
 from search.ranking.codes_scan import codes_scan
 from search.ranking.exact import exact_angles, exact_similarities, exact_squared_distances
-from search.ranking.rank import Batch, Candidates, numpy_scan, rank
+from search.ranking.rank import rank
+from search.ranking.scan import Batch, Candidates, numpy_scan
 from tests.factories import tiny_model
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory, write_gallery
 
@@ -120,7 +121,7 @@ def test_only_finite_values_are_multiplied_and_a_product_that_is_none_hides_no_r
     features = features_of(kind)
     queries = np.concatenate([queries_of(features)] * 12)
     gallery = in_memory(features, cuts=(90,))
-    products = ranking_module._products
+    products = scan_module._products
 
     def watched(*given: NDArray[Any]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = products(*given)
@@ -131,7 +132,7 @@ def test_only_finite_values_are_multiplied_and_a_product_that_is_none_hides_no_r
         return found
 
     want = [rank(gallery, queries[:some], 7, metric) for some in (1, 5, 72) for metric in Metric]
-    monkeypatch.setattr(ranking_module, "_products", watched)
+    monkeypatch.setattr(scan_module, "_products", watched)
     for told in (None, np.nan, np.inf):  # noqa: B007 - watched() uses it
         scan = numpy_scan(60)
         assert [rank(gallery, queries[:some], 7, metric, scan) for some in (1, 5, 72) for metric in Metric] == want

@@ -1,16 +1,21 @@
 """The torch scan gives the same hits bit for bit; on torch's CPU always, on CUDA where there is one."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
 
 from pipeline.errors import UsageError  # noqa: E402
+from search.gallery.shards import Block, Gallery  # noqa: E402
 from search.near_duplicates import find_groups  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
-from search.ranking import torch_scan  # noqa: E402
-from search.ranking.rank import Batch, rank  # noqa: E402
-from search.ranking.torch_scan import TorchMultiply, TorchScan  # noqa: E402
+from search.ranking import torch_arithmetic  # noqa: E402
+from search.ranking.rank import rank  # noqa: E402
+from search.ranking.scan import Batch  # noqa: E402
+from search.ranking.torch_arithmetic import TorchArithmetic, TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
 from tests.search.ranking.test_rank import KINDS, check_bounds, features_of, ids_of, queries_of  # noqa: E402
 
@@ -54,7 +59,7 @@ def test_bfloat16_stays_within_its_error_bound(kind: str, resident: bool, device
 
 @pytest.mark.parametrize("products", [1, 600, 10**6])
 def test_the_first_block_leaves_most_rows_out(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.ranking.torch_scan._PRODUCTS", products)
+    monkeypatch.setattr("search.ranking.torch_arithmetic._PRODUCTS", products)
     rows, queries = features_of("random", 400, 64), features_of("positive", 20, 64)
     gallery = in_memory(rows)
     (found,) = TorchScan(gallery, "cpu", Precision.bfloat16)(
@@ -110,7 +115,7 @@ def matrix_units(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return product
 
 
-TRUE_PRODUCT = torch_scan._matrix_product
+TRUE_PRODUCT = torch_arithmetic._matrix_product
 NEIGHBOURS = {"nan": np.nan, "infinite": -np.inf, "huge": np.float32(3.4e38), "zero": 0.0}
 
 
@@ -119,7 +124,7 @@ NEIGHBOURS = {"nan": np.nan, "infinite": -np.inf, "huge": np.float32(3.4e38), "z
 def test_a_row_is_found_beside_one_that_cannot_be_multiplied(
     neighbour: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", matrix_units)
+    monkeypatch.setattr("search.ranking.torch_arithmetic._matrix_product", matrix_units)
     features = features_of("random", 200, 100)
     features[101, 0] = NEIGHBOURS[neighbour]
     features[150:153] = NEIGHBOURS[neighbour]
@@ -147,7 +152,7 @@ def test_only_finite_values_are_multiplied(
         assert others.isfinite().all()
         return TRUE_PRODUCT(rows, others)
 
-    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", watched)
+    monkeypatch.setattr("search.ranking.torch_arithmetic._matrix_product", watched)
     features = features_of(kind)
     gallery = in_memory(features, cuts=(100,))
     queries = queries_of(features)
@@ -155,7 +160,7 @@ def test_only_finite_values_are_multiplied(
         scan = TorchScan(gallery, device, precision, resident=resident, block_rows=60)
         for metric in Metric:
             assert rank(gallery, queries, 5, metric, scan) == rank(gallery, queries, 5, metric)
-    multiply = TorchMultiply(device)
+    multiply = TorchArithmetic(device, Precision.bfloat16)
     assert find_groups(gallery, 0.3, multiply, panel_rows=90, tile_rows=33) == find_groups(gallery, 0.3)
 
 
@@ -172,8 +177,48 @@ def test_a_product_that_is_no_number_hides_no_row(kind: str, told: float, monkey
     queries = queries_of(features)
     want = [rank(gallery, queries, k, metric) for k in (1, 10) for metric in Metric]
     groups = find_groups(gallery, 0.9)
-    monkeypatch.setattr("search.ranking.torch_scan._matrix_product", broken)
+    monkeypatch.setattr("search.ranking.torch_arithmetic._matrix_product", broken)
     scan = TorchScan(gallery, "cpu", Precision.bfloat16, block_rows=60)
     assert [rank(gallery, queries, k, metric, scan) for k in (1, 10) for metric in Metric] == want
     if np.isnan(told):
-        assert find_groups(gallery, 0.9, TorchMultiply("cpu"), panel_rows=90, tile_rows=33) == groups
+        assert (
+            find_groups(gallery, 0.9, TorchArithmetic("cpu", Precision.bfloat16), panel_rows=90, tile_rows=33) == groups
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_that_come_first_make_one_copy_and_another_gallery_another(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    blocks = Gallery.blocks
+
+    def watched(gallery: Gallery, block_rows: int) -> Iterator[Block]:
+        read.append(gallery)
+        return blocks(gallery, block_rows)
+
+    features = features_of("near_duplicates", 300, 64)
+    galleries = [in_memory(features), in_memory(features[50:])]
+    expected = [rank(gallery, features[60:70], 5) for gallery in galleries]
+    arithmetic = TorchArithmetic(device, Precision.bfloat16, resident=True, block_rows=40)
+    monkeypatch.setattr(Gallery, "blocks", watched)
+    for gallery, want in zip(galleries, expected, strict=True):
+        # So that all threads meet one scan.
+        list(arithmetic.scan(gallery, Batch(features[:1], 1, Metric.cosine), np.full(1, -np.inf)))
+        with ThreadPoolExecutor(4) as threads:
+            running = [threads.submit(rank, gallery, features[60:70], 5, scan=arithmetic.scan) for _ in range(8)]
+            assert all(one.result() == want for one in running)
+    assert [one is gallery for one, gallery in zip(read, galleries, strict=True)] == [True, True]
+
+
+def test_threads_that_come_at_once_make_one_copy() -> None:
+    features = features_of("near_duplicates", 300, 64)
+    gallery = in_memory(features)
+    scan = TorchScan(gallery, "cpu", Precision.bfloat16, resident=True, block_rows=40)
+    want = rank(gallery, features[:10], 5)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(one == want for one in threads.map(lambda _: rank(gallery, features[:10], 5, scan=scan), range(8)))
+    kept = scan._kept
+    assert sum(len(rows.features) for rows in kept) == 300
+    rank(gallery, features[:1], 5, scan=scan)
+    assert scan._kept is kept

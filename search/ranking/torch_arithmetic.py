@@ -1,13 +1,15 @@
-"""Scans with torch: for CUDA, and for many queries on a CPU with bfloat16 units.
+"""Arithmetic with torch: for CUDA, and on a CPU with bfloat16 units or units for 8-bit integers.
 
 Only candidates come from here. The bounds on their error are those of `search.ranking.bounds`, and the decision in
 float64 is that of `search.ranking.rank`, on the host, so the answer is the same bit for bit.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -15,17 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import RuijiError, UsageError
+from search.arrays import Float32, Float64, Rows
 from search.gallery.codes import integers_of
 from search.gallery.norms import is_plain
 from search.gallery.shards import Block, Gallery
-from search.near_duplicates import Dense, Multiply, Pairs, is_dense
 from search.options import Metric, Precision
+from search.ranking.arithmetic import Dense, Pairs, Products, is_dense
 from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
-from search.ranking.rank import Batch, Candidates, Rows, default_block_rows, usable_rows
+from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
+from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_rows
 
 #: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
 #: still in its cache when they are needed. A GPU takes whole blocks.
 _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
+_SETTINGS = threading.RLock()
 #: Far below what a bound on the error of a unit vector's product notices.
 _NOTHING = np.float32(1e-30)
 
@@ -95,16 +100,18 @@ class TorchScan:
         Raises:
             UsageError: CUDA was asked for and torch has none that works.
         """
-        self._gallery, self._resident = gallery, resident
+        self.gallery, self._resident = gallery, resident
         self._device = torch_device(device)
         self._dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
         self._block_rows = block_rows or default_block_rows(gallery.length)
         self._staged = self._device.type == "cuda" if staged is None else staged
         self._kept: list[_Rows] = []
+        # Two threads that come first would put two copies on the device.
+        self._keeping = threading.Lock()
 
     def __call__(self, gallery: Gallery, batch: Batch, cuts: NDArray[np.float64]) -> Iterator[Candidates]:
         """One pass; a `search.ranking.rank.Scan`."""
-        assert gallery is self._gallery
+        assert gallery is self.gallery
         units = torch.from_numpy(batch.units).to(self._device)
         rounded = units.to(self._dtype)
         query_loss = _largest_loss(units, rounded)
@@ -113,22 +120,28 @@ class TorchScan:
 
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:
-            return float32_margin(self._gallery.length)
-        return bfloat16_margin(self._gallery.length, row_loss, query_loss)
+            return float32_margin(self.gallery.length)
+        return bfloat16_margin(self.gallery.length, row_loss, query_loss)
 
     def _blocks(self) -> Iterator[_Rows]:
-        if self._kept:
-            yield from self._kept
+        if not self._resident:
+            yield from self._read()
             return
-        made: list[_Rows] = []
-        blocks = self._gallery.blocks(self._block_rows)
+        with self._keeping:
+            if not self._kept:
+                made = []
+                for rows in self._read():
+                    made.append(rows)
+                    yield rows
+                # Only a pass that came to its end has all of them.
+                self._kept = made
+                return
+        yield from self._kept
+
+    def _read(self) -> Iterator[_Rows]:
+        blocks = self.gallery.blocks(self._block_rows)
         for block, features in self._streamed(blocks) if self._staged else self._borrowed(blocks):
-            rows = self._prepare(block, features)
-            if self._resident:
-                made.append(rows)
-            yield rows
-        # Only a pass that came to its end has all of them.
-        self._kept = made
+            yield self._prepare(block, features)
 
     def _borrowed(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
         for block in blocks:
@@ -137,7 +150,7 @@ class TorchScan:
     def _streamed(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
         """Each block on the device, while the next one is on its way."""
         cuda = self._device.type == "cuda"
-        shape = (self._block_rows, self._gallery.length)
+        shape = (self._block_rows, self.gallery.length)
         buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=cuda) for _ in range(2)]
         copies = torch.cuda.Stream(self._device) if cuda else None
         left: list[torch.cuda.Event | None] = [None, None]
@@ -169,7 +182,7 @@ class TorchScan:
         return block, features
 
     def _prepare(self, block: Block, features: torch.Tensor) -> _Rows:
-        usable = usable_rows(block.norms, block.left_out)
+        usable = scanned_rows(block.norms, block.left_out)
         # As `plain_rows` does, on the device.
         if not (plain := is_plain(block.norms)).all():
             features = features.masked_fill(torch.from_numpy(~plain).to(self._device)[:, None], 0)
@@ -178,15 +191,42 @@ class TorchScan:
         return rows.rounded() if self._resident and self._dtype is torch.bfloat16 else rows
 
 
-class TorchMultiply(Multiply):
-    """Products of tiles with torch, in bfloat16."""
+class TorchArithmetic:
+    """An `Arithmetic` on a torch device; several threads may use it."""
 
-    def __init__(self, device: str) -> None:
-        """Only names the device."""
-        self._device = torch_device(device)
+    def __init__(
+        self, device: str, precision: Precision, *, resident: bool = False, block_rows: int | None = None
+    ) -> None:
+        """Nothing is read before the first question.
 
-    def prepare(self, units: NDArray[np.float32]) -> tuple[object, Margin]:
-        """Unit rows on the device."""
+        Args:
+            device: `cuda` or `cpu`.
+            precision: what a scan multiplies; `int8`: the codes. Tiles are multiplied in bfloat16, evaluations in
+                float64.
+            resident: keep the gallery that was scanned last on the device.
+            block_rows: as `TorchScan` takes them.
+
+        Raises:
+            UsageError: CUDA was asked for and torch has none that works.
+        """
+        self._device, self._precision = torch_device(device), precision
+        self._resident, self._block_rows = resident, block_rows
+        self._scanned: TorchScan | None = None
+
+    def scan(self, gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
+        """As `Arithmetic` says."""
+        if self._precision is Precision.int8:
+            multiply = TorchCodesMultiply if sums_integers(gallery.length) else NumpyCodesMultiply
+            return codes_scan(multiply, self._block_rows)(gallery, batch, cuts)
+        scan = self._scanned
+        if scan is None or scan.gallery is not gallery:
+            device = self._device.type
+            scan = TorchScan(gallery, device, self._precision, resident=self._resident, block_rows=self._block_rows)
+            self._scanned = scan if self._resident else None
+        return scan(gallery, batch, cuts)
+
+    def prepare(self, units: Float32) -> tuple[object, Margin]:
+        """As `Arithmetic` says."""
         exact = torch.from_numpy(units).to(self._device)
         rounded = exact.bfloat16()
         # Both sides are rounded rows; the larger loss of the two counts for both.
@@ -194,7 +234,7 @@ class TorchMultiply(Multiply):
         return rounded, bfloat16_margin(units.shape[1], loss, loss)
 
     def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
-        """Pairs of rows whose computed cosine is not below `least`; only they leave the device, or all if many are."""
+        """As `Arithmetic` says; only near pairs leave the device, or all if many are."""
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
         at_once = max(1, _PRODUCTS // max(1, len(b)) if a.device.type == "cpu" else len(a))
         for number, part in enumerate(a.split(at_once)):
@@ -206,6 +246,18 @@ class TorchMultiply(Multiply):
             else:
                 i, j = _chosen(near)
                 yield Pairs(number * at_once + i, j, _at(cosines, i, j))
+
+    def products(self, units: Float64) -> Products:
+        """As `Arithmetic` says."""
+        queries = torch.from_numpy(units).to(self._device)
+
+        def multiply(rows: Float32) -> Float64:
+            # A copy: torch warns about read-only arrays such as a mapped shard. It is widened on the device.
+            block = torch.from_numpy(np.array(rows)).to(self._device).double()
+            dots: Float64 = (queries @ block.T).cpu().numpy()
+            return dots
+
+        return multiply
 
 
 class TorchCodesMultiply:
@@ -240,6 +292,7 @@ class TorchCodesMultiply:
         return products
 
 
+@cache
 def sums_integers(length: int) -> bool:
     """Whether torch multiplies rows of so many integers exactly on this CPU.
 
@@ -284,16 +337,18 @@ def _borrow(rows: NDArray[Any]) -> torch.Tensor:
 
 @contextmanager
 def _full_sums() -> Iterator[None]:
-    # TensorFloat-32 has 10 bits of mantissa, and sums in bfloat16 have 7: either would break the error bound.
-    precision = torch.get_float32_matmul_precision()
-    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+    # TensorFloat-32 has 10 bits of mantissa, and sums in bfloat16 have 7: either would break the error bound. The
+    # settings are the process': another thread that sets them back must wait.
+    with _SETTINGS:
+        precision = torch.get_float32_matmul_precision()
+        reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
 def _largest_loss(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor | None = None) -> float:

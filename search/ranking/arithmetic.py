@@ -1,0 +1,62 @@
+"""What multiplies: the one seam between what is looked for and numpy or torch, a CPU or CUDA.
+
+A search, a search for near-duplicates and an evaluation each ask an `Arithmetic` one kind of question. Its values are
+approximate, with a bound on their error; what is in doubt by that bound is decided by `search.ranking.exact`. So an
+arithmetic changes speed and memory, never an answer. `search.ranking.planner` chooses it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from search.arrays import Float32, Float64, Rows
+from search.gallery.shards import Gallery
+from search.ranking.bounds import Margin
+from search.ranking.scan import Batch, Candidates
+
+#: float32[b, d] -> float64[q, b], dot products with the unit queries, summed in float64 in any order.
+Products: TypeAlias = Callable[[Float32], Float64]
+#: With every 16th pair near, a tile is dense.
+_LISTED = 16
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some pairs of a tile: positions in its two sides, int64[m], and their approximate cosines, float64[m]."""
+
+    some: Rows
+    others: Rows
+    cosines: Float64
+
+
+@dataclass(frozen=True)
+class Dense:
+    """All pairs of some rows of a tile's first side, from position `first` on: approximate cosines, float32[b, t]."""
+
+    first: int
+    cosines: Float32
+
+
+class Arithmetic(Protocol):
+    """What multiplies."""
+
+    def scan(self, gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
+        """Find what may be among the best rows of each query; a `search.ranking.scan.Scan`."""
+        ...
+
+    def prepare(self, units: Float32) -> tuple[object, Margin]:
+        """Unit rows, float32[b, d], as a side of a tile, and how far a cosine with such rows can be off."""
+        ...
+
+    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+        """Pairs of rows of two sides whose computed cosine is not below `least`, or all pairs if many are not."""
+        ...
+
+    def products(self, units: Float64) -> Products:
+        """What multiplies rows with unit queries, float64[q, d], in float64."""
+        ...
+
+
+def is_dense(near: int, pairs: int) -> bool:
+    """Whether so many of the pairs are near that a look at each of them costs less than a list of those."""
+    return near * _LISTED > pairs
