@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import layout
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
 from pipeline.generations import current
-from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, why_another
+from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, require_declared, why_another
 from pipeline.objects import IdScheme
 from pipeline.plan import Plan, closed_plans, open_plan
 from pipeline.queue.keys import place_key
@@ -95,7 +95,8 @@ def gallery_model(folder: Path, path: Path) -> Model:
     """The model of a gallery, or of the one that is to be made in the folder, with that gallery's pixels.
 
     Raises:
-        GalleryMismatch: a newer ruiji wrote the gallery. ModelError: as `load_model`.
+        GalleryMismatch: a newer ruiji wrote the gallery.
+        ModelError: as `load_model`; the gallery would be a new one, and nobody declared the model.
     """
     try:
         found = read_gallery(folder)
@@ -106,6 +107,9 @@ def gallery_model(folder: Path, path: Path) -> Model:
         return load_model(path, None if kept != PIXELS[-1] and _unused(folder) else kept)
     model = load_model(path)
     plan = _any_plan(folder) if folder.is_dir() else None
+    if plan is None:
+        # A gallery that exists has declared its model.
+        require_declared(model)
     if plan is not None and plan.fingerprint != model.fingerprint:
         # What is lost with gallery.json, the plan's fingerprint tells.
         older = load_model(path, 1)

@@ -140,6 +140,11 @@ class Model:
     toml: str | None
 
     @property
+    def declared(self) -> bool:
+        """Whether somebody said how pictures are prepared: in a .toml, or with the article's two names."""
+        return self.toml is not None or (self.spec.input_name, self.spec.output_name) == (ARTICLE_INPUT, ARTICLE_OUTPUT)
+
+    @property
     def contract(self) -> dict[str, Any]:
         """All that was read of it but the fingerprint, for JSON: what `recall_model` takes."""
         return {"spec": self.spec.values, "batch": self.batch, "external": self.external, "toml": self.toml}
@@ -200,6 +205,19 @@ def recall_model(path: Path, contract: dict[str, Any], fingerprint: str) -> Mode
     return Model(path, spec, contract["batch"], fingerprint, external, contract["toml"])
 
 
+def require_declared(model: Model) -> None:
+    """Refuse a model whose preprocessing would be a guess: a wrong one gives no error, only worse hits.
+
+    Raises:
+        ModelError: nobody declared it; says how to.
+    """
+    if not model.declared:
+        raise ModelError(
+            f"nothing says how pictures are prepared for {model.path}: ruiji model declare {model.path} --fit … "
+            "writes it down (see its --help), and ruiji model add reads it from the folder that the model came in"
+        )
+
+
 def pixels_of(contract: dict[str, Any] | None) -> int:
     """`ModelSpec.pixels` of the gallery that has this `Model.contract`; None: of one that keeps none."""
     return 1 if contract is None else int(contract["spec"].get("pixels", 1))
@@ -238,6 +256,7 @@ def describe_model(path: Path) -> list[tuple[str, str]]:
         ("feature", f"{spec.output_name}, d = {spec.length}{_pooling_words(spec)}"),
         *([("constants", json.dumps(spec.constants))] if spec.constants else []),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
+        ("declared", "yes" if model.declared else "no, so no gallery is made with it; see ruiji model declare --help"),
         ("fingerprint", model.fingerprint),
     ]
 

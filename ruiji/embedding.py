@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from pipeline.errors import ImageError, QueryError, UsageError
-from pipeline.model import Model, load_model
+from pipeline.model import Model, load_model, require_declared
 from pipeline.settings import MAX_PIXELS, Device
 from search.arrays import Float32
 from search.queries import embed_pictures, load_encoder
@@ -40,11 +40,12 @@ class Embedder:
             max_pixels: pictures with more are not decoded.
 
         Raises:
-            ModelError: the model cannot be used; says why.
+            ModelError: the model cannot be used, or nobody declared how pictures are prepared for it; says why.
             UsageError: CUDA is asked for and does not work.
             MachineFault: the memory does not suffice, or the device failed.
         """
         self._model, self._max_pixels = load_model(Path(model)), max_pixels
+        require_declared(self._model)
         self.length = self._model.spec.length
         self._encoder = load_encoder(self._model, encoder_device(checked_device(device)))
         self._encoder.result()

@@ -5,7 +5,7 @@ import signal
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,21 @@ class Role(StrEnum):
     reduce = "reduce"
     all = "all"
 
+
+class Fit(StrEnum):
+    """The ways from a picture's shape to the model's, see `pipeline.model.REFERENCES`."""
+
+    stretch = "stretch"
+    crop = "crop"
+    pad = "pad"
+
+
+Pooling = Annotated[
+    str | None, typer.Option("--pooling", help="One vector from tokens or a map: cls, mean or map-mean.")
+]
+SkipTokens = Annotated[
+    int | None, typer.Option("--skip-tokens", min=0, help="With --pooling mean: leave out so many first tokens.")
+]
 
 model_app = Commands(help="Add models, and look at them.")
 
@@ -139,12 +154,8 @@ def add(
         str | None, typer.Option("--name", help="What --model takes.  [default: the folder's name]")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", help="The graph's output with the features.")] = None,
-    pooling: Annotated[
-        str | None, typer.Option("--pooling", help="One vector from tokens or a map: cls, mean or map-mean.")
-    ] = None,
-    skip_tokens: Annotated[
-        int | None, typer.Option("--skip-tokens", min=0, help="With --pooling mean: leave out so many first tokens.")
-    ] = None,
+    pooling: Pooling = None,
+    skip_tokens: SkipTokens = None,
     models_dir: settings.ModelsDir = None,
 ) -> None:
     """Copy a model, write its .toml from what lies beside it, and prove that it runs.
@@ -154,13 +165,59 @@ def add(
     """
     from workers.models.library import add_model
 
-    given = {"name": output, "pooling": pooling, "skip_tokens": skip_tokens}
-    wanted = {key: value for key, value in given.items() if value is not None}
+    wanted = _given({"name": output, "pooling": pooling, "skip_tokens": skip_tokens})
     added = add_model(source, settings.models_dir(models_dir), name, wanted)
-    streams.tell(layout.toml_file(added.path).read_text(encoding="utf-8").rstrip())
+    _show(layout.toml_file(added.path))
     streams.note(
         f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}"
     )
+
+
+@model_app.command()
+def declare(
+    model: Annotated[Path, typer.Argument(help="The .onnx file.")],
+    fit: Annotated[Fit, typer.Option(help="stretch: resize both sides. crop: the centre. pad: with bars.")],
+    resize_size: Annotated[
+        int | None, typer.Option("--resize-size", min=1, help="With crop: what the shorter side becomes, in pixels.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="With crop and pad: torchvision, huggingface or timm.")
+    ] = None,
+    pad_color: Annotated[
+        str | None, typer.Option("--pad-color", help="With pad: a value, or R,G,B, from 0 to 255.")
+    ] = None,
+    mean: Annotated[str, typer.Option("--mean", help="A number, or R,G,B: input = (pixel / 255 - mean) / std.")] = "0",
+    std: Annotated[str, typer.Option("--std", help="A number, or R,G,B.")] = "1",
+    resize: Annotated[str, typer.Option("--resize", help="One of Pillow's filters.")] = "bicubic",
+    height: Annotated[int | None, typer.Option("--height", min=1, help="If the graph leaves it open.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="If the graph leaves it open.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="The graph's output with the features.")] = None,
+    pooling: Pooling = None,
+    skip_tokens: SkipTokens = None,
+) -> None:
+    """Write down how pictures are prepared for a model, as MODEL.toml beside it.
+
+    A classifier of torchvision: ruiji model declare resnet.onnx --fit crop --resize-size 256 --reference torchvision
+    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+
+    docs/models.md has all keys and more examples.
+    """
+    from workers.models.library import declare_model
+
+    given = {
+        "fit": fit.value,
+        "resize_size": resize_size,
+        "reference": reference,
+        "pad_color": None if pad_color is None else _numbers("--pad-color", pad_color, int),
+        "resize": resize,
+        "mean": _numbers("--mean", mean, float),
+        "std": _numbers("--std", std, float),
+        "height": height,
+        "width": width,
+    }
+    came_out = {"name": output, "pooling": pooling, "skip_tokens": skip_tokens}
+    written = declare_model(model, _given(given), _given(came_out))
+    _show(written)
 
 
 @model_app.command("list")
@@ -205,6 +262,26 @@ def inspect(
 
         write_seen(picture, load_model(model).spec, max_pixels, out)
         streams.note(f"{out}: what the model sees of {picture}, before its values are scaled")
+
+
+def _show(file: Path) -> None:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        streams.tell(line)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any] | int | float:
+    """One number, or several with commas between them."""
+    from pipeline.errors import UsageError
+
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a number, nor numbers with commas between them") from None
+    return values if len(values) > 1 else values[0]
 
 
 def _uses_cuda(device: Device) -> bool:

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
-from tests.factories import Ruiji, only_line, pictures
+from ruiji import Embedder
+from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.models.pictures import picture
 from tests.workers.test_images import LIMIT
 from workers.encoder import to_input
@@ -232,7 +233,8 @@ def test_from_a_folder_to_a_ranking_in_three_commands(ruiji: Ruiji, tmp_path: Pa
     source = source_of(tmp_path / "clip-vit")
     ruiji.environment = {"RUIJI_MODELS": str(tmp_path / "models")}
     added = ruiji("model", "add", str(source))
-    assert 'fit = "crop"' in added.stdout and "# preprocessor_config.json: size" in added.stdout
+    assert 'fit = "crop"' in added.stdout and "[output]" not in added.stdout and len(added.stdout.splitlines()) > 8
+    assert "# preprocessor_config.json: size" in added.stdout
     assert "--model clip-vit" in added.stderr
     assert ruiji("model", "list").stdout.split() == ["clip-vit", "apache-2.0", str(source)]
     ruiji.model = Path("clip-vit")
@@ -243,3 +245,46 @@ def test_from_a_folder_to_a_ranking_in_three_commands(ruiji: Ruiji, tmp_path: Pa
     refused = only_line(ruiji("model", "add", str(tmp_path), code=2).stderr)
     assert "several models" in refused or "nothing in" in refused
     assert "no model was added" in ruiji("model", "list", "--models-dir", str(tmp_path / "none")).stderr
+
+
+def test_a_model_that_nobody_declared_makes_no_gallery_and_the_message_ends_that(ruiji: Ruiji, tmp_path: Path) -> None:
+    pictures(ruiji.media, 3)
+    ruiji.model = tiny_model(tmp_path / "bare.onnx", layout="NCHW", input_name="x", output_name="y")
+    refused = only_line(ruiji("run", code=2).stderr)
+    assert "nothing says how pictures are prepared" in refused and f"ruiji model declare {ruiji.model} --fit" in refused
+    assert not ruiji.gallery.exists()
+    assert "no, so no gallery is made" in ruiji("model", "inspect", str(ruiji.model)).stdout
+    with pytest.raises(ModelError, match="nothing says"):
+        Embedder(ruiji.model)
+    declare = ["model", "declare", str(ruiji.model), "--fit", "crop"]
+    assert "needs resize_size" in only_line(ruiji(*declare, code=2).stderr)
+    assert not ruiji.model.with_suffix(".toml").exists(), "nothing is left of a declaration that does not fit"
+    declare += ["--resize-size", "9", "--reference", "timm", "--mean", "0.1,0.2,0.3"]
+    assert "not a number" in only_line(ruiji(*declare, "--std", "0.5,x", code=2).stderr)
+    written = ruiji(*declare, "--std", "0.5").stdout
+    assert written.rstrip() == ruiji.model.with_suffix(".toml").read_text().rstrip()
+    spec = load_model(ruiji.model).spec
+    assert (spec.fit, spec.resize_size, spec.reference, spec.mean, spec.std) == (
+        "crop",
+        9,
+        "timm",
+        (0.1, 0.2, 0.3),
+        (0.5,) * 3,
+    )
+    assert "is there already" in only_line(ruiji(*declare, code=2).stderr)
+    ruiji("run", "--workers", "1")
+
+
+def test_a_gallery_has_declared_its_model(ruiji: Ruiji, tmp_path: Path) -> None:
+    names = pictures(ruiji.media, 3)
+    ruiji.model = tiny_model(tmp_path / "bare.onnx", layout="NCHW", input_name="x", output_name="y")
+    # What a graph alone meant before it had to be declared.
+    ruiji.model.with_suffix(".toml").write_text("[input]\n")
+    ruiji("run", "--workers", "1")
+    ruiji.model.with_suffix(".toml").unlink()
+    pictures(ruiji.media, 5)
+    ruiji("list", str(ruiji.media))
+    ruiji("run", "--workers", "1")
+    asked = ruiji.media / names[0]
+    best = json.loads(ruiji("search", str(asked), "--top-k", "1", "--format", "jsonl").stdout.splitlines()[0])
+    assert best["object_id"] == asked.name

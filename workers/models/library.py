@@ -96,6 +96,37 @@ def add_model(source: Path, models: Path, name: str | None = None, output: dict[
     return _read(models / name)
 
 
+def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
+    """Write the `.toml` of a model from values that a person gives; nothing is left of one that does not fit.
+
+    Args:
+        given: keys of `[input]`. output: keys of `[output]`.
+
+    Raises:
+        ModelError: the values do not fit the model.
+        UsageError: there is a `.toml` already.
+    """
+    load_graph(path)
+    target = layout.toml_file(path)
+    said = {
+        section: {key: Said(value, "declared") for key, value in values.items()}
+        for section, values in (("input", given), ("output", output))
+    }
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(_toml(path, said["input"], said["output"]))
+    except FileExistsError:
+        raise UsageError(f"{target} is there already; change it, or remove it first") from None
+    except OSError as error:
+        raise RuijiError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        load_model(path)
+    except BaseException:
+        target.unlink()
+        raise
+    return target
+
+
 def added_models(models: Path) -> Iterator[Added]:
     """The models of the library, by name."""
     if models.is_dir():
