@@ -2,17 +2,17 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-# For the resizing, which is Pillow's where there is no compiler. It stays in this stage.
+# The compiler builds the fast resize; without one, Pillow resizes. It stays in this stage.
 RUN (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev) || echo "no compiler: Pillow resizes" >&2
 ARG ACCEL=cpu
 ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/ruiji
-# What changes rarely first: the lock, then the code.
+# What changes rarely comes first: the lock, then the code.
 COPY requirements/${ACCEL}.lock requirements/torch.txt /build/requirements/
 RUN pip install --require-hashes -r /build/requirements/${ACCEL}.lock \
     && if [ "${ACCEL}" = gpu ]; then pip install -r /build/requirements/torch.txt; fi
 COPY . /build
-# Nothing is built or tested in the image that runs. What is compiled stays: it starts in half the time.
+# The final image needs no build tools and no tests. Compiled Python files stay: with them it starts in half the time.
 RUN pip install --no-deps --no-build-isolation /build \
     && pip uninstall -y setuptools pip \
     && cd /opt/ruiji/lib/python3.*/site-packages \
@@ -22,7 +22,7 @@ RUN pip install --no-deps --no-build-isolation /build \
 FROM ${BASE}
 COPY --from=build /opt/ruiji /opt/ruiji
 ENV PATH=/opt/ruiji/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
-# Compose sets the user's own ids, so that features belong to them.
+# Compose sets the user's own ids, so that features belong to that user.
 USER 1000:1000
 ENTRYPOINT ["ruiji"]
 CMD ["--help"]
