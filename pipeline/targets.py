@@ -4,7 +4,7 @@ import mimetypes
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +17,7 @@ _STDIN, _STDOUT = 0, 1
 
 
 #: Options whose file is a picture.
-_PICTURES = {"--sheet", "--plot", "--out"}
+_PICTURES = frozenset({"--sheet", "--plot"})
 
 
 def check_targets(
@@ -26,6 +26,7 @@ def check_targets(
     media_dir: Path | None = None,
     gallery: Path | None = None,
     query_folders: Iterable[Path] = (),
+    pictures: Set[str] = _PICTURES,
 ) -> None:
     """Check, before any work, that nothing is overwritten by a slip: other files are, as by every Unix tool.
 
@@ -37,6 +38,7 @@ def check_targets(
         media_dir: never written to.
         gallery: its folder, never written to by hand; folders of other galleries are known by their `gallery.json`.
         query_folders: folders whose pictures are queries.
+        pictures: options whose file is a picture.
 
     Raises:
         UsageError: a target is an input, another target, or a folder; lies in the media folder or a gallery; has a
@@ -59,21 +61,21 @@ def check_targets(
         other = places.setdefault(place.casefold(), option)
         if other != option:
             raise UsageError(f"{other} and {option} name the same file, {path}")
-        if option not in _PICTURES and _is_picture(place):
+        if option not in pictures and _is_picture(place):
             raise UsageError(
-                f"{option} {path} has a picture's name, and what is written is none; name it by what it is"
+                f"{option} {path} is named like a picture, but what is written is not one; choose another ending"
             )
         above = [(folder, _stat(folder)) for folder in Path(place).parents]
         nearest = next(folder for folder, there in above if there is not None)
         if option not in found and not os.access(nearest, os.W_OK | os.X_OK):
-            raise RuijiError(f"cannot write {option} {path}: nothing may be written to {nearest}")
+            raise RuijiError(f"cannot write {option} {path}: no permission to write to {nearest}")
         closed = [("the media folder", media_dir), ("the gallery", gallery)]
         closed += [("the gallery", folder) for folder, _ in above if layout.gallery_file(folder).is_file()]
         # A sheet would be a query itself the next time.
-        closed += [("the queries' folder", folder) for folder in query_folders if option in _PICTURES]
+        closed += [("the queries' folder", folder) for folder in query_folders if option in pictures]
         for what, folder in closed:
             if folder is not None and any(_among(there, [_stat(folder)]) for _, there in above):
-                raise UsageError(f"{option} {path} lies in {what} {folder}; name a file outside of it")
+                raise UsageError(f"{option} {path} lies in {what} {folder}; name a file outside it")
 
 
 def _is_picture(path: str) -> bool:

@@ -40,7 +40,7 @@ SkipTokens = Annotated[
 model_app = Commands(help="Add models, and look at them.")
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this package's commands to the root command."""
     app.command()(worker)
     app.command()(doctor)
@@ -80,7 +80,7 @@ def worker(
     if not media_dir.is_dir():
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
     if not os.access(model, os.R_OK):
-        raise UsageError(f"no model at {model} that may be read; give an .onnx file with --model or RUIJI_MODEL")
+        raise UsageError(f"no readable model at {model}; give an .onnx file with --model or RUIJI_MODEL")
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     # One that is away is waited for by each process; one that cannot be used is refused here, in one line.
     with suppress(BrokerUnavailable):
@@ -254,7 +254,7 @@ def inspect(
         raise UsageError("--picture and --out belong together: the picture to look at, and the .png file to write")
     if out is not None and out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: the name of a .png file is needed, which keeps every pixel as it is")
-    check_targets({"--out": out}, [model, picture])
+    check_targets({"--out": out}, [model, picture], pictures={"--out"})
     for name, value in describe_model(model):
         streams.tell(f"{name:<14} {value}")
     if picture is not None and out is not None:
