@@ -21,7 +21,7 @@ fi
 workers() {
 	case $1 in
 	[1-9] | [1-9][0-9] | [1-9][0-9][0-9]) ;;
-	*) refuse "WORKERS is a number from 1 to 999, not '$1'; make down stops all of them" ;;
+	*) refuse "WORKERS must be a number from 1 to 999, not '$1'; make down stops all of them" ;;
 	esac
 }
 
@@ -53,7 +53,7 @@ container_user() {
 	user=$(setting CONTAINER_USER)
 	[ -n "$user" ] || user=$(id -u):$(id -g)
 	case $user in
-	*[!0-9:]* | *:*:* | :* | *:) refuse "CONTAINER_USER has numbers, like 1000:1000, not '$user'" ;;
+	*[!0-9:]* | *:*:* | :* | *:) refuse "CONTAINER_USER must be numbers, like 1000:1000, not '$user'" ;;
 	0 | 0:*) user=1000:1000 ;;
 	esac
 	echo "$user"
@@ -161,7 +161,7 @@ compose_files() {
 	case ${GPU:-0} in
 	0) ;;
 	1) files=$files:docker-compose.gpu.yml ;;
-	*) refuse "GPU is 1 or 0, not '$GPU'" ;;
+	*) refuse "GPU must be 1 or 0, not '$GPU'" ;;
 	esac
 	[ -z "$(setting REDIS_HOST)" ] || files=$files:docker-compose.hosts.yml
 	echo "$files"
@@ -177,11 +177,11 @@ compose_up() {
 	[ -e .env ] || [ -n "${RUIJI_MEDIA_DIR:-}" ] || refuse "no .env: copy .env.example to it, and set the three paths in it"
 	read_settings
 	for name in RUIJI_MEDIA_DIR RUIJI_FEATURE_DIR MODEL_DIR RUIJI_MODEL; do
-		case $(setting $name) in /*) ;; *) refuse "$name has to be an absolute path (in .env), not '$(setting $name)'" ;; esac
+		case $(setting $name) in /*) ;; *) refuse "$name must be an absolute path (in .env), not '$(setting $name)'" ;; esac
 	done
 	case $(setting RUIJI_MODEL) in
 	"$(setting MODEL_DIR | sed 's:/*$::')"/*) ;;
-	*) refuse "RUIJI_MODEL ($(setting RUIJI_MODEL)) has to lie in MODEL_DIR ($(setting MODEL_DIR)): containers see that folder" ;;
+	*) refuse "RUIJI_MODEL ($(setting RUIJI_MODEL)) must be in MODEL_DIR ($(setting MODEL_DIR)): containers see that folder" ;;
 	esac
 	# Not on one line with `export`, which would hide a refusal.
 	COMPOSE_FILE=$(setting COMPOSE_FILE)
@@ -223,7 +223,7 @@ look_from_inside() {
 		for file in /run/secrets/*; do
 			[ -r "$file" ] || bad "user $1 of the containers cannot read secrets/${file##*/}: chown $1 secrets/${file##*/}"
 		done
-		[ -r "$RUIJI_MODEL" ] || bad "user $1 of the containers cannot read the model $RUIJI_MODEL, or it is not there"
+		[ -r "$RUIJI_MODEL" ] || bad "user $1 of the containers cannot read the model $RUIJI_MODEL, or it does not exist"
 		[ -r "$RUIJI_MEDIA_DIR" ] && [ -x "$RUIJI_MEDIA_DIR" ] ||
 			bad "user $1 of the containers cannot read the media folder $RUIJI_MEDIA_DIR"
 		[ -w "$RUIJI_FEATURE_DIR" ] && [ -x "$RUIJI_FEATURE_DIR" ] ||
@@ -311,11 +311,11 @@ here_scale() {
 		rm -f .up/worker.pid
 		alive worker-before || exit 1
 		mv .up/worker-before.pid .up/worker.pid
-		say "the workers of before go on"
+		say "the old workers continue"
 		exit 1
 	done
 	end worker-before
-	say "$1 embed processes and a reducer are at work; make logs shows what they say"
+	say "$1 embed processes and a reducer are running; make logs shows their log"
 }
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What all commands have in common: what they refuse before they run, and how `--help` groups them."""
+"""What all commands have in common: what they refuse before they run, and how their help is laid out."""
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
 from typing import Any, TypeVar
 
 import typer
@@ -34,8 +35,15 @@ class Command(TyperCommand):
                 raise typer.BadParameter("it is empty; is a shell variable not set?", ctx, parameter)
             for value in _values(ctx.params.get(name)):
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise typer.BadParameter(f"{value} is no finite number", ctx, parameter)
+                    raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
         return rest
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the epilog line by line under "Examples", each as it can be typed."""
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
 class Group(TyperGroup):
@@ -66,15 +74,31 @@ class Group(TyperGroup):
                 formatter.write_dl(rows)
 
 
+class Panel(StrEnum):
+    """The groups of commands in `ruiji --help`."""
+
+    embed = "Embed images"
+    check = "Check and look"
+    search = "Search"
+
+
 class Commands(typer.Typer):
     """Commands that are grouped like that and refuse the same."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(cls=Group, **options)
 
-    def command(self, name: str | None = None, **options: Any) -> Callable[[_Function], _Function]:
-        """As Typer's."""
-        return super().command(name, cls=Command, **options)
+    def command(
+        self, name: str | None = None, *, panel: Panel | None = None, examples: Sequence[str] = (), **options: Any
+    ) -> Callable[[_Function], _Function]:
+        """As Typer's.
+
+        Args:
+            panel: where `ruiji --help` lists the command.
+            examples: command lines that its own help shows.
+        """
+        epilog = "\n".join(examples)
+        return super().command(name, cls=Command, rich_help_panel=panel, epilog=epilog, **options)
 
 
 def _values(value: object) -> Iterator[object]:

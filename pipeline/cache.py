@@ -85,7 +85,7 @@ class CacheFolder:
     def say_damaged(self, path: Path) -> None:
         """Tell people that a file is not believed, once for all."""
         if not self._said:
-            note(f"{path} is damaged: what the cache holds is made anew wherever it is not as it was written")
+            note(f"{path} is damaged; damaged parts of the cache are made again")
         self._said = True
 
 

@@ -77,7 +77,7 @@ def _run() -> tuple[int, str]:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED and _GO_ON.intersection(sys.argv[1:2]):
-        streams.note("interrupted; run it again to go on where it stopped")
+        streams.note("interrupted; run it again to continue")
     return code, ""
 
 
@@ -126,7 +126,7 @@ def list_objects(
     target = out or layout.object_list_file(folder)
     check_targets({"--out": target})
     if target.exists() and not target.is_file():
-        raise UsageError(f"--out {target} is no file that can be replaced; name one")
+        raise UsageError(f"--out {target} is not a regular file; name another")
     scan = Scan(folder, Exclude(exclude or ()))
     try:
         # What a link names is replaced, not the link.
@@ -195,7 +195,7 @@ def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
     if done.plan is None:
         streams.note(f"nothing to do: {nothing.format(done.objects)}")
         return
-    verb = "carries on" if done.resumed else "opened"
+    verb = "continues" if done.resumed else "opened"
     streams.note(
         f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
         f"{len(done.plan.segments)} shards, {done.published} tasks published now"
@@ -253,7 +253,7 @@ def retry(
     done = enqueue(work, listed, url, wanted)
     _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
     if done.plan is not None and url is None:
-        streams.note("no Redis is running: ruiji run does it")
+        streams.note("no Redis is running; ruiji run carries out the plan")
     if wait and url is not None:
         raise typer.Exit(_end(_told_altered(follow(work.folder, connect(url)))))
 
@@ -294,7 +294,7 @@ def verify(
             streams.note(note)
         broken = [finding for finding in broken if not finding.repairable]
     elif any(finding.repairable for finding in findings):
-        streams.note("ruiji verify --repair mends what can be mended")
+        streams.note("ruiji verify --repair repairs what can be repaired")
     streams.note(f"findings: {len(findings)}; broken{' still' if repair else ''}: {len(broken)}")
     raise typer.Exit(GalleryMismatch.exit_code if broken else 0)
 
@@ -375,7 +375,7 @@ def status(
         except RuijiError as error:
             if watch:
                 raise
-            streams.note(f"from the disk alone ({error})")
+            streams.note(f"counted from the disk alone ({error})")
         if watch and client is not None:
             follow(folder, client)
     with broker_faults():
@@ -398,7 +398,7 @@ def _print_status(now: "Status") -> None:
         return
     streams.tell(
         f"{now.objects} objects: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
-        + (f"; {now.stale} stale rows beside" if now.stale else "")
+        + (f"; {now.stale} stale rows besides" if now.stale else "")
     )
     streams.tell(f"plan {now.plan} is open" if now.plan else "no plan is open")
     if now.altered is not None:
@@ -411,7 +411,7 @@ def _print_status(now: "Status") -> None:
         streams.tell(f"{name}: {worker['state']} {rate}".rstrip())
         if worker["images"]:
             split = "  ".join(f"{stage} {ms:g}" for stage, ms in worker["ms_per_image"].items())
-            streams.tell(f"    ms an image: {split}")
+            streams.tell(f"    ms per image: {split}")
 
 
 @app.command()

@@ -85,9 +85,9 @@ def read_gallery(folder: Path) -> GalleryInfo | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except FileDamaged as error:
-        raise FileDamaged(f"{error}; ruiji enqueue (or ruiji run) with its model writes it anew") from None
+        raise FileDamaged(f"{error}; ruiji enqueue (or ruiji run) with its model writes it again") from None
     if not _GALLERY_ID.fullmatch(info.gallery_id) or info.object_id not in ("basename", "path") or info.length < 1:
-        raise FileDamaged(f"{path} is damaged; ruiji enqueue (or ruiji run) with its model writes it anew")
+        raise FileDamaged(f"{path} is damaged; ruiji enqueue (or ruiji run) with its model writes it again")
     return info
 
 
@@ -178,16 +178,16 @@ def _made(folder: Path, wanted: GalleryInfo, model: Model, plan: Plan | None) ->
             raise GalleryMismatch(
                 f"{layout.gallery_file(folder)} is lost or damaged, and its plans are of the model with fingerprint "
                 f"{plan.fingerprint[:12]}, {model.path} has {wanted.fingerprint[:12]}: give the gallery's own model, "
-                "which writes it anew, or restore it from a copy"
+                "which writes it again, or restore it from a copy"
             )
         rebuilt = GalleryInfo(
             plan.gallery_id, plan.fingerprint, plan.length, wanted.model, plan.object_id, wanted.contract
         )
-        logger.warning("gallery.json was lost or damaged; written anew", extra={"event": "gallery_rebuilt"})
+        logger.warning("gallery.json was lost or damaged; written again", extra={"event": "gallery_rebuilt"})
         return _write(folder, rebuilt)
     if folder.is_dir() and recorded_shards(folder):
         raise GalleryMismatch(
-            f"{layout.gallery_file(folder)} is lost or damaged, and no plan tells what it said; restore it from a copy"
+            f"{layout.gallery_file(folder)} is lost or damaged, and no plan says what was in it; restore it from a copy"
         )
     if folder.is_dir() and feature_shards(folder):
         raise GalleryMismatch(

@@ -287,6 +287,6 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
         if not whole:
             raise GalleryMismatch(
                 f"{now.marks_folder}, which says what is no longer on the object list, is damaged; "
-                "run ruiji enqueue (or ruiji run) with the list, which writes it anew"
+                "run ruiji enqueue (or ruiji run) with the list, which writes it again"
             )
         return now, Marks(bits, ids, failed)

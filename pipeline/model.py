@@ -332,7 +332,7 @@ def _resolve(
     target = _pick(outputs, _text(wanted, "name"), ARTICLE_OUTPUT, "output")
     _check_constants(constants, inputs, source)
     if source.dtype not in DTYPES:
-        raise ModelError(f"its input {source} is none of {', '.join(DTYPES)}")
+        raise ModelError(f"its input {source} is not one of {', '.join(DTYPES)}")
     if source.shape is None or len(source.shape) != 4:
         raise ModelError(f"its input {source} is not an image batch with 4 dimensions")
     article = source.name == ARTICLE_INPUT and target.name == ARTICLE_OUTPUT
@@ -382,7 +382,7 @@ def _resolve(
     if type(spec.pixels) is not int or spec.pixels not in PIXELS:
         _refuse_pixels(spec.pixels)
     if spec.resize not in RESIZE_FILTERS:
-        raise ModelError(f"resize {spec.resize!r} is none of {', '.join(RESIZE_FILTERS)}")
+        raise ModelError(f"resize {spec.resize!r} is not one of {', '.join(RESIZE_FILTERS)}")
     # A negative one turns light into dark, which some models of digits want.
     if spec.divisor == 0 or 0 in spec.std:
         raise ModelError("divisor and std may not be 0")
@@ -393,7 +393,7 @@ def _fit(given: dict[str, Any], channels: int) -> dict[str, Any]:
     """The fields of `ModelSpec` that say how a picture's shape becomes the model's; nothing of them is guessed."""
     fit = _text(given, "fit") or "stretch"
     if fit not in REFERENCES:
-        raise ModelError(f"fit {fit!r} is none of {', '.join(REFERENCES)}")
+        raise ModelError(f"fit {fit!r} is not one of {', '.join(REFERENCES)}")
     needed = {"stretch": set(), "crop": {"resize_size", "reference"}, "pad": {"pad_color", "reference"}}[fit]
     for key in ("resize_size", "pad_color", "reference"):
         if (key in given) != (key in needed):
@@ -511,7 +511,7 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
 def _pooling(wanted: dict[str, Any]) -> tuple[str, int]:
     pooling, skipped = _text(wanted, "pooling") or "none", wanted.get("skip_tokens", 0)
     if pooling not in POOLINGS:
-        raise ModelError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+        raise ModelError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     if type(skipped) is not int or skipped < 0:
         raise ModelError(f"skip_tokens {skipped!r} is not a number of tokens")
     if skipped and pooling != "mean":

@@ -73,7 +73,7 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise NpyError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is no regular file")
+                raise NpyError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
             dtype, fortran, shape, start = _header(os.read(descriptor, _LONGEST_HEADER))
             end = start + _size(dtype, shape)
             if found.st_size < end or (found.st_size > end and not trailing):
@@ -88,7 +88,7 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
     try:
         array: NDArray[Any] = np.ndarray(shape, dtype, mapping, start, order="F" if fortran else "C")
     except (ValueError, TypeError) as error:
-        raise NpyError(f"its shape cannot be: {error}") from None
+        raise NpyError(f"its shape is impossible: {error}") from None
     whole = np.ndarray((found.st_size,), np.uint8, mapping)
     return Npy(array, whole[:start], whole[end:])
 
@@ -96,7 +96,7 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
 def _header(data: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
     """Type, whether in Fortran's order, shape, and where the array begins."""
     if not data.startswith(_MAGIC) or len(data) < 12 or data[6] not in (1, 2, 3):
-        raise NpyError("it is no .npy file")
+        raise NpyError("it is not a .npy file")
     start = 10 if data[6] == 1 else 12
     end = start + int.from_bytes(data[8:start], "little")
     if end > _LONGEST_HEADER:

@@ -250,7 +250,7 @@ def clean_list(
     except OSError as error:
         raise ObjectListError(f"cannot read the object list {source}: {error.strerror}") from None
     if not lines:
-        why = f"has nothing but what --exclude leaves out ({excluded} lines)" if excluded else "is empty"
+        why = f"has only lines that --exclude leaves out ({excluded} lines)" if excluded else "is empty"
         raise ObjectListError(f"the object list {source} {why}")
     if bad == lines:
         raise ObjectListError(f"no line of the object list can be used; the first is {first_bad}")
@@ -282,7 +282,7 @@ def _lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
             first, line = False, without_mark(line, source)
         if b"\0" in line:
             raise ObjectListError(
-                f"the object list {source} has null characters; write one path a line, as find does without -print0"
+                f"the object list {source} has null characters; write one path per line, as find does without -print0"
             )
         start, digest = line, hashlib.sha256(line)
         while line and not line.endswith(b"\n") and (line := file.readline(1 << 16)):

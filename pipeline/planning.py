@@ -138,7 +138,7 @@ def make_plan(
             if commit(before, made, plan.plan_id if plan is not None else None, state):
                 keep_gallery(folder, gallery)
                 return plan
-    raise RuijiError(f"other enqueues into {folder} come in between all the time; run it again")
+    raise RuijiError(f"other enqueues into {folder} keep coming first; run it again")
 
 
 def _make(
@@ -261,8 +261,8 @@ def _off_list(folder: Path, lost: _Lost, marks: Marks) -> frozenset[str]:
         failed = {failure.path for failure in read_record(folder, shard).failed}
     except (FileNotFoundError, GalleryMismatch):
         raise UsageError(
-            f"shard {shard:04d} has no readable record, and which of its objects left the object list is not known: "
-            f"delete {layout.record_file(folder, shard).name} if it is there, then run ruiji enqueue (or ruiji run) "
+            f"shard {shard:04d} has no readable record, so it is not known which of its objects left the object list: "
+            f"delete {layout.record_file(folder, shard).name} if it exists, then run ruiji enqueue (or ruiji run) "
             "with the list, which makes the shard again"
         ) from None
     paths = [path for path in lost.plan.paths(lost.segment) if path not in failed]
@@ -283,8 +283,8 @@ def set_aside(folder: Path, shard: int) -> None:
         target.mkdir()
     except FileExistsError:
         raise UsageError(
-            f"{target} is there: another repair is at work, or an earlier one left it; if none is, move it away and "
-            "run ruiji verify --repair again"
+            f"{target} exists: another repair is running, or an earlier one left it. If none is running, move it away "
+            "and run ruiji verify --repair again"
         ) from None
     for ending in (layout.RECORD, *layout.SHARD_ENDINGS):
         with suppress(FileNotFoundError):

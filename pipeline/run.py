@@ -307,7 +307,7 @@ class Source:
             self._tell([f"whether all images are on {self._standing} is not known: {error}"])
             return
         if count:
-            advice = f"ruiji run never changes that list, ruiji list {work.media_dir} writes it anew"
+            advice = f"ruiji run never changes that list; ruiji list {work.media_dir} writes it again"
             self._tell([f"images of {work.media_dir} that are not on {self._standing}: {count}; {advice}"])
         if scan.unread:
             self._tell([f"folders of {work.media_dir} that cannot be read, and may have others: {scan.unread}"])

@@ -135,7 +135,7 @@ def read_json(path: str | Path, newest: int = FORMAT) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is not there.
-        FileDamaged: it is no regular file, or cannot be parsed.
+        FileDamaged: it is not a regular file, or cannot be parsed.
         GalleryMismatch: a newer ruiji wrote it.
     """
     try:
@@ -157,7 +157,7 @@ def read_json(path: str | Path, newest: int = FORMAT) -> dict[str, Any]:
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError):
         raise FileDamaged(f"{path} is damaged") from None
     if type(version) is not int or version < 1:
-        raise FileDamaged(f"{path} is damaged: its format is no number")
+        raise FileDamaged(f"{path} is damaged: its format is not a number")
     if version > newest:
         raise GalleryMismatch(f"{path} has format {version}, this ruiji reads formats up to {newest}; update ruiji")
     checked: dict[str, Any] = value

@@ -72,7 +72,7 @@ def verify(folder: Path) -> list[Finding]:
         return _verify(folder)
     except FileNotFoundError as error:
         raise RuijiError(
-            f"{error.filename} went away while the gallery was read; is another repair at work? Run it again"
+            f"{error.filename} disappeared while the gallery was read; is another repair running? Run it again"
         ) from None
 
 
@@ -114,7 +114,7 @@ def _verify(folder: Path) -> list[Finding]:
     ]
     known = set(shards) | reserved
     findings += [
-        Finding("unknown-gap", f"{shard:04d}", "no plan tells of this number; shards with higher ones exist", False)
+        Finding("unknown-gap", f"{shard:04d}", "no plan names this number, but shards with higher numbers exist", False)
         for shard in range(max(shards, default=-1) + 1)
         if shard not in known
     ]
@@ -134,7 +134,7 @@ def _verify(folder: Path) -> list[Finding]:
             findings += _inputs(folder, scheme, sound, scratch)
     findings += _broken_copies(folder)
     findings += [
-        Finding("damaged-cache" if damaged else "leftover", name, f"{why}; a search makes it anew")
+        Finding("damaged-cache" if damaged else "leftover", name, f"{why}; a search makes it again")
         for name, damaged, why in look_through(folder)
     ]
     return findings
@@ -210,7 +210,7 @@ def _check(folder: Path, gallery: GalleryInfo, shard: int, makeable: bool) -> Fi
         check_shard(folder, record)
         _check_content(folder, record, IdScheme(gallery.object_id))
     except (ShardCorrupt, GalleryMismatch) as error:
-        hint = "" if makeable else "; no plan tells what is in it, so it cannot be made again"
+        hint = "" if makeable else "; no plan says what is in it, so it cannot be made again"
         return Finding("broken-shard", f"{shard:04d}", f"{error}{hint}", makeable, shard)
     except OSError as error:
         return Finding("broken-shard", f"{shard:04d}", f"it cannot be read: {error.strerror}", False, shard)
@@ -224,7 +224,7 @@ def _check_content(folder: Path, record: Record, scheme: IdScheme) -> None:
         ids = map_npy(layout.object_ids_file(folder, record.shard)).array
         paths = list(read_lines(layout.paths_file(folder, record.shard)))
     except ValueError as error:
-        raise ShardCorrupt(f"{name} has bytes as recorded that are no arrays: {error}") from None
+        raise ShardCorrupt(f"{name} has the recorded bytes, but they are not arrays: {error}") from None
     if features.shape != (record.rows, record.length) or features.dtype != np.dtype("<f4"):
         raise ShardCorrupt(f"its features are {features.dtype}{list(features.shape)}, not as recorded")
     if ids.tolist() != [scheme.object_id(path) for path in paths]:
@@ -374,7 +374,7 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
             notes.append(f"removed {finding.name}")
         elif finding.kind == "damaged" and finding.repairable:
             _write_list(folder, finding)
-            notes.append(f"wrote {finding.name} anew from the shards")
+            notes.append(f"wrote {finding.name} again from the shards")
         elif finding.kind == "broken-shard" and finding.repairable:
             assert finding.shard is not None
             if _rebuilt(folder, finding.shard):
@@ -397,7 +397,7 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
         if plan is not None:
             notes.append(
                 f"plan {plan.plan_id} opened: {plan.lines} objects of {len(plan.segments)} shards are to be embedded "
-                "again; running workers take them up by themselves, else use ruiji run"
+                "again; running workers do so by themselves; otherwise use ruiji run"
             )
     return notes
 

@@ -92,7 +92,7 @@ class Watchdog(threading.Thread):
             return
         chords = Chords(self._client, plan.gallery_id, plan.plan_id)
         if not chords.known():
-            logger.warning("Redis does not know the open plan; publishing it anew", extra={"event": "plan_rebuilt"})
+            logger.warning("Redis does not know the open plan; publishing it again", extra={"event": "plan_rebuilt"})
         if ahead := chords.settle_clocks():
             extra = {"event": "clock_ahead", "messages": ahead}
             logger.warning("a host's clock is ahead of Redis': its messages' stamps were set back", extra=extra)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.arguments import Commands
+from pipeline.arguments import Commands, Panel
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir, model_file
 from pipeline.streams import exact_stdout, note, tell, to_json
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 Images = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="IMAGE",
-        help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv with img_path), "
-        "- for a list on stdin (of lines, or as find -print0 writes it).",
+        metavar="IMAGE...",
+        help="What to find look-alikes of: pictures, folders, lists of pictures (.txt, or .csv with img_path), or - "
+        "for a list on stdin (one per line, or as find -print0 writes it).",
     ),
 ]
 GalleryModel = Annotated[
@@ -33,28 +33,32 @@ GalleryModel = Annotated[
         "--model",
         envvar="RUIJI_MODEL",
         callback=model_file,
-        help="The ONNX model: its name is the gallery's. The file itself is only needed for pictures; without it "
-        "FEATURE_DIR is the gallery or has one.",
+        metavar="FILE",
+        help="The ONNX model; its name is also the gallery's. The file itself is needed only to search with pictures. "
+        "Without it, --feature-dir must be a gallery or contain exactly one.",
     ),
 ]
 Ids = Annotated[
     list[str] | None,
-    typer.Option("--id", help="Search with an object of the gallery; no model is needed. Repeatable."),
+    typer.Option("--id", metavar="ID", help="Search with an object of the gallery; needs no model. Repeatable."),
 ]
 Features = Annotated[
     list[Path] | None,
-    typer.Option("--feature", help="Search with the features in a .npy file, one or a row for each. Repeatable."),
+    typer.Option(
+        "--feature", metavar="FILE", help="Search with the features in a .npy file: one, or one per row. Repeatable."
+    ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Hits per query.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Hits per query.")]
 MinSimilarity = Annotated[
-    float | None, typer.Option("--min-similarity", min=-1.0, max=1.0, help="Leave out hits below this cosine.")
+    float | None,
+    typer.Option("--min-similarity", min=-1.0, max=1.0, metavar="COSINE", help="Leave out hits below this cosine."),
 ]
 ExcludeSelf = Annotated[
     bool | None,
     typer.Option(
         "--exclude-self/--include-self",
-        help="Whether a query that is an object of the gallery is kept out of its own hits; for pictures "
-        "--exclude-self needs --media-dir.  [default: out for --id, in for pictures]",
+        help="Leave a query that is itself an object of the gallery out of its hits, or not. For pictures, "
+        "--exclude-self needs --media-dir.  [default: exclude for --id, include for pictures]",
         show_default=False,
     ),
 ]
@@ -62,23 +66,25 @@ Labels = Annotated[
     Path | None,
     typer.Option(
         "--labels",
-        help="CSV with what is known about the objects: a header, img_path or img_name, label, and any other columns.",
+        metavar="FILE",
+        help="A CSV about the objects: a header, img_path or img_name, label, and any other columns.",
     ),
 ]
 Where = Annotated[
     list[str] | None,
     typer.Option(
         "--where",
-        help="Only search objects with COLUMN=VALUE (or COLUMN!=VALUE) in the --labels, or path=PREFIX. Repeatable: "
-        "values of one column are alternatives, different columns must all hold.",
+        metavar="CONDITION",
+        help="Search only objects with COLUMN=VALUE (or COLUMN!=VALUE) in --labels, or path=PREFIX. Repeatable: "
+        "several values of one column are alternatives, conditions on different columns must all hold.",
     ),
 ]
 MetricOption = Annotated[
     Metric,
     typer.Option(
         "--metric",
-        help="The order. cosine and angle: the same order, distance is the angle in radians; "
-        "euclidean: between raw features.",
+        help="How hits are ordered. cosine and angle give the same order, with the angle in radians as distance; "
+        "euclidean is the distance between raw features.",
     ),
 ]
 SearchDevice = Annotated[
@@ -86,42 +92,59 @@ SearchDevice = Annotated[
     typer.Option(
         "--device",
         envvar="RUIJI_DEVICE",
-        help="cuda: embed and rank on CUDA, the ranking with torch; cpu: numpy, or torch where it is faster. auto is "
-        "cpu. The ranking is the same.",
+        help="cuda embeds and ranks on CUDA, ranking with torch. cpu ranks with numpy, or with torch if that is "
+        "faster. auto means cpu. The ranking is the same.",
     ),
 ]
 Format = Annotated[
     OutputFormat,
-    typer.Option("--format", help="table for people; the others have every digit. paths: one path a line."),
+    typer.Option("--format", help="table is for people; the others have every digit. paths writes one path per line."),
 ]
 GroupFormatOption = Annotated[
     GroupFormat,
-    typer.Option("--format", help="paths: one path a line, an empty line between groups (nothing with -0)."),
+    typer.Option("--format", help="paths writes one path per line, with an empty line between groups (not with -0)."),
 ]
 Null = Annotated[
-    bool, typer.Option("--null", "-0", help="With --format paths: end each path by a null character, for xargs -0.")
+    bool, typer.Option("--null", "-0", help="With --format paths: end each path with a null character, for xargs -0.")
 ]
 Sheet = Annotated[
     Path | None,
-    typer.Option("--sheet", help="Also draw the hits to this .jpg or .png; needs --media-dir."),
+    typer.Option("--sheet", metavar="FILE", help="Also draw the hits, into this .jpg or .png; needs --media-dir."),
 ]
 Page = Annotated[
     Path | None,
-    typer.Option("--html", help="Also write the hits as one page with the pictures inside; needs --media-dir."),
+    typer.Option(
+        "--html", metavar="FILE", help="Also write the hits as one page that contains the pictures; needs --media-dir."
+    ),
 ]
-IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also search objects that left the object list.")]
-FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit code 5 where nothing is found.")]
-Explain = Annotated[bool, typer.Option("--explain", help="Say on stderr which way the search takes, and why.")]
+IncludeStale = Annotated[
+    bool, typer.Option("--include-stale", help="Also search objects that are no longer on the list.")
+]
+FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit with code 5 if nothing is found.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Show on stderr which way the search takes, and why.")]
+
+_SEARCH_EXAMPLES = [
+    "ruiji search photo.jpg -k 20",
+    "ruiji search FOLDER --format jsonl",
+    "ruiji search --id IMG_0042.jpg --sheet hits.jpg",
+    "ruiji search photo.jpg --labels anno.csv --where label=cat --html hits.html",
+    "ruiji search photo.jpg --format paths -0 | xargs -0 cp -t FOUND",
+    "find NEW -name '*.jpg' -print0 | ruiji search - --min-similarity 0.9",
+]
+_NEAR_DUPLICATES_EXAMPLES = [
+    "ruiji near-duplicates --threshold 0.95 --sheet groups.jpg",
+    "ruiji near-duplicates --format jsonl",
+]
 
 gallery_app = Commands(help="Look at galleries.")
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the commands to the root command."""
-    app.command()(search)
-    app.command("near-duplicates")(near_duplicates)
-    app.command()(index)
-    app.add_typer(gallery_app, name="gallery")
+    app.command(panel=Panel.search, examples=_SEARCH_EXAMPLES)(search)
+    app.command("near-duplicates", panel=Panel.search, examples=_NEAR_DUPLICATES_EXAMPLES)(near_duplicates)
+    app.command(panel=Panel.search, examples=["ruiji index --feature-dir FEATURES"])(index)
+    app.add_typer(gallery_app, name="gallery", rich_help_panel=Panel.check)
     evaluation_cli.register(app)
 
 
@@ -148,9 +171,10 @@ def search(
     explain: Explain = False,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Rank a gallery's objects by how much they look like each query; exact, ties by object id.
+    """Find the objects that look most like each query.
 
-    Exit code 3: some of the pictures could not be read; the others were searched with.
+    The ranking is exact, with ties broken by object id. Exit code 3: some pictures could not be read; the others were
+    searched with.
     """
     from search.requests.search import SearchRequest
     from search.requests.search import search as answer
@@ -198,7 +222,7 @@ def near_duplicates(
     model_path: GalleryModel = None,
     media_dir: OptionalMediaDir = None,
     threshold: Annotated[
-        float, typer.Option("--threshold", min=0.0, max=1.0, help="The least cosine of a pair.")
+        float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
     ] = THRESHOLD,
     labels: Labels = None,
     where: Where = None,
@@ -211,10 +235,10 @@ def near_duplicates(
     explain: Explain = False,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Find all groups of near-identical objects of a gallery; exact, each pair compared once.
+    """Find all groups of near-identical objects.
 
-    A group is everything that is connected by pairs at or above the threshold. The similarity of each member is that
-    to the group's first, which comes first in the object list.
+    Compares each pair once; the result is exact. A group is everything that is connected by pairs at or above the
+    threshold. The similarity of each member is that to the group's first, which comes first in the object list.
     """
     from pipeline.progress import show_steps
     from search.requests.near_duplicates import NearDuplicatesRequest
@@ -243,7 +267,7 @@ def near_duplicates(
     groups = found.groups
     write_groups(groups, output_format, media_dir, null)
     extra = sum(len(group.members) - 1 for group in groups)
-    note(f"{len(groups)} groups; {extra} objects beside the first of their group")
+    note(f"{len(groups)} groups; {extra} objects besides the first of each group")
     if sheet is not None:
         from search.requests.pictures import draw_sheet
 
@@ -254,11 +278,11 @@ def near_duplicates(
 
 
 def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
-    """Prepare a gallery for quick searches: keep the norms, and the rows in 8 bits, a quarter of the features' size.
+    """Prepare a gallery for quick searches.
 
-    Where the features are not in memory, a search with up to 64 queries then reads only these, and the rows that it
-    has to decide between. They lie in the gallery's folder cache, which can be deleted; only what is missing or damaged
-    is made.
+    Keeps the norms and the rows in 8 bits, a quarter of the features' size, in the gallery's folder cache, which can be
+    deleted. If the features are not in memory, a search with up to 64 queries then reads only these, and the rows that
+    it has to decide between. Makes only what is missing or damaged.
     """
     from pipeline.progress import show_steps
     from search.gallery.opening import find_gallery
@@ -268,13 +292,16 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     note(f"{done.objects} objects in {done.shards} shards; {done.unusable} cannot be ranked")
 
 
-@gallery_app.command()
+@gallery_app.command(examples=["ruiji gallery info --feature-dir FEATURES --json"])
 def info(
     feature_dir: FeatureDir,
     model_path: GalleryModel = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """What a gallery has: objects, shards, length, fingerprint, size, failed objects, rows that cannot be ranked."""
+    """Show what a gallery holds.
+
+    Objects, shards, length, fingerprint, size, failed objects, and rows that cannot be ranked.
+    """
     from search.gallery.opening import describe_gallery, find_gallery
 
     facts = describe_gallery(find_gallery(feature_dir, model_path))
@@ -287,7 +314,7 @@ def info(
 
 def _check_null(null: bool, paths: bool) -> None:
     if null and not paths:
-        raise UsageError("-0 ends paths: it needs --format paths")
+        raise UsageError("-0 needs --format paths")
 
 
 def _draw(sheet: Path | None, html: Path | None, lines: "Sequence[SheetLine]", max_pixels: int) -> None:

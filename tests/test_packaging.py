@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from pipeline import cli
+from pipeline.arguments import Commands
 from search import cli as search_cli
 from workers import cli as workers_cli
 
@@ -33,7 +34,7 @@ def test_the_example_environment_names_every_variable_and_no_other() -> None:
 
 
 def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> None:
-    root = typer.Typer()
+    root = Commands()
     for package in (workers_cli, search_cli):
         package.register(root)
     read: dict[str, set[str]] = {}

@@ -102,7 +102,7 @@ def _redis(url: str | None) -> Check:
     problems = []
     version = str(info["redis_version"])
     if not info.get("aof_enabled"):
-        problems.append("it keeps no append-only file: set appendonly yes, or a restart costs what was in flight")
+        problems.append("it keeps no append-only file: set appendonly yes, or a restart loses what is in flight")
     if info.get("aof_last_write_status", "ok") != "ok":
         problems.append("it cannot write its append-only file: is its disk full?")
     if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
@@ -111,7 +111,7 @@ def _redis(url: str | None) -> Check:
         problems.append("it answers without a password: set requirepass")
     ahead = time.time() - (seconds + micros / 1e6)
     if abs(ahead) > _CLOCK_TOLERANCE_S:
-        problems.append(f"this machine's clock differs from its by {ahead:+.0f} s: work may be done twice, or late")
+        problems.append(f"this machine's clock differs from Redis' by {ahead:+.0f} s: work may be done twice, or late")
     # Valkey tells the version of Redis that it stands for as well.
     where = f"{public_url(url)}, " + (f"Valkey {info['valkey_version']}" if "valkey_version" in info else version)
     return Check("warn", "redis", f"{where}: {'; '.join(problems)}") if problems else Check("ok", "redis", where)
@@ -153,7 +153,7 @@ def _atomic(folder: Path) -> Check:
                     "bad", "folder", f"{place} does not keep what is renamed or linked; use another file system"
                 )
     except (RuijiError, OSError) as error:
-        return Check("bad", "folder", f"{place} cannot be written as it must be: {error}")
+        return Check("bad", "folder", f"{place} cannot be written to as needed: {error}")
     return Check("ok", "folder", f"{place}: written, renamed and linked atomically, synced")
 
 

@@ -98,10 +98,10 @@ def _library() -> ctypes.CDLL | str:
         library.ruiji_resize_window.argtypes = (pointer, *[number] * 4, pointer, *[number] * 5)
         supported = library.ruiji_resize_supported()
     except (OSError, AttributeError) as error:  # Made for another machine, or another version of ruiji.
-        return f"the compiled library is none of this ruiji's ({error}); install ruiji again (make clean setup)"
+        return f"the compiled library does not belong to this ruiji ({error}); install ruiji again (make clean setup)"
     if not supported:
         return NO_INSTRUCTIONS
-    return library if _has_pillows_bits(library) else "the pixels of the installed Pillow are others"
+    return library if _has_pillows_bits(library) else "the installed Pillow gives other pixels"
 
 
 def _has_pillows_bits(library: ctypes.CDLL) -> bool:

@@ -45,7 +45,7 @@ def cuda_devices() -> list[str]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        raise UsageError("nvidia-smi does not answer: is the NVIDIA driver well?") from None
+        raise UsageError("nvidia-smi does not answer: is the NVIDIA driver working?") from None
     if answer.returncode:
         raise UsageError(f"nvidia-smi fails: {(answer.stderr or answer.stdout).strip()}")
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
@@ -94,7 +94,7 @@ def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int, 
     try:
         slot, device = _take(client, devices, slots_per_device, wait)
     except redis.RedisError as error:
-        raise BrokerUnavailable(f"Redis went away while a GPU slot was looked for: {error}") from None
+        raise BrokerUnavailable(f"Redis went away during the search for a GPU slot: {error}") from None
     logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": slot.name})
     try:
         with renewed(slot, lambda: _regained(slot)):
@@ -123,7 +123,7 @@ def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: 
                 return slot, device
             continue  # Another worker was faster; the counts are old.
         held = sorted(str(holder).rpartition(":")[0] for taken in holders.values() for holder in taken)
-        words = f"all {len(held)} GPU slots are taken ({slots_per_device} a device), by {', '.join(held)}"
+        words = f"all {len(held)} GPU slots are taken ({slots_per_device} per device), by {', '.join(held)}"
         if not wait:
             raise NoFreeSlot(f"{words}; start fewer workers, or set RUIJI_SLOTS_PER_DEVICE (--slots-per-device)")
         if not told:

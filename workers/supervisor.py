@@ -41,8 +41,8 @@ def _how(status: int) -> str:
     """What the end of a process means, in words."""
     if status == -signal.SIGKILL:
         return (
-            "it was killed; if nobody did, memory ran out: give it more (with docker compose WORKER_MEMORY), or run "
-            "fewer processes"
+            "it was killed; if nobody did that, memory ran out: give it more (with docker compose WORKER_MEMORY), or "
+            "run fewer processes"
         )
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}" if -status in signal.valid_signals() else "by a signal"

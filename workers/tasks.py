@@ -50,8 +50,8 @@ def check_versions(plan: Plan) -> None:
     differing = [f"{name} {ours} (plan: {theirs})" for name, (theirs, ours) in other_versions(plan.versions).items()]
     if differing:
         raise PlanMismatch(
-            f"this worker takes none of the plan's tasks, its libraries differ: {', '.join(differing)}; set it up with "
-            "the plan's, or close the plan with ruiji cancel and enqueue again"
+            f"this worker takes none of the plan's tasks, because its libraries differ: {', '.join(differing)}; "
+            "install the plan's versions, or close the plan with ruiji cancel and enqueue again"
         )
 
 

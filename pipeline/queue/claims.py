@@ -83,7 +83,7 @@ class Claims:
         stuck, self._idle = held & self._idle, held
         if stuck:
             extra = {"event": "reconnecting", "messages": len(stuck)}
-            logger.warning("messages are held that could not be settled; connecting anew", extra=extra)
+            logger.warning("messages are held that could not be settled; connecting again", extra=extra)
             self._idle = set()
             self._consumer.call_soon(self._lose_connection, channel)
 

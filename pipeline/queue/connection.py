@@ -103,7 +103,7 @@ def broker_faults() -> Iterator[None]:
         if isinstance(reason, redis.ResponseError) and not passes(reason):
             raise UsageError(refusal(reason)) from error
         raise BrokerUnavailable(
-            f"trouble with Redis: {reason}. Nothing is lost: run it again once Redis is well, and it goes on"
+            f"trouble with Redis: {reason}. Nothing is lost: run it again once Redis works, and it continues"
         ) from error
 
 

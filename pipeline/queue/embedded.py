@@ -65,7 +65,7 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = data_dir / "redis.log"
     refusal = (
-        f"a Redis is at work in {data_dir} already, and a second one would destroy its queue; other commands find it "
+        f"a Redis is already running in {data_dir}, and a second one would destroy its queue. Other commands find it "
         f"by {layout.redis_url_file(data_dir.parent)}. Stop it first, or give this one another RUIJI_STATE_DIR "
         "(--state-dir)"
     )
@@ -95,8 +95,8 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         def check() -> None:
             if server.poll() is not None:
                 raise RuijiError(
-                    f"the embedded Redis has died (exit code {server.returncode}). All that is done is on the disk: "
-                    f"run it again to go on. {_end_of(log)}"
+                    f"the embedded Redis has died (exit code {server.returncode}). What is done is on the disk: "
+                    f"run it again to continue. {_end_of(log)}"
                 )
 
         try:
@@ -124,8 +124,8 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> No
             client.close()
             if clients < _LEAST_CLIENTS:
                 raise RuijiError(
-                    f"the embedded Redis can serve {clients} connections only, since few files may be open here: raise "
-                    "that limit (ulimit -n 1024) and run it again"
+                    f"the embedded Redis can serve {clients} connections only, as this process may open few files: "
+                    "raise that limit (ulimit -n 1024) and run it again"
                 )
             return
         except BrokerUnavailable:

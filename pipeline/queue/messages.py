@@ -40,7 +40,7 @@ def envelope_fault(message: Any, queue: str, tag: str | None = None) -> str | No
     try:
         headers, properties = message["headers"], message["properties"]
         if not isinstance(headers, dict) or headers.get("compression") is not None:
-            return "its headers are none, or it is compressed"
+            return "it has no headers, or is compressed"
         own = properties["delivery_tag"]
         if not _is_word(own) or own != (tag or own):
             return "its delivery tag cannot be used"
@@ -48,7 +48,7 @@ def envelope_fault(message: Any, queue: str, tag: str | None = None) -> str | No
         if route["exchange"] != "" or route["routing_key"] != queue:
             return "it was sent to another queue"
         if type(properties.get("priority", 0)) is not int:
-            return "its priority is no number"
+            return "its priority is not a number"
         if message["content-type"] != "application/json" or message["content-encoding"] != "utf-8":
             return "it is not JSON in UTF-8"
         if properties["body_encoding"] != "base64":
@@ -70,7 +70,7 @@ def task_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: str
         return "it is not for the task of this queue"
     for name in ("id", "root_id", "parent_id", "group"):
         if not _is_word(value := headers.get(name)) and (value is not None or name == "id"):
-            return f"its {name} is no id"
+            return f"its {name} is not an id"
     if headers.get("ignore_result") not in (None, True) or not _is_count(headers.get("retries") or 0):
         return "its headers ask for what ruiji does not do"
     for name, value in headers.items():
@@ -81,11 +81,11 @@ def task_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: str
 
 def _body_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: str) -> str | None:
     if not isinstance(payload, list) or len(payload) != 3:
-        return "its body is no task's"
+        return "its body is not a task's"
     args, kwargs, embed = payload
     # Celery lets the third part replace any part of the request.
     if kwargs != {} or not isinstance(embed, dict) or embed.keys() - {"callbacks", "errbacks", "chain", "chord"}:
-        return "its body is no task's"
+        return "its body is not a task's"
     kinds = (str, int, str) if task == EMBED_TASK else (str, int)
     if not isinstance(args, list) or tuple(map(type, args)) != kinds or not is_plan_id(args[0]):
         return "its arguments are wrong"
@@ -93,10 +93,10 @@ def _body_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: st
     if embed.get("callbacks") or embed.get("errbacks") or embed.get("chain"):
         return "it asks for what ruiji does not do"
     if group is None:
-        return None if chord is None else "it is of a chord, and of no group"
+        return None if chord is None else "it belongs to a chord but to no group"
     if not group.startswith(f"{args[0]}.{args[1]}.") or chord != chord_body(group, args[0], args[1], gallery_id):
         return "its chord is not its segment's"
-    return None if _is_count(headers.get("group_index")) else "its place in the group is no number"
+    return None if _is_count(headers.get("group_index")) else "its place in the group is not a number"
 
 
 def chord_body(group: str, plan_id: str, index: int, gallery_id: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.arguments import Commands, Panel
 from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
 from pipeline.streams import exact_stdout, note, tell
 from search.options import RUN_DEPTH, SHEET_QUERIES, ReportFormat
@@ -13,53 +14,70 @@ Labels = Annotated[
     Path | None,
     typer.Option(
         "--labels",
-        help="Annotation CSV with data_type, img_name or img_path, and label; queries and gallery by data_type.",
+        metavar="FILE",
+        help="A CSV with img_path or img_name, label, and data_type, which says query or gallery.",
     ),
 ]
 LabelsFromFolder = Annotated[
-    bool, typer.Option("--labels-from-folder", help="The label is the name of an image's folder; leave-one-out.")
+    bool, typer.Option("--labels-from-folder", help="Take the name of an image's folder as its label; leave-one-out.")
 ]
 LeaveOneOut = Annotated[
-    bool, typer.Option("--leave-one-out", help="Every labelled object is a query against all the others.")
+    bool, typer.Option("--leave-one-out", help="Search with every labelled object in all the others.")
 ]
 CameraColumn = Annotated[
     str | None,
-    typer.Option("--camera-column", help="Leave out matches with the query's value here (the Market-1501 rule)."),
+    typer.Option(
+        "--camera-column",
+        metavar="COLUMN",
+        help="Leave out matches that have the query's value in this column (the Market-1501 rule).",
+    ),
 ]
 JunkLabels = Annotated[
-    list[str] | None, typer.Option("--junk-label", help="Leave out rows with this label; can be given again.")
+    list[str] | None, typer.Option("--junk-label", metavar="LABEL", help="Leave out rows with this label. Repeatable.")
 ]
 EvaluationDevice = Annotated[
     Device,
     typer.Option(
         "--device",
         envvar="RUIJI_DEVICE",
-        help="cuda: scan with torch; cpu and auto: numpy. The scores are the same.",
+        help="cuda scans with torch, cpu and auto with numpy. The scores are the same.",
     ),
 ]
-Bootstrap = Annotated[int, typer.Option("--bootstrap", min=10, help="Samples behind the confidence interval.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")]
-Format = Annotated[ReportFormat, typer.Option("--format", help="table for people; the others have every digit.")]
-PerClass = Annotated[bool, typer.Option("--per-class", help="Also print each label in the table.")]
+Bootstrap = Annotated[
+    int, typer.Option("--bootstrap", min=10, metavar="N", help="Samples for the confidence intervals.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of these samples.")]
+Format = Annotated[ReportFormat, typer.Option("--format", help="table is for people; the others have every digit.")]
+PerClass = Annotated[bool, typer.Option("--per-class", help="Also print each label's scores in the table.")]
 RunFile = Annotated[
-    Path | None, typer.Option("--trec", help=f"Also write a TREC run file, the first {RUN_DEPTH} hits of each query.")
+    Path | None,
+    typer.Option("--trec", metavar="FILE", help=f"Also write the first {RUN_DEPTH} hits of each query as a TREC run."),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", help="Also draw the CMC and precision-recall curves to this .png, .svg or .pdf."),
+    typer.Option(
+        "--plot", metavar="FILE", help="Also draw the CMC and precision-recall curves, into this .png, .svg or .pdf."
+    ),
 ]
 Sheet = Annotated[
     Path | None,
     typer.Option(
-        "--sheet", help=f"Also draw the {SHEET_QUERIES} worst queries to this .jpg or .png; needs --media-dir."
+        "--sheet",
+        metavar="FILE",
+        help=f"Also draw the {SHEET_QUERIES} worst queries, into this .jpg or .png; needs --media-dir.",
     ),
 ]
-IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also use objects that left the object list.")]
+IncludeStale = Annotated[bool, typer.Option("--include-stale", help="Also use objects that are no longer on the list.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add `evaluate` to the root command."""
-    app.command()(evaluate)
+    examples = [
+        "ruiji evaluate --labels anno.csv --per-class",
+        "ruiji evaluate --labels-from-folder --sheet worst.jpg --plot curves.png",
+        "ruiji evaluate --labels anno.csv --format json --trec run.txt",
+    ]
+    app.command(panel=Panel.search, examples=examples)(evaluate)
 
 
 def evaluate(
@@ -82,9 +100,10 @@ def evaluate(
     include_stale: IncludeStale = False,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Measure how well a gallery is searched, by labels: CMC, mAP and others over the full exact rankings.
+    """Measure by labels how well a gallery is searched.
 
-    Queries and gallery are objects of the same shards. Only the name of the model is used, to find its gallery.
+    CMC, mAP and other metrics over the full exact rankings. Queries and gallery are objects of the same shards. Of the
+    model only the name is used, to find its gallery.
     """
     from search.evaluation import report
     from search.requests.evaluate import EvaluateRequest, draw

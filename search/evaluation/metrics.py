@@ -39,13 +39,13 @@ METRICS = (
         for k in CUTOFFS
     ),
     Metric("map", "mAP", "precision at each match, averaged over all matches, full ranking (trec_eval's map)"),
-    Metric("map_trapezoid", "mAP (trapezoid)", "area by trapezoids, as Oxford5k's and Market-1501's own code has it"),
+    Metric("map_trapezoid", "mAP (trapezoid)", "area by trapezoids, as in the code of Oxford5k and Market-1501"),
     Metric("minp", "mINP", "matches / rank of the last match"),
     Metric("r_precision", "R-precision", "share of matches among the first R, R = the query's matches"),
     Metric("map_at_r", "MAP@R", "precision at each match among the first R, summed, / R"),
     *(Metric(f"recall_{k}", f"recall@{k}", f"matches among the first {k} / all matches (IR)") for k in CUTOFFS),
     *(
-        Metric(f"precision_{k}", f"precision@{k}", f"matches among the first {k} / {k}, also where fewer are ranked")
+        Metric(f"precision_{k}", f"precision@{k}", f"matches among the first {k} / {k}, even if fewer are ranked")
         for k in CUTOFFS
     ),
 )

@@ -34,9 +34,11 @@ def find_gallery(feature_dir: Path, model: Path | None, option: str = "--model N
     if is_gallery(feature_dir):
         return feature_dir
     found = sorted(path for path in feature_dir.glob("*/") if is_gallery(path))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UsageError(f"which gallery in {feature_dir} is meant? It has: {names}. Say so with {option}")
+    if not found:
+        raise UsageError(f"no gallery in {feature_dir}: run ruiji run first, or check --feature-dir")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{feature_dir} has several galleries: {names}. Name one with {option}")
     return found[0]
 
 
@@ -225,6 +227,6 @@ def _stale(marks: Marks, folder: Path, number: int, object_ids: NDArray[np.str_]
     if len(bits) != (rows + 7) // 8:
         raise ShardCorrupt(
             f"shard {number:04d} in {folder} has {rows} rows, and {len(bits)} bytes say which left the object list; "
-            "run ruiji enqueue again, which writes them anew"
+            "run ruiji enqueue again, which writes them again"
         )
     return np.unpackbits(bits, count=rows).astype(bool)

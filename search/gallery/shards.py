@@ -98,7 +98,7 @@ class Shard:
         ids: list[str] = self.object_ids[rows].tolist()
         for object_id in ids:
             if not (object_id.isascii() or _is_text(object_id)):
-                raise ShardCorrupt(f"the object ids of shard {self.name} are no text; {RESTORE}")
+                raise ShardCorrupt(f"the object ids of shard {self.name} are not text; {RESTORE}")
         return ids
 
     @cached_property

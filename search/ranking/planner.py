@@ -259,7 +259,7 @@ def _why_numpy(question: Question, machine: Machine) -> str:
     if question.queries < _WORTH_BFLOAT16:
         return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
     if not machine.torch_loaded and question.queries * question.rows < units.products:
-        return "this is done before torch would be imported"
+        return "this takes less time than importing torch"
     return ""
 
 

@@ -56,7 +56,7 @@ class EvaluateRequest:
 
     def __post_init__(self) -> None:
         if (self.labels is None) != self.labels_from_folder:
-            raise UsageError("say what the objects show: with --labels FILE or with --labels-from-folder, not both")
+            raise UsageError("give either --labels FILE or --labels-from-folder")
         if self.labels_from_folder and self.camera_column:
             raise UsageError("--camera-column is a column of a --labels file")
 

@@ -138,7 +138,10 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
 
 def _check_exclude_self(request: SearchRequest) -> None:
     if request.exclude_self and request.features:
-        raise UsageError("--exclude-self: no object is known that a --feature is of; search with --id, or leave it out")
+        raise UsageError(
+            "--exclude-self cannot be used with --feature: it is not known which object a feature belongs to. Search "
+            "with --id, or leave out --exclude-self"
+        )
     if request.exclude_self and request.images and request.media_dir is None:
         raise UsageError(
             "--exclude-self knows the object of a picture by its path in the media folder: say where that is with "

@@ -25,7 +25,7 @@ COUNT, ROWS = 120, "30"
 FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": ROWS}
 
 #: What a command says at its end that goes on when it is run again.
-INTERRUPTED = "interrupted; run it again to go on where it stopped\n"
+INTERRUPTED = "interrupted; run it again to continue\n"
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_images_that_a_standing_list_lacks_are_said_and_not_taken_up(ruiji: Ruij
     before = (ruiji.media / "objects.txt").read_bytes()
     done = ruiji("run", "--workers", "1").stderr
     assert f"images of {ruiji.media} that are not on {ruiji.media}/objects.txt: 2; " in done
-    assert f"ruiji list {ruiji.media} writes it anew" in done and "3 done, 0 failed of 3" in done
+    assert f"ruiji list {ruiji.media} writes it again" in done and "3 done, 0 failed of 3" in done
     assert (ruiji.media / "objects.txt").read_bytes() == before
     assert "not on" not in ruiji("run", "--workers", "1", "--list", str(ruiji.media / "objects.txt")).stderr
     assert "5 objects" in ruiji("list", str(ruiji.media)).stderr

@@ -55,7 +55,7 @@ def test_a_number_of_workers_that_is_none_is_refused_before_anything_is_ended(st
             (stack.folder / ".up" / "worker.pid").write_text(f"{worker.pid}\n")
             for target in ("scale", "up", "join"):
                 refused = stack.make(target, f"WORKERS={workers.replace('$', '$$')}", code=2).stderr
-                assert refused.startswith(f"error: WORKERS is a number from 1 to 999, not '{workers}'")
+                assert refused.startswith(f"error: WORKERS must be a number from 1 to 999, not '{workers}'")
             assert worker.poll() is None and (stack.folder / ".up" / "worker.pid").exists()
         finally:
             worker.kill()
@@ -66,7 +66,7 @@ def test_workers_go_on_when_others_cannot_start(stack: Stack) -> None:
     worker = (stack.folder / ".up" / "worker.pid").read_text()
     stack.set(RUIJI_THREADS="many")
     refused = stack.make("scale", "WORKERS=2", code=2).stderr
-    assert "RUIJI_THREADS" in refused and "the workers of before go on" in refused
+    assert "RUIJI_THREADS" in refused and "the old workers continue" in refused
     assert (stack.folder / ".up" / "worker.pid").read_text() == worker
     stack.set(RUIJI_THREADS="'1'  # quoted")
     stack.make("list")
@@ -176,10 +176,10 @@ def test_containers_of_before_go_on_under_their_name_and_those_of_another_clone_
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"GPU": "yes"}, "GPU is 1 or 0, not 'yes'"),
-        ({"CONTAINER_USER": "tester"}, "CONTAINER_USER has numbers, like 1000:1000, not 'tester'"),
-        ({"RUIJI_MEDIA_DIR": "media"}, "RUIJI_MEDIA_DIR has to be an absolute path"),
-        ({"RUIJI_MODEL": "/elsewhere/model.onnx"}, "has to lie in MODEL_DIR"),
+        ({"GPU": "yes"}, "GPU must be 1 or 0, not 'yes'"),
+        ({"CONTAINER_USER": "tester"}, "CONTAINER_USER must be numbers, like 1000:1000, not 'tester'"),
+        ({"RUIJI_MEDIA_DIR": "media"}, "RUIJI_MEDIA_DIR must be an absolute path"),
+        ({"RUIJI_MODEL": "/elsewhere/model.onnx"}, "must be in MODEL_DIR"),
         ({"REDIS_HOST": "localhost"}, "means each container itself"),
         ({"REDIS_HOST": "gpu-a"}, "no secrets/redis_ca: make certificates REDIS_HOST=gpu-a makes it"),
     ],

@@ -54,7 +54,7 @@ def test_failed_objects_are_listed_and_tried_again(ruiji: Ruiji, failed: list[st
 
 def test_without_a_redis_the_next_run_tries_again(ruiji: Ruiji, failed: list[str]) -> None:
     picture(ruiji.media / failed[3], 3)
-    assert "ruiji run does it" in ruiji("retry", "--shard-rows", "10").stderr
+    assert "ruiji run carries out the plan" in ruiji("retry", "--shard-rows", "10").stderr
     ruiji("run", "--workers", "1", "--shard-rows", "10", code=3)
     assert set(listed(ruiji)) == {failed[12], failed[13]}
     assert (ruiji.gallery / "0003.paths.txt").read_text() == f"{failed[3]}\n"

@@ -162,7 +162,7 @@ def test_a_redis_that_fails_meanwhile_is_told_in_a_line_and_the_next_enqueue_goe
     unread = ruiji("status", code=2).stderr
     for said in (full, spoilt, unread):
         assert "Nothing is lost" in said and "Traceback" not in said
-    assert "run it again once Redis is well" in full and "one of its own" in spoilt
+    assert "run it again once Redis works" in full and "one of its own" in spoilt
     assert "maxmemory" in full and "wrong kind of value" in spoilt and "wrong kind of value" in unread
 
 

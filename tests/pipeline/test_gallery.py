@@ -74,7 +74,7 @@ def test_a_lost_or_damaged_gallery_file_is_written_anew_from_a_plan(
         wrong = {"wrong type": {**told, "length": "12"}, "id": {**told, "gallery_id": "../x"}}.get(damage)
         path.write_bytes({"empty": b"", "cut": before[:40]}.get(damage, json.dumps(wrong).encode()))
     if damage != "gone":
-        with pytest.raises(FileDamaged, match="writes it anew"):
+        with pytest.raises(FileDamaged, match="writes it again"):
             read_gallery(plan.folder)
     other = load_model(tiny_model(tmp_path / "tiny.onnx", seed=1))
     with pytest.raises(GalleryMismatch, match="give the gallery's own model"):

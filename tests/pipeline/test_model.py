@@ -61,12 +61,12 @@ def test_a_toml_beside_the_model_declares_the_rest(tmp_path: Path) -> None:
         ('[input]\nname = "z"\n', "no input 'z', only: inputs:0 float32"),
         ('[input]\nlayout = "HWC"\n', "neither NHWC nor NCHW"),
         ('[input]\ncolor = "L"\n', "has 3 channels"),
-        ('[input]\nresize = "best"\n', "is none of"),
+        ('[input]\nresize = "best"\n', "is not one of"),
         ("[input]\nheight = 9\n", "height is 8 in its graph"),
         ("[input]\nmean = [1, 2]\n", "2 values for 3 channels"),
         ("[input]\nstd = 0\n", "may not be 0"),
         ("[output]\nlength = 7\n", "does not fit its output"),
-        ('[input]\nfit = "squash"\n', "none of stretch, crop, pad"),
+        ('[input]\nfit = "squash"\n', "not one of stretch, crop, pad"),
         ('[input]\nfit = "crop"\nreference = "timm"\n', "needs resize_size"),
         ('[input]\nfit = "crop"\nresize_size = 9\n', "needs reference"),
         ('[input]\nfit = "pad"\nreference = "timm"\n', "needs pad_color"),
@@ -121,7 +121,7 @@ def test_a_graph_that_is_not_one_image_batch_to_one_vector_is_refused(tmp_path: 
     graph = onnx.load(tiny_model(path))
     graph.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT8
     onnx.save(graph, path)
-    with pytest.raises(ModelError, match="none of float32, float16, uint8"):
+    with pytest.raises(ModelError, match="not one of float32, float16, uint8"):
         load_model(path)
     graph = onnx.load(tiny_model(path))
     graph.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1]))

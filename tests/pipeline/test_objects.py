@@ -147,7 +147,7 @@ def test_globs_leave_out_lines_by_name_or_by_path(tmp_path: Path, globs: list[st
 
 def test_a_glob_takes_names_that_no_line_can_hold_and_may_not_take_all(tmp_path: Path) -> None:
     assert prepared(tmp_path, b"a.jpg\nx\xe9\n", exclude=Exclude(["x*"])).lines == 1
-    with pytest.raises(ObjectListError, match=r"nothing but what --exclude leaves out \(2 lines\)"):
+    with pytest.raises(ObjectListError, match=r"has only lines that --exclude leaves out \(2 lines\)"):
         prepared(tmp_path, b"a.jpg\nb.jpg\n", exclude=Exclude(["*"]))
     with pytest.raises(UsageError, match="names nothing"):
         Exclude(["/"])

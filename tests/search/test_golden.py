@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from pipeline.arguments import Commands
 from search.cli import register
 from search.gallery.opening import open_gallery
 from search.ranking.rank import rank
@@ -45,7 +45,7 @@ def test_a_photo_and_its_scaled_copy_find_the_photos_golden_row(
     with Image.open(photos / path) as picture:
         half = (picture.width // 2, picture.height // 2)
         picture.convert("RGB").resize(half, Image.Resampling.LANCZOS).save(tmp_path / "copy.jpg", quality=85)
-    app = typer.Typer()
+    app = Commands()
     register(app)
     model = shared_data / "models" / f"{golden.name}.onnx"
     given = [

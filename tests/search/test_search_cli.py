@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline import layout
+from pipeline.arguments import Commands
 from pipeline.errors import GalleryMismatch, QueryError, RuijiError, UsageError
 from pipeline.model import Model, load_model
 from pipeline.settings import MAX_PIXELS
@@ -46,7 +46,7 @@ class World:
         return self.run("search", *arguments)
 
     def run(self, command: str, *arguments: str | Path) -> Result:
-        app = typer.Typer()
+        app = Commands()
         register(app)
         given = [*([command, "info"] if command == "gallery" else [command])]
         given += ["--feature-dir", self.features, "--model", self.model.path, *arguments]
@@ -316,8 +316,8 @@ def test_the_command_line_module_imports_nothing_heavy() -> None:
 def test_a_search_on_the_cpu_imports_no_torch_and_reads_no_graph(world: World) -> None:
     arguments = ["search", "--feature-dir", world.features, "--model", world.model.path, world.media / world.paths[0]]
     code = (
-        "import typer, search.cli\n"
-        "app = typer.Typer()\n"
+        "from pipeline.arguments import Commands\nimport search.cli\n"
+        "app = Commands()\n"
         "search.cli.register(app)\n"
         f"app({[str(argument) for argument in arguments]!r}, standalone_mode=False)"
     )
@@ -362,7 +362,7 @@ def test_a_gallery_object_is_searched_with_by_id_without_the_model_and_without_i
     name = names(world)[3]
     by_file = world.search(world.media / world.paths[3], "--format", "json", "-k", "6")
     given = ["search", "--feature-dir", str(world.features), "--id", name, "--format", "json", "-k", "5"]
-    app = typer.Typer()
+    app = Commands()
     register(app)
     without = CliRunner().invoke(app, given)
     assert without.exit_code == 0, without.output
@@ -428,7 +428,7 @@ def test_folders_lists_and_stdin_stand_for_their_pictures(world: World, tmp_path
     (tmp_path / "anno.csv").write_text("data_type,img_name,img_path,label\n" + "\n".join(rows) + "\n")
 
     def queries(*arguments: str | Path, stdin: str = "") -> list[str]:
-        app = typer.Typer()
+        app = Commands()
         register(app)
         given = ["search", "--feature-dir", world.features, "--model", world.model.path, "--format", "json", *arguments]
         result = CliRunner().invoke(app, [str(argument) for argument in given], input=stdin)
@@ -712,17 +712,17 @@ def test_an_index_that_cannot_be_kept_is_an_error(own_world: World) -> None:
 def test_which_gallery_is_meant_must_be_clear(world: World, tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_article_shard(tmp_path / name, 0, np.ones((1, 4), np.float32), ["a"])
-    app = typer.Typer()
+    app = Commands()
     register(app)
     result = CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(tmp_path)])
-    assert "It has: one, two" in str(result.exception)
+    assert "several galleries: one, two" in str(result.exception)
     assert CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(tmp_path / "one")]).exit_code == 0
 
 
 def test_a_search_by_id_imports_neither_torch_nor_the_encoder(world: World) -> None:
     arguments = ["search", "--feature-dir", str(world.features), "--id", names(world)[0]]
     code = (
-        "import typer, search.cli\napp = typer.Typer()\nsearch.cli.register(app)\n"
+        "from pipeline.arguments import Commands\nimport search.cli\napp = Commands()\nsearch.cli.register(app)\n"
         f"app({arguments!r}, standalone_mode=False)"
     )
     assert not imported_by(code) & {"torch", "onnx", "onnxruntime", "PIL", "celery", "redis", "workers.encoder"}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipeline import layout
+from pipeline.arguments import Commands
 from pipeline.errors import RuijiError, UsageError
 from pipeline.model import load_model
 from search.cli import register
@@ -39,7 +39,7 @@ class World:
     labels: Path
 
     def evaluate(self, *arguments: str | Path, labels: bool = True) -> Result:
-        app = typer.Typer()
+        app = Commands()
         register(app)
         given = ["evaluate", "--feature-dir", self.features, "--model", self.model, "--bootstrap", "50", *arguments]
         given += ["--labels", self.labels] if labels else []
@@ -306,8 +306,8 @@ def test_an_evaluation_without_queries_gallery_or_matches_says_so(
 
 
 def test_labels_are_given_in_one_way(reference: World) -> None:
-    assert "not both" in reference.refused("--labels-from-folder")
-    assert "not both" in reference.refused(labels=False)
+    assert "either --labels FILE or --labels-from-folder" in reference.refused("--labels-from-folder")
+    assert "either --labels FILE or --labels-from-folder" in reference.refused(labels=False)
     reference.labels.write_text("img_name,label\n000.png,a\n001.png,a\n")
     assert "--leave-one-out does without" in reference.refused()
 
@@ -316,8 +316,8 @@ def test_an_evaluation_on_the_cpu_imports_neither_torch_nor_the_workers_nor_matp
     arguments = ["evaluate", "--feature-dir", reference.features, "--model", reference.model]
     arguments += ["--labels", reference.labels]
     code = (
-        "import typer, search.cli\n"
-        "app = typer.Typer()\n"
+        "from pipeline.arguments import Commands\nimport search.cli\n"
+        "app = Commands()\n"
         "search.cli.register(app)\n"
         f"app({[str(argument) for argument in arguments]!r}, standalone_mode=False)"
     )

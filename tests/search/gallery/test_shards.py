@@ -197,7 +197,7 @@ def test_no_gallery_and_an_empty_one_say_what_to_run(tmp_path: Path, model: Mode
 def test_a_gallery_is_found_by_its_name_and_by_its_models_file(tmp_path: Path) -> None:
     for name in ("net_100.ra_in1k", "other"):
         write_article_shard(tmp_path / name, 0, some_features(1), ["a.jpg"])
-    with pytest.raises(UsageError, match=r"It has: net_100\.ra_in1k, other"):
+    with pytest.raises(UsageError, match=r"several galleries: net_100\.ra_in1k, other"):
         find_gallery(tmp_path, None)
     for model in ("net_100.ra_in1k", "net_100.ra_in1k.onnx", "models/net_100.ra_in1k.onnx"):
         assert find_gallery(tmp_path, Path(model)) == tmp_path / "net_100.ra_in1k"
@@ -235,7 +235,7 @@ def test_object_ids_that_are_no_text_are_refused_when_they_are_read(folder: Path
         lambda: apply_conditions(gallery, parse_conditions(["path=a"]), None),
     ]
     for read_ids in reads:
-        with pytest.raises(ShardCorrupt, match="object ids of shard 0001 are no text"):
+        with pytest.raises(ShardCorrupt, match="object ids of shard 0001 are not text"):
             read_ids()
 
 

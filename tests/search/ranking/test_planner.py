@@ -30,7 +30,7 @@ def plan(machine: Machine, rows: int, queries: int, metric: Metric = Metric.cosi
         (BARE, SMALL, 10_000, False, "no bfloat16 units"),
         (dataclasses.replace(STRONG, torch=False), SMALL, 10_000, False, "not installed"),
         (STRONG, SMALL, 15, False, "rounding the gallery"),
-        (STRONG, SMALL, 100, False, "before torch would be imported"),
+        (STRONG, SMALL, 100, False, "less time than importing torch"),
         (STRONG, SMALL, 1000, True, "1,000 queries are worth"),
         (dataclasses.replace(STRONG, torch_loaded=True), SMALL, 16, True, "16 queries are worth"),
     ],
