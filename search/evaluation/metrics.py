@@ -25,7 +25,7 @@ _SAMPLES_AT_ONCE = 100
 _CONFIDENCE = 95
 
 
-class Metric(NamedTuple):
+class Measure(NamedTuple):
     """A metric: `key` in files, `name` for people, and the convention that it follows."""
 
     key: str
@@ -35,17 +35,19 @@ class Metric(NamedTuple):
 
 METRICS = (
     *(
-        Metric(f"rank_{k}", f"rank-{k}", f"CMC: a match is among the first {k}; also hit@{k}, in metric learning R@{k}")
+        Measure(
+            f"rank_{k}", f"rank-{k}", f"CMC: a match is among the first {k}; also hit@{k}, in metric learning R@{k}"
+        )
         for k in CUTOFFS
     ),
-    Metric("map", "mAP", "precision at each match, averaged over all matches, full ranking (trec_eval's map)"),
-    Metric("map_trapezoid", "mAP (trapezoid)", "area by trapezoids, as in the code of Oxford5k and Market-1501"),
-    Metric("minp", "mINP", "matches / rank of the last match"),
-    Metric("r_precision", "R-precision", "share of matches among the first R, R = the query's matches"),
-    Metric("map_at_r", "MAP@R", "precision at each match among the first R, summed, / R"),
-    *(Metric(f"recall_{k}", f"recall@{k}", f"matches among the first {k} / all matches (IR)") for k in CUTOFFS),
+    Measure("map", "mAP", "precision at each match, averaged over all matches, full ranking (trec_eval's map)"),
+    Measure("map_trapezoid", "mAP (trapezoid)", "area by trapezoids, as in the code of Oxford5k and Market-1501"),
+    Measure("minp", "mINP", "matches / rank of the last match"),
+    Measure("r_precision", "R-precision", "share of matches among the first R, R = the query's matches"),
+    Measure("map_at_r", "MAP@R", "precision at each match among the first R, summed, / R"),
+    *(Measure(f"recall_{k}", f"recall@{k}", f"matches among the first {k} / all matches (IR)") for k in CUTOFFS),
     *(
-        Metric(f"precision_{k}", f"precision@{k}", f"matches among the first {k} / {k}, even if fewer are ranked")
+        Measure(f"precision_{k}", f"precision@{k}", f"matches among the first {k} / {k}, even if fewer are ranked")
         for k in CUTOFFS
     ),
 )

@@ -16,6 +16,7 @@ from search.evaluation.protocol import Protocol
 from search.evaluation.scores import ClassScores, Scores, Summary
 from search.gallery.shards import Gallery
 from search.views.sheet import SheetHit, SheetLine, write_sheet
+from search.views.table import aligned
 
 NO_MATCH = "no match in the gallery"
 _CSV_COLUMNS = (
@@ -135,14 +136,7 @@ def _reasons(what: str, counts: Counter[str]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> Iterator[str]:
-    rows = [tuple(map(shown, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
+    return aligned([tuple(map(shown, row)) for row in rows], right)
 
 
 def write_run(target: Path, gallery: Gallery, task: Task, answers: Iterator[Placed]) -> Iterator[Placed]:

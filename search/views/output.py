@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.streams import csv_writer, exact_stdout, shown, to_json
 from search.options import GroupFormat, OutputFormat
+from search.views.table import aligned
 
 if TYPE_CHECKING:
     from search.answers import Answer
@@ -141,12 +142,7 @@ def _query_tables(found: "Sequence[tuple[str, list[Row]]]") -> Iterator[str]:
 
 def _table(columns: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
     lines = [tuple(columns), *(tuple(_cell(row[column]) for column in columns) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = zip(columns, line, widths, strict=True)
-        yield "  ".join(
-            cell.ljust(width) if name in _LEFT else cell.rjust(width) for name, cell, width in cells
-        ).rstrip()
+    return aligned(lines, {number for number, column in enumerate(columns) if column not in _LEFT})
 
 
 def _cell(value: "int | float | str | None") -> str:
