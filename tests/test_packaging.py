@@ -117,3 +117,12 @@ def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, host
         if name != "redis":
             assert service["user"] == "1000:1000"
             assert service["image"] == ("ruiji:gpu-mine" if gpu else "ruiji:cpu-mine")
+
+
+@pytest.mark.parametrize("accel", ["cpu", "gpu"])
+def test_make_setup_installs_the_lock_and_the_embedded_redis(accel: str) -> None:
+    done = subprocess.run(
+        ["make", "-nB", "setup", f"ACCEL={accel}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (install,) = [line for line in done.stdout.splitlines() if "--require-hashes" in line]
+    assert f"-r requirements/{accel}.lock" in install and "-r requirements/embedded.lock" in install
