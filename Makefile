@@ -1,4 +1,4 @@
-# Everything runs in .venv, which these targets fill from locks with hashes.
+# Everything runs in .venv. These targets fill it from locks with hashes.
 # `make` alone explains the targets.
 
 ACCEL ?= cpu
@@ -12,7 +12,7 @@ RUIJI = .venv/bin/ruiji
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-# Where it is set, each of the many commands of a test compiles all modules anew.
+# If it is set, each of the many commands of a test compiles all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -80,7 +80,7 @@ demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis a
 mnist: .venv/mnist ## Train on MNIST, search its test set, measure (half an hour; DATA=folder of the four files)
 	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(ARGS)
 
-test: .venv/dev ## The tests; what needs torch, a GPU or compose skips, saying so
+test: .venv/dev ## The tests; those that need torch, a GPU or compose are skipped
 	$(PYTEST) -m "not slow and not compose and not chaos" $(ARGS)
 
 test-all: .venv/mnist ## All tests that can run here, torch included; see  make chaos  for the long ones
@@ -112,18 +112,18 @@ build/models/made: requirements/models.txt
 check-models: build/models/made ## Compare preprocessing with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
 
-lint: .venv/dev ## Style
+lint: .venv/dev ## Check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-types: .venv/dev ## Types, strictly
+types: .venv/dev ## Check types
 	.venv/bin/mypy
 
-format: .venv/dev ## Rewrite the code in the house style
+format: .venv/dev ## Format the code
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# What is installed already serves; else the light set-up.
+# Uses what is installed already, else installs the light set-up.
 $(RUIJI):
 	@$(MAKE) --no-print-directory setup
 
@@ -133,11 +133,11 @@ run: $(RUIJI) ## Everything on this machine: Redis, workers, enqueue, wait
 redis: $(RUIJI) ## The embedded Redis, until Ctrl-C
 	$(RUIJI) redis $(ARGS)
 
-worker: $(RUIJI) ## Embed and reduce on this machine, until Ctrl-C
+worker: $(RUIJI) ## A worker on this machine, until Ctrl-C
 	$(RUIJI) worker $(ARGS)
 
-# Each of these says whether it works with docker compose or on this machine alone.
-up: ## Start Redis, a reducer, WORKERS=2 workers (GPU=1): docker compose where an engine answers, else on this machine
+# Each of these says whether it uses docker compose or this machine alone.
+up: ## Start Redis, a reducer, WORKERS=2 workers (GPU=1): with docker compose if an engine answers, else on this machine
 	@deploy/stack.sh up $${WORKERS:+"$$WORKERS"}
 
 join: ## Start WORKERS=2 workers for the Redis of another host (REDIS_HOST=..., GPU=1)
@@ -152,7 +152,7 @@ list: ## Write the object list of the media folder
 enqueue: ## Publish one task per image of the list (ARGS=--wait follows to the end)
 	@deploy/stack.sh ruiji enqueue $(ARGS)
 
-status: ## How every object stands
+status: ## Show what is done, failed, running and pending
 	@deploy/stack.sh ruiji status $(ARGS)
 
 search: ## Look-alikes of QUERY=photo.jpg
@@ -161,10 +161,10 @@ search: ## Look-alikes of QUERY=photo.jpg
 ruiji: ## Any other command: make ruiji ARGS="failures --format csv"
 	@deploy/stack.sh ruiji $(or $(ARGS),--help)
 
-logs: ## Follow what the workers say
+logs: ## Follow the log of the workers
 	@deploy/stack.sh logs
 
-down: ## Stop what `make up` started; nothing is lost
+down: ## Stop what make up started; nothing is lost
 	@deploy/stack.sh down
 
 certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in secrets/

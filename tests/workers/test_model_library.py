@@ -190,7 +190,7 @@ def test_weights_outside_the_file_come_along_and_no_other_file_does(tmp_path: Pa
         if entry.key == "location":
             entry.value = "../../secret.txt"
     (source / "model.onnx").write_bytes(hostile.SerializeToString())
-    with pytest.raises(ModelError, match="no file beside it"):
+    with pytest.raises(ModelError, match="not a file beside it"):
         add_model(source, tmp_path / "models", "hostile")
 
 
@@ -271,7 +271,7 @@ def test_a_model_that_nobody_declared_makes_no_gallery_and_the_message_ends_that
         (0.1, 0.2, 0.3),
         (0.5,) * 3,
     )
-    assert "is there already" in only_line(ruiji(*declare, code=2).stderr)
+    assert "exists already" in only_line(ruiji(*declare, code=2).stderr)
     ruiji("run", "--workers", "1")
 
 

@@ -66,7 +66,7 @@ def add_model(source: Path, models: Path, name: str | None = None, output: dict[
     folders = [near, *([near.parent] if near.name in ("onnx", "visual") else [])]
     name = name or (source if source.is_dir() else folders[-1]).resolve().name
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name for a model: letters, digits, dots, _ and - are; give one with --name")
+        raise UsageError(f"{name!r} cannot name a model, only letters, digits, dots, _ and - can; give one with --name")
     declared = layout.toml_file(found)
     said = None if declared.is_file() else find_convention(folders)
     if said is None and output:
@@ -116,7 +116,7 @@ def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> 
         with target.open("x", encoding="utf-8") as file:
             file.write(_toml(path, said["input"], said["output"]))
     except FileExistsError:
-        raise UsageError(f"{target} is there already; change it, or remove it first") from None
+        raise UsageError(f"{target} exists already; change it, or remove it first") from None
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}") from error
     try:
@@ -150,7 +150,7 @@ def prove(model: Model) -> None:
         raise ModelError(f"{model.path} gives all pictures the same feature; take another output with --output")
     if (first != second).any():
         raise ModelError(
-            f"{model.path} gives the same picture another feature at the second time; was it exported with dropout?"
+            f"{model.path} gives the same picture another feature the second time; was it exported with dropout?"
         )
 
 
@@ -174,7 +174,7 @@ def _copied(found: Path, folder: Path, said: dict[str, Said] | None, output: dic
     for name in sorted(external_files(graph)):
         # A graph of a stranger's names the files that are read beside it.
         if Path(name).name != name or name in (path.name, layout.toml_file(path).name, layout.MODEL_SOURCE):
-            raise ModelError(f"{found} has weights in {name!r}, which is no file beside it")
+            raise ModelError(f"{found} has weights in {name!r}, which is not a file beside it")
         if not (found.parent / name).is_file():
             raise ModelError(f"{found} has weights in {name}, which is not there; copy it beside the model")
         shutil.copyfile(found.parent / name, folder / name)
@@ -234,7 +234,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}; remove {folder} and add the model again") from None
     if not isinstance(facts, dict):
-        raise ModelError(f"{path} is no JSON object; remove {folder} and add the model again")
+        raise ModelError(f"{path} is not a JSON object; remove {folder} and add the model again")
     return facts
 
 
