@@ -205,7 +205,7 @@ def test_a_name_is_one_model(tmp_path: Path) -> None:
     assert first.path.with_suffix(".toml").read_bytes() == kept
     for name in ("../x", ".x", "a/b", "", "x" * 101):
         if name:
-            with pytest.raises(UsageError, match="no name for a model"):
+            with pytest.raises(UsageError, match="cannot name a model"):
                 add_model(source, models, name)
     add_model(source, models, "second")
     assert [(model.name, model.license) for model in added_models(models)] == [
