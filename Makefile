@@ -87,7 +87,7 @@ test-all: .venv/mnist ## All tests that can run here, torch included; see  make 
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
-	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/test_interleavings.py $(ARGS)
+	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py $(ARGS)
 
 audit: .venv/made ## Compare a lock with the published advisories (needs the network)
 	@.venv/bin/python -m venv build/audit

@@ -40,8 +40,9 @@ from pipeline.errors import UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
-from pipeline.plan import Plan, open_plan
-from pipeline.planning import Settings, make_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Settings, make_plan
 from pipeline.queue.app import make_app
 from pipeline.queue.keys import embed_queue, unacked_keys
 from pipeline.reduce import reduce_segment

@@ -16,7 +16,7 @@ from pipeline import layout
 from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.status import StatusReader
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import layout
 from pipeline.errors import FileDamaged
 from pipeline.objects import read_lines
-from pipeline.plan import Plan, Segment
+from pipeline.plans.plan import Plan, Segment
 from pipeline.store import FORMAT, as_type, machine_faults, read_json, to_json, write_atomic
 
 #: What can happen to a picture, and how that is told.

@@ -161,7 +161,7 @@ def enqueue(
 ) -> None:
     """Check the list, freeze the plan and publish one task per image; run it again to go on."""
     from pipeline.logs import set_up
-    from pipeline.planning import Settings
+    from pipeline.plans.planning import Settings
     from pipeline.queue.connection import connect
     from pipeline.run import Work, follow
     from pipeline.run import enqueue as enqueue_list
@@ -225,7 +225,7 @@ def retry(
 ) -> None:
     """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
     from pipeline.logs import set_up
-    from pipeline.planning import Retry, Settings
+    from pipeline.plans.planning import Retry, Settings
     from pipeline.queue.connection import connect
     from pipeline.run import Work, enqueue, follow
 
@@ -322,7 +322,7 @@ def run(
     """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
     from pipeline.logs import set_up
     from pipeline.objects import Exclude
-    from pipeline.planning import Settings
+    from pipeline.plans.planning import Settings
     from pipeline.run import Source, Work, run_here
 
     set_up(log_format)
@@ -456,7 +456,7 @@ def _exit_code(now: "Status") -> int:
 
 def _end(now: "Status") -> int:
     """The exit code of a command that waited for this status."""
-    from pipeline.stops import PlanStopped
+    from pipeline.plans.stops import PlanStopped
 
     if now.stopped is not None:
         raise PlanStopped(now.stopped)

@@ -8,9 +8,11 @@ from typing import TextIO
 from pipeline import layout
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
-from pipeline.generations import read_marks
 from pipeline.objects import IdScheme, read_lines
-from pipeline.plan import Plan, Published, open_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.generations import read_marks
+from pipeline.plans.plan import Plan
+from pipeline.plans.published import Published
 from pipeline.store import read_record
 from pipeline.streams import csv_writer, shown, to_json
 

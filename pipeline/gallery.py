@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
-from pipeline.generations import current
 from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, require_declared, why_another
 from pipeline.objects import IdScheme
-from pipeline.plan import Plan, closed_plans, open_plan
+from pipeline.plans.files import closed_plans, open_plan
+from pipeline.plans.generations import current
+from pipeline.plans.plan import Plan
 from pipeline.queue.keys import place_key
 from pipeline.reduce import nested_folders
 from pipeline.store import (
@@ -214,7 +215,7 @@ def _write(folder: Path, info: GalleryInfo, exclusive: bool = False) -> GalleryI
 def _any_plan(folder: Path) -> Plan | None:
     """The open plan, else one of the closed ones; all of a folder are of one gallery."""
     plan = open_plan(folder)
-    return plan if plan is not None else next((closed for closed, _ in closed_plans(folder)), None)
+    return plan if plan is not None else next((closed.plan for closed in closed_plans(folder)), None)
 
 
 def _unused(folder: Path) -> bool:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from pipeline import layout
 from pipeline.altered import count_marks, drop_marks
 from pipeline.errors import MachineFault, ShardCorrupt
-from pipeline.plan import Plan, Segment, came_too_late, close_plan, empty_segment, not_emptied
+from pipeline.plans.closing import close_plan, empty_segment, not_emptied
+from pipeline.plans.plan import Plan, Segment
+from pipeline.plans.published import came_too_late
 from pipeline.store import (
     Failure,
     Record,

@@ -20,16 +20,18 @@ from pipeline.children import python_command, start_child
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
-from pipeline.plan import Plan, cancel_plan, check_matches, open_plan
-from pipeline.planning import Retry, Settings, make_plan
-from pipeline.probes import find_probes, note_probes
+from pipeline.plans.closing import cancel_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Retry, Settings, check_matches, make_plan
+from pipeline.plans.probes import find_probes, note_probes
+from pipeline.plans.stops import PlanStopped, stopped
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import broker_faults, connect, passes, refusal
 from pipeline.queue.embedded import embedded_redis, locked, url_of
 from pipeline.scan import Scan, count_unlisted, write_list
 from pipeline.segments import Segments
 from pipeline.status import Status, StatusReader
-from pipeline.stops import PlanStopped, stopped
 from pipeline.store import machine_faults
 from pipeline.trial import prove_model
 

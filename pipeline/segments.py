@@ -8,7 +8,7 @@ from collections.abc import Callable
 import redis
 from celery import Celery
 
-from pipeline.plan import Plan, Segment
+from pipeline.plans.plan import Plan, Segment
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.keys import group_id, lease_key
 from pipeline.queue.leases import holding, lease

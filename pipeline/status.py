@@ -11,13 +11,15 @@ from pipeline import layout
 from pipeline.altered import Altered, AlteredReader
 from pipeline.errors import FileDamaged, UsageError
 from pipeline.gallery import read_gallery
-from pipeline.generations import Generation, ListState, Marks, current, read_marks
 from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
-from pipeline.plan import OpenPlan, Plan, Published, Segment
+from pipeline.plans.files import OpenPlan
+from pipeline.plans.generations import Generation, ListState, Marks, current, read_marks
+from pipeline.plans.plan import Plan, Segment
+from pipeline.plans.published import Published
+from pipeline.plans.stops import stopped
 from pipeline.queue.chords import Chords
 from pipeline.queue.keys import worker_key
-from pipeline.stops import stopped
 from pipeline.store import as_type, read_record
 
 

@@ -19,11 +19,13 @@ from pipeline import layout
 from pipeline.cache import look_through
 from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
 from pipeline.gallery import GalleryInfo, read_gallery
-from pipeline.generations import current
 from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
-from pipeline.plan import Plan, closed_plans, open_plan, plan_id_of, published_shards, segment_digest
-from pipeline.planning import lost_segments, make_repair_plan, set_aside
+from pipeline.plans.files import closed_plans, open_plan
+from pipeline.plans.generations import current
+from pipeline.plans.plan import Plan, plan_id_of, segment_digest
+from pipeline.plans.planning import lost_segments, make_repair_plan, set_aside
+from pipeline.plans.published import published_shards
 from pipeline.reduce import nested_folders
 from pipeline.store import Record, check_shard, read_record, recorded_shards, shard_contents, sync_folder, write_atomic
 
@@ -153,7 +155,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def _plans(folder: Path, plan: Plan | None) -> Iterator[Plan]:
     if plan is not None:
         yield plan
-    yield from (closed for closed, _ in closed_plans(folder))
+    yield from (closed.plan for closed in closed_plans(folder))
 
 
 def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:

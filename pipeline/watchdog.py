@@ -10,7 +10,8 @@ from celery import Celery
 from redis.exceptions import LockError
 
 from pipeline.errors import RuijiError
-from pipeline.plan import OpenPlan, Plan, is_closed, open_plan
+from pipeline.plans.files import OpenPlan, is_closed, open_plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.connection import REDIS_FAULTS
 from pipeline.queue.keys import lease_key

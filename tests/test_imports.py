@@ -94,7 +94,12 @@ def test_the_queue_knows_nothing_of_plans_and_of_the_disk() -> None:
     # The embedded server is a child process, and has a folder.
     known |= {"pipeline.children", "pipeline.children.start_child", "pipeline.layout"}
     # Ids are checked as on the disk, and what Redis says as what a file says.
-    known |= {"pipeline.generations", "pipeline.generations.is_plan_id", "pipeline.store", "pipeline.store.as_type"}
+    known |= {
+        "pipeline.plans.generations",
+        "pipeline.plans.generations.is_plan_id",
+        "pipeline.store",
+        "pipeline.store.as_type",
+    }
     for module in modules():
         if module.startswith("pipeline.queue"):
             ours = {name for name in imported(module) if name.startswith(PACKAGES)}

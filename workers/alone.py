@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.children import python_command, start_child
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
-from pipeline.plan import Limits
+from pipeline.plans.plan import Limits
 
 #: Starting Python and reading one file takes a second; on a busy machine or a slow disk some more.
 _READ_TIMEOUT_S = 120.0

@@ -16,7 +16,8 @@ from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
-from pipeline.plan import open_plan, published_shards
+from pipeline.plans.files import open_plan
+from pipeline.plans.published import published_shards
 from pipeline.queue.connection import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader

@@ -17,7 +17,7 @@ from pipeline import layout
 from pipeline.altered import begin_marks, mark
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
-from pipeline.plan import Plan, Segment
+from pipeline.plans.plan import Plan, Segment
 from workers.alone import ChildDied, decode_alone
 from workers.images import decode, open_image
 from workers.in_hand import InHand

@@ -16,8 +16,8 @@ from pathlib import Path
 from pipeline import layout
 from pipeline.errors import MachineFault, RuijiError
 from pipeline.objects import read_lines
-from pipeline.plan import Plan
-from pipeline.probes import noted_probes
+from pipeline.plans.plan import Plan
+from pipeline.plans.probes import noted_probes
 from pipeline.store import recorded_shards
 
 #: One look takes no longer: the images in hand are waited for meanwhile. The next look goes on where it ended.

@@ -7,9 +7,10 @@ import redis
 
 from pipeline.errors import RuijiError
 from pipeline.gallery import GalleryInfo
-from pipeline.plan import Plan, open_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.chords import Chords
-from pipeline.stops import stop_plan, stopped
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import redis
 
 from pipeline import layout
 from pipeline.gallery import GalleryInfo, check_place, read_gallery
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.app import make_app
 from pipeline.queue.claims import Claims
 from pipeline.queue.connection import broker_faults, connect

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import layout
 from pipeline.children import python_command, start_child
 from pipeline.errors import RuijiError
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from workers.in_hand import Hold, left_behind, read_in_hand
 from workers.readiness import ready_file, remove_left_ready
 from workers.suspects import note_deaths

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline import layout
 from pipeline.errors import GalleryMismatch, ImageError
-from pipeline.plan import Limits, Plan
+from pipeline.plans.plan import Limits, Plan
 from pipeline.store import FORMAT, as_type, read_json, to_json, write_atomic
 
 #: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.

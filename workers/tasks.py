@@ -13,8 +13,10 @@ from celery import Celery
 from redis.exceptions import LockError
 
 from pipeline.errors import DeviceFault, MachineFault, ModelError, PlanMismatch, RuijiError
-from pipeline.generations import is_plan_id
-from pipeline.plan import OpenPlan, Plan, is_closed
+from pipeline.plans.files import OpenPlan, is_closed
+from pipeline.plans.generations import is_plan_id
+from pipeline.plans.plan import Plan
+from pipeline.plans.stops import stop_plan
 from pipeline.queue.batches import REST_S, register, register_batched
 from pipeline.queue.chords import Chords
 from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, lease_key
@@ -22,7 +24,6 @@ from pipeline.queue.leases import holding, lease
 from pipeline.queue.outages import end_process, noted
 from pipeline.reduce import missing_after_reread, reduce_segment
 from pipeline.segments import Segments
-from pipeline.stops import stop_plan
 from pipeline.versions import other_versions
 from pipeline.watchdog import advance
 from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from pipeline.errors import FileDamaged
-from pipeline.generations import is_plan_id
+from pipeline.plans.generations import is_plan_id
 from pipeline.queue.keys import (
     chord_keys,
     embed_queue,

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery.app.task import Context
 
-from pipeline.generations import is_plan_id
+from pipeline.plans.generations import is_plan_id
 from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, reduce_queue, task_id
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from pipeline import layout
 from pipeline.cache import CacheFolder, ShardCache
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
 from pipeline.gallery import GalleryInfo, read_gallery
-from pipeline.generations import Marks, read_marks
 from pipeline.npy import NpyError, map_npy
-from pipeline.plan import published_shards
+from pipeline.plans.generations import Marks, read_marks
+from pipeline.plans.published import published_shards
 from pipeline.store import Record, feature_shards, read_record
 from search.gallery.shards import RESTORE, Gallery, Shard
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import REDUCE_TASK, lease_key, unacked_keys
 from pipeline.queue.leases import lease

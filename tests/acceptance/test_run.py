@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from tests.factories import Ruiji, picture, pictures, tiny_model, wait_until
 
 

@@ -5,7 +5,7 @@ import time
 
 import redis
 
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import unacked_keys
 from tests.chaos.conftest import FAST, SHIPPED, Undisturbed, finish

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import layout
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
@@ -65,7 +65,7 @@ def test_a_reducer_killed_at_any_point_of_its_write(tmp_path: Path, tmp_path_fac
     prepared = tmp_path / "prepared"
     shutil.copytree(plan.folder, prepared)
     script = (
-        "import sys; from pathlib import Path; from pipeline.plan import open_plan\n"
+        "import sys; from pathlib import Path; from pipeline.plans.files import open_plan\n"
         "from pipeline.reduce import reduce_segment\n"
         "plan = open_plan(Path(sys.argv[1]))\n"
         "print('go', flush=True)\n"

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.status import StatusReader
 from tests.conftest import ROOT
 from tests.factories import wait_until

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from pipeline.plan import Plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect

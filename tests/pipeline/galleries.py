@@ -7,8 +7,8 @@ import numpy as np
 from pipeline import layout
 from pipeline.gallery import claim_gallery, gallery_model
 from pipeline.objects import IdScheme, prepare
-from pipeline.plan import Plan
-from pipeline.planning import Retry, Settings, make_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Retry, Settings, make_plan
 from tests.factories import pictures
 
 SCHEME = IdScheme("basename")

@@ -13,10 +13,12 @@ import pytest
 
 from pipeline.errors import GalleryMismatch
 from pipeline.gallery import read_gallery
-from pipeline.generations import current
 from pipeline.model import load_model, pixels_of
-from pipeline.plan import Plan, cancel_plan, open_plan
-from pipeline.planning import Settings
+from pipeline.plans.closing import cancel_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.generations import current
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Settings
 from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.run import Work
 from pipeline.run import enqueue as queue

@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.failures import failed_objects, write_failures
-from pipeline.plan import Plan, close_plan
-from pipeline.planning import Retry
+from pipeline.plans.closing import close_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Retry
 from pipeline.reduce import reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import read_record, recorded_shards

@@ -11,8 +11,8 @@ from pipeline.errors import FileDamaged, GalleryMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
-from pipeline.plan import close_plan
-from pipeline.planning import Settings, make_plan
+from pipeline.plans.closing import close_plan
+from pipeline.plans.planning import Settings, make_plan
 from pipeline.queue.connection import connect
 from tests.factories import picture, tiny_model
 from tests.pipeline.galleries import new_plan

@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from pipeline.errors import UsageError
-from pipeline.plan import Plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from pipeline.segments import Segments

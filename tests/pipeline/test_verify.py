@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.plan import Plan, cancel_plan, close_plan, open_plan
+from pipeline.plans.closing import cancel_plan, close_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
 from pipeline.reduce import reduce_segment, tidy
 from pipeline.status import StatusReader
 from pipeline.store import shard_contents

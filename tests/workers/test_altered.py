@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline import altered as counting
 from pipeline.altered import Altered
 from pipeline.model import load_model
-from pipeline.plan import Limits, Plan, cancel_plan, close_plan
+from pipeline.plans.closing import cancel_plan, close_plan
+from pipeline.plans.plan import Limits, Plan
 from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from tests.factories import Ruiji, picture, tiny_model

@@ -56,7 +56,7 @@ def test_no_code_of_the_current_folder_runs_where_a_suspect_is_decoded(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: Path
 ) -> None:
     from pipeline.model import load_model
-    from pipeline.plan import Limits
+    from pipeline.plans.plan import Limits
     from tests.factories import picture
     from workers.alone import decode_alone
 

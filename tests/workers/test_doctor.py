@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.model import load_model
-from pipeline.plan import Plan, close_plan
+from pipeline.plans.closing import close_plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from tests.factories import picture

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from pipeline.errors import MachineFault
 from pipeline.model import load_model
-from pipeline.plan import Plan
+from pipeline.plans.plan import Plan
 from pipeline.reduce import reduce_segment
 from tests.pipeline.galleries import new_plan
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.gallery import read_gallery
-from pipeline.plan import Plan, open_plan
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import embed_queue, reduce_queue

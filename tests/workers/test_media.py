@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import MachineFault
 from pipeline.model import load_model
-from pipeline.plan import Plan
-from pipeline.probes import note_probes, noted_probes
+from pipeline.plans.plan import Plan
+from pipeline.plans.probes import note_probes, noted_probes
 from pipeline.reduce import reduce_segment
 from tests.pipeline.galleries import embed, new_plan
 from workers import media

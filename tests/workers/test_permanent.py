@@ -20,12 +20,12 @@ from pipeline.errors import MachineFault, ModelError, UsageError
 from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
-from pipeline.plan import open_plan
-from pipeline.planning import Settings
+from pipeline.plans.files import open_plan
+from pipeline.plans.planning import Settings
+from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
 from pipeline.run import Work, enqueue
-from pipeline.stops import stop_plan, stopped
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, tiny_model, wait_until

@@ -11,7 +11,8 @@ from PIL import Image
 from pipeline import layout
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import load_model
-from pipeline.plan import Limits, Plan, close_plan
+from pipeline.plans.closing import close_plan
+from pipeline.plans.plan import Limits, Plan
 from pipeline.reduce import reduce_segment
 from tests.conftest import ROOT
 from tests.factories import picture

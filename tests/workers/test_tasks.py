@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import MachineFault, PlanMismatch
-from pipeline.plan import cancel_plan
+from pipeline.plans.closing import cancel_plan
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import connect
 from pipeline.store import recorded_shards

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan import open_plan
+from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
 from pipeline.queue.messages import envelope_fault, task_fault

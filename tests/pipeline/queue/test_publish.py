@@ -5,7 +5,7 @@ import json
 
 import redis
 
-from pipeline.plan import Plan
+from pipeline.plans.plan import Plan
 from pipeline.queue.chords import Chords
 from pipeline.queue.keys import embed_queue
 from pipeline.segments import Segments

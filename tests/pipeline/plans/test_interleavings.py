@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 
-from pipeline import generations, planning, reduce
-from pipeline import plan as plan_module
+from pipeline import reduce
 from pipeline import verify as verify_module
 from pipeline.errors import RuijiError
 from pipeline.objects import ObjectList
-from pipeline.plan import Plan, open_plan
-from pipeline.planning import Retry
-from tests.pipeline.explorer import BAD, BIG, LARGE, SMALL, Stepper, World, stepped
+from pipeline.plans import files, generations, planning
+from pipeline.plans import plan as plan_module
+from pipeline.plans import published as published_module
+from pipeline.plans.files import open_plan
+from pipeline.plans.plan import Plan
+from pipeline.plans.planning import Retry
+from tests.pipeline.plans.explorer import BAD, BIG, LARGE, SMALL, Stepper, World, stepped
 
 ALL = ["a.png", "b.png", BAD, BIG, "c.png"]
 PART = ["a.png", "b.png"]
@@ -302,17 +305,17 @@ def _commit_without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _late_records_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record counts that was linked after its plan was closed (cancel while a reducer names its record)."""
-    monkeypatch.setattr(plan_module.Published, "_too_late", lambda self, kind: set())
+    monkeypatch.setattr(published_module.Published, "_too_late", lambda self, kind: set())
 
 
 def _closing_is_not_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who closes a plan second writes its list anew."""
-    real = plan_module.write_atomic
+    real = files.write_atomic
 
     def write(path: Any, chunks: Any, exclusive: bool = False, sync: bool = False) -> bool:
         return real(path, chunks, exclusive=exclusive and "done" not in Path(path).parts, sync=sync)
 
-    monkeypatch.setattr(plan_module, "write_atomic", write)
+    monkeypatch.setattr(files, "write_atomic", write)
 
 
 def _failures_of_any_plan_count(monkeypatch: pytest.MonkeyPatch) -> None:

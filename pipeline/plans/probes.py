@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import layout
 from pipeline.errors import GalleryMismatch, RuijiError
 from pipeline.objects import ObjectList, read_lines
-from pipeline.plan import Plan
+from pipeline.plans.plan import Plan
 from pipeline.store import FORMAT, read_json, to_json, write_atomic
 
 #: How many there are, spread over the list.

@@ -15,25 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import layout
-from pipeline.errors import GalleryMismatch, RuijiError, UsageError
+from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import GalleryInfo, keep_gallery
-from pipeline.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
-from pipeline.plan import (
-    Limits,
-    Origin,
-    Plan,
-    Published,
-    Segment,
-    closed_plans,
-    is_closed,
-    open_plan,
-    plan_id_of,
-    published_shards,
-    segment_digest,
-    write_plan,
-)
-from pipeline.probes import find_probes
+from pipeline.plans.files import closed_plans, is_closed, open_plan, write_plan
+from pipeline.plans.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
+from pipeline.plans.plan import Limits, Origin, Plan, Segment, plan_id_of, segment_digest
+from pipeline.plans.probes import find_probes
+from pipeline.plans.published import Published, published_shards
 from pipeline.store import read_record, recorded_shards, sync_folder
 from pipeline.versions import library_versions
 
@@ -326,11 +315,12 @@ def lost_segments(folder: Path, broken: Collection[int] = ()) -> tuple[list[_Los
     lost: dict[int, _Lost] = {}
     given_up: set[int] = set()
     gone: set[int] = set()
-    for plan, published in closed_plans(folder):
+    for closed in closed_plans(folder):
+        plan = closed.plan
         gone |= set(plan.given_up)
         for segment in plan.segments:
             next_shard = max(next_shard, segment.shard + 1)
-            if segment.shard in published and segment.shard not in recorded and segment.plan == plan.plan_id:
+            if segment.shard in closed.published and segment.shard not in recorded and segment.plan == plan.plan_id:
                 try:
                     plan.paths(segment)
                     lost[segment.shard] = _Lost(segment, plan)
@@ -439,3 +429,29 @@ def _cut(fresh: Path, shard_rows: int, index: int, shard: int, first: int, offse
     if lines:
         segments.append(Segment(index, shard, first, lines, start, "", len(segments)))
     return segments
+
+
+def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_rows: int) -> None:
+    """Raise unless enqueuing would carry on with this open plan.
+
+    A repair or a retry is carried on whatever the list: it takes nothing from it.
+
+    Raises:
+        PlanMismatch: the list, the model or the shard size differs.
+    """
+    ours = not plan.repair and not plan.retry
+    differences = [
+        what
+        for what, differs in (
+            ("another object list", ours and plan.list_digest != objects.digest),
+            ("another model", plan.fingerprint != gallery.fingerprint),
+            (f"shards of {plan.shard_rows} rows", ours and plan.shard_rows != shard_rows),
+            (f"--object-id {plan.object_id}", plan.object_id != gallery.object_id),
+        )
+        if differs
+    ]
+    if differences:
+        raise PlanMismatch(
+            f"the plan {plan.plan_id} is open in {plan.folder}, with {' and '.join(differences)}; let it finish, "
+            "or close it with ruiji cancel (nothing that is done is lost) and enqueue again"
+        )

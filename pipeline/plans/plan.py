@@ -1,48 +1,35 @@
-"""The plan: what one enqueue found still to do, frozen on disk and cut into segments.
-
-A plan is open from the commit of its generation (see `pipeline.generations`) until `run/done/<plan id>/plan.json` is
-linked, with the list of the shards that it has published. A record that this list lacks came too late: it does not
-exist.
-"""
+"""The plan: the work of one enqueue, frozen and cut into segments, with the files of its objects."""
 
 import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
-from pipeline.errors import GalleryMismatch, MachineFault, PlanMismatch
-from pipeline.generations import RUN_FORMAT, current, is_plan_id, note_format, read_generation
+from pipeline.errors import GalleryMismatch
 from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
-from pipeline.objects import IdScheme, ObjectList, read_lines
+from pipeline.objects import IdScheme
+from pipeline.plans.generations import read_generation
 from pipeline.store import (
     Record,
     read_error,
     read_feature,
-    read_json,
     read_record,
     recorded_shards,
-    sync_folder,
     versions_tag,
-    write_atomic,
     write_error,
     write_feature,
 )
 
-if TYPE_CHECKING:
-    from pipeline.gallery import GalleryInfo
-
-#: Length of a segment's digest; what is looked for are accidents.
+#: Length of a segment's digest, which finds accidents, not forgeries.
 _DIGEST_DIGITS = 16
 
 
@@ -217,10 +204,11 @@ class Plan:
     @property
     def todo(self) -> Path:
         """The todo list, one path a line: beside the open plan, then beside the closed one."""
-        return self._first_todo if self._first_todo.exists() else layout.todo_file(self.closed_folder)
+        return self.first_todo if self.first_todo.exists() else layout.todo_file(self.closed_folder)
 
     @cached_property
-    def _first_todo(self) -> Path:
+    def first_todo(self) -> Path:
+        """Where the todo list is while the plan is open."""
         if not self.generation:
             return layout.first_todo_file(self.folder, self.plan_id)
         return layout.todo_file(read_generation(self.folder, self.generation).made_folder)
@@ -228,7 +216,7 @@ class Plan:
     def _open_todo(self) -> BufferedReader:
         # In this order: the first is removed only after the plan was closed.
         try:
-            return self._first_todo.open("rb")
+            return self.first_todo.open("rb")
         except FileNotFoundError:
             return layout.todo_file(self.closed_folder).open("rb")
 
@@ -380,298 +368,3 @@ def plan_id_of(plan: Plan, todo_digest: str, again: int = 0) -> str:
     content += [[segment.shard, segment.lines] for segment in plan.segments]
     content += [again] if again else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def is_closed(folder: Path, plan_id: str) -> bool:
-    """Whether a plan was finished or cancelled."""
-    return layout.plan_file(layout.closed_folder(folder, plan_id)).exists()
-
-
-def open_plan(folder: Path) -> Plan | None:
-    """The open plan, or None.
-
-    Raises:
-        GalleryMismatch: it is damaged, or of a newer format.
-    """
-    while True:
-        now = current(folder)
-        if now.plan_id is None or is_closed(folder, now.plan_id):
-            return None
-        path = layout.plan_file(now.made_folder) if now.number else layout.first_plan_file(folder)
-        try:
-            plan, _ = _read_plan(folder, path)
-        except FileNotFoundError:
-            # Closed since, and the next generation removed it; else it is lost.
-            if current(folder).number != now.number or is_closed(folder, now.plan_id):
-                continue
-            raise GalleryMismatch(f"the open plan {path} is lost; restore it from a copy") from None
-        if (plan.plan_id, plan.generation) == (now.plan_id, now.number):
-            return plan
-        raise GalleryMismatch(f"{path} is damaged: it is not the plan {now.plan_id}; restore it from a copy")
-
-
-def _read_plan(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
-    """A plan, and what stands beside it in its file."""
-    value = read_json(path, RUN_FORMAT)
-    try:
-        extra: dict[str, Any] = {key: value.pop(key) for key in ("format", "published", "fruitless") if key in value}
-        segments = tuple(Segment(*entry) for entry in value.pop("segments"))
-        origins = {
-            plan_id: Origin(Limits(**origin["limits"]), tuple(origin["versions"]))
-            for plan_id, origin in value.pop("origins", {}).items()
-        }
-        limits, probes = Limits(**value.pop("limits")), tuple(value.pop("probes"))
-        given_up = tuple(value.pop("given_up", ()))
-        plan = Plan(
-            folder=folder, limits=limits, probes=probes, segments=segments, origins=origins, given_up=given_up, **value
-        )
-    except (TypeError, KeyError, AttributeError):
-        raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
-    if not _sound(plan, extra):
-        raise GalleryMismatch(f"{path} is damaged; restore it from a copy")
-    return plan, extra
-
-
-def _sound(plan: Plan, extra: dict[str, Any]) -> bool:
-    """Whether a plan that was read has what its types say; what names files has nothing else in it."""
-    counts = [plan.length, plan.list_lines, plan.shard_rows, plan.generation, *plan.given_up]
-    for limits in (plan.limits, *(origin.limits for origin in plan.origins.values())):
-        counts += asdict(limits).values()
-    first = 0
-    for index, segment in enumerate(plan.segments):
-        counts += [segment.index, segment.shard, segment.first, segment.lines, segment.offset, segment.plan_segment]
-        if (segment.index, segment.first) != (index, first) or not is_plan_id(segment.plan) or segment.lines == 0:
-            return False
-        if type(segment.retry) is not bool or type(segment.digest) is not str:
-            return False
-        first += segment.lines
-    for numbers in (extra.get("published", []), extra.get("fruitless", [])):
-        if type(numbers) is not list:
-            return False
-        counts += numbers
-    if type(plan.versions) is not dict:
-        return False
-    texts = [plan.gallery_id, plan.fingerprint, plan.list_digest, *plan.probes, *plan.versions, *plan.versions.values()]
-    return (
-        is_plan_id(plan.plan_id)
-        and bool(plan.segments)
-        and all(type(count) is int and count >= 0 for count in counts)
-        and all(type(text) is str for text in texts)
-        and all(is_plan_id(plan_id) for plan_id in plan.origins)
-        and plan.object_id in ("basename", "path")
-        and type(plan.keep_features) is bool
-    )
-
-
-def _to_json(plan: Plan, **extra: object) -> bytes:
-    value = {key: item for key, item in asdict(plan).items() if key != "folder"}
-    # One row of numbers a segment: a plan of 10^8 objects has 10^4 of them.
-    value["segments"] = [list(asdict(segment).values()) for segment in plan.segments]
-    return json.dumps({"format": RUN_FORMAT, **value, **extra}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-
-
-def write_plan(made: Path, plan: Plan) -> None:
-    """Write a plan that is to be committed, beside its todo list; durable when this returns."""
-    write_atomic(layout.plan_file(made), [_to_json(plan)], sync=True)
-    with layout.todo_file(made).open("rb") as file:
-        os.fsync(file.fileno())
-    sync_folder(made)
-    sync_folder(made.parent)
-
-
-def closed_plans(folder: Path) -> Iterator[tuple[Plan, frozenset[int]]]:
-    """Closed plans by id, each with the shards that it had published when it was closed.
-
-    Raises:
-        GalleryMismatch: one is damaged.
-    """
-    for path in _closed_files(folder):
-        plan, extra = _read_closed(folder, path)
-        yield plan, frozenset(extra["published"])
-
-
-def _closed_files(folder: Path) -> list[Path]:
-    done = layout.done_folder(folder)
-    files = [layout.plan_file(path) for path in sorted(done.iterdir())] if done.is_dir() else []
-    return [path for path in files if path.exists()]
-
-
-def _read_closed(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
-    plan, extra = _read_plan(folder, path)
-    if plan.plan_id != path.parent.name or "published" not in extra:
-        raise GalleryMismatch(f"{path} is damaged; restore it from a copy")
-    return plan, extra
-
-
-class Published:
-    """Which records exist, asked again and again: a closed plan never changes and is read once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open = OpenPlan(folder)
-        # By id of a closed plan: the numbers of which a record, and one without rows, came too late.
-        self._late: dict[str, tuple[set[int], set[int]]] = {}
-
-    def shards(self) -> list[int]:
-        """Numbers of all shards that exist, ascending: they have a record, and it did not come too late."""
-        recorded = recorded_shards(self._folder)
-        if not recorded:
-            return []
-        late = self._too_late(0)
-        if (plan := self._open.now()) is not None:
-            late |= set(plan.given_up)
-        return [shard for shard in recorded if shard not in late]
-
-    def fruitless(self) -> list[int]:
-        """Numbers of the retried segments of which all failed again, likewise."""
-        recorded = recorded_shards(layout.fruitless_folder(self._folder))
-        late = self._too_late(1) if recorded else set()
-        return [shard for shard in recorded if shard not in late]
-
-    def _too_late(self, kind: int) -> set[int]:
-        for path in _closed_files(self._folder):
-            if path.parent.name not in self._late:
-                plan, extra = _read_closed(self._folder, path)
-                own = {segment.shard for segment in plan.segments if segment.plan == plan.plan_id}
-                fruitless = own - set(extra.get("fruitless", own))
-                self._late[plan.plan_id] = (own - set(extra["published"])) | set(plan.given_up), fruitless
-        return set().union(*(late[kind] for late in self._late.values()))
-
-
-def published_shards(folder: Path) -> list[int]:
-    """Numbers of all shards that exist, ascending.
-
-    Raises:
-        GalleryMismatch: a plan is damaged.
-    """
-    return Published(folder).shards()
-
-
-class OpenPlan:
-    """The open plan, read once, and asked with two looks at names whether it is still open."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._plan: Plan | None = None
-
-    def get(self, plan_id: str) -> Plan | None:
-        """The plan if it is open, or None if it was finished or cancelled.
-
-        Raises:
-            MachineFault: it is neither; its file may show late here, or the folder is another one.
-        """
-        plan = self._plan
-        if plan is None or plan.plan_id != plan_id or not plan.there():
-            plan = self._plan = open_plan(self._folder)
-        if plan is not None and plan.plan_id == plan_id and not is_closed(self._folder, plan_id):
-            return plan
-        if plan is not None or is_closed(self._folder, plan_id):
-            return None
-        raise MachineFault(f"{self._folder} does not show the plan {plan_id}; is it the same folder on all machines?")
-
-    def now(self) -> Plan | None:
-        """The plan that is open now, if any."""
-        plan = self._plan
-        if plan is None or not plan.there() or is_closed(self._folder, plan.plan_id):
-            plan = self._plan = open_plan(self._folder)
-        return plan
-
-
-def check_matches(plan: Plan, objects: ObjectList, gallery: "GalleryInfo", shard_rows: int) -> None:
-    """Raise unless enqueuing would carry on with this open plan.
-
-    A repair or a retry is carried on whatever the list: it takes nothing from it.
-
-    Raises:
-        PlanMismatch: the list, the model or the shard size differs.
-    """
-    ours = not plan.repair and not plan.retry
-    differences = [
-        what
-        for what, differs in (
-            ("another object list", ours and plan.list_digest != objects.digest),
-            ("another model", plan.fingerprint != gallery.fingerprint),
-            (f"shards of {plan.shard_rows} rows", ours and plan.shard_rows != shard_rows),
-            (f"--object-id {plan.object_id}", plan.object_id != gallery.object_id),
-        )
-        if differs
-    ]
-    if differences:
-        raise PlanMismatch(
-            f"the plan {plan.plan_id} is open in {plan.folder}, with {' and '.join(differences)}; let it finish, "
-            "or close it with ruiji cancel (nothing that is done is lost) and enqueue again"
-        )
-
-
-def close_plan(plan: Plan) -> None:
-    """Close the open plan; whoever comes second finds nothing to do.
-
-    The link of `run/done/<plan id>/plan.json` decides. Its list names what was published until then: that counts as
-    lost when it is gone, and all else that the plan may still publish never exists.
-    """
-    target = plan.closed_folder
-    target.mkdir(parents=True, exist_ok=True)
-    # A lost list does not keep a plan from being closed.
-    with contextlib.suppress(FileExistsError, FileNotFoundError):
-        os.link(plan._first_todo, layout.todo_file(target))
-    settled = {segment.shard for segment in plan.segments}
-    lists = {
-        "published": sorted(settled & set(recorded_shards(plan.folder))),
-        "fruitless": sorted(settled & set(recorded_shards(layout.fruitless_folder(plan.folder)))),
-    }
-    write_atomic(layout.plan_file(target), [_to_json(plan, **lists)], exclusive=True, sync=True)
-    sync_folder(target)
-    sync_folder(target.parent)
-    if not plan.generation:
-        note_format(plan.folder)
-    plan._first_todo.unlink(missing_ok=True)
-    shutil.rmtree(layout.suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
-    shutil.rmtree(layout.emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
-
-
-def cancel_plan(plan: Plan) -> None:
-    """Close a plan that is not finished.
-
-    Its features are taken up by the next plan. Its failures are not: they name their plan, since the next one may have
-    other limits, and what was missing may be there.
-    """
-    left = {segment.index for segment in plan.unpublished()}
-    for segment in not_emptied(plan):
-        # Of a reducer that died after its record, nobody would delete them any more.
-        if segment.index not in left:
-            empty_segment(plan, segment)
-    close_plan(plan)
-
-
-def empty_segment(plan: Plan, segment: Segment) -> None:
-    """Delete the per-image files of a published segment and note that, unless the plan keeps them."""
-    if plan.keep_features:
-        return
-    # By the shard, not by the todo list: that may be damaged, and the plan has to end.
-    record = plan.record(segment)
-    if record is None:
-        return
-    for failure in record.failed:
-        plan.forget(failure.path)
-    for path in read_lines(layout.paths_file(plan.folder, segment.shard)) if record.rows else ():
-        plan.forget(path)
-    write_atomic(layout.emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
-
-
-def not_emptied(plan: Plan) -> list[Segment]:
-    """Segments whose per-image files may be there still, and go with their shard's publishing."""
-    try:
-        emptied = set(os.listdir(layout.emptied_folder(plan.folder, plan.plan_id)))
-    except FileNotFoundError:
-        emptied = set()
-    return [s for s in plan.segments if str(s.index) not in emptied and not plan.keep_features]
-
-
-def came_too_late(plan: Plan, segment: Segment) -> bool:
-    """Whether the plan was closed before this segment was published: a record that was linked since does not exist."""
-    try:
-        closed, extra = _read_plan(plan.folder, layout.plan_file(plan.closed_folder))
-    except FileNotFoundError:
-        return False
-    # What is made again stands on the list of the plan that made it first.
-    return segment.plan == closed.plan_id and segment.shard not in {*extra["published"], *extra.get("fruitless", [])}

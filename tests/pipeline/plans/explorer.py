@@ -18,14 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import layout, planning
+from pipeline import layout
 from pipeline import objects as objects_module
 from pipeline.errors import ImageError, MachineFault, PlanMismatch, RuijiError
 from pipeline.gallery import GalleryInfo
-from pipeline.generations import current
 from pipeline.objects import IdScheme, ObjectList, prepare
-from pipeline.plan import Plan, Segment, cancel_plan, check_matches, closed_plans, open_plan, published_shards
-from pipeline.planning import Retry, Settings, make_plan
+from pipeline.plans import planning
+from pipeline.plans.closing import cancel_plan
+from pipeline.plans.files import closed_plans, open_plan
+from pipeline.plans.generations import current
+from pipeline.plans.plan import Plan, Segment
+from pipeline.plans.planning import Retry, Settings, check_matches, make_plan
+from pipeline.plans.published import published_shards
 from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import FORMAT, check_shard, read_record, to_json, write_atomic
@@ -275,7 +279,7 @@ class World:
                 break
         else:
             raise AssertionError("there is always something left to do")
-        limits = {plan.plan_id: plan.limits for plan, _ in closed_plans(self.folder)}
+        limits = {closed.plan.plan_id: closed.plan.limits for closed in closed_plans(self.folder)}
         rows: list[str] = []
         for shard in published_shards(self.folder):
             record = read_record(self.folder, shard)

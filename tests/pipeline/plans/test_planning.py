@@ -9,11 +9,13 @@ import pytest
 
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
 from pipeline.gallery import claim_gallery, read_gallery
-from pipeline.generations import current, read_marks
 from pipeline.model import load_model
 from pipeline.objects import ObjectList
-from pipeline.plan import cancel_plan, check_matches, close_plan, is_closed, open_plan, segment_digest
-from pipeline.planning import Settings, make_plan, make_repair_plan
+from pipeline.plans.closing import cancel_plan, close_plan
+from pipeline.plans.files import is_closed, open_plan
+from pipeline.plans.generations import current, read_marks
+from pipeline.plans.plan import segment_digest
+from pipeline.plans.planning import Settings, check_matches, make_plan, make_repair_plan
 from pipeline.reduce import reduce_segment
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
@@ -125,7 +127,7 @@ def test_features_of_other_library_versions_do_not_come_into_a_new_plans_shards(
         for path in plan.folder.glob("0000.*"):
             path.unlink()
     if other:
-        monkeypatch.setattr("pipeline.planning.library_versions", lambda: {**plan.versions, "onnxruntime": "0.1"})
+        monkeypatch.setattr("pipeline.plans.planning.library_versions", lambda: {**plan.versions, "onnxruntime": "0.1"})
     again = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 10))
     assert again is not None
     # With kept features the first segment is one that was published and lost.

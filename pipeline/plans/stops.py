@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pipeline import layout
 from pipeline.errors import GalleryMismatch, RuijiError
-from pipeline.generations import current
-from pipeline.plan import Plan, cancel_plan, closed_plans, is_closed, open_plan
+from pipeline.plans.closing import cancel_plan
+from pipeline.plans.files import is_closed, open_plan, read_closed
+from pipeline.plans.generations import current
+from pipeline.plans.plan import Plan
 from pipeline.store import FORMAT, read_json, sync_folder, to_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,6 @@ def stopped(folder: Path) -> str | None:
         reason = str(read_json(layout.stopped_file(folder, plan_id))["reason"])
     except (FileNotFoundError, GalleryMismatch, KeyError, TypeError):
         return None
+    closed = read_closed(folder, plan_id)
     # Somebody may have wanted to stop it just when its last shard was published.
-    done = {plan.plan_id: len(published) == len(plan.segments) for plan, published in closed_plans(folder)}
-    return None if done[plan_id] else reason
+    return None if len(closed.published) == len(closed.plan.segments) else reason
