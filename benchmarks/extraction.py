@@ -36,6 +36,7 @@ from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
@@ -306,11 +307,11 @@ def queue(sizes: Sizes) -> list[Figure]:
         Figure("plain apply_async loop", "tasks/s", tuple(plain)),
         Figure("worker's queue CPU / stock", "x", tuple(a.worker_us / b.worker_us for a, b in pairs), at_most=1 / 6),
         Figure("worker's queue CPU", "us/image", tuple(a.worker_us for a in ours), at_most=200, judged=False),
-        Figure("worker's queue CPU, --transport stock", "us/image", tuple(a.worker_us for a in ours_stock)),
+        Figure("worker's queue CPU, stock transport", "us/image", tuple(a.worker_us for a in ours_stock)),
         Figure("stock worker's CPU", "us/image", tuple(b.worker_us for b in theirs)),
         Figure("Redis CPU / stock", "x", tuple(a.redis_us / b.redis_us for a, b in pairs), at_most=1 / 5),
         Figure("Redis CPU", "us/image", tuple(a.redis_us for a in ours), at_most=40, judged=False),
-        Figure("Redis CPU, --transport stock", "us/image", tuple(a.redis_us for a in ours_stock)),
+        Figure("Redis CPU, stock transport", "us/image", tuple(a.redis_us for a in ours_stock)),
         Figure("Redis CPU, stock worker", "us/image", tuple(b.redis_us for b in theirs)),
         Figure("one worker process, nothing to compute", "images/s", tuple(a.tasks_per_s for a in ours)),
         Figure("stock worker, nothing to compute", "images/s", tuple(b.tasks_per_s for b in theirs)),
@@ -341,7 +342,7 @@ def _drain_ruiji(running: Ruiji, client: Any, tasks: int, transport: str) -> Dra
     for record in records:
         record.write_text("{}")
     queue, unacked = embed_queue(plan.gallery_id), unacked_keys(plan.gallery_id)["unacked_key"]
-    supervisor = running.start("worker", "--role", "embed", "--processes", "1", "--transport", transport)
+    supervisor = running.start("worker", "--role", "embed", "--processes", "1", RUIJI_TRANSPORT=transport)
     wait_until(lambda: _workers(supervisor.pid), "the worker")
     drained = _drain(client, queue, unacked, tasks, _workers(supervisor.pid)[0])
     supervisor.terminate()
@@ -518,7 +519,8 @@ def draft(sizes: Sizes) -> list[Figure]:
             for model in (whole, reduced):
                 seconds[model.spec.jpeg_draft].append(_seconds(_decode, files, model))
         pair = [
-            embed_images(files, model, load_encoder(model, "cpu"), MAX_PIXELS).features for model in (whole, reduced)
+            embed_images(files, model, load_encoder(model, Device.cpu), MAX_PIXELS).features
+            for model in (whole, reduced)
         ]
     units = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in pair]
     cosines = (units[0] * units[1]).sum(axis=1)

@@ -19,6 +19,7 @@ from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, media_folder, need_sha
 from benchmarks.pipeline import ruiji
 from benchmarks.processes import Watch, adopt_orphans
 from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
+from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.model import ModelSpec, load_model
 from pipeline.settings import MAX_PIXELS
@@ -108,7 +109,7 @@ def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], fl
     pixels = np.stack([load_pixels(path, model.spec, MAX_PIXELS) for path in files[: max(BATCHES)]])
     best = (0.0, 0.0)
     for batch in BATCHES:
-        encoder = Encoder(model, device, 1 if device == "cpu" else CORES, batch)
+        encoder = Encoder(model, Device(device), 1 if device == "cpu" else CORES, batch)
         encoder.encode(pixels[:batch])
         repeats = max(1, (256 if device == "cpu" else 16_384) // batch)
         images = repeats * min(batch, len(pixels))
@@ -159,7 +160,7 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
     model = load_model(MODEL)
     paths = listed.read_text().splitlines()[: len(features)]
     pixels = np.stack([load_pixels(media / path, model.spec, MAX_PIXELS) for path in paths])
-    reference = Encoder(model, "cpu", CORES).encode(pixels).astype(np.float64)
+    reference = Encoder(model, Device.cpu, CORES).encode(pixels).astype(np.float64)
     norms = np.linalg.norm(features, axis=1) * np.linalg.norm(reference, axis=1)
     cosine = float((np.einsum("nd,nd->n", features, reference) / norms).min())
     figures = [
@@ -193,7 +194,7 @@ def main() -> int:
     adopt_orphans()
     try:
         need_shared()
-        device = Encoder(load_model(MODEL), options.device).device
+        device = Encoder(load_model(MODEL), Device(options.device)).device
         count = options.images or (ARTICLE_IMAGES if device == "cuda" else 4_000)
         media, listed = media_folder(LARGE, count), object_list(count)
     except UsageError as error:

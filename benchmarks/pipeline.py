@@ -58,11 +58,14 @@ class Ruiji:
         self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme("basename"))
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Start a command that stays; its stderr goes to a log in the working folder."""
+    def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
+        """Start a command that stays, with further variables; its stderr goes to a log in the working folder."""
         with (self._work / f"{arguments[0]}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *arguments], env=self._environment, cwd=self._work, stderr=log
+                [sys.executable, "-m", "pipeline", *arguments],
+                env=self._environment | variables,
+                cwd=self._work,
+                stderr=log,
             )
         self._running.append(process)
         return process

@@ -30,10 +30,11 @@ import ruiji
 from benchmarks import results
 from benchmarks.data import REAL_MODEL, SHARED
 from benchmarks.results import Figure
+from pipeline.choices import Device
 from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
-from pipeline.settings import MAX_PIXELS, Device
+from pipeline.settings import MAX_PIXELS
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery, Shard
 from search.near_duplicates import PANEL_ROWS, TILE_ROWS, find_groups
@@ -375,7 +376,9 @@ def copies(photos: int) -> Iterator[Figure]:
     model = load_model(REAL_MODEL)
     with removed(BUILD):
         images = list(altered(originals[:photos], BUILD / "copies"))
-        features = embed_images([path for _, _, path in images], model, load_encoder(model, "cpu"), MAX_PIXELS).features
+        features = embed_images(
+            [path for _, _, path in images], model, load_encoder(model, Device.cpu), MAX_PIXELS
+        ).features
     for threshold in (0.95, 0.9, 0.8):
         groups = find_groups(in_memory(features), threshold)
         group_of = {member.row: number for number, group in enumerate(groups) for member in group.members}

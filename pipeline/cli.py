@@ -13,8 +13,8 @@ import typer
 
 from pipeline import layout, settings, streams
 from pipeline.arguments import Commands
+from pipeline.choices import Device, ListFormat, LogFormat, ObjectIds, Reason
 from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, GalleryMismatch, RuijiError, UsageError
-from pipeline.settings import Device, ListFormat, LogFormat, ObjectIds, Reason
 
 if TYPE_CHECKING:
     from pipeline.run import Enqueued
@@ -149,13 +149,11 @@ def enqueue(
     redis_password_file: settings.RedisPasswordFile = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     object_id: settings.ObjectId = ObjectIds.basename,
     keep_features: settings.KeepFeatures = False,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
     max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
     max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
-    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
@@ -174,8 +172,6 @@ def enqueue(
         model,
         object_id.value,
         Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-        window_segments,
-        visibility_timeout_s,
     )
     done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
     _tell_enqueued(done, "all {} objects are in shards")
@@ -213,13 +209,11 @@ def retry(
     reason: Annotated[Reason | None, typer.Option(help="Only objects that last failed for this.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     object_id: settings.ObjectId = ObjectIds.basename,
     keep_features: settings.KeepFeatures = False,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
     max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
     max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
-    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
@@ -243,8 +237,6 @@ def retry(
         model,
         object_id.value,
         Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-        window_segments,
-        visibility_timeout_s,
     )
     wanted = Retry(reason.value if reason else None)
     listed = settings.list_file(list_path, media_dir)
@@ -332,12 +324,19 @@ def run(
         model,
         object_id.value,
         Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-        window_segments,
-        visibility_timeout_s,
     )
     folder = settings.make_state_folder(state_dir)
     source = Source(work, list_path, Exclude(exclude or ()))
-    status = run_here(work, source, workers, device.value, folder, log_format.value)
+    status = run_here(
+        work,
+        source,
+        folder,
+        workers=workers,
+        device=device,
+        window_segments=window_segments,
+        visibility_timeout_s=visibility_timeout_s,
+        log_format=log_format,
+    )
     source.tell_unlisted()
     streams.note(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}")
     _told_altered(status)
@@ -362,7 +361,7 @@ def status(
     from pipeline.run import follow, follow_run, redis_of_run
     from pipeline.status import STARTING, StatusReader
 
-    set_up("text")
+    set_up()
     folder = layout.gallery_folder(feature_dir, model)
     # A run has a Redis of its own, and while it works no other knows of its plan.
     client = redis_of_run(folder, settings.state_folder(state_dir))

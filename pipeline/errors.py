@@ -76,10 +76,6 @@ class BrokerUnavailable(RuijiError):
     """Redis cannot be reached."""
 
 
-class NoFreeSlot(RuijiError):
-    """Every GPU slot is taken by another worker."""
-
-
 class MachineFault(RuijiError):
     """The machine, not the object, is at fault: media folder gone, disk full, I/O error, device lost.
 

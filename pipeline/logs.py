@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 
+from pipeline.choices import LogFormat
 from pipeline.streams import shown
 
 #: LogRecord attributes that are not ours; whatever else a record carries came in through `extra`.
@@ -57,10 +58,10 @@ class EventHandler(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)
 
 
-def set_up(log_format: str, level: int = logging.INFO) -> None:
-    """Send ruiji's events to stderr as `text` or `json`; keep Celery and kombu to warnings."""
+def set_up(log_format: LogFormat = LogFormat.text, level: int = logging.INFO) -> None:
+    """Send ruiji's events to stderr; keep Celery and kombu to warnings."""
     handler = EventHandler()
-    handler.setFormatter(EventFormatter(as_json=log_format == "json"))
+    handler.setFormatter(EventFormatter(as_json=log_format is LogFormat.json))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

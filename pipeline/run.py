@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
 from pipeline import layout
 from pipeline.children import python_command, start_child
+from pipeline.choices import Device, LogFormat
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
@@ -31,9 +33,11 @@ from pipeline.queue.connection import broker_faults, connect, passes, refusal
 from pipeline.queue.embedded import embedded_redis, locked, url_of
 from pipeline.scan import Scan, count_unlisted, write_list
 from pipeline.segments import Segments
+from pipeline.settings import VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
 from pipeline.status import Status, StatusReader
 from pipeline.store import machine_faults
 from pipeline.trial import prove_model
+from pipeline.worker_settings import FOR_TESTS, WorkerSettings, read_variables
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +71,6 @@ class Work:
     model: Path
     object_id: str
     settings: Settings
-    window_segments: int
-    visibility_timeout_s: int
 
     @property
     def folder(self) -> Path:
@@ -77,7 +79,12 @@ class Work:
 
 
 def enqueue(
-    work: Work, list_path: Path, redis_url: str | None, retry: Retry | None = None, exclude: Exclude | None = None
+    work: Work,
+    list_path: Path,
+    redis_url: str | None,
+    retry: Retry | None = None,
+    exclude: Exclude | None = None,
+    window_segments: int = WINDOW_SEGMENTS,
 ) -> Enqueued:
     """Check the list, open a plan or take up the open one, and publish its first segments.
 
@@ -85,6 +92,7 @@ def enqueue(
         redis_url: None: publish nothing; whoever works later finds the open plan on the disk.
         retry: plan failed objects again, and nothing else.
         exclude: lines of the list to leave out.
+        window_segments: how many segments to publish now; the workers publish the others.
 
     Raises:
         ObjectListError, ModelError: bad input, or a model that does not run.
@@ -131,9 +139,9 @@ def enqueue(
                         note_probes(plan, find_probes(work.media_dir, objects))
     published = 0
     if plan is not None and client is not None and redis_url is not None:
-        app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=work.visibility_timeout_s)
+        app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
         with broker_faults():
-            published = Segments(app, client, plan).fill_window(work.window_segments)
+            published = Segments(app, client, plan).fill_window(window_segments)
     return Enqueued(plan, resumed, published, objects.lines, objects.notes)
 
 
@@ -208,14 +216,23 @@ def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) 
 
 
 def run_here(
-    work: Work, source: "Source", workers: int | None, device: str, state_dir: Path, log_format: str
+    work: Work,
+    source: "Source",
+    state_dir: Path,
+    *,
+    workers: int | None = None,
+    device: Device = Device.auto,
+    window_segments: int = WINDOW_SEGMENTS,
+    visibility_timeout_s: int = VISIBILITY_TIMEOUT_S,
+    log_format: LogFormat = LogFormat.text,
 ) -> Status:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait, stop.
 
     Args:
         source: of the object list.
         state_dir: host-local folder for the Redis.
-        log_format: how the workers write events, `text` or `json`.
+        workers: embed processes; None: one per core.
+        window_segments, visibility_timeout_s, log_format: as `WorkerSettings` has them.
 
     Raises:
         UsageError: another `ruiji run` is at work on the same folder.
@@ -230,15 +247,27 @@ def run_here(
         embedded_redis(data) as (url, check_redis),
     ):
         client = connect(url)
-        enqueued = source.enqueue(url)
+        enqueued = source.enqueue(url, window_segments)
         if enqueued.plan is not None:
-            with _worker_processes(work, url, workers, device, state_dir, log_format) as check_workers:
+            told = WorkerSettings(
+                media_dir=work.media_dir,
+                feature_dir=work.feature_dir,
+                model=work.model,
+                redis_url=url,
+                state_dir=state_dir,
+                device=device,
+                window_segments=window_segments,
+                visibility_timeout_s=visibility_timeout_s,
+                log_format=log_format,
+                **_of_environment(workers),
+            )
+            with _worker_processes(work, told) as check_workers:
                 while enqueued.plan is not None:
                     status = follow(work.folder, client, check_redis, check_workers)
                     if status.stopped is not None:
                         raise PlanStopped(status.stopped)
                     # What was taken up first may have been an older plan; then there may be more.
-                    enqueued = source.enqueue(url)
+                    enqueued = source.enqueue(url, window_segments)
     return StatusReader(work.folder, None).read()
 
 
@@ -274,12 +303,12 @@ class Source:
         self._made = layout.run_list_file(work.folder)
         self._told: set[str] = set()
 
-    def enqueue(self, url: str) -> Enqueued:
+    def enqueue(self, url: str, window_segments: int) -> Enqueued:
         """Enqueue the list, which is made anew unless a plan of it is open."""
         list_path = self._given
         if list_path is None:
             list_path = self._standing if self._standing.exists() else self._make()
-        done = enqueue(self._work, list_path, url, exclude=self._exclude)
+        done = enqueue(self._work, list_path, url, exclude=self._exclude, window_segments=window_segments)
         self._tell(done.notes)
         return done
 
@@ -322,21 +351,19 @@ class Source:
         self._told.update(notes)
 
 
+def _of_environment(processes: int | None) -> dict[str, Any]:
+    """The settings of workers for which a run has no options."""
+    machine = ("processes", "threads", "batch_images", "gpu_memory_mb", "slots_per_device")
+    found = read_variables(os.environ, (*machine, *FOR_TESTS))
+    return found if processes is None else {**found, "processes": processes}
+
+
 @contextmanager
-def _worker_processes(
-    work: Work, url: str, workers: int | None, device: str, state_dir: Path, log_format: str
-) -> Iterator[Callable[[], None]]:
-    command = python_command("pipeline", "worker", "--device", device)
-    command += ["--media-dir", str(work.media_dir), "--feature-dir", str(work.feature_dir), "--model", str(work.model)]
-    command += ["--window-segments", str(work.window_segments)]
-    command += ["--visibility-timeout-s", str(work.visibility_timeout_s)]
-    command += ["--state-dir", str(state_dir), "--log-format", log_format]
-    command += ["--processes", str(workers)] if workers else []
-    # The URL holds a password, and a command line is everybody's to read.
-    environment = {**os.environ, "RUIJI_REDIS_URL": url}
+def _worker_processes(work: Work, told: WorkerSettings) -> Iterator[Callable[[], None]]:
     process = start_child(
-        command,
-        env=environment,
+        python_command("pipeline", "worker"),
+        # The URL holds a password, and a command line is everybody's to read.
+        env={**os.environ, **told.environment()},
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="backslashreplace",

@@ -7,7 +7,6 @@ enqueued: on a worker only the machine's own settings count.
 
 import os
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -15,69 +14,8 @@ from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, url
 import typer
 
 from pipeline import layout
+from pipeline.choices import Device, LogFormat, ObjectIds
 from pipeline.errors import RuijiError, UsageError
-
-
-class Device(StrEnum):
-    """Where ONNX Runtime or torch computes."""
-
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-class ObjectIds(StrEnum):
-    """What an object's id is made from."""
-
-    basename = "basename"
-    path = "path"
-
-
-class WhenNoSlot(StrEnum):
-    """What a worker does that finds no free GPU slot."""
-
-    wait = "wait"
-    exit = "exit"
-
-
-class LogFormat(StrEnum):
-    """How events are written to stderr."""
-
-    text = "text"
-    json = "json"
-
-
-class ListFormat(StrEnum):
-    """How a list is written to stdout."""
-
-    table = "table"
-    csv = "csv"
-    jsonl = "jsonl"
-
-
-class Reason(StrEnum):
-    """Why an object failed; `docs/format.md` explains each."""
-
-    bad_name = "bad-name"
-    missing = "missing"
-    unreadable = "unreadable"
-    not_a_file = "not-a-file"
-    outside_media = "outside-media"
-    too_large = "too-large"
-    truncated = "truncated"
-    undecodable = "undecodable"
-    memory = "memory"
-    timeout = "timeout"
-    crashed_worker = "crashed-worker"
-    not_finite = "not-finite"
-    model_failed = "model-failed"
-
-
-class TransportKind(StrEnum):
-    """How a worker takes messages from Redis."""
-
-    fast = "fast"
-    stock = "stock"
 
 
 def models_dir(given: Path | None = None) -> Path:
@@ -218,14 +156,6 @@ BatchImages = Annotated[
         help="Requests a batch; a CPU runs their images one by one all the same.  [default: 64]",
     ),
 ]
-Transport = Annotated[
-    TransportKind,
-    typer.Option(
-        "--transport",
-        envvar="RUIJI_TRANSPORT",
-        help="fast: many messages at once, none lost when a worker is killed; stock: kombu's own way.",
-    ),
-]
 GpuMemory = Annotated[
     int | None,
     typer.Option(
@@ -245,13 +175,6 @@ SlotsPerDevice = Annotated[
     int,
     typer.Option("--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, help="Workers a GPU."),
 ]
-NoSlot = Annotated[
-    WhenNoSlot,
-    typer.Option("--no-slot", envvar="RUIJI_NO_SLOT", help="Where all GPU slots are taken: wait for one, or exit."),
-]
-InHandFile = Annotated[
-    Path | None, typer.Option("--in-hand", envvar="RUIJI_IN_HAND", help="Set by ruiji worker for its processes.")
-]
 VisibilityTimeout = Annotated[
     int,
     typer.Option(
@@ -259,15 +182,6 @@ VisibilityTimeout = Annotated[
         envvar="RUIJI_VISIBILITY_TIMEOUT_S",
         min=2,
         help="Seconds after which a dead worker's images go to another.",
-    ),
-]
-StallTimeout = Annotated[
-    int,
-    typer.Option(
-        "--stall-timeout-s",
-        envvar="RUIJI_STALL_TIMEOUT_S",
-        min=1,
-        help="Seconds without progress before lost tasks are looked for.",
     ),
 ]
 StateDir = Annotated[

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UsageError
 from pipeline.model import Model, load_model, require_declared
-from pipeline.settings import MAX_PIXELS, Device
+from pipeline.settings import MAX_PIXELS
 from search.arrays import Float32
 from search.queries import embed_pictures, load_encoder
 
@@ -47,7 +48,7 @@ class Embedder:
         self._model, self._max_pixels = load_model(Path(model)), max_pixels
         require_declared(self._model)
         self.length = self._model.spec.length
-        self._encoder = load_encoder(self._model, encoder_device(checked_device(device)))
+        self._encoder = load_encoder(self._model, checked_device(device))
         self._encoder.result()
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
@@ -116,8 +117,3 @@ def checked_device(device: str) -> Device:
     if device not in set(Device):
         raise UsageError(f"there is no device {device!r}: name one of {', '.join(Device)}")
     return Device(device)
-
-
-def encoder_device(device: Device) -> str:
-    """Where the model runs: on the CPU, unless CUDA is asked for."""
-    return "cuda" if device is Device.cuda else "cpu"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UsageError
-from pipeline.settings import MAX_PIXELS, Device
-from ruiji.embedding import Picture, checked_device, embed_all, encoder_device, inputs, name_of
+from pipeline.settings import MAX_PIXELS
+from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
 from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
@@ -58,7 +59,7 @@ class _Embedding:
                 model = query_model(self.path, shards)
                 for warning in version_warnings(shards):
                     _warn(warning)
-                self.loaded = shards.fingerprint, model, load_encoder(model, encoder_device(self.device))
+                self.loaded = shards.fingerprint, model, load_encoder(model, self.device)
             return self.loaded[1:]
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.arguments import Commands, Panel
+from pipeline.choices import Device
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, OptionalMediaDir, model_file
+from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, model_file
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.choices import Device
 from pipeline.errors import GalleryMismatch, ImageError, QueryError, UsageError
 from pipeline.model import Model, load_model, pixels_of, recall_model, why_another
 from pipeline.npy import NpyError, map_npy
@@ -244,12 +245,12 @@ def own_rows(gallery: Gallery, queries: Iterable[Query]) -> int:
     return max([int(by_path), *map(len, found.values())])
 
 
-def query_encoder(path: Path, gallery: Gallery, device: str) -> "tuple[Model, Future[Encoder]]":
+def query_encoder(path: Path, gallery: Gallery, device: Device) -> "tuple[Model, Future[Encoder]]":
     """The model to embed queries with, and its encoder, which is being loaded.
 
     Args:
         path: of the model that made the gallery.
-        device: where it runs, `cpu` or `cuda`.
+        device: where it runs.
 
     Raises:
         GalleryMismatch, ModelError: as `query_model`.
@@ -263,18 +264,19 @@ def query_encoder(path: Path, gallery: Gallery, device: str) -> "tuple[Model, Fu
     return model, load_encoder(model, device)
 
 
-def load_encoder(model: Model, device: str) -> "Future[Encoder]":
+def load_encoder(model: Model, device: Device) -> "Future[Encoder]":
     """Load the model in a thread: ONNX Runtime leaves Python to others for the most part of that.
 
     Args:
-        device: where the model runs, `cpu` or `cuda`.
+        device: where the model runs; auto is the CPU.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     from workers.encoder import Encoder
 
     # One thread, as in a worker: the same picture then gives the same bits as in the gallery.
-    return ThreadPoolExecutor(1).submit(Encoder, model, device, threads=1, many=False)
+    on = Device.cuda if device is Device.cuda else Device.cpu
+    return ThreadPoolExecutor(1).submit(Encoder, model, on, threads=1, many=False)
 
 
 def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", max_pixels: int) -> Queries:

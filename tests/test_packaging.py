@@ -16,19 +16,17 @@ from search import cli as search_cli
 from workers import cli as workers_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Set by `ruiji worker` for its own processes only.
-INTERNAL = {"RUIJI_IN_HAND"}
 #: Commands that no container runs, or that get what they need from `ruiji worker`.
 NOT_IN_COMPOSE = {"redis", "run", "worker-process"}
 #: What only a process that embeds needs: compose's reducers and commands get no device.
 EMBEDDING = {
     *("RUIJI_DEVICE", "RUIJI_PROCESSES", "RUIJI_THREADS", "RUIJI_BATCH_IMAGES", "RUIJI_GPU_MEMORY_MB"),
-    *("RUIJI_SLOTS_PER_DEVICE", "RUIJI_NO_SLOT"),
+    "RUIJI_SLOTS_PER_DEVICE",
 }
 
 
 def test_the_example_environment_names_every_variable_and_no_other() -> None:
-    variables = set(re.findall(r'envvar="(RUIJI_\w+)"', (ROOT / "pipeline" / "settings.py").read_text())) - INTERNAL
+    variables = set(re.findall(r'envvar="(RUIJI_\w+)"', (ROOT / "pipeline" / "settings.py").read_text()))
     example = set(re.findall(r"^#?(RUIJI_\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert example == variables
 
@@ -40,7 +38,7 @@ def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> No
     read: dict[str, set[str]] = {}
     for app in (cli.app, root):
         for name, command in typer.main.get_command(app).commands.items():
-            read[name] = {option.envvar for option in command.params if option.envvar} - INTERNAL
+            read[name] = {option.envvar for option in command.params if option.envvar}
     assert {"enqueue", "search", "worker"} <= set(read)
 
     common, _, services = (ROOT / "docker-compose.yml").read_text().partition("\nservices:\n")

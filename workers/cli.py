@@ -11,15 +11,7 @@ import typer
 
 from pipeline import layout, settings, streams
 from pipeline.arguments import Commands
-from pipeline.settings import Device, TransportKind, WhenNoSlot
-
-
-class Role(StrEnum):
-    """What a worker does."""
-
-    embed = "embed"
-    reduce = "reduce"
-    all = "all"
+from pipeline.choices import Device, LogFormat, Role
 
 
 class Fit(StrEnum):
@@ -59,20 +51,18 @@ def worker(
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
     gpu_memory_mb: settings.GpuMemory = None,
-    transport: settings.Transport = TransportKind.fast,
     threads: settings.Threads = None,
     slots_per_device: settings.SlotsPerDevice = settings.SLOTS_PER_DEVICE,
-    no_slot: settings.NoSlot = WhenNoSlot.wait,
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
-    stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
     state_dir: settings.StateDir = None,
-    log_format: settings.LogFormatOption = settings.LogFormat.text,
+    log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
     from pipeline.errors import BrokerUnavailable, UsageError
     from pipeline.logs import set_up
     from pipeline.queue.connection import connect
+    from pipeline.worker_settings import FOR_TESTS, WorkerSettings, read_variables
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 
@@ -88,31 +78,28 @@ def worker(
     cores = len(os.sched_getaffinity(0))
     cuda = role is not Role.reduce and _uses_cuda(device)
     embed_processes = processes or (1 if cuda else cores)
-    roles = ["embed"] * embed_processes if role is not Role.reduce else []
-    roles += ["reduce"] if role is not Role.embed else []
-    environment = {
-        "RUIJI_MEDIA_DIR": str(media_dir),
-        "RUIJI_FEATURE_DIR": str(feature_dir),
-        "RUIJI_MODEL": str(model),
-        "RUIJI_REDIS_URL": url,
-        "RUIJI_DEVICE": device.value,
-        "RUIJI_TRANSPORT": transport.value,
-        "RUIJI_WINDOW_SEGMENTS": str(window_segments),
-        "RUIJI_VISIBILITY_TIMEOUT_S": str(visibility_timeout_s),
-        "RUIJI_STALL_TIMEOUT_S": str(stall_timeout_s),
-        "RUIJI_LOG_FORMAT": log_format.value,
-        "RUIJI_THREADS": str(threads or max(1, cores // embed_processes)),
-        "RUIJI_STATE_DIR": str(settings.state_folder(state_dir)),
-    }
-    for name, value in (("RUIJI_BATCH_IMAGES", batch_images), ("RUIJI_GPU_MEMORY_MB", gpu_memory_mb)):
-        if value is not None:
-            environment[name] = str(value)
-    pinned: AbstractContextManager[dict[str, str]] = nullcontext({})
-    if cuda:
-        pinned = one_device(url, slots_per_device, wait=no_slot is WhenNoSlot.wait)
-    folder, state = layout.gallery_folder(feature_dir, model), settings.make_state_folder(state_dir)
-    with pinned as shown:
-        raise typer.Exit(Supervisor(roles, environment | shown, folder, state).run())
+    roles = [Role.embed] * embed_processes if role is not Role.reduce else []
+    roles += [Role.reduce] if role is not Role.embed else []
+    told = WorkerSettings(
+        media_dir=media_dir,
+        feature_dir=feature_dir,
+        model=model,
+        redis_url=url,
+        state_dir=settings.make_state_folder(state_dir),
+        device=device,
+        processes=embed_processes,
+        threads=threads or max(1, cores // embed_processes),
+        batch_images=batch_images,
+        gpu_memory_mb=gpu_memory_mb,
+        slots_per_device=slots_per_device,
+        window_segments=window_segments,
+        visibility_timeout_s=visibility_timeout_s,
+        log_format=log_format,
+        **read_variables(os.environ, FOR_TESTS),
+    )
+    shown: AbstractContextManager[dict[str, str]] = one_device(url, slots_per_device) if cuda else nullcontext({})
+    with shown as variables:
+        raise typer.Exit(Supervisor(roles, told, variables).run())
 
 
 def doctor(
@@ -129,7 +116,7 @@ def doctor(
     from pipeline.logs import set_up
     from workers.doctor import examine
 
-    set_up("text")
+    set_up()
     try:
         url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     except UsageError:
@@ -137,7 +124,7 @@ def doctor(
             raise
         url = None
     states = set()
-    for check in examine(media_dir, feature_dir, model, url, device.value):
+    for check in examine(media_dir, feature_dir, model, url, device):
         streams.tell(check)
         states.add(check.state)
     code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
@@ -292,47 +279,15 @@ def _uses_cuda(device: Device) -> bool:
     return device is Device.cuda
 
 
-def worker_process(
-    media_dir: settings.MediaDir,
-    feature_dir: settings.FeatureDir,
-    model: settings.ModelFile,
-    redis_url: settings.RedisUrl,
-    role: Annotated[Role, typer.Option()],
-    threads: settings.Threads = None,
-    device: settings.WorkerDevice = Device.auto,
-    batch_images: settings.BatchImages = None,
-    gpu_memory_mb: settings.GpuMemory = None,
-    transport: settings.Transport = TransportKind.fast,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
-    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
-    stall_timeout_s: settings.StallTimeout = settings.STALL_TIMEOUT_S,
-    in_hand: settings.InHandFile = None,
-    state_dir: settings.StateDir = None,
-    log_format: settings.LogFormatOption = settings.LogFormat.text,
-) -> None:
+def worker_process(role: Annotated[Role, typer.Option()]) -> None:
     """One process of `ruiji worker`, which starts it with its settings in the environment."""
     # Nothing is in hand until Celery starts and listens itself; an exception in the midst of an import would be shown.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     from pipeline.logs import set_up
+    from pipeline.worker_settings import WorkerSettings
     from workers.process import run_process
 
-    set_up(log_format)
-    status = run_process(
-        role.value,
-        media_dir,
-        feature_dir,
-        model,
-        settings.resolve_redis_url(redis_url, None, None),
-        device=device.value,
-        threads=threads or 1,
-        batch_images=batch_images,
-        gpu_memory_mb=gpu_memory_mb,
-        transport=transport.value,
-        window_segments=window_segments,
-        visibility_timeout_s=visibility_timeout_s,
-        stall_timeout_s=stall_timeout_s,
-        in_hand=in_hand,
-        state_dir=settings.state_folder(state_dir),
-    )
-    raise typer.Exit(status)
+    told = WorkerSettings.from_environment(os.environ)
+    set_up(told.log_format)
+    raise typer.Exit(run_process(role, told))

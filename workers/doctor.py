@@ -11,6 +11,7 @@ import numpy as np
 import redis
 
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
@@ -51,7 +52,7 @@ class Check:
 
 
 def examine(
-    media_dir: Path, feature_dir: Path, model_path: Path, redis_url: str | None, device: str
+    media_dir: Path, feature_dir: Path, model_path: Path, redis_url: str | None, device: Device
 ) -> Iterator[Check]:
     """Look at everything a run needs, one check after the other; a problem ends its check, not the doctor.
 
@@ -230,7 +231,7 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         compared += 1
         if cosine < worst or not where:
             worst, where = cosine, path
-    least = LEAST_COSINE if encoder.device == "cpu" else LEAST_COSINE_CUDA
+    least = LEAST_COSINE if encoder.device is Device.cpu else LEAST_COSINE_CUDA
     detail = f"{compared} objects embedded again, cosine at least {worst:.7f}"
     detail += f", {skipped} images are gone" if skipped else ""
     if compared and not worst >= least:

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pipeline.choices import Device
 from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RunFailed, UsageError
 from pipeline.model import POOLINGS, Model, ModelSpec
 
@@ -32,7 +33,7 @@ class Encoder:
 
     Attributes:
         model: what is computed.
-        device: `cpu` or `cuda`: what the session really uses, as it reports it.
+        device: what the session really uses, as it reports it.
         batch_images: how many images are worth collecting before `encode` is called.
         run_images: how many of them one run of the session computes.
         turn: to be held while `encode` is called, which one thread may do at a time.
@@ -41,7 +42,7 @@ class Encoder:
     def __init__(
         self,
         model: Model,
-        device: str = "auto",
+        device: Device = Device.auto,
         threads: int = 1,
         batch_images: int | None = None,
         gpu_memory_mb: int | None = None,
@@ -63,16 +64,16 @@ class Encoder:
         """
         self.model = model
         self.turn = threading.Lock()
-        cuda = device != "cpu" and _cuda_is_offered()
+        cuda = device != Device.cpu and _cuda_is_offered()
         session = _session(model, threads, _cuda_options(gpu_memory_mb) if cuda else None, many)
         providers = session.get_providers()
-        self.device = "cuda" if providers and providers[0] == "CUDAExecutionProvider" else "cpu"
-        if device == "cuda" and self.device != "cuda":
+        self.device = Device.cuda if providers and providers[0] == "CUDAExecutionProvider" else Device.cpu
+        if device == Device.cuda and self.device is not Device.cuda:
             raise UsageError(
                 f"--device cuda: ONNX Runtime offers {', '.join(providers)}, not CUDA. Set up with "
                 "`make setup ACCEL=gpu` on a machine with an NVIDIA driver, or use --device cpu"
             )
-        on_cuda = self.device == "cuda"
+        on_cuda = self.device is Device.cuda
         self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if on_cuda else CPU_BATCH_IMAGES)
         # One image a run on the CPU: the fastest there, and the bits of a feature cannot depend on its
         # company. CUDA, and a graph that fixes its batch, get one padded shape.
@@ -137,11 +138,11 @@ class Encoder:
         return pooled[:count]
 
 
-def _fault(model: Model, device: str, error: Exception) -> ModelError | MachineFault:
+def _fault(model: Model, device: Device, error: Exception) -> ModelError | MachineFault:
     """What an exception of ONNX Runtime means, in one line."""
     said, kind = _said(error), type(error).__name__
     if isinstance(error, MemoryError) or kind == "NoSuchFile" or _MACHINE.search(said):
-        return (DeviceFault if device == "cuda" else MachineFault)(f"the model failed on {device}: {said}")
+        return (DeviceFault if device is Device.cuda else MachineFault)(f"the model failed on {device}: {said}")
     if kind == "NotImplemented":
         return CannotRunHere(f"the model {model.path} cannot run on {device}: {said}")
     return RunFailed(f"the model {model.path} does not run: {said}")
@@ -283,7 +284,7 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
     try:
         session = ort.InferenceSession(source or str(model.path), sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
-        fault = _fault(model, "cuda" if cuda is not None else "cpu", error)
+        fault = _fault(model, Device.cuda if cuda is not None else Device.cpu, error)
         if isinstance(fault, RunFailed):
             fault = ModelError(f"ONNX Runtime refuses the model {model.path}: {_said(error)}")
         raise fault from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 
+from pipeline.choices import Device, Role
 from pipeline.errors import RuijiError
 from pipeline.gallery import read_gallery
 from pipeline.queue.claims import Claims
@@ -32,7 +33,9 @@ _LOOK_S = 10.0
 class Report:
     """What `ruiji status` shows of this process, kept in Redis."""
 
-    def __init__(self, client: redis.Redis, gallery_id: str, role: str, ledger: Ledger, device: str = "cpu") -> None:
+    def __init__(
+        self, client: redis.Redis, gallery_id: str, role: Role, ledger: Ledger, device: Device = Device.cpu
+    ) -> None:
         host, pid = socket.gethostname(), os.getpid()
         self._client = client
         self._key = worker_key(gallery_id, f"{host}:{pid}")

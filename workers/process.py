@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import redis
 
-from pipeline import layout
+from pipeline.choices import Device, Role
 from pipeline.gallery import GalleryInfo, check_place, read_gallery
 from pipeline.plans.files import open_plan
 from pipeline.queue.app import make_app
@@ -19,6 +19,7 @@ from pipeline.queue.keys import embed_queue, reduce_queue
 from pipeline.queue.worker import run_worker
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
+from pipeline.worker_settings import WorkerSettings
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.in_hand import InHand
 from workers.ledger import Ledger
@@ -47,41 +48,24 @@ def wait_for_gallery(folder: Path, client: redis.Redis, ready: Readiness) -> Gal
     return gallery
 
 
-def run_process(
-    role: str,
-    media_dir: Path,
-    feature_dir: Path,
-    model_path: Path,
-    redis_url: str,
-    *,
-    device: str,
-    threads: int,
-    batch_images: int | None,
-    gpu_memory_mb: int | None,
-    transport: str,
-    window_segments: int,
-    visibility_timeout_s: int,
-    stall_timeout_s: int,
-    in_hand: Path | None,
-    state_dir: Path,
-) -> int:
+def run_process(role: Role, settings: WorkerSettings) -> int:
     """Work until told to stop (SIGTERM: what is in hand is finished first); returns the exit status.
 
     Args:
-        in_hand: file that tells what is being worked on; None: nobody is told.
+        role: embed or reduce.
 
     Raises:
         GalleryMismatch: the gallery belongs to another model. PlanMismatch: its plan wants other libraries.
         UsageError: there is no such device, or this machine cannot run the model. ModelError: nor can any other.
     """
-    client = connect(redis_url)
-    folder = layout.gallery_folder(feature_dir, model_path)
-    ready = Readiness(state_dir)
+    client = connect(settings.redis_url)
+    folder, threads = settings.folder, settings.threads or 1
+    ready = Readiness(settings.state_dir)
     gallery = wait_for_gallery(folder, client, ready)
     with broker_faults():
         check_place(folder, gallery, client)
-    encoder, resizing, hand = None, "-", InHand(in_hand if role == "embed" else None)
-    if role == "embed":
+    encoder, resizing, hand = None, "-", InHand(settings.in_hand if role is Role.embed else None)
+    if role is Role.embed:
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
         from workers.resize import why_not
         from workers.trial import proven_encoder
@@ -98,22 +82,22 @@ def run_process(
             # Part of the trial: a library that this processor cannot run ends the process.
             from workers.encoder import Encoder
 
-            return Encoder(model, device, threads, batch_images, gpu_memory_mb)
+            return Encoder(model, settings.device, threads, settings.batch_images, settings.gpu_memory_mb)
 
-        encoder = proven_encoder(model_path, folder, gallery, client, hand, make)
+        encoder = proven_encoder(settings.model, folder, gallery, client, hand, make)
     # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
-    batches = 3 if encoder is not None and encoder.device == "cuda" else 1
+    batches = 3 if encoder is not None and encoder.device is Device.cuda else 1
     app = make_app(
-        redis_url,
+        settings.redis_url,
         gallery.gallery_id,
-        visibility_timeout_s=visibility_timeout_s,
+        visibility_timeout_s=settings.visibility_timeout_s,
         # Celery multiplies by the threads: two batches wait while `batches` are in hand.
         prefetch=-(-(batches + 2) * encoder.batch_images // batches) if encoder else 1,
-        transport=transport,
+        transport=settings.transport,
     )
     ledger = Ledger()
-    claims = Claims(client, gallery.gallery_id, visibility_timeout_s)
-    report = Report(client, gallery.gallery_id, role, ledger, encoder.device if encoder else "cpu")
+    claims = Claims(client, gallery.gallery_id, settings.visibility_timeout_s)
+    report = Report(client, gallery.gallery_id, role, ledger, encoder.device if encoder else Device.cpu)
     heartbeat = Heartbeat(report, claims, ready, GalleryWatch(folder, gallery.gallery_id))
     watchdog = None
     if encoder is not None:
@@ -121,7 +105,7 @@ def run_process(
         register_embed(
             app,
             folder,
-            media_dir,
+            settings.media_dir,
             encoder,
             client,
             report.count,
@@ -133,9 +117,9 @@ def run_process(
         )
         queue = embed_queue(gallery.gallery_id)
     else:
-        register_reduce(app, folder, client, window_segments)
+        register_reduce(app, folder, client, settings.window_segments)
         queue = reduce_queue(gallery.gallery_id)
-        watchdog = Watchdog(app, client, folder, window_segments, stall_timeout_s)
+        watchdog = Watchdog(app, client, folder, settings.window_segments, settings.stall_timeout_s)
 
     def started() -> None:
         heartbeat.start()

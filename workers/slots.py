@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 import redis
 from redis.lock import Lock
 
-from pipeline.errors import BrokerUnavailable, NoFreeSlot, UsageError
+from pipeline.errors import BrokerUnavailable, UsageError
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import slot_key
 from pipeline.queue.leases import lease, renewed
@@ -52,7 +52,7 @@ def cuda_devices() -> list[str]:
 
 
 @contextmanager
-def one_device(redis_url: str, slots_per_device: int, *, wait: bool) -> Iterator[dict[str, str]]:
+def one_device(redis_url: str, slots_per_device: int) -> Iterator[dict[str, str]]:
     """Lease a device for a worker's processes for as long as the block takes.
 
     Yields:
@@ -60,7 +60,7 @@ def one_device(redis_url: str, slots_per_device: int, *, wait: bool) -> Iterator
         `CUDA_VISIBLE_DEVICES` says already which are to be used.
 
     Raises:
-        NoFreeSlot, UsageError, BrokerUnavailable: see `device_slot`, `cuda_devices`, `connect`.
+        UsageError, BrokerUnavailable: see `device_slot`, `cuda_devices`, `connect`.
     """
     devices = cuda_devices() if "CUDA_VISIBLE_DEVICES" not in os.environ else []
     if not devices:
@@ -68,14 +68,14 @@ def one_device(redis_url: str, slots_per_device: int, *, wait: bool) -> Iterator
         return
     with (
         closing(connect(redis_url)) as client,
-        device_slot(client, devices, slots_per_device, wait=wait) as device,
+        device_slot(client, devices, slots_per_device) as device,
     ):
         yield {"CUDA_VISIBLE_DEVICES": device}
 
 
 @contextmanager
-def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int, *, wait: bool) -> Iterator[str]:
-    """Hold a slot on the device with the fewest workers for as long as the block takes.
+def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int) -> Iterator[str]:
+    """Hold a slot on the device with the fewest workers for as long as the block takes; wait while all are taken.
 
     The lease is renewed by a thread. Where it was lost (this process stood still, or Redis was away) it is
     taken again; where another worker has it by then, this process gets a SIGTERM, ends in order and can be
@@ -83,16 +83,15 @@ def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int, 
 
     Args:
         devices: UUIDs, at least one.
-        wait: for a slot to become free, else raise.
 
     Yields:
         The device's UUID.
 
     Raises:
-        NoFreeSlot: all are taken; the message says by whom. BrokerUnavailable: Redis went away.
+        BrokerUnavailable: Redis went away.
     """
     try:
-        slot, device = _take(client, devices, slots_per_device, wait)
+        slot, device = _take(client, devices, slots_per_device)
     except redis.RedisError as error:
         raise BrokerUnavailable(f"Redis went away during the search for a GPU slot: {error}") from None
     logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": slot.name})
@@ -108,7 +107,7 @@ def _slots(client: redis.Redis, device: str, slots_per_device: int) -> list[Lock
     return [lease(client, slot_key(device, number), LEASE_S) for number in range(slots_per_device)]
 
 
-def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: bool) -> tuple[Lock, str]:
+def _take(client: redis.Redis, devices: list[str], slots_per_device: int) -> tuple[Lock, str]:
     slots = {device: _slots(client, device, slots_per_device) for device in devices}
     # The token is what the key holds: it tells who has the slot.
     token = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
@@ -124,10 +123,9 @@ def _take(client: redis.Redis, devices: list[str], slots_per_device: int, wait: 
             continue  # Another worker was faster; the counts are old.
         held = sorted(str(holder).rpartition(":")[0] for taken in holders.values() for holder in taken)
         words = f"all {len(held)} GPU slots are taken ({slots_per_device} per device), by {', '.join(held)}"
-        if not wait:
-            raise NoFreeSlot(f"{words}; start fewer workers, or set RUIJI_SLOTS_PER_DEVICE (--slots-per-device)")
         if not told:
-            logger.warning("%s; waiting for one", words, extra={"event": "slot_waiting"})
+            words += "; waiting for one (start fewer workers, or set RUIJI_SLOTS_PER_DEVICE)"
+            logger.warning("%s", words, extra={"event": "slot_waiting"})
             told = True
         time.sleep(_LOOK_S)
 

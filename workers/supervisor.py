@@ -9,14 +9,17 @@ import secrets
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import layout
 from pipeline.children import python_command, start_child
+from pipeline.choices import Role
 from pipeline.errors import RuijiError
 from pipeline.plans.files import open_plan
+from pipeline.worker_settings import WorkerSettings
 from workers.in_hand import Hold, left_behind, read_in_hand
 from workers.readiness import ready_file, remove_left_ready
 from workers.suspects import note_deaths
@@ -61,7 +64,7 @@ class _Child:
         failed_trials: how often in a row it, and those before it in this place, died before a grey picture was through.
     """
 
-    role: str
+    role: Role
     process: "subprocess.Popen[bytes]"
     in_hand: Path
     started: float = field(default_factory=time.monotonic)
@@ -77,27 +80,27 @@ class _Child:
 class Supervisor:
     """Runs `ruiji worker-process` children, one per role given."""
 
-    def __init__(self, roles: list[str], environment: dict[str, str], gallery: Path, state_dir: Path) -> None:
+    def __init__(self, roles: list[Role], settings: WorkerSettings, variables: Mapping[str, str]) -> None:
         """Remember what to run.
 
         Args:
-            roles: `embed` or `reduce`, one a process.
-            environment: the children's settings, as `RUIJI_…` variables.
-            gallery: the folder in which suspects are noted.
-            state_dir: host-local.
+            roles: embed or reduce, one per process.
+            settings: of the processes, but for the file of each.
+            variables: what else is added to their environment.
         """
         self._roles = roles
-        self._environment = {**os.environ, **environment}
-        self._gallery = gallery
-        self._state_dir = state_dir
-        remove_left_ready(state_dir)
-        self._in_hand = layout.in_hand_folder(state_dir, gallery)
+        self._settings = settings
+        self._environment = {**os.environ, **variables}
+        self._gallery = settings.folder
+        self._state_dir = settings.state_dir
+        remove_left_ready(self._state_dir)
+        self._in_hand = layout.in_hand_folder(self._state_dir, self._gallery)
         try:
             self._in_hand.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._in_hand.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise RuijiError(
-                f"cannot write the state folder {state_dir}: {error.strerror}; name one on this host with "
+                f"cannot write the state folder {self._state_dir}: {error.strerror}; name one on this host with "
                 "RUIJI_STATE_DIR (--state-dir)"
             ) from None
         # Whether processes died, here or before this start, whose files were not looked at.
@@ -128,14 +131,14 @@ class Supervisor:
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
 
-    def _start(self, role: str, deaths: int = 0, failed_trials: int = 0) -> _Child:
+    def _start(self, role: Role, deaths: int = 0, failed_trials: int = 0) -> _Child:
         command = python_command("pipeline", "worker-process", "--role", role)
         in_hand = self._in_hand / secrets.token_hex(8)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
         process = start_child(
             command,
-            env={**self._environment, "RUIJI_IN_HAND": str(in_hand)},
+            env={**self._environment, **replace(self._settings, in_hand=in_hand).environment()},
             stdout=subprocess.DEVNULL,
         )
         return _Child(role, process, in_hand, deaths=deaths, failed_trials=failed_trials)
@@ -174,7 +177,7 @@ class Supervisor:
     def _look(self, child: _Child) -> None:
         """End a process that does not get done with what it has in hand."""
         now = time.monotonic()
-        if child.role != "embed" or now - child.looked < _LOOK_INTERVAL_S:
+        if child.role is not Role.embed or now - child.looked < _LOOK_INTERVAL_S:
             return
         child.looked = now
         holds = read_in_hand(child.in_hand)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import redis
 
+from pipeline.choices import Device
 from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelError, UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model, pixels_of, why_another
@@ -108,7 +109,7 @@ def _main() -> None:
 
     answer: dict[str, str] = {}
     try:
-        Encoder(load_model(Path(sys.argv[1])), "cpu", threads=len(os.sched_getaffinity(0)), many=False).prove()
+        Encoder(load_model(Path(sys.argv[1])), Device.cpu, threads=len(os.sched_getaffinity(0)), many=False).prove()
     except (CannotRunHere, MachineFault) as error:
         answer["untried"] = str(error)
     except ModelError as error:

@@ -3,21 +3,28 @@
 from celery import Celery
 from kombu import Exchange, Queue
 
+from pipeline.choices import Transport
 from pipeline.queue.connection import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S
 from pipeline.queue.keys import embed_queue, reduce_queue, unacked_keys
 
 
 def make_app(
-    redis_url: str, gallery_id: str, *, visibility_timeout_s: int, prefetch: int = 1, transport: str = "stock"
+    redis_url: str,
+    gallery_id: str,
+    *,
+    visibility_timeout_s: int,
+    prefetch: int = 1,
+    transport: Transport = Transport.stock,
 ) -> Celery:
     """One gallery's Celery app.
 
     Args:
+        visibility_timeout_s: seconds after which a dead worker's messages go to another; a publisher has no use for it.
         prefetch: messages that a thread of a worker holds at most, done ones not counted.
-        transport: `fast` for a worker's own transport and backend, which serve batches; `stock` for Celery's.
+        transport: fast for a worker's own transport and backend, which serve batches; stock for Celery's.
     """
     queues = (embed_queue(gallery_id), reduce_queue(gallery_id))
-    fast = transport == "fast"
+    fast = transport == Transport.fast
     backend = f"pipeline.queue.chord_parts:Backend+{redis_url}" if fast else redis_url
     app = Celery("ruiji", broker=redis_url, backend=backend, set_as_current=False)
     app.conf.update(

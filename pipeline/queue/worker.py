@@ -12,13 +12,14 @@ from celery import Celery, signals
 from celery.exceptions import CPendingDeprecationWarning, Reject, SecurityWarning
 from kombu.exceptions import OperationalError
 
+from pipeline.choices import Role
 from pipeline.queue.claims import Claims
 from pipeline.queue.consumer import Consumer
 
 
 def run_worker(
     app: Celery,
-    role: str,
+    role: Role,
     queue: str,
     claims: Claims,
     *,

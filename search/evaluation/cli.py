@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from pipeline.arguments import Commands, Panel
-from pipeline.settings import MAX_PIXELS, Device, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
+from pipeline.choices import Device
+from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
 from pipeline.streams import exact_stdout, note, tell
 from search.options import RUN_DEPTH, SHEET_QUERIES, ReportFormat
 

@@ -9,8 +9,8 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 
+from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.settings import Device
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.settings import MAX_PIXELS, Device
+from pipeline.settings import MAX_PIXELS
 from search.evaluation import protocol, report, scores
 from search.evaluation.full_ranking import full_ranking
 from search.gallery.opening import open_gallery

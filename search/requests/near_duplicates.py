@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.settings import Device
 from search.filters import apply_conditions
 from search.near_duplicates import Group, find_groups
 from search.options import THRESHOLD

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.settings import MAX_PIXELS, Device
+from pipeline.settings import MAX_PIXELS
 from search.options import TOP_K, Metric
 from search.queries import embed_images, feature_queries, gallery_queries, image_files, image_queries, query_encoder
 from search.requests.pictures import answer_lines, check_picture_targets, check_pictures
@@ -102,8 +103,7 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
     if files:
         if selection.model_path is None:
             raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-        device = "cuda" if request.device is Device.cuda else "cpu"
-        loading = query_encoder(selection.model_path, whole, device)
+        loading = query_encoder(selection.model_path, whole, request.device)
     # While the model is loaded, all that comes after it is made ready.
     importlib.import_module("search.views.output")
     from search.answers import Criteria, answer

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.choices import Reason
 from pipeline.errors import ImageError
 from pipeline.model import PIXELS
-from pipeline.settings import Reason
 from tests.chaos.harness import sized
 from tests.conftest import SHARED
 from tests.workers.test_images import SPEC

@@ -29,6 +29,10 @@ class Stack:
     def __init__(self, folder: Path, project: str, media: Path, features: Path, model: Path) -> None:
         self.folder, self.media, self.features, self.model = folder, media, features, model
         clone(folder)
+        compose = folder / "docker-compose.yml"
+        # What no user sets, so that no container gets it.
+        passed = "    RUIJI_STALL_TIMEOUT_S:\n    RUIJI_LOG_FORMAT:\n"
+        compose.write_text(compose.read_text().replace("    RUIJI_LOG_FORMAT:\n", passed, 1))
         self.settings = {
             "RUIJI_MEDIA_DIR": str(media),
             "RUIJI_FEATURE_DIR": str(features),

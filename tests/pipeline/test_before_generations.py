@@ -155,7 +155,7 @@ def test_it_keeps_its_fingerprint_and_the_pixels_of_its_time(tmp_path: Path, old
     paths = pictures(tmp_path / "media", 12)
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in [*paths[:4], *paths[5:]]))
     settings = Settings(4, keep_features=False, max_pixels=10**8, max_image_s=2, max_image_mb=256)
-    work = Work(tmp_path / "media", tmp_path / "features", DATA / "tiny.onnx", "basename", settings, 4, 60)
+    work = Work(tmp_path / "media", tmp_path / "features", DATA / "tiny.onnx", "basename", settings)
     assert queue(work, tmp_path / "list.txt", None).resumed
     assert (old / "gallery.json").read_bytes() == before
     gallery = read_gallery(old)

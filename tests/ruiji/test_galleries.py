@@ -12,9 +12,10 @@ from PIL import Image
 
 import ruiji
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.model import Model, load_model
 from pipeline.progress import show_steps
-from pipeline.settings import MAX_PIXELS, Device
+from pipeline.settings import MAX_PIXELS
 from search.options import Precision
 from search.queries import embed_images, load_encoder
 from search.ranking.planner import Purpose, look_at_machine

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
@@ -62,7 +63,7 @@ def write_pictures_gallery(ruiji: Ruiji) -> list[str]:
     paths = [f"cat/{number}.png" for number in range(5)]
     images = [picture(ruiji.media / path, number) for number, path in enumerate(paths)]
     model = load_model(ruiji.model)
-    features = embed_images(images, model, load_encoder(model, "cpu"), MAX_PIXELS).features
+    features = embed_images(images, model, load_encoder(model, Device.cpu), MAX_PIXELS).features
     write_gallery(ruiji.gallery, model, features, paths, 5)
     return paths
 

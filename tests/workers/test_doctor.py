@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.choices import Device
 from pipeline.model import load_model
 from pipeline.plans.closing import close_plan
 from pipeline.plans.plan import Plan
@@ -24,7 +25,7 @@ from workers.resize import NO_INSTRUCTIONS
 def plan(tmp_path: Path, model_path: Path) -> Plan:
     """A finished gallery of ten objects."""
     plan = new_plan(tmp_path, model_path, 10)
-    encoder = Encoder(load_model(model_path), "cpu")
+    encoder = Encoder(load_model(model_path), Device.cpu)
     for segment in plan.segments:
         embed_batch(plan, [Job(segment, path) for path in plan.paths(segment)], encoder, tmp_path / "media")
         reduce_segment(plan, segment, lambda: None)

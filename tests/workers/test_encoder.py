@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.choices import Device
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from tests.factories import tiny_model
@@ -24,7 +25,7 @@ def weights(path: Path) -> np.ndarray:
 
 
 def test_features_are_what_the_graph_computes(model_path: Path) -> None:
-    features = Encoder(load_model(model_path), "cpu").encode(PIXELS)
+    features = Encoder(load_model(model_path), Device.cpu).encode(PIXELS)
     assert features.dtype == np.float32
     assert np.allclose(features, (PIXELS.reshape(11, -1) / 255) @ weights(model_path), atol=1e-4)
 
@@ -34,21 +35,21 @@ def test_channels_first_and_normalised_input_too(tmp_path: Path) -> None:
     path.with_suffix(".toml").write_text('[input]\nlayout = "NCHW"\nmean = [0.1, 0.2, 0.3]\nstd = [0.5, 0.6, 0.7]\n')
     values = ((PIXELS / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]).transpose(0, 3, 1, 2)
     assert np.allclose(
-        Encoder(load_model(path), "cpu").encode(PIXELS), values.reshape(11, -1) @ weights(path), atol=1e-4
+        Encoder(load_model(path), Device.cpu).encode(PIXELS), values.reshape(11, -1) @ weights(path), atol=1e-4
     )
 
 
 @pytest.mark.parametrize("batch_images", [1, 3, 8, 64])
 def test_company_does_not_change_a_bit(model_path: Path, batch_images: int) -> None:
     model = load_model(model_path)
-    alone = np.concatenate([Encoder(model, "cpu").encode(PIXELS[i : i + 1]) for i in range(11)])
-    assert (Encoder(model, "cpu", batch_images=batch_images).encode(PIXELS) == alone).all()
+    alone = np.concatenate([Encoder(model, Device.cpu).encode(PIXELS[i : i + 1]) for i in range(11)])
+    assert (Encoder(model, Device.cpu, batch_images=batch_images).encode(PIXELS) == alone).all()
 
 
 def test_a_graph_with_a_fixed_batch_is_padded(tmp_path: Path, model_path: Path) -> None:
-    fixed = Encoder(load_model(tiny_model(tmp_path / "fixed.onnx", batch=4)), "cpu")
+    fixed = Encoder(load_model(tiny_model(tmp_path / "fixed.onnx", batch=4)), Device.cpu)
     assert fixed.batch_images == 4
-    assert np.allclose(fixed.encode(PIXELS), Encoder(load_model(model_path), "cpu").encode(PIXELS), atol=1e-5)
+    assert np.allclose(fixed.encode(PIXELS), Encoder(load_model(model_path), Device.cpu).encode(PIXELS), atol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -56,8 +57,8 @@ def test_a_graph_with_a_fixed_batch_is_padded(tmp_path: Path, model_path: Path) 
 )
 def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(model_path: Path) -> None:
     with pytest.raises(UsageError, match="--device cuda"):
-        Encoder(load_model(model_path), "cuda")
-    assert Encoder(load_model(model_path), "auto").device == "cpu"
+        Encoder(load_model(model_path), Device.cuda)
+    assert Encoder(load_model(model_path), Device.auto).device == "cpu"
 
 
 def test_a_graph_that_the_runtime_refuses_is_a_model_error(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_graph_that_the_runtime_refuses_is_a_model_error(tmp_path: Path) -> No
     graph.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(graph, tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="refuses the model"):
-        Encoder(load_model(tmp_path / "m.onnx"), "cpu")
+        Encoder(load_model(tmp_path / "m.onnx"), Device.cpu)
 
 
 @pytest.mark.gpu
@@ -73,7 +74,7 @@ def test_cuda_agrees_with_the_cpu(model_path: Path) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     model = load_model(model_path)
-    cuda, cpu = Encoder(model, "cuda").encode(PIXELS), Encoder(model, "cpu").encode(PIXELS)
+    cuda, cpu = Encoder(model, Device.cuda).encode(PIXELS), Encoder(model, Device.cpu).encode(PIXELS)
     cosine = (cuda * cpu).sum(1) / np.linalg.norm(cuda, axis=1) / np.linalg.norm(cpu, axis=1)
     assert cosine.min() >= 0.9999
 
@@ -87,7 +88,7 @@ def test_cuda_agrees_with_the_cpu(model_path: Path) -> None:
 )
 def test_golden_features_come_out(shared_data: Path, name: str, golden: str) -> None:
     model = load_model(shared_data / "models" / f"{name}.onnx")
-    encoder = Encoder(model, "cpu")
+    encoder = Encoder(model, Device.cpu)
     ids = np.load(shared_data / "golden" / f"{golden}.object_ids.npy", allow_pickle=False)
     expected = np.load(shared_data / "golden" / f"{golden}.features.npy", allow_pickle=False)
     paths = {line.rpartition("/")[2]: line for line in (shared_data / "photos" / "objects.txt").read_text().split()}
@@ -106,7 +107,7 @@ def test_scaling_in_the_graph_gives_the_same_bits_as_scaling_before_it(tmp_path:
     assert source is not None
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     (scaled,) = session.run(None, {PIXELS_INPUT: PIXELS[:1]})
-    assert (scaled == Encoder(model, "cpu").encode(PIXELS[:1])).all()
+    assert (scaled == Encoder(model, Device.cpu).encode(PIXELS[:1])).all()
 
 
 def leading_model(
@@ -164,7 +165,7 @@ def test_scaling_is_done_on_planes_with_the_same_bits(tmp_path: Path, steps: Any
     assert source is not None
     kinds = [node.op_type for node in onnx.load_from_string(source).graph.node if node.op_type != "Constant"]
     assert kinds[:5] == ["Transpose", "Cast", "Div", steps[0][0], steps[1][0]] and kinds[5:] == ["Flatten", "MatMul"]
-    assert (Encoder(model, "cpu").encode(PIXELS) == Encoder(model, "cpu", many=False).encode(PIXELS)).all()
+    assert (Encoder(model, Device.cpu).encode(PIXELS) == Encoder(model, Device.cpu, many=False).encode(PIXELS)).all()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_a_graph_that_begins_otherwise_is_taken_as_it_is(
     assert source is not None
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     (features,) = session.run(["feature_vector"], {PIXELS_INPUT: PIXELS[:1]})
-    assert (features == Encoder(model, "cpu").encode(PIXELS[:1])).all()
+    assert (features == Encoder(model, Device.cpu).encode(PIXELS[:1])).all()
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_large_100_224_RANDOM_WEIGHTS", "mobilenet_v2_100_224_feature_vector"])
@@ -196,7 +197,7 @@ def test_the_quicker_graph_of_a_real_model_gives_the_same_bits(shared_data: Path
     model = load_model(shared_data / "models" / f"{name}.onnx")
     assert taking_pixels(model, always=False) is not None
     pixels = np.random.default_rng(5).integers(0, 256, size=(2, 224, 224, 3), dtype=np.uint8)
-    assert (Encoder(model, "cpu").encode(pixels) == Encoder(model, "cpu", many=False).encode(pixels)).all()
+    assert (Encoder(model, Device.cpu).encode(pixels) == Encoder(model, Device.cpu, many=False).encode(pixels)).all()
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -205,7 +206,7 @@ def test_a_bound_session_computes_each_batch_anew(model_path: Path, scaled: bool
     source = taking_pixels(model, always=True) if scaled else str(model_path)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     bound = BoundSession(session, model, 4, "cpu")
-    expected = Encoder(model, "cpu").encode(PIXELS)
+    expected = Encoder(model, Device.cpu).encode(PIXELS)
     for start in (0, 4, 7):
         assert np.allclose(bound.run(PIXELS[start : start + 4]), expected[start : start + 4], atol=1e-5)
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from pipeline.choices import Device
 from pipeline.errors import MachineFault, ModelError, UsageError
 from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
@@ -80,7 +81,7 @@ def test_a_gallery_that_is_there_has_its_model_not_tried_again(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match="ends the process"):
         prove_model(load_model(ruiji.model))
-    work = Work(ruiji.media, ruiji.features, ruiji.model, "basename", Settings(1000, False, 10**8, 60, 1024), 8, 60)
+    work = Work(ruiji.media, ruiji.features, ruiji.model, "basename", Settings(1000, False, 10**8, 60, 1024))
     assert enqueue(work, ruiji.media / "objects.txt", redis_url).plan is None
 
 
@@ -233,7 +234,7 @@ def test_what_is_waited_for_in_vain_ends(
 
     rest = (plan.folder, gallery, client, InHand())
     with caplog.at_level(logging.WARNING), pytest.raises(ModelError, match="no model at"):
-        proven_encoder(tmp_path / "none.onnx", *rest, lambda model: Encoder(model, "cpu"), patience_s=1.5)
+        proven_encoder(tmp_path / "none.onnx", *rest, lambda model: Encoder(model, Device.cpu), patience_s=1.5)
     with caplog.at_level(logging.WARNING), pytest.raises(UsageError, match="cannot run the model"):
         proven_encoder(model_path, *rest, too_large, patience_s=1.5)
     assert len(caplog.records) == 2, "each is told once"

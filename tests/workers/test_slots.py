@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import psutil
 import pytest
 import redis
 
-from pipeline.errors import NoFreeSlot, UsageError
+from pipeline.errors import UsageError
 from pipeline.queue.connection import connect
 from tests.factories import Ruiji, wait_until
 from workers.slots import LEASE_S, cuda_devices, device_slot
@@ -66,13 +68,20 @@ def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, cli
 
 
 def test_a_worker_waits_for_a_slot_and_takes_a_dead_ones_when_its_lease_runs_out(
-    gpu_worker: Ruiji, client: redis.Redis
+    gpu_worker: Ruiji, client: redis.Redis, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = (gpu_worker.start("worker", "--role", "embed") for _ in range(2))
     wait_until(lambda: shown_devices() == {"GPU-aaaa": 1, "GPU-bbbb": 1}, what="a worker on each device")
     third = gpu_worker.start("worker", "--role", "embed")
-    refused = gpu_worker("worker", "--role", "embed", "--no-slot", "exit", code=1).stderr
-    assert "all 2 GPU slots are taken" in refused and f":{first.pid}" in refused and f":{second.pid}" in refused
+    said: list[str] = []
+
+    def waits() -> bool:
+        said.extend(capfd.readouterr().err.splitlines())
+        return any("slot_waiting" in line for line in said)
+
+    wait_until(waits, what="the third worker's word that it waits")
+    (words,) = (line for line in said if "slot_waiting" in line)
+    assert "all 2 GPU slots are taken" in words and f":{first.pid}" in words and f":{second.pid}" in words
     assert third.poll() is None and not psutil.Process(third.pid).children(), "it waits"
     first.kill()
     holders = {key: client.get(key) for key in client.keys("ruiji:slot:*")}
@@ -88,7 +97,7 @@ def test_a_lost_lease_is_taken_again_or_the_worker_ends(client: redis.Redis, mon
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
-        with device_slot(client, ["GPU-aaaa"], 1, wait=False):
+        with device_slot(client, ["GPU-aaaa"], 1):
             client.flushall()
             wait_until(lambda: client.get("ruiji:slot:GPU-aaaa:0"), timeout_s=5, what="the lease, taken again")
             assert not told
@@ -99,19 +108,24 @@ def test_a_lost_lease_is_taken_again_or_the_worker_ends(client: redis.Redis, mon
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis) -> None:
-    with device_slot(client, DEVICES, 2, wait=False) as first, device_slot(client, DEVICES, 2, wait=False) as second:
+def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.slots._LOOK_S", 0.05)
+    taken: list[str] = []
+
+    def fifth() -> None:
+        with device_slot(client, DEVICES, 2) as device:
+            taken.append(device)
+
+    with device_slot(client, DEVICES, 2) as first, device_slot(client, DEVICES, 2) as second:
         assert (first, second) == ("GPU-aaaa", "GPU-bbbb")
-        with (
-            device_slot(client, DEVICES, 2, wait=False),
-            device_slot(client, DEVICES, 2, wait=False),
-            pytest.raises(NoFreeSlot, match="all 4 GPU slots"),
-            device_slot(client, DEVICES, 2, wait=False),
-        ):
-            pytest.fail("a fifth slot of four")
-        client.delete("ruiji:slot:GPU-bbbb:0")
-        with device_slot(client, DEVICES, 2, wait=False) as freed:
-            assert freed == "GPU-bbbb"
+        with device_slot(client, DEVICES, 2), device_slot(client, DEVICES, 2):
+            thread = threading.Thread(target=fifth)
+            thread.start()
+            time.sleep(0.5)
+            assert not taken, "a fifth slot of four"
+            client.delete("ruiji:slot:GPU-bbbb:0")
+            thread.join(30)
+            assert taken == ["GPU-bbbb"]
 
 
 def test_devices_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

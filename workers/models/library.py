@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import layout
+from pipeline.choices import Device
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import Model, external_files, load_graph, load_model
 from workers.encoder import Encoder
@@ -141,7 +142,7 @@ def prove(model: Model) -> None:
     Raises:
         ModelError: they are not; or as `Encoder.encode`.
     """
-    encoder, spec = Encoder(model, "cpu"), model.spec
+    encoder, spec = Encoder(model, Device.cpu), model.spec
     noise = np.random.default_rng(0).integers(0, 256, (3, spec.height, spec.width, spec.channels), dtype=np.uint8)
     first, second = encoder.encode(noise), encoder.encode(noise)
     if not np.isfinite(first).all():

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.settings import Device
 from search.options import Metric, Precision
 from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Question, Way, choose_way
 from tests.search.galleries import in_memory

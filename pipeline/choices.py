@@ -1,0 +1,66 @@
+"""What there is to choose between, in options, in files and in code: an enum each."""
+
+from enum import StrEnum
+
+
+class Device(StrEnum):
+    """Where ONNX Runtime or torch computes."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class ObjectIds(StrEnum):
+    """What an object's id is made from."""
+
+    basename = "basename"
+    path = "path"
+
+
+class Role(StrEnum):
+    """What a worker, or one of its processes, does; a process does not do all."""
+
+    embed = "embed"
+    reduce = "reduce"
+    all = "all"
+
+
+class LogFormat(StrEnum):
+    """How events are written to stderr."""
+
+    text = "text"
+    json = "json"
+
+
+class ListFormat(StrEnum):
+    """How a list is written to stdout."""
+
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+class Reason(StrEnum):
+    """Why an object failed; `docs/format.md` explains each."""
+
+    bad_name = "bad-name"
+    missing = "missing"
+    unreadable = "unreadable"
+    not_a_file = "not-a-file"
+    outside_media = "outside-media"
+    too_large = "too-large"
+    truncated = "truncated"
+    undecodable = "undecodable"
+    memory = "memory"
+    timeout = "timeout"
+    crashed_worker = "crashed-worker"
+    not_finite = "not-finite"
+    model_failed = "model-failed"
+
+
+class Transport(StrEnum):
+    """How a worker takes messages from Redis: many at once, or as kombu does it; only tests choose."""
+
+    fast = "fast"
+    stock = "stock"
