@@ -36,14 +36,14 @@ from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
 from pipeline import layout
-from pipeline.choices import Device
+from pipeline.choices import Device, ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plans.files import open_plan
 from pipeline.plans.plan import Plan
-from pipeline.plans.planning import Settings, make_plan
+from pipeline.plans.planning import PlanSettings, plan_list
 from pipeline.queue.app import make_app
 from pipeline.queue.keys import embed_queue, unacked_keys
 from pipeline.reduce import reduce_segment
@@ -321,13 +321,13 @@ def queue(sizes: Sizes) -> list[Figure]:
 def _producer(running: Ruiji, client: Any, media: Path, listed: Path) -> Segments:
     run = running.gallery / "run"
     run.mkdir()
-    objects = prepare(listed, run, IdScheme("basename"))
-    plan = make_plan(
+    objects = prepare(listed, run, IdScheme(ObjectIds.basename))
+    plan = plan_list(
         running.gallery,
         media,
         running.gallery_info,
         objects,
-        Settings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB),
+        PlanSettings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB),
     )
     assert plan is not None
     app = make_app(running.redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
@@ -543,9 +543,11 @@ def _one_shard_plan(work: Path) -> Plan:
     listed = object_list(SHARD_ROWS)
     media = _empty_media(object_path(0))
     (work / "run").mkdir()
-    objects = prepare(listed, work / "run", IdScheme("basename"))
-    gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", "basename")
-    plan = make_plan(work, media, gallery, objects, Settings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB))
+    objects = prepare(listed, work / "run", IdScheme(ObjectIds.basename))
+    gallery = GalleryInfo("0" * 16, "0" * 64, FEATURE_LENGTH, "no_op", ObjectIds.basename)
+    plan = plan_list(
+        work, media, gallery, objects, PlanSettings(SHARD_ROWS, False, MAX_PIXELS, MAX_IMAGE_S, MAX_IMAGE_MB)
+    )
     assert plan is not None
     return plan
 

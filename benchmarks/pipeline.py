@@ -13,6 +13,7 @@ import redis
 
 from benchmarks.data import ROOT
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
@@ -55,7 +56,7 @@ class Ruiji:
         # The commands' own defaults, whatever stands in a .env here.
         self._environment = {**clean, "PYTHONPATH": str(ROOT), **named}
         self._work = work
-        self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme("basename"))
+        self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme(ObjectIds.basename))
         self._running: list[subprocess.Popen[bytes]] = []
 
     def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":

@@ -30,7 +30,7 @@ import ruiji
 from benchmarks import results
 from benchmarks.data import REAL_MODEL, SHARED
 from benchmarks.results import Figure
-from pipeline.choices import Device
+from pipeline.choices import Device, ObjectIds
 from pipeline.gallery import claim_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
@@ -427,7 +427,7 @@ def write_shards(folder: Path, rows: int, kind: str) -> None:
     # Any model of that length serves where no picture is embedded.
     stand_in = BUILD / f"{folder.name}.onnx"
     model = load_model(REAL_MODEL if REAL_MODEL.is_file() else tiny_model(stand_in, length=LENGTH))
-    claim_gallery(folder, model, IdScheme("basename"))
+    claim_gallery(folder, model, IdScheme(ObjectIds.basename))
     for number, start in enumerate(range(0, rows, SHARD_ROWS)):
         features = random_rows(min(SHARD_ROWS, rows - start), kind, seed=number)
         paths = [f"object/{row:08d}.jpg" for row in range(start, start + len(features))]

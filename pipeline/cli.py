@@ -13,11 +13,11 @@ import typer
 
 from pipeline import layout, settings, streams
 from pipeline.arguments import Commands
-from pipeline.choices import Device, ListFormat, LogFormat, ObjectIds, Reason
+from pipeline.choices import Device, ListFormat, LogFormat, ObjectIds, Reason, Role
 from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, GalleryMismatch, RuijiError, UsageError
 
 if TYPE_CHECKING:
-    from pipeline.run import Enqueued
+    from pipeline.enqueue import Enqueued
     from pipeline.status import Status
 
 app = Commands(
@@ -130,7 +130,7 @@ def list_objects(
     scan = Scan(folder, Exclude(exclude or ()))
     try:
         # What a link names is replaced, not the link.
-        lines, notes = write_list(scan, target.resolve(), IdScheme(object_id.value))
+        lines, notes = write_list(scan, target.resolve(), IdScheme(object_id))
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
     for told in notes:
@@ -158,25 +158,30 @@ def enqueue(
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Check the list, freeze the plan and publish one task per image; run it again to go on."""
+    from pipeline.enqueue import Extraction
+    from pipeline.enqueue import enqueue as enqueue_list
     from pipeline.logs import set_up
-    from pipeline.plans.planning import Settings
-    from pipeline.queue.connection import connect
-    from pipeline.run import Work, follow
-    from pipeline.run import enqueue as enqueue_list
+    from pipeline.plans.planning import PlanSettings
 
     set_up(log_format)
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
-    work = Work(
-        media_dir,
-        feature_dir,
-        model,
-        object_id.value,
-        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-    )
-    done = enqueue_list(work, settings.list_file(list_path, media_dir), url)
-    _tell_enqueued(done, "all {} objects are in shards")
+    frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
+    work = Extraction(media_dir, feature_dir, model, object_id, frozen)
+    _tell_enqueued(enqueue_list(work, url, list_path), "all {} objects are in shards")
     if wait:
-        raise typer.Exit(_end(_told_altered(follow(work.folder, connect(url)))))
+        _follow(work.folder, url)
+
+
+def _follow(folder: Path, redis_url: str) -> None:
+    """Wait for the end of a run, and leave with its exit code."""
+    from pipeline.follow import follow
+    from pipeline.plans.stops import PlanStopped
+    from pipeline.queue.connection import connect
+
+    now = _told_altered(follow(folder, connect(redis_url)))
+    if now.stopped is not None:
+        raise PlanStopped(now.stopped)
+    raise typer.Exit(_exit_code(now))
 
 
 def _told_altered(now: "Status") -> "Status":
@@ -218,10 +223,10 @@ def retry(
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
+    from pipeline.enqueue import Extraction
+    from pipeline.enqueue import retry as enqueue_failed
     from pipeline.logs import set_up
-    from pipeline.plans.planning import Retry, Settings
-    from pipeline.queue.connection import connect
-    from pipeline.run import Work, enqueue, follow
+    from pipeline.plans.planning import PlanSettings
 
     set_up(log_format)
     url = None
@@ -231,23 +236,14 @@ def retry(
         # On one machine `ruiji run` has a Redis of its own, and takes up the plan that this leaves on the disk.
         if redis_url is not None or wait:
             raise
-    work = Work(
-        media_dir,
-        feature_dir,
-        model,
-        object_id.value,
-        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-    )
-    wanted = Retry(reason.value if reason else None)
-    listed = settings.list_file(list_path, media_dir)
-    if list_path is None and not listed.exists() and layout.run_list_file(work.folder).exists():
-        listed = layout.run_list_file(work.folder)
-    done = enqueue(work, listed, url, wanted)
-    _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason.value}' if reason else ''}")
+    frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
+    work = Extraction(media_dir, feature_dir, model, object_id, frozen)
+    done = enqueue_failed(work, url, list_path, reason)
+    _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason}' if reason else ''}")
     if done.plan is not None and url is None:
         streams.note("no Redis is running; ruiji run carries out the plan")
     if wait and url is not None:
-        raise typer.Exit(_end(_told_altered(follow(work.folder, connect(url)))))
+        _follow(work.folder, url)
 
 
 @app.command()
@@ -260,7 +256,7 @@ def failures(
     from pipeline.failures import failed_objects, write_failures
 
     out = sys.stdout if form is ListFormat.table else streams.exact_stdout()
-    count = write_failures(failed_objects(layout.gallery_folder(feature_dir, model)), form.value, out)
+    count = write_failures(failed_objects(layout.gallery_folder(feature_dir, model)), form, out)
     raise typer.Exit(EXIT_INCOMPLETE if count else 0)
 
 
@@ -273,22 +269,15 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
-    from pipeline.verify import repair as repair_findings
-    from pipeline.verify import verify as verify_gallery
+    from pipeline.verify import check
 
-    folder = layout.gallery_folder(feature_dir, model)
-    findings = verify_gallery(folder)
-    for finding in findings:
-        streams.tell(finding)
-    broken = [finding for finding in findings if finding.broken]
-    if repair:
-        for note in repair_findings(folder, findings):
-            streams.note(note)
-        broken = [finding for finding in broken if not finding.repairable]
-    elif any(finding.repairable for finding in findings):
+    found = check(layout.gallery_folder(feature_dir, model), streams.tell, repair_it=repair)
+    for note in found.notes:
+        streams.note(note)
+    if not repair and any(finding.repairable for finding in found.findings):
         streams.note("ruiji verify --repair repairs what can be repaired")
-    streams.note(f"findings: {len(findings)}; broken{' still' if repair else ''}: {len(broken)}")
-    raise typer.Exit(GalleryMismatch.exit_code if broken else 0)
+    streams.note(f"findings: {len(found.findings)}; broken{' still' if repair else ''}: {len(found.broken)}")
+    raise typer.Exit(GalleryMismatch.exit_code if found.broken else 0)
 
 
 @app.command()
@@ -312,35 +301,30 @@ def run(
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
     """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
+    from pipeline.enqueue import Extraction
     from pipeline.logs import set_up
     from pipeline.objects import Exclude
-    from pipeline.plans.planning import Settings
-    from pipeline.run import Source, Work, run_here
+    from pipeline.plans.planning import PlanSettings
+    from pipeline.run import run as run_all
 
     set_up(log_format)
-    work = Work(
-        media_dir,
-        feature_dir,
-        model,
-        object_id.value,
-        Settings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb),
-    )
-    folder = settings.make_state_folder(state_dir)
-    source = Source(work, list_path, Exclude(exclude or ()))
-    status = run_here(
+    frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
+    work = Extraction(media_dir, feature_dir, model, object_id, frozen)
+    ran = run_all(
         work,
-        source,
-        folder,
+        settings.make_state_folder(state_dir),
+        list_path,
+        exclude=Exclude(exclude or ()),
         workers=workers,
         device=device,
         window_segments=window_segments,
         visibility_timeout_s=visibility_timeout_s,
         log_format=log_format,
     )
-    source.tell_unlisted()
-    streams.note(f"{status.done} done, {status.failed} failed of {status.objects}: {work.folder}")
-    _told_altered(status)
-    raise typer.Exit(_exit_code(status) or (EXIT_INCOMPLETE if source.unread else 0))
+    now = ran.status
+    streams.note(f"{now.done} done, {now.failed} failed of {now.objects}: {work.folder}")
+    _told_altered(now)
+    raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread else 0))
 
 
 @app.command()
@@ -355,32 +339,20 @@ def status(
     state_dir: settings.StateDir = None,
 ) -> None:
     """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
-    from pipeline.gallery import read_gallery
+    from pipeline.follow import look
     from pipeline.logs import set_up
-    from pipeline.queue.connection import broker_faults, connect
-    from pipeline.run import follow, follow_run, redis_of_run
-    from pipeline.status import STARTING, StatusReader
 
     set_up()
-    folder = layout.gallery_folder(feature_dir, model)
-    # A run has a Redis of its own, and while it works no other knows of its plan.
-    client = redis_of_run(folder, settings.state_folder(state_dir))
-    of_run = client is not None
-    if client is not None and watch:
-        client = follow_run(folder, client)
-    elif client is None:
-        try:
-            client = connect(settings.resolve_redis_url(redis_url, redis_password_file, state_dir))
-        except RuijiError as error:
-            if watch:
-                raise
-            streams.note(f"counted from the disk alone ({error})")
-        if watch and client is not None:
-            follow(folder, client)
-    with broker_faults():
-        # A run that has just begun has no gallery yet.
-        beginning = of_run and read_gallery(folder) is None
-        now = STARTING if beginning else StatusReader(folder, client).read(exact)
+    seen = look(
+        layout.gallery_folder(feature_dir, model),
+        settings.state_folder(state_dir),
+        lambda: settings.resolve_redis_url(redis_url, redis_password_file, state_dir),
+        watch=watch,
+        exact=exact,
+    )
+    if seen.without_redis is not None:
+        streams.note(f"counted from the disk alone ({seen.without_redis})")
+    now = seen.status
     if as_json:
         print(streams.to_json(now.as_json()), file=streams.exact_stdout())
     else:
@@ -405,18 +377,18 @@ def _print_status(now: "Status") -> None:
     if now.stopped is not None:
         streams.tell(f"the run was stopped: {now.stopped}")
     for worker in now.workers:
-        rate = f"{worker['images']} images, {worker['images_per_s']}/s" if worker["role"] == "embed" else ""
-        name = f"{worker['role']} {worker['host']}:{worker['pid']} on {worker['device']}"
-        streams.tell(f"{name}: {worker['state']} {rate}".rstrip())
-        if worker["images"]:
-            split = "  ".join(f"{stage} {ms:g}" for stage, ms in worker["ms_per_image"].items())
+        rate = f"{worker.images} images, {worker.images_per_s}/s" if worker.role == Role.embed else ""
+        name = f"{worker.role} {worker.host}:{worker.pid} on {worker.device}"
+        streams.tell(f"{name}: {worker.state} {rate}".rstrip())
+        if worker.images:
+            split = "  ".join(f"{stage} {ms:g}" for stage, ms in worker.ms_per_image.items())
             streams.tell(f"    ms per image: {split}")
 
 
 @app.command()
 def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
     """Close the open plan. Nothing that is done is lost; the next enqueue takes it up."""
-    from pipeline.run import cancel as cancel_plan
+    from pipeline.plans.closing import cancel as cancel_plan
 
     plan = cancel_plan(layout.gallery_folder(feature_dir, model))
     streams.note(f"plan {plan.plan_id} closed" if plan else "no plan is open")
@@ -451,12 +423,3 @@ def _exit_code(now: "Status") -> int:
     if now.stopped is not None:
         return RuijiError.exit_code
     return 0 if now.finished and now.failed == 0 else EXIT_INCOMPLETE
-
-
-def _end(now: "Status") -> int:
-    """The exit code of a command that waited for this status."""
-    from pipeline.plans.stops import PlanStopped
-
-    if now.stopped is not None:
-        raise PlanStopped(now.stopped)
-    return _exit_code(now)

@@ -7,6 +7,8 @@ model, 5 nothing found where that was asked to be a failure, 130 interrupted.
 
 from typing import ClassVar
 
+from pipeline.choices import Reason
+
 EXIT_INCOMPLETE = 3
 EXIT_EMPTY = 5
 EXIT_INTERRUPTED = 130
@@ -93,15 +95,15 @@ class ImageError(RuijiError):
     Args:
         message: our own words, free of host names, times and foreign exception texts, because
             it ends in a shard's record.
-        reason: one of the classes of `docs/format.md`, e.g. ``missing`` or ``undecodable``.
+        reason: its class; `docs/format.md` explains each.
         attempts: how often it was tried; for the log.
     """
 
-    def __init__(self, message: str = "", reason: str = "undecodable", attempts: int = 1) -> None:
+    def __init__(self, message: str = "", reason: Reason = Reason.undecodable, attempts: int = 1) -> None:
         super().__init__(message, reason)
         self.attempts = attempts
 
     @property
-    def reason(self) -> str:
-        """The reason class, a short hyphenated word."""
-        return str(self.args[1])
+    def reason(self) -> Reason:
+        """The reason class."""
+        return Reason(self.args[1])

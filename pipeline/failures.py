@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline import layout
-from pipeline.errors import UsageError
-from pipeline.gallery import read_gallery
+from pipeline.choices import ListFormat
+from pipeline.gallery import require_gallery
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plans.files import open_plan
 from pipeline.plans.generations import read_marks
@@ -38,9 +38,7 @@ def failed_objects(folder: Path) -> Iterator[FailedObject]:
     Raises:
         UsageError: nothing was ever enqueued into this folder.
     """
-    gallery = read_gallery(folder)
-    if gallery is None:
-        raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
+    gallery = require_gallery(folder)
     recorded = _recorded(folder, IdScheme(gallery.object_id))
     _, marks = read_marks(folder)
     for object_id in (*marks.failed, *(object_id for ids in marks.ids.values() for object_id in ids)):
@@ -81,17 +79,17 @@ def _coming(plan: Plan) -> Iterator[FailedObject]:
                 yield FailedObject(object_id, path, *error, shard=segment.shard)
 
 
-def write_failures(failed: Iterable[FailedObject], form: str, out: TextIO) -> int:
-    """Write failed objects as `table` (for people), `csv` (with a header) or `jsonl`; returns how many there were."""
+def write_failures(failed: Iterable[FailedObject], form: ListFormat, out: TextIO) -> int:
+    """Write failed objects as a table for people, CSV with a header, or JSON lines; returns how many there were."""
     write_row = csv_writer(out)
-    if form == "csv":
+    if form is ListFormat.csv:
         write_row(field.name for field in fields(FailedObject))
     count = 0
     for entry in failed:
         count += 1
-        if form == "csv":
+        if form is ListFormat.csv:
             write_row(asdict(entry).values())
-        elif form == "jsonl":
+        elif form is ListFormat.jsonl:
             out.write(to_json(asdict(entry)) + "\n")
         else:
             out.write(shown(f"{entry.reason:<14} {entry.path}: {entry.message}") + "\n")

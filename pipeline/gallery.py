@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
 from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, require_declared, why_another
 from pipeline.objects import IdScheme
@@ -50,7 +51,7 @@ class GalleryInfo:
         fingerprint: of the model and its spec.
         length: d.
         model: file name stem of the model.
-        object_id: name of the id scheme.
+        object_id: what its ids are made from.
         contract: `Model.contract` of the model; None in a gallery that was begun before it was kept.
     """
 
@@ -58,7 +59,7 @@ class GalleryInfo:
     fingerprint: str
     length: int
     model: str
-    object_id: str
+    object_id: ObjectIds
     contract: dict[str, Any] | None = None
 
 
@@ -87,9 +88,28 @@ def read_gallery(folder: Path) -> GalleryInfo | None:
         return None
     except FileDamaged as error:
         raise FileDamaged(f"{error}; ruiji enqueue (or ruiji run) with its model writes it again") from None
-    if not _GALLERY_ID.fullmatch(info.gallery_id) or info.object_id not in ("basename", "path") or info.length < 1:
+    if not _GALLERY_ID.fullmatch(info.gallery_id) or info.length < 1:
         raise FileDamaged(f"{path} is damaged; ruiji enqueue (or ruiji run) with its model writes it again")
     return info
+
+
+def require_gallery(folder: Path) -> GalleryInfo:
+    """The folder's `gallery.json`.
+
+    Raises:
+        UsageError: nothing was ever enqueued into this folder. FileDamaged, GalleryMismatch: as `read_gallery`.
+    """
+    if (gallery := read_gallery(folder)) is None:
+        raise no_gallery(folder)
+    return gallery
+
+
+def no_gallery(folder: Path) -> UsageError:
+    """What to raise if a folder is no gallery."""
+    return UsageError(
+        f"no gallery in {folder}: nothing was enqueued there. Run ruiji run (or ruiji enqueue and ruiji worker) first, "
+        "or check --feature-dir and --model, whose file name is the folder's"
+    )
 
 
 def gallery_model(folder: Path, path: Path) -> Model:
@@ -127,7 +147,7 @@ def claim_gallery(folder: Path, model: Model, scheme: IdScheme) -> GalleryInfo:
         RuijiError: the folder cannot be written.
     """
     wanted = GalleryInfo(
-        secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.name, model.contract
+        secrets.token_hex(8), model.fingerprint, model.spec.length, model.path.stem, scheme.kind, model.contract
     )
     if layout.gallery_file(folder.parent).exists():
         raise UsageError(

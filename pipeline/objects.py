@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, RuijiError, UsageError
 
 #: An id becomes a file name with up to 11 more bytes (`.error.json`); file systems allow 255.
@@ -44,19 +45,17 @@ class IdScheme:
     long, the name is `%-` and the id's sha256. So it is for bad names, whose id is the whole escaped line.
     """
 
-    def __init__(self, name: str) -> None:
-        if name not in ("basename", "path"):
-            raise RuijiError(f"unknown object id scheme {name!r}; it is basename or path")
-        self.name = name
+    def __init__(self, kind: ObjectIds) -> None:
+        self.kind = ObjectIds(kind)
 
     def object_id(self, path: str) -> str:
         """The object id of one line of the object list."""
-        return path if self.name == "path" or is_bad_name(path) else path.rpartition("/")[2]
+        return path if self.kind is ObjectIds.path or is_bad_name(path) else path.rpartition("/")[2]
 
     def nested(self, object_id: str, ending: str) -> str:
         """The file name of an object, relative to the gallery folder, e.g. `aa/bb/aabb.jpg.npy`."""
         bad = is_bad_name(object_id)
-        if self.name == "basename" and not bad:
+        if self.kind is ObjectIds.basename and not bad:
             return "/".join(filter(None, (object_id[0:2], object_id[2:4], object_id + ending)))
         encoded = object_id.encode()
         digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
@@ -82,7 +81,7 @@ class IdScheme:
             return 'it has ".."; nothing outside the media folder is read'
         if "" in parts or "." in parts:
             return 'it has an empty or "." part; write it as find does'
-        if self.name == "path":
+        if self.kind is ObjectIds.path:
             return None
         object_id = parts[-1]
         if len(object_id.encode()) > MAX_ID_BYTES:

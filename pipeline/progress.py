@@ -4,13 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from pipeline.choices import Role
 from pipeline.streams import note
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from pipeline.status import Status
 
 #: Into a log file, often enough to see life, rarely enough to read.
@@ -52,13 +51,13 @@ class Attendance:
     """Whether there are workers of both kinds."""
 
     def __init__(self) -> None:
-        self._seen = dict.fromkeys(("embed", "reduce"), time.monotonic())
+        self._seen: dict[str, float] = dict.fromkeys((Role.embed, Role.reduce), time.monotonic())
 
     def missing(self, status: "Status") -> list[str]:
         """What to say of roles that nobody has had for a while."""
         now = time.monotonic()
         for worker in status.workers:
-            self._seen[str(worker["role"])] = now
+            self._seen[worker.role] = now
         gone = [role for role, seen in self._seen.items() if now - seen > _PATIENCE_S]
         if len(gone) == len(self._seen):
             return ["no worker is running: start one with ruiji worker, or make up"]
@@ -70,67 +69,71 @@ def describe(status: "Status", rate: Rate, attendance: Attendance) -> str:
     remaining = status.running + status.pending
     words = f"{status.done:,} done, {status.failed:,} failed of {status.objects:,}"
     words += f"  {rate.per_s:,.1f}/s  ETA {rate.eta(remaining)}"
-    waiting = sorted({str(w["state"]) for w in status.workers if str(w["state"]).startswith("waiting")})
+    waiting = sorted({worker.state for worker in status.workers if worker.state.startswith("waiting")})
     return "  ".join([words, *waiting, *attendance.missing(status)])
 
 
-def _bar() -> "Progress":
+class _Show(Protocol):
+    """Shows how many are done, how many there are, and words; the last of all is shown in any case."""
+
+    def __call__(self, done: int, total: int, words: str, last: bool = False) -> None: ...
+
+
+@contextmanager
+def _display(first_after_s: float) -> Iterator[_Show]:
+    """A bar on a terminal, else a line every few seconds.
+
+    Args:
+        first_after_s: when the first line may come.
+    """
+    if not sys.stderr.isatty():
+        due = time.monotonic() + first_after_s
+
+        def line(done: int, total: int, words: str, last: bool = False) -> None:
+            nonlocal due
+            if time.monotonic() >= due or last:
+                due = time.monotonic() + LINE_INTERVAL_S
+                note(words)
+
+        yield line
+        return
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-    return Progress(*columns, console=Console(stderr=True))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+
+        def bar(done: int, total: int, words: str, last: bool = False) -> None:
+            progress.update(task, total=total, completed=done, description=words)
+
+        yield bar
 
 
 @contextmanager
 def show_progress() -> "Iterator[Callable[[Status], None]]":
     """Yields what is to be called with each new status."""
     rate, attendance = Rate(), Attendance()
-    if not sys.stderr.isatty():
-        last = [0.0]
+    with _display(first_after_s=0) as show:
 
-        def line(status: "Status") -> None:
-            rate.add(status.done + status.failed)
-            if time.monotonic() - last[0] >= LINE_INTERVAL_S or status.plan is None:
-                last[0] = time.monotonic()
-                note(describe(status, rate, attendance))
-
-        yield line
-        return
-
-    with _bar() as progress:
-        task = progress.add_task("", total=None)
-
-        def bar(status: "Status") -> None:
-            rate.add(status.done + status.failed)
+        def update(status: "Status") -> None:
             finished = status.done + status.failed
-            progress.update(
-                task, total=status.objects, completed=finished, description=describe(status, rate, attendance)
-            )
+            rate.add(finished)
+            show(finished, status.objects, describe(status, rate, attendance), last=status.plan is None)
 
-        yield bar
+        yield update
 
 
 @contextmanager
 def show_steps(unit: str) -> Iterator[Callable[[int, int], None]]:
     """Yields what is to be called with how many units are done, and how many there are."""
     rate = Rate()
+    # What is done sooner needs no line.
+    with _display(first_after_s=LINE_INTERVAL_S) as show:
 
-    def words(done: int, total: int) -> str:
-        rate.add(done)
-        return f"{done:,} of {total:,} {unit}  ETA {rate.eta(total - done)}"
+        def update(done: int, total: int) -> None:
+            rate.add(done)
+            show(done, total, f"{done:,} of {total:,} {unit}  ETA {rate.eta(total - done)}")
 
-    if not sys.stderr.isatty():
-        last = [time.monotonic()]
-
-        def line(done: int, total: int) -> None:
-            if time.monotonic() - last[0] >= LINE_INTERVAL_S:
-                last[0] = time.monotonic()
-                note(words(done, total))
-
-        yield line
-        return
-
-    with _bar() as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, total=total, completed=done, description=words(done, total))
+        yield update

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme, clean_list, escaped, prepare, read_lines, sort_lines
 
@@ -187,7 +188,7 @@ def write_list(scan: Scan, target: Path, scheme: IdScheme | None = None) -> tupl
 
 
 def _write_sorted(scan: Scan, scratch: Path, target: Path) -> int:
-    any_scheme = IdScheme("path")
+    any_scheme = IdScheme(ObjectIds.path)
     lines = 0
     with (scratch / "raw").open("wb") as out:
         for path in scan.paths():

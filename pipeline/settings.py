@@ -272,11 +272,6 @@ def make_state_folder(state_dir: Path | None) -> Path:
     return folder
 
 
-def list_file(list_path: Path | None, media_dir: Path) -> Path:
-    """The object list to read."""
-    return list_path if list_path is not None else layout.object_list_file(media_dir)
-
-
 def resolve_redis_url(redis_url: str | None, password_file: Path | None, state_dir: Path | None) -> str:
     """The Redis to use: the given one, else the embedded one that is running.
 

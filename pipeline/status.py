@@ -9,8 +9,8 @@ import redis
 
 from pipeline import layout
 from pipeline.altered import Altered, AlteredReader
-from pipeline.errors import FileDamaged, UsageError
-from pipeline.gallery import read_gallery
+from pipeline.errors import FileDamaged
+from pipeline.gallery import require_gallery
 from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
 from pipeline.plans.files import OpenPlan
@@ -40,6 +40,29 @@ class ShardStatus:
 
 
 @dataclass(frozen=True)
+class WorkerState:
+    """What a live worker process says of itself.
+
+    Attributes:
+        role: embed or reduce.
+        state: `idle`, `working`, or what it waits for.
+        images, failed: what it has done since it started.
+        images_per_s: of late.
+        ms_per_image: by stage, see `workers.ledger`.
+    """
+
+    host: str
+    pid: int
+    role: str
+    device: str
+    state: str
+    images: int
+    images_per_s: float
+    ms_per_image: dict[str, float]
+    failed: int = 0
+
+
+@dataclass(frozen=True)
 class Status:
     """The whole gallery against the latest object list; done + failed + running + pending = objects.
 
@@ -61,7 +84,7 @@ class Status:
     plan: str | None
     stopped: str | None = None
     shards: list[ShardStatus] = field(default_factory=list)
-    workers: list[dict[str, Any]] = field(default_factory=list)
+    workers: list[WorkerState] = field(default_factory=list)
     starting: bool = False
     altered: Altered | None = None
 
@@ -84,9 +107,7 @@ class StatusReader:
         Raises:
             UsageError: nothing was ever enqueued into this folder.
         """
-        gallery = read_gallery(folder)
-        if gallery is None:
-            raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
+        gallery = require_gallery(folder)
         self._folder = folder
         self._gallery_id = gallery.gallery_id
         self._scheme = IdScheme(gallery.object_id)
@@ -199,34 +220,19 @@ class StatusReader:
         state = "running" if done + failed else "pending"
         return ShardStatus(segment.shard, state, segment.lines, done, failed, segment.retry)
 
-    def _workers(self) -> list[dict[str, Any]]:
+    def _workers(self) -> list[WorkerState]:
         if self._client is None:
             return []
         keys = sorted(self._client.scan_iter(worker_key(self._gallery_id, "*"), count=1000))
         return [state for value in (self._client.mget(keys) if keys else []) if (state := _worker(value)) is not None]
 
 
-#: What a worker process says of itself; see `workers.process`.
-@dataclass(frozen=True)
-class _Worker:
-    host: str
-    pid: int
-    role: str
-    device: str
-    state: str
-    images: int
-    images_per_s: float
-    ms_per_image: dict[str, float]
-
-
-def _worker(value: str | bytes | None) -> dict[str, Any] | None:
+def _worker(value: str | bytes | None) -> WorkerState | None:
     """A worker's state; None if it is gone or not of a worker of ours."""
     try:
-        state: dict[str, Any] = json.loads(value or "")
-        as_type(state, _Worker, "a worker's state")
+        return as_type(json.loads(value or ""), WorkerState, "a worker's state")
     except (ValueError, RecursionError, FileDamaged):
         return None
-    return state
 
 
 #: Before the first enqueue of a run got so far that there is a gallery.

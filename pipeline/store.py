@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
+from pipeline.choices import Reason
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
 
@@ -222,7 +223,7 @@ def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = Fal
     return feature if np.isfinite(feature).all() else None
 
 
-def write_error(path: Path, reason: str, message: str, plan_id: str) -> None:
+def write_error(path: Path, reason: Reason, message: str, plan_id: str) -> None:
     """Record that one object failed, under the limits of one plan."""
     write_atomic(path, [to_json({"format": FORMAT, "message": message, "plan": plan_id, "reason": reason})])
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ import numpy as np
 
 from pipeline import layout
 from pipeline.cache import look_through
-from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
-from pipeline.gallery import GalleryInfo, read_gallery
+from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt
+from pipeline.gallery import GalleryInfo, require_gallery
 from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, plan_id_of, segment_digest
-from pipeline.plans.planning import lost_segments, make_repair_plan, set_aside
+from pipeline.plans.planning import lost_segments, plan_repair, set_aside
 from pipeline.plans.published import published_shards
 from pipeline.reduce import nested_folders
 from pipeline.store import Record, check_shard, read_record, recorded_shards, shard_contents, sync_folder, write_atomic
@@ -63,6 +63,36 @@ class Finding:
         return f"{self.kind:<13} {self.name}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What was found at a gallery, and what was done about it.
+
+    Attributes:
+        broken: findings for which the gallery is worse; after a repair those that it cannot mend.
+        notes: what was repaired and what is left to do, for people.
+    """
+
+    findings: list[Finding]
+    broken: list[Finding]
+    notes: list[str]
+
+
+def check(folder: Path, tell: Callable[[Finding], None], *, repair_it: bool = False) -> Verification:
+    """Verify a gallery and, if asked, repair it.
+
+    Args:
+        tell: gets every finding before anything is repaired.
+
+    Raises:
+        As `verify` and `repair`.
+    """
+    findings = verify(folder)
+    for finding in findings:
+        tell(finding)
+    broken = [finding for finding in findings if finding.broken and not (repair_it and finding.repairable)]
+    return Verification(findings, broken, repair(folder, findings) if repair_it else [])
+
+
 def verify(folder: Path) -> list[Finding]:
     """Read the whole gallery and compare it with what its records and plans say.
 
@@ -79,9 +109,7 @@ def verify(folder: Path) -> list[Finding]:
 
 
 def _verify(folder: Path) -> list[Finding]:
-    gallery = read_gallery(folder)
-    if gallery is None:
-        raise UsageError(f"no gallery in {folder}: nothing was enqueued there; see ruiji enqueue --help")
+    gallery = require_gallery(folder)
     plan = open_plan(folder)
     plans = list(_plans(folder, plan))
     findings, unreadable = _lists(folder, plans)
@@ -395,7 +423,7 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
                 f"the plan {plan.plan_id} is open: its workers make its shards, or the next ruiji enqueue or ruiji run"
             )
     elif broken or any(finding.kind == "lost-shard" and finding.repairable for finding in findings):
-        plan = make_repair_plan(folder, broken)
+        plan = plan_repair(folder, broken)
         if plan is not None:
             notes.append(
                 f"plan {plan.plan_id} opened: {plan.lines} objects of {len(plan.segments)} shards are to be embedded "

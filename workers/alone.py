@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.children import python_command, start_child
+from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault
 from pipeline.model import ModelSpec
 from pipeline.plans.plan import Limits
@@ -31,7 +32,7 @@ _MB = 1 << 20
 class ChildDied(Exception):
     """The child died or was ended for its time; `reason` is how."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -69,22 +70,22 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str]
         # The clock of the image starts only now: a slow disk is not its fault.
         answer = _line(child.stdout, time.monotonic() + limits.max_image_s)
         if answer is None:
-            raise ChildDied("timeout")
+            raise ChildDied(Reason.timeout)
         if not answer:
             # The kernel's way of ending what takes too much memory.
-            raise ChildDied("memory" if child.wait() == -signal.SIGKILL else "crashed-worker")
+            raise ChildDied(Reason.memory if child.wait() == -signal.SIGKILL else Reason.crashed_worker)
         value = json.loads(answer)
         if value.get("fault"):
             raise MachineFault(value["message"])
         if "reason" in value:
-            raise ImageError(value["message"], value["reason"])
+            raise ImageError(value["message"], Reason(value["reason"]))
         if altered is not None:
             altered += value["altered"]
         pixels = np.empty(value["shape"], dtype=np.uint8)
         _fill(pixels.data.cast("B"), child.stdout)
         return pixels
     except BrokenPipeError:
-        raise ChildDied("crashed-worker") from None
+        raise ChildDied(Reason.crashed_worker) from None
     finally:
         child.kill()
         child.wait()
@@ -106,7 +107,7 @@ def _fill(view: memoryview, stream: IO[bytes]) -> None:
     while view:
         data = stream.read(len(view))
         if not data:
-            raise ChildDied("crashed-worker")
+            raise ChildDied(Reason.crashed_worker)
         view[: len(data)] = data
         view = view[len(data) :]
 
@@ -140,7 +141,7 @@ def _main() -> None:
         pixels = load_pixels(path, spec, limits.max_pixels, altered)
     except ImageError as error:
         message = str(error)
-        if error.reason == "memory":
+        if error.reason is Reason.memory:
             message = f"decoding it takes more than {limits.max_image_mb} MB of memory"
         answer: dict[str, object] = {"reason": error.reason, "message": message}
     except MachineFault as error:

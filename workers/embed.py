@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import layout
 from pipeline.altered import begin_marks, mark
+from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
 from pipeline.plans.plan import Plan, Segment
@@ -216,7 +217,7 @@ def _embed(
                 plan.keep_feature(plan.scheme.object_id(job.path), feature)
             yield number, DONE
         else:
-            error = ImageError("the model gives values that are not finite", "not-finite")
+            error = ImageError("the model gives values that are not finite", Reason.not_finite)
             yield number, _fail(plan, job, error)
 
 
@@ -232,7 +233,7 @@ def _encode(
             return [_encode(encoder, pixels[np.newaxis], ledger)[0] for pixels in batch]
         # Where a grey picture fails too, it is the model's fault.
         encoder.prove()
-        failure = ImageError("the model does not run on its pixels", "model-failed")
+        failure = ImageError("the model does not run on its pixels", Reason.model_failed)
         failure.__cause__ = error
         return [failure]
 
@@ -254,7 +255,7 @@ def _load(
 ) -> NDArray[np.uint8] | ImageError:
     """The pixels of one object, or why it has none."""
     if (problem := plan.scheme.bad_name(job.path)) is not None:
-        return ImageError(problem, "bad-name")
+        return ImageError(problem, Reason.bad_name)
     spec = encoder.model.spec
 
     def pixels() -> NDArray[np.uint8]:
@@ -272,7 +273,7 @@ def _load(
         try:
             return pixels()
         except ImageError as error:
-            if error.reason not in ("missing", "unreadable", "outside-media"):
+            if error.reason not in (Reason.missing, Reason.unreadable, Reason.outside_media):
                 return error
             check_media(plan, media_dir)
         # The folder is there now, but may have come back since: only a second look tells.

@@ -35,6 +35,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.altered import CLIPPED, GROUND, TURNED
+from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.model import ModelSpec
 from pipeline.targets import writing
@@ -132,12 +133,12 @@ def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:
         # O_NONBLOCK: a FIFO would otherwise block here for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("there is no such file", "missing") from None
+        raise ImageError("there is no such file", Reason.missing) from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise ImageError("reading it is not permitted", "unreadable") from None
+            raise ImageError("reading it is not permitted", Reason.unreadable) from None
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
-            raise ImageError("the path does not lead to a file", "not-a-file") from None
+            raise ImageError("the path does not lead to a file", Reason.not_a_file) from None
         raise MachineFault(f"cannot open {path}: {error.strerror}") from error
     # A folder can be opened like a file, but not made a file object of.
     status = os.fstat(descriptor)
@@ -145,8 +146,8 @@ def open_image(path: str | Path, inside: str | None = None) -> BinaryIO:
     if not regular or (inside is not None and not _opened_path(descriptor, path).startswith(inside.rstrip("/") + "/")):
         os.close(descriptor)
         if regular:
-            raise ImageError("a link leads out of the media folder", "outside-media")
-        raise ImageError("it is not a regular file", "not-a-file")
+            raise ImageError("a link leads out of the media folder", Reason.outside_media)
+        raise ImageError("it is not a regular file", Reason.not_a_file)
     if status.st_size > _READ_WHOLE_BYTES:
         return os.fdopen(descriptor, "rb")
     try:
@@ -196,10 +197,10 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] 
             raise MachineFault(f"cannot read an image: {error.strerror}") from error
         logger.debug("an image cannot be decoded", exc_info=True)
         if isinstance(error, MemoryError):
-            raise ImageError("decoding it takes more memory than there is", "memory") from error
+            raise ImageError("decoding it takes more memory than there is", Reason.memory) from error
         if "truncated" in str(error).lower() or isinstance(error, EOFError):
-            raise ImageError("the file ends before the image does", "truncated") from error
-        raise ImageError("the image data is broken", "undecodable") from error
+            raise ImageError("the file ends before the image does", Reason.truncated) from error
+        raise ImageError("the image data is broken", Reason.undecodable) from error
 
 
 def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> NDArray[np.uint8]:
@@ -237,7 +238,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("it is not an image in a known format", "undecodable") from None
+        raise ImageError("it is not an image in a known format", Reason.undecodable) from None
     with image:
         _check_size(*image.size, max_pixels)
         jpeg = image.format in ("JPEG", "MPO")
@@ -355,7 +356,9 @@ def _sample_range(image: Image.Image) -> tuple[int, bool]:
     0: it has 8 bits, or Pillow makes 8 of them, from the upper ones.
     """
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-        raise ImageError(f"its pixels are of mode {image.mode}, of which nothing says what is white", "undecodable")
+        raise ImageError(
+            f"its pixels are of mode {image.mode}, of which nothing says what is white", Reason.undecodable
+        )
     if not image.mode.startswith("I"):
         return 0, False
     if not isinstance(image, TiffImageFile):
@@ -408,7 +411,7 @@ def _has_no_metadata(data: memoryview) -> bool:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", "too-large")
+        raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", Reason.too_large)
 
 
 def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArray[np.uint8] | None:
@@ -453,9 +456,9 @@ def _strictly(
             # What else is odd of it was not said.
             return _strictly(whole[: end - int(padded[1])] + _JPEG_END, colors, least)
         if said.startswith("Premature end of JPEG"):
-            raise ImageError("the file ends before the image does", "truncated") from error
+            raise ImageError("the file ends before the image does", Reason.truncated) from error
         if said.startswith("Corrupt JPEG data"):
-            raise ImageError("the image data is broken", "undecodable") from error
+            raise ImageError("the image data is broken", Reason.undecodable) from error
         return None
 
 

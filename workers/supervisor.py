@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import layout
 from pipeline.children import python_command, start_child
-from pipeline.choices import Role
+from pipeline.choices import Reason, Role
 from pipeline.errors import RuijiError
 from pipeline.plans.files import open_plan
 from pipeline.worker_settings import WorkerSettings
@@ -210,7 +210,7 @@ class Supervisor:
         if plan is None or plan.plan_id != hold.plan:
             return
         # Alone, it was decoded already, and the model runs on other pixels.
-        note_deaths(plan, hold.paths, "timeout" if hung and not hold.alone else "crashed-worker", hold.alone)
+        note_deaths(plan, hold.paths, Reason.timeout if hung and not hold.alone else Reason.crashed_worker, hold.alone)
         extra = {"event": "suspects_found", "images": len(hold.paths), "alone": hold.alone}
         if len(hold.paths) == 1:
             extra["path"] = hold.paths[0]

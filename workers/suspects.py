@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline import layout
+from pipeline.choices import Reason
 from pipeline.errors import GalleryMismatch, ImageError
 from pipeline.plans.plan import Limits, Plan
 from pipeline.store import FORMAT, as_type, read_json, to_json, write_atomic
@@ -15,7 +16,7 @@ from pipeline.store import FORMAT, as_type, read_json, to_json, write_atomic
 #: So many deaths make a suspect a failed object; at least two of them with nothing else in hand.
 MOST_DEATHS = 3
 #: How a process can die of an image.
-_DEATHS = ("crashed-worker", "memory", "timeout")
+_DEATHS = (Reason.crashed_worker, Reason.memory, Reason.timeout)
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Suspect:
 
     path: str
     deaths: int
-    reason: str
+    reason: Reason
 
     def failure(self, limits: Limits) -> ImageError:
         """What the object fails with after the last death."""
         words = {
-            "timeout": f"decoding it takes longer than {limits.max_image_s} s",
-            "memory": f"decoding it takes more than {limits.max_image_mb} MB of memory",
+            Reason.timeout: f"decoding it takes longer than {limits.max_image_s} s",
+            Reason.memory: f"decoding it takes more than {limits.max_image_mb} MB of memory",
         }
         return ImageError(words.get(self.reason, "it ended every process that worked on it"), self.reason, self.deaths)
 
@@ -56,10 +57,10 @@ def read_suspect(plan: Plan, path: str) -> Suspect:
             return told
     except (FileNotFoundError, GalleryMismatch):
         pass
-    return Suspect(path, 1, "crashed-worker")
+    return Suspect(path, 1, Reason.crashed_worker)
 
 
-def note_deaths(plan: Plan, paths: Iterable[str], reason: str, alone: bool) -> None:
+def note_deaths(plan: Plan, paths: Iterable[str], reason: Reason, alone: bool) -> None:
     """Suspect objects that were in hand when a process died.
 
     Only a death with nothing else in hand counts beyond the first: no object is blamed for its batch mates.

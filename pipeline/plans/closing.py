@@ -3,10 +3,11 @@
 import contextlib
 import os
 import shutil
+from pathlib import Path
 
 from pipeline import layout
 from pipeline.objects import read_lines
-from pipeline.plans.files import ClosedPlan, write_closed
+from pipeline.plans.files import ClosedPlan, open_plan, write_closed
 from pipeline.plans.generations import note_format
 from pipeline.plans.plan import Plan, Segment
 from pipeline.store import recorded_shards, write_atomic
@@ -32,6 +33,14 @@ def close_plan(plan: Plan) -> None:
     plan.first_todo.unlink(missing_ok=True)
     shutil.rmtree(layout.suspects_folder(plan.folder, plan.plan_id), ignore_errors=True)
     shutil.rmtree(layout.emptied_folder(plan.folder, plan.plan_id), ignore_errors=True)
+
+
+def cancel(folder: Path) -> Plan | None:
+    """Close the open plan, if there is one: workers drop its tasks, and the next plan takes up its features."""
+    plan = open_plan(folder)
+    if plan is not None:
+        cancel_plan(plan)
+    return plan
 
 
 def cancel_plan(plan: Plan) -> None:

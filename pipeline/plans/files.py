@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.errors import GalleryMismatch, MachineFault
 from pipeline.plans.generations import RUN_FORMAT, current, is_plan_id
 from pipeline.plans.plan import Limits, Origin, Plan, Segment
@@ -157,11 +158,18 @@ def _read(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
             for plan_id, origin in value.pop("origins", {}).items()
         }
         limits, probes = Limits(**value.pop("limits")), tuple(value.pop("probes"))
-        given_up = tuple(value.pop("given_up", ()))
+        given_up, object_id = tuple(value.pop("given_up", ())), ObjectIds(value.pop("object_id"))
         plan = Plan(
-            folder=folder, limits=limits, probes=probes, segments=segments, origins=origins, given_up=given_up, **value
+            folder=folder,
+            limits=limits,
+            probes=probes,
+            segments=segments,
+            origins=origins,
+            given_up=given_up,
+            object_id=object_id,
+            **value,
         )
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError, ValueError):
         raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
     if not _sound(plan, extra):
         raise GalleryMismatch(f"{path} is damaged; restore it from a copy")
@@ -194,6 +202,5 @@ def _sound(plan: Plan, extra: dict[str, Any]) -> bool:
         and all(type(count) is int and count >= 0 for count in counts)
         and all(type(text) is str for text in texts)
         and all(is_plan_id(plan_id) for plan_id in plan.origins)
-        and plan.object_id in ("basename", "path")
         and type(plan.keep_features) is bool
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
+from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import GalleryMismatch
 from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
 from pipeline.objects import IdScheme
@@ -106,7 +107,7 @@ class Plan:
     list_digest: str
     list_lines: int
     shard_rows: int
-    object_id: str
+    object_id: ObjectIds
     keep_features: bool
     limits: Limits
     probes: tuple[str, ...]
@@ -252,7 +253,7 @@ class Plan:
         """(reason, message) of an object that failed under this plan, or None."""
         return read_error(self.object_file(object_id, ERROR_ENDING), self.plan_id, not self.generation)
 
-    def keep_error(self, object_id: str, reason: str, message: str) -> None:
+    def keep_error(self, object_id: str, reason: Reason, message: str) -> None:
         """Record that an object failed under this plan."""
         write_error(self.error_file(object_id), reason, message, self.plan_id)
 

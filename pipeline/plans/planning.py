@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import layout
+from pipeline.choices import Reason
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import GalleryInfo, keep_gallery
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
@@ -23,6 +24,7 @@ from pipeline.plans.generations import ListState, Marks, commit, current, making
 from pipeline.plans.plan import Limits, Origin, Plan, Segment, plan_id_of, segment_digest
 from pipeline.plans.probes import find_probes
 from pipeline.plans.published import Published, published_shards
+from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS
 from pipeline.store import read_record, recorded_shards, sync_folder
 from pipeline.versions import library_versions
 
@@ -33,21 +35,21 @@ _ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The caller's choices that a new plan freezes."""
+class PlanSettings:
+    """The caller's choices that a new plan freezes; each is an option of `ruiji enqueue`."""
 
-    shard_rows: int
-    keep_features: bool
-    max_pixels: int
-    max_image_s: int
-    max_image_mb: int
+    shard_rows: int = SHARD_ROWS
+    keep_features: bool = False
+    max_pixels: int = MAX_PIXELS
+    max_image_s: int = MAX_IMAGE_S
+    max_image_mb: int = MAX_IMAGE_MB
 
 
 @dataclass(frozen=True)
 class Retry:
     """Plan failed objects again, and nothing else; with a reason only those that last failed for it."""
 
-    reason: str | None = None
+    reason: Reason | None = None
 
     def wants(self, entries: list["_Entry"]) -> bool:
         """Whether an object failed, has no row from an earlier retry, and failed last for the reason."""
@@ -83,12 +85,12 @@ class _Lost:
     plan: Plan
 
 
-def make_plan(
+def plan_list(
     folder: Path,
     media_dir: Path,
     gallery: GalleryInfo,
     objects: ObjectList,
-    settings: Settings,
+    settings: PlanSettings,
     retry: Retry | None = None,
 ) -> Plan | None:
     """Find out what is to do, and commit it as the open plan; accept the list.
@@ -136,7 +138,7 @@ def _make(
     media_dir: Path,
     gallery: GalleryInfo,
     objects: ObjectList,
-    settings: Settings,
+    settings: PlanSettings,
     retry: Retry | None,
     generation: int,
 ) -> tuple[Plan | None, ListState]:
@@ -187,7 +189,7 @@ def _make(
     return plan, state
 
 
-def make_repair_plan(folder: Path, broken: Collection[int] = ()) -> Plan | None:
+def plan_repair(folder: Path, broken: Collection[int] = ()) -> Plan | None:
     """Commit a plan of the lost shards alone, each under the limits of the plan that made it.
 
     Needs neither the list nor Redis: a running reducer's watchdog finds the open plan on the disk.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline import layout
 from pipeline.cache import CacheFolder, ShardCache
 from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
-from pipeline.gallery import GalleryInfo, read_gallery
+from pipeline.gallery import GalleryInfo, no_gallery, read_gallery
 from pipeline.npy import NpyError, map_npy
 from pipeline.plans.generations import Marks, read_marks
 from pipeline.plans.published import published_shards
@@ -92,10 +92,7 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
         ShardCorrupt: a file is missing, damaged, or differs from its record.
     """
     if not folder.is_dir():
-        raise UsageError(
-            f"no gallery at {folder}: run ruiji enqueue and ruiji worker (or ruiji run) first, or check "
-            "--feature-dir and --model, whose file name is the folder's"
-        )
+        raise no_gallery(folder)
     info = read_gallery(folder)
     gallery = _open_unverified(folder) if info is None else _open_recorded(folder, info, include_stale)
     if not gallery.shards:

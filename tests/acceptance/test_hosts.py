@@ -65,7 +65,7 @@ def at_work(*started: tuple[Ruiji, tuple[str, ...]]) -> Iterator[None]:
 
 def embedded(ruiji: Ruiji) -> int:
     """Features that the live workers wrote."""
-    return sum(int(worker["images"]) for worker in ruiji.status().workers)
+    return sum(worker.images for worker in ruiji.status().workers)
 
 
 @pytest.mark.parametrize("late_s", ["0.7", pytest.param("4", marks=pytest.mark.slow)])

@@ -126,7 +126,7 @@ def test_the_parts_work_by_themselves(ruiji: Ruiji, redis_url: str) -> None:
     # Again, on the open plan: it carries on, and publishes nothing twice.
     assert "continues" in (again := ruiji("enqueue").stderr) and "0 tasks published now" in again
     ruiji.start("worker", "--role", "embed", "--processes", "1")
-    wait_until(lambda: any(w["images"] for w in ruiji.status().workers), what="an image that is done")
+    wait_until(lambda: any(w.images for w in ruiji.status().workers), what="an image that is done")
     assert "ms per image: read" in ruiji("status", code=3).stdout
     ruiji.start("worker", "--role", "reduce")
     ruiji("enqueue", "--wait")

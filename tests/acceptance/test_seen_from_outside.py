@@ -7,9 +7,9 @@ import time
 
 import redis
 
+from pipeline.follow import _read_patiently
 from pipeline.gallery import read_gallery
 from pipeline.queue.connection import connect
-from pipeline.run import _read_patiently
 from pipeline.status import StatusReader
 from tests.factories import Ruiji, pictures, wait_until
 
@@ -57,11 +57,11 @@ def test_a_wait_tells_once_that_redis_is_away_and_ends_where_it_refuses(ruiji: R
     reader.read = read  # type: ignore[method-assign, assignment]
     handler = logging.Handler()
     handler.emit = said.append  # type: ignore[method-assign]
-    logging.getLogger("pipeline.run").addHandler(handler)
+    logging.getLogger("pipeline.follow").addHandler(handler)
     try:
         _read_patiently(reader, [])
     finally:
-        logging.getLogger("pipeline.run").removeHandler(handler)
+        logging.getLogger("pipeline.follow").removeHandler(handler)
     assert len(said) == 1
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from examples.digits import demo, images
 from examples.digits.evaluate import MODEL, embed, retrieval
+from pipeline.choices import ObjectIds
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 
@@ -101,7 +102,7 @@ def test_files_hold_the_pixels_in_the_nested_layout(media_dir: Path, splits: dic
 
 
 def test_object_list_is_the_gallery_as_enqueue_wants_it(media_dir: Path, tmp_path: Path) -> None:
-    listed = prepare(media_dir / "objects.txt", tmp_path, IdScheme("basename"))
+    listed = prepare(media_dir / "objects.txt", tmp_path, IdScheme(ObjectIds.basename))
     assert (listed.lines, listed.notes) == (1000, ())
     assert all(line.startswith("gallery/") for line in listed.path.read_text().splitlines())
 

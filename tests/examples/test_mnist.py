@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from examples.mnist import data, draw
+from pipeline.choices import ObjectIds
 from pipeline.objects import IdScheme, prepare
 from search.labels import read_annotations
 
@@ -135,7 +136,7 @@ def test_a_draw_is_seeded_and_has_the_articles_columns(digits: data.Digits, tmp_
 
 def test_a_draws_list_is_as_enqueue_wants_it_and_its_labels_are_found(digits: data.Digits, tmp_path: Path) -> None:
     draw.draw(digits, tmp_path / "media", 5, 35, 0)
-    listed = prepare(tmp_path / "media" / "objects.txt", tmp_path, IdScheme("basename"))
+    listed = prepare(tmp_path / "media" / "objects.txt", tmp_path, IdScheme(ObjectIds.basename))
     assert (listed.lines, listed.notes) == (MADE, ())
     annotations = read_annotations(tmp_path / "media" / "anno.csv")
     for path in listed.path.read_text().splitlines():

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.gallery import claim_gallery, gallery_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plans.plan import Plan
-from pipeline.plans.planning import Retry, Settings, make_plan
+from pipeline.plans.planning import PlanSettings, Retry, plan_list
 from tests.factories import pictures
 
-SCHEME = IdScheme("basename")
+SCHEME = IdScheme(ObjectIds.basename)
 
 
 def plan_for(
@@ -31,8 +32,8 @@ def plan_for(
     scratch.mkdir(exist_ok=True)
     (scratch / "list").write_text("".join(f"{path}\n" for path in paths))
     objects = prepare(scratch / "list", scratch, SCHEME)
-    settings = Settings(shard_rows, keep_features, max_pixels, max_image_s=2, max_image_mb=256)
-    return make_plan(folder, tmp_path / "media", gallery, objects, settings, retry)
+    settings = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s=2, max_image_mb=256)
+    return plan_list(folder, tmp_path / "media", gallery, objects, settings, retry)
 
 
 def new_plan(tmp_path: Path, model_path: Path, count: int, shard_rows: int = 4, keep_features: bool = False) -> Plan:

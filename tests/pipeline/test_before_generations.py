@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.enqueue import Extraction
+from pipeline.enqueue import enqueue as queue
 from pipeline.errors import GalleryMismatch
 from pipeline.gallery import read_gallery
 from pipeline.model import load_model, pixels_of
@@ -18,10 +20,8 @@ from pipeline.plans.closing import cancel_plan
 from pipeline.plans.files import open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan
-from pipeline.plans.planning import Settings
+from pipeline.plans.planning import PlanSettings
 from pipeline.reduce import finish_plan, reduce_segment
-from pipeline.run import Work
-from pipeline.run import enqueue as queue
 from pipeline.status import StatusReader
 from pipeline.store import read_json
 from pipeline.verify import verify
@@ -154,9 +154,9 @@ def test_it_keeps_its_fingerprint_and_the_pixels_of_its_time(tmp_path: Path, old
     before = (old / "gallery.json").read_bytes()
     paths = pictures(tmp_path / "media", 12)
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in [*paths[:4], *paths[5:]]))
-    settings = Settings(4, keep_features=False, max_pixels=10**8, max_image_s=2, max_image_mb=256)
-    work = Work(tmp_path / "media", tmp_path / "features", DATA / "tiny.onnx", "basename", settings)
-    assert queue(work, tmp_path / "list.txt", None).resumed
+    settings = PlanSettings(4, keep_features=False, max_pixels=10**8, max_image_s=2, max_image_mb=256)
+    work = Extraction(tmp_path / "media", tmp_path / "features", DATA / "tiny.onnx", plan=settings)
+    assert queue(work, None, tmp_path / "list.txt").resumed
     assert (old / "gallery.json").read_bytes() == before
     gallery = read_gallery(old)
     assert gallery is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.choices import ListFormat
 from pipeline.errors import UsageError
 from pipeline.failures import failed_objects, write_failures
 from pipeline.plans.closing import close_plan
@@ -160,7 +161,7 @@ def test_failures_of_a_run_that_is_not_over_are_listed(tmp_path: Path, model_pat
 def test_the_formats(tmp_path: Path, model_path: Path, failed: tuple[Plan, list[str]]) -> None:
     first, paths = failed
     written = {}
-    for form in ("table", "csv", "jsonl"):
+    for form in ListFormat:
         out = io.StringIO()
         assert write_failures(failed_objects(first.folder), form, out) == 3
         written[form] = out.getvalue().splitlines()

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, GalleryMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme, prepare
 from pipeline.plans.closing import close_plan
-from pipeline.plans.planning import Settings, make_plan
+from pipeline.plans.planning import PlanSettings, plan_list
 from pipeline.queue.connection import connect
 from tests.factories import picture, tiny_model
 from tests.pipeline.galleries import new_plan
 
-BASENAME, PATH = IdScheme("basename"), IdScheme("path")
+BASENAME, PATH = IdScheme(ObjectIds.basename), IdScheme(ObjectIds.path)
 
 
 def test_a_gallery_that_is_used_belongs_to_one_model_and_one_kind_of_id(tmp_path: Path, model_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_claim_that_came_between_a_claim_and_its_plan_gives_way(tmp_path: Path
     picture(tmp_path / "media" / "a.png")
     (tmp_path / "scratch").mkdir()
     objects = prepare(tmp_path / "list", tmp_path / "scratch", BASENAME)
-    plan = make_plan(folder, tmp_path / "media", first, objects, Settings(4, False, 10**8, 2, 256))
+    plan = plan_list(folder, tmp_path / "media", first, objects, PlanSettings(4, False, 10**8, 2, 256))
     assert plan is not None
     assert read_gallery(folder) == first
     # And where the other claim was written after that, the next enqueue finds the plan's.

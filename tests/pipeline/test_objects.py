@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, UsageError
 from pipeline.objects import Exclude, IdScheme, ObjectList, escaped, is_bad_name, prepare, read_lines
 
-BASENAME, WHOLE_PATH = IdScheme("basename"), IdScheme("path")
+BASENAME, WHOLE_PATH = IdScheme(ObjectIds.basename), IdScheme(ObjectIds.path)
 
 
 def prepared(tmp_path: Path, content: bytes, scheme: IdScheme = BASENAME, exclude: Exclude | None = None) -> ObjectList:

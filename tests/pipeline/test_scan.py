@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme
 from pipeline.scan import IMAGE_ENDINGS, Scan, count_unlisted, write_list
@@ -89,7 +90,7 @@ def test_names_that_no_line_can_hold_are_listed_escaped(tmp_path: Path) -> None:
     for name in (b"a.jpg", b"caf\xe9.jpg", b"x\ny.png", b"..z.jpg"):
         empty(media / os.fsdecode(name))
     target = tmp_path / "objects.txt"
-    lines, notes = write_list(Scan(media), target, IdScheme("path"))
+    lines, notes = write_list(Scan(media), target, IdScheme(ObjectIds.path))
     assert lines == 4
     assert target.read_text() == "..z.jpg\na.jpg\ncaf\\xe9.jpg/\nx\\x0ay.png/\n"
     assert len(notes) == 1 and notes[0].startswith("lines that cannot be used, and fail as bad-name: 2")
@@ -105,9 +106,9 @@ def test_a_folder_without_images_and_a_list_that_an_enqueue_refuses_are_refused(
     for name in ("x/same.jpg", "y/same.jpg"):
         empty(media / name)
     with pytest.raises(ObjectListError, match="two objects have the id"):
-        write_list(Scan(media), target, IdScheme("basename"))
+        write_list(Scan(media), target, IdScheme(ObjectIds.basename))
     assert not target.exists()
-    assert write_list(Scan(media), target, IdScheme("path"))[0] == 2
+    assert write_list(Scan(media), target, IdScheme(ObjectIds.path))[0] == 2
 
 
 def test_images_that_are_not_on_a_list_are_counted(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_images_that_are_not_on_a_list_are_counted(tmp_path: Path) -> None:
     for name in (b"a.jpg", b"b/b.jpg", b"..c.jpg", b"\xe9.jpg", "写.jpg".encode(), b"new.jpg"):
         empty(media / os.fsdecode(name))
     listed.write_bytes(b"gone.jpg\r\n./b/b.jpg\r\na.jpg\r\n..c.jpg\n\xe9.jpg\n" + "写.jpg\n".encode())
-    for scheme in (IdScheme("basename"), IdScheme("path")):
+    for scheme in (IdScheme(ObjectIds.basename), IdScheme(ObjectIds.path)):
         assert count_unlisted(Scan(media), listed, scheme, tmp_path) == 1
-    assert count_unlisted(Scan(media, Exclude(["new*"])), listed, IdScheme("path"), tmp_path) == 0
+    assert count_unlisted(Scan(media, Exclude(["new*"])), listed, IdScheme(ObjectIds.path), tmp_path) == 0
     assert sorted(os.listdir(tmp_path)) == ["media", "objects.txt"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import layout
+from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, MachineFault, ShardCorrupt
 from pipeline.objects import IdScheme
 from pipeline.store import (
@@ -31,7 +32,7 @@ from pipeline.store import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-BASENAME = IdScheme("basename")
+BASENAME = IdScheme(ObjectIds.basename)
 
 
 def npy(header: str, data: bytes) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
-from pipeline.choices import Device
+from pipeline.choices import Device, ObjectIds
 from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
@@ -52,7 +52,7 @@ def write_shard(
 
 def write_gallery(folder: Path, model: Model, features: NDArray[np.float32], paths: list[str], shard_rows: int) -> None:
     """A whole gallery of recorded shards."""
-    claim_gallery(folder, model, IdScheme("basename"))
+    claim_gallery(folder, model, IdScheme(ObjectIds.basename))
     for number, start in enumerate(range(0, len(features), shard_rows)):
         rows = slice(start, start + shard_rows)
         write_shard(folder, number, features[rows], paths[rows], model.fingerprint)

@@ -16,17 +16,16 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline.choices import Device
+from pipeline.choices import Device, ObjectIds
+from pipeline.enqueue import Extraction, enqueue
 from pipeline.errors import MachineFault, ModelError, UsageError
 from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.plans.files import open_plan
-from pipeline.plans.planning import Settings
 from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.connection import connect
 from pipeline.reduce import reduce_segment
-from pipeline.run import Work, enqueue
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, tiny_model, wait_until
@@ -37,7 +36,7 @@ from workers.in_hand import InHand
 from workers.permanent import REPEATS, Repeats
 from workers.trial import proven_encoder
 
-SCHEME = IdScheme("basename")
+SCHEME = IdScheme(ObjectIds.basename)
 
 
 def give(ruiji: Ruiji, kind: str) -> None:
@@ -81,8 +80,8 @@ def test_a_gallery_that_is_there_has_its_model_not_tried_again(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match="ends the process"):
         prove_model(load_model(ruiji.model))
-    work = Work(ruiji.media, ruiji.features, ruiji.model, "basename", Settings(1000, False, 10**8, 60, 1024))
-    assert enqueue(work, ruiji.media / "objects.txt", redis_url).plan is None
+    work = Extraction(ruiji.media, ruiji.features, ruiji.model)
+    assert enqueue(work, redis_url).plan is None
 
 
 def test_what_the_cpu_cannot_do_is_left_to_the_first_worker_which_ends_the_run(ruiji: Ruiji) -> None:

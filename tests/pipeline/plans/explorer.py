@@ -20,6 +20,7 @@ import pytest
 
 from pipeline import layout
 from pipeline import objects as objects_module
+from pipeline.choices import ObjectIds
 from pipeline.errors import ImageError, MachineFault, PlanMismatch, RuijiError
 from pipeline.gallery import GalleryInfo
 from pipeline.objects import IdScheme, ObjectList, prepare
@@ -28,7 +29,7 @@ from pipeline.plans.closing import cancel_plan
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, Segment
-from pipeline.plans.planning import Retry, Settings, check_matches, make_plan
+from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
 from pipeline.plans.published import published_shards
 from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.status import StatusReader
@@ -40,7 +41,7 @@ LENGTH = 2
 #: What is too large under the small limit, and what never decodes.
 BIG, BAD = "big.png", "bad.png"
 SMALL, LARGE = 10, 1000
-GALLERY = GalleryInfo("0123456789abcdef", "fingerprint", LENGTH, "model", "basename")
+GALLERY = GalleryInfo("0123456789abcdef", "fingerprint", LENGTH, "model", ObjectIds.basename)
 
 
 class Killed(BaseException):
@@ -183,15 +184,15 @@ class World:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         (scratch / "list").write_text("".join(f"{name}\n" for name in names))
-        return prepare(scratch / "list", scratch, IdScheme("basename"))
+        return prepare(scratch / "list", scratch, IdScheme(ObjectIds.basename))
 
     def enqueue(self, names: list[str], max_pixels: int = LARGE, retry: Retry | None = None) -> Plan | None:
         """As `ruiji enqueue`, up to publishing; what is refused changes nothing."""
         listed = self.objects(names)
-        settings = Settings(2, False, max_pixels, 60, 256)
+        settings = PlanSettings(2, False, max_pixels, 60, 256)
         plan = open_plan(self.folder)
         if plan is None:
-            plan = make_plan(self.folder, self.media, GALLERY, listed, settings, retry)
+            plan = plan_list(self.folder, self.media, GALLERY, listed, settings, retry)
         if plan is not None:
             with contextlib.suppress(PlanMismatch):
                 check_matches(plan, listed, GALLERY, 2)

@@ -362,7 +362,7 @@ def _the_list_is_accepted_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _repair_deletes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A repair removes a broken shard before its plan is committed."""
-    real = verify_module.make_repair_plan
+    real = verify_module.plan_repair
 
     def make(folder: Path, broken: Any) -> Any:
         for shard in broken:
@@ -371,7 +371,7 @@ def _repair_deletes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.rmtree(folder / "run" / "done")
         return real(folder, broken)
 
-    monkeypatch.setattr(verify_module, "make_repair_plan", make)
+    monkeypatch.setattr(verify_module, "plan_repair", make)
 
 
 FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, str, str, bool]]] = [

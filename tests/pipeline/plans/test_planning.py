@@ -15,7 +15,7 @@ from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.generations import current, read_marks
 from pipeline.plans.plan import segment_digest
-from pipeline.plans.planning import Settings, check_matches, make_plan, make_repair_plan
+from pipeline.plans.planning import PlanSettings, check_matches, plan_list, plan_repair
 from pipeline.reduce import reduce_segment
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
@@ -208,7 +208,7 @@ def test_an_empty_folder_is_not_claimed_twice(tmp_path: Path, model_path: Path) 
     objects = ObjectList(tmp_path / "list", tmp_path / "by-id", 1, "d", ())
     (tmp_path / "by-id").write_text("none.png\tnone.png\n")
     with pytest.raises(RuijiError, match="none of the 1 objects"):
-        make_plan(tmp_path, tmp_path / "media", gallery, objects, Settings(10, False, 10**8, 60, 2048))
+        plan_list(tmp_path, tmp_path / "media", gallery, objects, PlanSettings(10, False, 10**8, 60, 2048))
     assert open_plan(tmp_path) is None
 
 
@@ -256,7 +256,7 @@ def test_a_repair_and_a_retry_are_carried_on_whatever_the_list(tmp_path: Path, m
     finish(first)
     for path in first.folder.glob("0001.*"):
         path.unlink()
-    plan = make_repair_plan(first.folder)
+    plan = plan_repair(first.folder)
     assert plan is not None and plan.repair
     gallery = read_gallery(plan.folder)
     assert gallery is not None
@@ -278,7 +278,7 @@ def test_a_shard_is_made_again_under_the_limits_that_it_was_made_under(tmp_path:
     closed.write_text(json.dumps(told))
     for path in plan.folder.glob("000[01].*"):
         path.unlink()
-    again = make_repair_plan(plan.folder)
+    again = plan_repair(plan.folder)
     assert again is not None
     assert [again.limits_of(segment).max_pixels for segment in again.segments] == [10, 1000]
     finish(again)

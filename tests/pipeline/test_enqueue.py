@@ -1,0 +1,104 @@
+"""The functions under `ruiji enqueue`, `retry`, `cancel` and `status`, as a program calls them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import layout
+from pipeline.choices import ObjectIds, Reason
+from pipeline.enqueue import Extraction, enqueue, retry
+from pipeline.errors import ObjectListError, PlanMismatch, UsageError
+from pipeline.follow import Look, look
+from pipeline.plans.closing import cancel
+from pipeline.plans.planning import PlanSettings
+from pipeline.plans.published import published_shards
+from pipeline.reduce import finish_plan, reduce_segment
+from tests.factories import pictures
+from tests.pipeline.galleries import embed, fail
+
+
+@pytest.fixture
+def work(tmp_path: Path, model_path: Path) -> Extraction:
+    """Six pictures that nobody enqueued yet."""
+    pictures(tmp_path / "media", 6)
+    return Extraction(tmp_path / "media", tmp_path / "features", model_path, plan=PlanSettings(shard_rows=4))
+
+
+def finish(work: Extraction, failed: dict[str, Reason]) -> None:
+    """Do all of the open plan, with some failures."""
+    plan = enqueue(work, None).plan
+    assert plan is not None
+    for segment in plan.segments:
+        for path in plan.paths(segment):
+            if path in failed:
+                fail(plan, path, failed[path])
+            else:
+                embed(plan, [path])
+        reduce_segment(plan, segment, lambda: None)
+    finish_plan(plan, lambda _: _Nothing())
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def status(work: Extraction, tmp_path: Path) -> Look:
+    def no_redis() -> str:
+        raise UsageError("no Redis here")
+
+    return look(work.folder, tmp_path / "state", no_redis)
+
+
+def test_a_list_is_enqueued_carried_on_and_cancelled_without_redis(work: Extraction, tmp_path: Path) -> None:
+    first, again = enqueue(work, None), enqueue(work, None)
+    assert first.plan is not None and again.plan is not None
+    assert (first.resumed, again.resumed) == (False, True)
+    assert (first.objects, first.published, first.plan.lines) == (6, 0, 6)
+    assert [segment.lines for segment in first.plan.segments] == [4, 2]
+    seen = status(work, tmp_path)
+    assert seen.without_redis == "no Redis here"
+    assert (seen.status.objects, seen.status.pending, seen.status.plan) == (6, 6, first.plan.plan_id)
+    closed = cancel(work.folder)
+    assert closed is not None and closed.plan_id == first.plan.plan_id
+    assert cancel(work.folder) is None
+    assert status(work, tmp_path).status.plan is None
+
+
+def test_failed_objects_are_planned_again_by_their_reason(work: Extraction, tmp_path: Path) -> None:
+    paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
+    finish(work, {paths[1]: Reason.truncated, paths[5]: Reason.missing})
+    assert published_shards(work.folder) == [0, 1]
+    assert retry(work, None, reason=Reason.timeout).plan is None
+    plan = retry(work, None, reason=Reason.missing).plan
+    assert plan is not None and plan.retry
+    assert [path for segment in plan.segments for path in plan.paths(segment)] == [paths[5]]
+    cancel(work.folder)
+    plan = retry(work, None).plan
+    assert plan is not None
+    assert [path for segment in plan.segments for path in plan.paths(segment)] == [paths[1], paths[5]]
+
+
+def test_a_retry_takes_the_list_that_a_run_made(work: Extraction) -> None:
+    paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
+    finish(work, {paths[2]: Reason.undecodable})
+    shutil.move(layout.object_list_file(work.media_dir), layout.run_list_file(work.folder))
+    plan = retry(work, None).plan
+    assert plan is not None and plan.lines == 1
+    with pytest.raises(ObjectListError, match="no object list"):
+        enqueue(work, None)
+
+
+def test_a_retry_does_not_mix_with_objects_that_were_never_tried(work: Extraction) -> None:
+    enqueue(work, None)
+    with pytest.raises(PlanMismatch, match="never tried"):
+        retry(work, None)
+
+
+def test_what_cannot_be_extracted_is_refused(work: Extraction, tmp_path: Path) -> None:
+    away = Extraction(tmp_path / "away", work.feature_dir, work.model, ObjectIds.path)
+    with pytest.raises(UsageError, match="does not exist or is not a folder"):
+        enqueue(away, None)
+    with pytest.raises(UsageError, match="no gallery in"):
+        status(work, tmp_path)
