@@ -227,8 +227,9 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
         pixels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
     if seen == placed.window:
         return pixels
-    padded = np.empty((spec.height, spec.width, spec.channels), dtype=np.uint8)
-    padded[:] = np.asarray(spec.pad_color, dtype=np.uint8)
+    # By rows: to repeat three bytes takes numpy as long as a fifth of the decoding.
+    row = np.tile(np.asarray(spec.pad_color, dtype=np.uint8), spec.width)
+    padded = np.tile(row, (spec.height, 1)).reshape(spec.height, spec.width, spec.channels)
     padded[seen[1] - top : seen[3] - top, seen[0] - left : seen[2] - left] = pixels
     return padded
 
