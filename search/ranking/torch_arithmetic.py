@@ -30,6 +30,9 @@ from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_r
 #: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
 #: still in its cache when they are needed. A GPU takes whole blocks.
 _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
+#: So many rows of products are looked at by their highest: one quick pass, where comparing all and looking for what
+#: that found take longer than a product of matrix units. If every eighth group has a hit, all are compared.
+_GROUP_ROWS, _GROUP_WORTH = 32, 8
 _SETTINGS = threading.RLock()
 #: Far below what a bound on the error of a unit vector's product notices.
 _NOTHING = np.float32(1e-30)
@@ -240,11 +243,11 @@ class TorchArithmetic:
         for number, part in enumerate(a.split(at_once)):
             # A bfloat16 is compared as the float32 that it is.
             cosines = _products(part, b).float()
-            near = ~(cosines < least)
-            if is_dense(int(near.sum()), near.numel()):
+            found = _near(cosines, least)
+            if found is None:
                 yield Dense(number * at_once, cosines.cpu().numpy())
             else:
-                i, j = _chosen(near)
+                i, j = found
                 yield Pairs(number * at_once + i, j, _at(cosines, i, j))
 
     def products(self, units: Float64) -> Products:
@@ -391,6 +394,39 @@ def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
     return np.divmod(places, max(1, mask.shape[1]))
 
 
+def _near(cosines: torch.Tensor, least: float) -> tuple[Rows, Rows] | None:
+    """The rows and columns of cosines that are not below `least`; None if there are so many that all are wanted."""
+    if (found := _by_groups(cosines, torch.tensor(least, device=cosines.device))) is None:
+        near = ~(cosines < least)
+        return None if is_dense(int(near.sum()), near.numel()) else _chosen(near)
+    return None if is_dense(len(found[0]), cosines.numel()) else found
+
+
+def _reaching(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows]:
+    """The rows, ascending, and columns of values, [b, q], that are not below `least`: [q] or [b, q]."""
+    # A value that is none is not below either.
+    return _by_groups(values, least) or _chosen(~(values < least))
+
+
+def _by_groups(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows] | None:
+    """As `_reaching`, by looking only into groups of rows whose highest value is not below; None if that is no use."""
+    count, width = values.shape
+    if values.device.type != "cpu" or least.ndim > 1 or count < _GROUP_ROWS:
+        return None
+    whole = count // _GROUP_ROWS * _GROUP_ROWS
+    # A value that is none makes the highest of its group none.
+    highest = values[:whole].reshape(-1, _GROUP_ROWS, width).amax(1)
+    groups, columns = _chosen(~(highest < least))
+    if len(groups) * _GROUP_WORTH > highest.numel():
+        return None
+    rows = groups[:, np.newaxis] * _GROUP_ROWS + np.arange(_GROUP_ROWS)
+    some, others = torch.from_numpy(rows), torch.from_numpy(columns)[:, None]
+    members, inside = _chosen(~(values[some, others] < least.expand(width)[others]))
+    rest, rest_columns = _chosen(~(values[whole:] < least))
+    places = np.sort(rows[members, inside] * width + columns[members])
+    return np.divmod(np.concatenate([places, (whole + rest) * width + rest_columns]), width)
+
+
 def _at(values: torch.Tensor, rows: Rows, columns: Rows) -> NDArray[np.float64]:
     device = values.device
     chosen: NDArray[np.float64] = (
@@ -405,6 +441,15 @@ def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
     if not (highest[:, 0] < torch.inf).all():
         highest = torch.topk(values.where(values < torch.inf, -torch.inf), k, dim=1).values
     return highest[:, -1]
+
+
+def _lower_kth(values: torch.Tensor, margin: Margin, k: int) -> torch.Tensor:
+    """What k rows reach for certain, of values, [b, q]: [q]."""
+    if torch.is_tensor(margin.absolute):
+        return _kth(margin.lower(values).T.contiguous(), k)
+    # The least that the truth can be then rises with the value.
+    kth: torch.Tensor = margin.lower(_kth(values.T.contiguous(), k))
+    return kth
 
 
 def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cuts: NDArray[np.float64]) -> Candidates:
@@ -429,9 +474,8 @@ def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cut
         if not rows.usable.all():
             values[~rows.usable] = -torch.inf
         if unknown and batch.top_k < len(values):
-            reach = torch.maximum(reach, _kth(here.lower(values).T.contiguous(), batch.top_k).double())
-        # A value that is none is not below either.
-        numbers, queries = _chosen(~(values < here.least(reach).to(values.dtype)))
+            reach = torch.maximum(reach, _lower_kth(values, here, batch.top_k).double())
+        numbers, queries = _reaching(values, here.least(reach).to(values.dtype))
         chosen = _at(values, numbers, queries)
         if batch.metric is Metric.euclidean:
             here = Margin(_at(here.absolute, numbers, queries))

@@ -13,6 +13,7 @@ from search.gallery.shards import Block, Gallery  # noqa: E402
 from search.near_duplicates import find_groups  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
 from search.ranking import torch_arithmetic  # noqa: E402
+from search.ranking.arithmetic import is_dense  # noqa: E402
 from search.ranking.rank import rank  # noqa: E402
 from search.ranking.scan import Batch  # noqa: E402
 from search.ranking.torch_arithmetic import TorchArithmetic, TorchScan  # noqa: E402
@@ -222,3 +223,24 @@ def test_threads_that_come_at_once_make_one_copy() -> None:
     assert sum(len(rows.features) for rows in kept) == 300
     rank(gallery, features[:1], 5, scan=scan)
     assert scan._kept is kept
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.5])
+def test_looking_by_groups_finds_what_a_comparison_finds(share: float) -> None:
+    for rows, columns in ((1, 3), (31, 1), (32, 40), (33, 7), (1000, 50)):
+        rng = np.random.default_rng([rows, columns])
+        values = rng.standard_normal((rows, columns)).astype(np.float32)
+        values[rng.random(values.shape) < 0.001] = np.nan
+        values[rng.random(values.shape) < 0.001] = -np.inf
+        cut = np.float32(np.nanquantile(values[np.isfinite(values)], 1 - share))
+        each = (cut + rng.standard_normal(columns) / 4).astype(np.float32)
+        for least in (each, np.broadcast_to(each, values.shape).copy(), np.full(columns, values.max())):
+            i, j = torch_arithmetic._reaching(torch.from_numpy(values), torch.from_numpy(least))
+            wanted = np.nonzero(~(values < least))
+            assert np.array_equal(i, wanted[0]) and np.array_equal(j, wanted[1])
+        found = torch_arithmetic._near(torch.from_numpy(values), float(cut))
+        wanted = np.nonzero(~(values < cut))
+        if found is None:
+            assert is_dense(len(wanted[0]), values.size)
+        else:
+            assert np.array_equal(found[0], wanted[0]) and np.array_equal(found[1], wanted[1])
