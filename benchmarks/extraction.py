@@ -51,7 +51,7 @@ from pipeline.segments import Segments
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
 from pipeline.store import write_feature
 from search.queries import embed_images, load_encoder
-from workers.images import load_pixels
+from workers.decode.images import load_pixels
 
 RESULTS = FOLDER / "extraction.json"
 LIBRARIES = (

@@ -25,8 +25,8 @@ from pipeline.model import ModelSpec, load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.store import versions_tag, write_feature
 from pipeline.versions import library_versions
+from workers.decode.images import load_pixels
 from workers.encoder import Encoder
-from workers.images import load_pixels
 
 #: The article's list, and the time that it may take here; the article took 15 minutes.
 ARTICLE_IMAGES, ARTICLE_TARGET_S = 100_381, 45.0

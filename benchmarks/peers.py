@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from benchmarks.data import FEATURE_LENGTH, MODEL
 from pipeline.model import load_model
 from pipeline.settings import SHARD_ROWS
+from workers.decode.resize import resize
 from workers.graph import PIXELS_INPUT, taking_pixels
-from workers.resize import resize
 
 #: Of a DataLoader's batches.
 _BATCH_IMAGES = 8

@@ -67,10 +67,11 @@ class ModelSpec:
             the same pixels.
         length: d, the number of float32 values of one feature.
         pixels: which rules turn a file into pixels. 1: the article's, by which wide samples clip, transparency is
-            dropped and TIFFs are turned twice; also of a gallery that says none, being older. 2: see `workers.images`.
-        fit: how a picture comes to `width` x `height`, see `workers.fit`. `stretch`: to that size, whatever its shape,
-            as in the article. `crop`: its shorter side to `resize_size`, then the centre. `pad`: as large as fits, then
-            filled up with `pad_color`, one value from 0 to 255 per channel.
+            dropped and TIFFs are turned twice; also of a gallery that says none, being older. 2: see
+            `workers.decode.images`.
+        fit: how a picture comes to `width` x `height`, see `workers.decode.fit`. `stretch`: to that size, whatever its
+            shape, as in the article. `crop`: its shorter side to `resize_size`, then the centre. `pad`: as large as
+            fits, then filled up with `pad_color`, one value from 0 to 255 per channel.
         reference: the library whose rounding `crop` and `pad` follow, one of `REFERENCES[fit]`.
         dtype: of the graph's input. `uint8` takes pixels as they are; divisor, mean and std are then 1, 0 and 1.
         pooling: of the graph's output, see `POOLINGS`. `cls`: the first token. `mean`: the mean of the tokens but the

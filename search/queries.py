@@ -332,7 +332,7 @@ def embed_pictures(
 
 
 def _pixels(picture: "Picture", model: Model, max_pixels: int) -> NDArray[np.uint8] | ImageError:
-    from workers.images import decode, load_pixels
+    from workers.decode.images import decode, load_pixels
 
     try:
         if isinstance(picture, Path):
@@ -377,7 +377,7 @@ def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
     """
     from PIL import Image
 
-    from workers.images import FORMATS, as_seen, open_image
+    from workers.decode.images import FORMATS, as_seen, open_image
 
     try:
         with open_image(image) as file, Image.open(file, formats=FORMATS) as picture:

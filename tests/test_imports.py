@@ -65,6 +65,16 @@ def test_the_families_of_search_import_one_way() -> None:
     assert known == {"search.cli", "search.evaluation.cli"}
 
 
+def test_the_families_of_workers_import_one_way() -> None:
+    families = {"workers.decode": (), "workers.suspects": ("workers.decode",)}
+    for family, lower in families.items():
+        inside = [module for module in modules() if module.startswith(family + ".")]
+        assert inside
+        for module in inside:
+            found = {name for name in imported(module) if name.startswith("workers.")}
+            assert {name for name in found if not name.startswith((family, *lower))} == set(), module
+
+
 def test_the_python_api_loads_numpy_and_nothing_heavier() -> None:
     script = f"import sys, ruiji\nprint(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Known by these numbers in workers/resize.py. */
+/* Known by these numbers in workers/decode/resize.py. */
 enum { BILINEAR = 0, BICUBIC = 1 };
 enum { DONE = 0, LEFT_TO_PILLOW = 1, NO_MEMORY = 2 };
 

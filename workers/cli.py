@@ -245,7 +245,7 @@ def inspect(
     for name, value in describe_model(model):
         streams.tell(f"{name:<14} {value}")
     if picture is not None and out is not None:
-        from workers.images import write_seen
+        from workers.decode.images import write_seen
 
         write_seen(picture, load_model(model).spec, max_pixels, out)
         streams.note(f"{out}: what the model sees of {picture}, before its values are scaled")

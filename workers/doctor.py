@@ -24,9 +24,9 @@ from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import read_record, sync_folder, write_atomic
 from pipeline.versions import library_versions, other_versions
+from workers.decode.images import load_pixels
+from workers.decode.resize import NO_INSTRUCTIONS, why_not
 from workers.encoder import Encoder
-from workers.images import load_pixels
-from workers.resize import NO_INSTRUCTIONS, why_not
 
 #: Rows that are embedded again, spread over the gallery.
 SAMPLE_ROWS = 12

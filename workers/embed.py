@@ -19,12 +19,12 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.model import ModelSpec
 from pipeline.plans.plan import Plan, Segment
-from workers.alone import ChildDied, decode_alone
-from workers.images import decode, open_image
-from workers.in_hand import InHand
+from workers.decode.images import decode, open_image
+from workers.decode.media import check_media
 from workers.ledger import Ledger
-from workers.media import check_media
-from workers.suspects import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_names
+from workers.suspects.alone import ChildDied, decode_alone
+from workers.suspects.deaths import MOST_DEATHS, Suspect, clear, note_deaths, read_suspect, suspect_names
+from workers.suspects.in_hand import InHand
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder
@@ -46,7 +46,7 @@ class Job:
     path: str
 
 
-#: From an open image file to pixels, as `workers.images.decode`.
+#: From an open image file to pixels, as `workers.decode.images.decode`.
 Decode = Callable[[BinaryIO, ModelSpec, int, list[str]], NDArray[np.uint8]]
 
 

@@ -21,9 +21,9 @@ from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from pipeline.worker_settings import WorkerSettings
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
-from workers.in_hand import InHand
 from workers.ledger import Ledger
 from workers.readiness import Readiness
+from workers.suspects.in_hand import InHand
 from workers.tasks import check_versions, register_embed, register_reduce
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
     encoder, resizing, hand = None, "-", InHand(settings.in_hand if role is Role.embed else None)
     if role is Role.embed:
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
-        from workers.resize import why_not
+        from workers.decode.resize import why_not
         from workers.trial import proven_encoder
 
         # The compiled one is proven here, against the installed Pillow.

@@ -20,9 +20,9 @@ from pipeline.choices import Reason, Role
 from pipeline.errors import RuijiError
 from pipeline.plans.files import open_plan
 from pipeline.worker_settings import WorkerSettings
-from workers.in_hand import Hold, left_behind, read_in_hand
 from workers.readiness import ready_file, remove_left_ready
-from workers.suspects import note_deaths
+from workers.suspects.deaths import note_deaths
+from workers.suspects.in_hand import Hold, left_behind, read_in_hand
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from pipeline.segments import Segments
 from pipeline.versions import other_versions
 from pipeline.watchdog import advance
 from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded
-from workers.in_hand import InHand
 from workers.ledger import Ledger
 from workers.permanent import Repeats
+from workers.suspects.in_hand import InHand
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder

@@ -21,8 +21,8 @@ from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelE
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model, pixels_of, why_another
 from pipeline.trial import TRIAL_S
-from workers.in_hand import InHand
 from workers.permanent import stop_unless_begun
+from workers.suspects.in_hand import InHand
 
 if TYPE_CHECKING:
     from workers.encoder import Encoder

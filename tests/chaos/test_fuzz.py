@@ -16,8 +16,8 @@ from pipeline.errors import ImageError
 from pipeline.model import PIXELS
 from tests.chaos.harness import sized
 from tests.conftest import SHARED
-from tests.workers.test_images import SPEC
-from workers.images import FORMATS, load_pixels
+from tests.workers.decode.test_images import SPEC
+from workers.decode.images import FORMATS, load_pixels
 
 #: Small, so that an example takes a millisecond and no large header gets far.
 LIMIT_PIXELS = 10**6

@@ -10,7 +10,7 @@ import pytest
 
 from tests.compose.stack import Stack
 from tests.conftest import SHARED
-from workers.resize import NO_INSTRUCTIONS
+from workers.decode.resize import NO_INSTRUCTIONS
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_a_scan_lists_images_of_any_case_in_order_of_bytes(tmp_path: Path) -> No
 def test_every_ending_of_a_format_that_is_decoded_is_listed() -> None:
     from PIL import Image
 
-    from workers.images import FORMATS
+    from workers.decode.images import FORMATS
 
     Image.init()
     # Cameras write two JPEGs in one file; its first one is decoded.

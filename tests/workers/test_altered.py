@@ -20,9 +20,9 @@ from pipeline.reduce import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from tests.factories import Ruiji, picture, tiny_model
 from tests.pipeline.galleries import plan_for
-from workers.alone import decode_alone
 from workers.embed import Job, embed_batch
 from workers.encoder import Encoder
+from workers.suspects.alone import decode_alone
 
 EXPECTED = Altered(clipped=2, ground=3, turned=1)
 

@@ -58,7 +58,7 @@ def test_no_code_of_the_current_folder_runs_where_a_suspect_is_decoded(
     from pipeline.model import load_model
     from pipeline.plans.plan import Limits
     from tests.factories import picture
-    from workers.alone import decode_alone
+    from workers.suspects.alone import decode_alone
 
     path, spec = picture(tmp_path / "p.png"), load_model(model_path).spec
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -15,10 +15,10 @@ from pipeline.reduce import reduce_segment
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
 from workers import doctor
+from workers.decode.resize import NO_INSTRUCTIONS
 from workers.doctor import Check, examine
 from workers.embed import Job, embed_batch
 from workers.encoder import Encoder
-from workers.resize import NO_INSTRUCTIONS
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from pipeline.choices import Device
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from tests.factories import tiny_model
+from workers.decode.images import load_pixels
 from workers.encoder import BoundSession, Encoder
 from workers.graph import PIXELS_INPUT, taking_pixels
-from workers.images import load_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 

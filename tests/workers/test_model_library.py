@@ -15,9 +15,9 @@ from pipeline.model import load_model
 from ruiji import Embedder
 from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.models.pictures import picture
-from tests.workers.test_images import LIMIT
+from tests.workers.decode.test_images import LIMIT
+from workers.decode.images import load_pixels
 from workers.encoder import to_input
-from workers.images import load_pixels
 from workers.models.library import add_model, added_models
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "fit.json").read_text())["conventions"]

@@ -32,8 +32,8 @@ from tests.factories import Ruiji, pictures, tiny_model, wait_until
 from tests.odd_models import odd_model
 from tests.pipeline.galleries import embed, new_plan, plan_for
 from workers.encoder import Encoder
-from workers.in_hand import InHand
 from workers.permanent import REPEATS, Repeats
+from workers.suspects.in_hand import InHand
 from workers.trial import proven_encoder
 
 SCHEME = IdScheme(ObjectIds.basename)

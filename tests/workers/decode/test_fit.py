@@ -14,11 +14,11 @@ from pipeline.errors import ImageError
 from pipeline.model import ModelSpec, load_model
 from tests.factories import Ruiji, only_line, tiny_model
 from tests.models.pictures import picture
-from tests.workers.test_images import LIMIT, SPEC
-from workers.fit import place
-from workers.images import load_pixels
+from tests.workers.decode.test_images import LIMIT, SPEC
+from workers.decode.fit import place
+from workers.decode.images import load_pixels
 
-RECORDED = json.loads((Path(__file__).parent.parent / "data" / "fit.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[2] / "data" / "fit.json").read_text())
 
 
 def spec_of(kind: dict[str, Any]) -> ModelSpec:

@@ -18,12 +18,12 @@ from tests.conftest import ROOT
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
 from tests.workers.poison import POISON_PATH, poison
-from workers.alone import ChildDied, decode_alone
+from workers.decode.images import load_pixels
 from workers.embed import DONE, FAILED, Job, embed_guarded
 from workers.encoder import Encoder
-from workers.images import load_pixels
-from workers.in_hand import InHand, left_behind, read_in_hand
-from workers.suspects import note_deaths, read_suspect, suspect_names
+from workers.suspects.alone import ChildDied, decode_alone
+from workers.suspects.deaths import note_deaths, read_suspect, suspect_names
+from workers.suspects.in_hand import InHand, left_behind, read_in_hand
 
 LIMITS = Limits(max_pixels=10**8, max_image_s=5, max_image_mb=256)
 
@@ -137,7 +137,7 @@ def test_what_is_in_hand_is_told_and_taken_back(tmp_path: Path) -> None:
 
 def test_a_dead_process_leaves_its_suspects_once(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from workers.in_hand import InHand\n"
+        "import sys, time; from pathlib import Path; from workers.suspects.in_hand import InHand\n"
         "with InHand(Path(sys.argv[1])).hold('p', ['x', 'y'], 60): print('held', flush=True); time.sleep(60)"
     )
     file = tmp_path / "hand"

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from pipeline.errors import ImageError
 from pipeline.model import ModelSpec, load_model
 from tests.factories import picture, tiny_model
+from workers.decode.images import decode, load_pixels, open_image
 from workers.encoder import to_input
-from workers.images import decode, load_pixels, open_image
 
 LIMIT = 89_478_485
 SPEC = ModelSpec(

@@ -39,8 +39,8 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.model import ModelSpec
 from pipeline.targets import writing
-from workers.fit import place
-from workers.resize import has_filter, resize
+from workers.decode.fit import place
+from workers.decode.resize import has_filter, resize
 
 logger = logging.getLogger(__name__)
 

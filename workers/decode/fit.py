@@ -2,7 +2,7 @@
 
 Libraries agree on the steps and not on the rounding: if the centre of a picture is cut out one pixel further to the
 left, its feature is another one. So each rule here is that of a named library, and is compared with the pixels that
-this library itself makes (tests/workers/test_fit.py).
+this library itself makes (tests/workers/decode/test_fit.py).
 """
 
 from dataclasses import dataclass

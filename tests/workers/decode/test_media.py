@@ -14,10 +14,10 @@ from pipeline.plans.plan import Plan
 from pipeline.plans.probes import note_probes, noted_probes
 from pipeline.reduce import reduce_segment
 from tests.pipeline.galleries import embed, new_plan
-from workers import media
+from workers.decode import media
+from workers.decode.media import check_media
 from workers.embed import DONE, FAILED, Job, embed_batch
 from workers.encoder import Encoder
-from workers.media import check_media
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.model import RESIZE_FILTERS
-from tests.workers.test_images import LIMIT, SPEC
-from workers import images
-from workers import resize as resizing
-from workers.images import load_pixels
-from workers.resize import has_filter, resize, why_not
+from tests.workers.decode.test_images import LIMIT, SPEC
+from workers.decode import images
+from workers.decode import resize as resizing
+from workers.decode.images import load_pixels
+from workers.decode.resize import has_filter, resize, why_not
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CPU = Path("/proc/cpuinfo")
 HAS_AVX2 = platform.machine() == "x86_64" and CPU.exists() and "avx2" in CPU.read_text()
 # Not `why_not`, which finds fault with wrong pixels too: those have to fail here.
@@ -220,9 +220,9 @@ def test_without_the_compiled_library_pillow_resizes(tmp_path: Path) -> None:
     Image.fromarray(noise(120, 180)[:, :, :3]).save(tmp_path / "x.jpg")
     code = (
         "import sys; sys.modules['workers._resize'] = None\n"
-        "from tests.workers.test_images import LIMIT, SPEC\n"
-        "from workers.images import load_pixels\n"
-        "from workers.resize import why_not\n"
+        "from tests.workers.decode.test_images import LIMIT, SPEC\n"
+        "from workers.decode.images import load_pixels\n"
+        "from workers.decode.resize import why_not\n"
         "from pathlib import Path\n"
         "assert 'no C compiler' in why_not()\n"
         f"sys.stdout.buffer.write(load_pixels(Path({str(tmp_path / 'x.jpg')!r}), SPEC, LIMIT).tobytes())\n"

@@ -53,7 +53,7 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str]
     """
     request = {"path": os.fspath(path), "spec": asdict(spec), "limits": asdict(limits)}
     child = start_child(
-        python_command("workers.alone"),
+        python_command("workers.suspects.alone"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # So that what `select` sees is all there is.
@@ -126,7 +126,7 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _main() -> None:
-    from workers.images import load_pixels
+    from workers.decode.images import load_pixels
 
     request = json.loads(sys.stdin.readline())
     path, limits = Path(request["path"]), Limits(**request["limits"])

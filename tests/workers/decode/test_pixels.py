@@ -17,8 +17,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pipeline.errors import ImageError
 from pipeline.model import ModelSpec
 from search.queries import open_picture
-from workers import images
-from workers.images import decode, load_pixels
+from workers.decode import images
+from workers.decode.images import decode, load_pixels
 
 LIMIT = 10**7
 WHITE = [255, 255, 255]
