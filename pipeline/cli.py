@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import layout, settings, streams
-from pipeline.arguments import Commands
+from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device, ListFormat, LogFormat, ObjectIds, Reason, Role
 from pipeline.errors import EXIT_INCOMPLETE, EXIT_INTERRUPTED, GalleryMismatch, RuijiError, UsageError
 
@@ -111,14 +111,23 @@ def root(
     """Read the options that stand before a command."""
 
 
-@app.command("list")
+@app.command(
+    "list",
+    panel=Panel.embed,
+    examples=["ruiji list PHOTOS", "ruiji list PHOTOS --exclude '*.thumb.jpg' --out objects.txt"],
+)
 def list_objects(
-    folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", help="The media folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write.  [default: FOLDER/objects.txt]")] = None,
+    folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", help="Folder of the images.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file to write.  [default: FOLDER/objects.txt]")
+    ] = None,
     exclude: settings.Exclude = None,
     object_id: settings.ObjectId = ObjectIds.basename,
 ) -> None:
-    """Write the sorted object list of all images below a folder, as an enqueue takes it; exit code 3: not of all."""
+    """Write the sorted list of all images below a folder.
+
+    Reports what it leaves out. Exit code 3: some folders could not be read.
+    """
     from pipeline.objects import Exclude, IdScheme
     from pipeline.scan import Scan, write_list
     from pipeline.targets import check_targets
@@ -139,7 +148,7 @@ def list_objects(
     raise typer.Exit(EXIT_INCOMPLETE if scan.unread else 0)
 
 
-@app.command()
+@app.command(panel=Panel.embed, examples=["ruiji enqueue --wait", "ruiji enqueue --list new.txt --shard-rows 1000"])
 def enqueue(
     media_dir: settings.MediaDir,
     feature_dir: settings.FeatureDir,
@@ -157,7 +166,10 @@ def enqueue(
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
-    """Check the list, freeze the plan and publish one task per image; run it again to go on."""
+    """Plan the work, and publish one task per image.
+
+    Objects that are done already are left out. Interrupted? Run it again to continue.
+    """
     from pipeline.enqueue import Extraction
     from pipeline.enqueue import enqueue as enqueue_list
     from pipeline.logs import set_up
@@ -203,7 +215,7 @@ def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
     )
 
 
-@app.command()
+@app.command(panel=Panel.embed, examples=["ruiji retry --wait", "ruiji retry --reason missing"])
 def retry(
     media_dir: settings.MediaDir,
     feature_dir: settings.FeatureDir,
@@ -211,7 +223,7 @@ def retry(
     list_path: settings.ListFile = None,
     redis_url: settings.RedisUrl = None,
     redis_password_file: settings.RedisPasswordFile = None,
-    reason: Annotated[Reason | None, typer.Option(help="Only objects that last failed for this.")] = None,
+    reason: Annotated[Reason | None, typer.Option(help="Only objects whose last failure had this reason.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
     object_id: settings.ObjectId = ObjectIds.basename,
@@ -222,7 +234,10 @@ def retry(
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
-    """Try the failed objects of the list again, and nothing else; those that succeed become new shards."""
+    """Try the failed objects again, and nothing else.
+
+    Those that succeed become new shards.
+    """
     from pipeline.enqueue import Extraction
     from pipeline.enqueue import retry as enqueue_failed
     from pipeline.logs import set_up
@@ -246,13 +261,16 @@ def retry(
         _follow(work.folder, url)
 
 
-@app.command()
+@app.command(panel=Panel.check, examples=["ruiji failures", "ruiji failures --format csv > failed.csv"])
 def failures(
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     form: Annotated[ListFormat, typer.Option("--format", help="How they are written to stdout.")] = ListFormat.table,
 ) -> None:
-    """List the failed objects with their reasons; exit code 3 where there are any."""
+    """List the failed objects with their reasons.
+
+    Exit code 3: there are some.
+    """
     from pipeline.failures import failed_objects, write_failures
 
     out = sys.stdout if form is ListFormat.table else streams.exact_stdout()
@@ -260,15 +278,18 @@ def failures(
     raise typer.Exit(EXIT_INCOMPLETE if count else 0)
 
 
-@app.command()
+@app.command(panel=Panel.check, examples=["ruiji verify", "ruiji verify --repair"])
 def verify(
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove leftovers, and plan what is broken or lost again.")
+        bool, typer.Option("--repair", help="Remove leftovers, and plan broken and lost shards again.")
     ] = False,
 ) -> None:
-    """Read every byte of the gallery and compare it with its records; exit code 4 where something is broken."""
+    """Compare every byte of a gallery with its records.
+
+    Exit code 4: something is broken.
+    """
     from pipeline.verify import check
 
     found = check(layout.gallery_folder(feature_dir, model), streams.tell, repair_it=repair)
@@ -280,14 +301,22 @@ def verify(
     raise typer.Exit(GalleryMismatch.exit_code if found.broken else 0)
 
 
-@app.command()
+@app.command(
+    panel=Panel.embed,
+    examples=[
+        "ruiji run --media-dir PHOTOS --feature-dir FEATURES --model MODEL.onnx",
+        "ruiji run --exclude '*.thumb.jpg' --workers 4",
+    ],
+)
 def run(
     media_dir: settings.MediaDir,
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     list_path: settings.ListFile = None,
     exclude: settings.Exclude = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Embed processes.  [default: one per core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Embed processes.  [default: one per core]")
+    ] = None,
     device: settings.WorkerDevice = Device.auto,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
     window_segments: settings.Window = settings.WINDOW_SEGMENTS,
@@ -300,7 +329,11 @@ def run(
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
-    """Do everything on this machine: embedded Redis, workers, enqueue, wait. Run it again to go on."""
+    """Embed a folder of images on this machine, all in one.
+
+    Makes the list if there is none, starts the embedded Redis and workers, waits for the end and stops them.
+    Interrupted? Run it again to continue. Exit code 3: some images failed, or folders could not be read.
+    """
     from pipeline.enqueue import Extraction
     from pipeline.logs import set_up
     from pipeline.objects import Exclude
@@ -327,18 +360,21 @@ def run(
     raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread else 0))
 
 
-@app.command()
+@app.command(panel=Panel.check, examples=["ruiji status --watch", "ruiji status --json | jq .failed"])
 def status(
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     redis_url: settings.RedisUrl = None,
     redis_password_file: settings.RedisPasswordFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow until nothing is left to do.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Look at every file instead of at Redis' counters.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Look at every file instead of Redis' counters.")] = False,
     state_dir: settings.StateDir = None,
 ) -> None:
-    """Say how every object of the list stands; exit code 3: some are failed or not done, 1: the run was stopped."""
+    """Show what is done, failed, running and pending.
+
+    Exit code 3: some objects failed or are not done; 1: the run was stopped.
+    """
     from pipeline.follow import look
     from pipeline.logs import set_up
 
@@ -385,18 +421,24 @@ def _print_status(now: "Status") -> None:
             streams.tell(f"    ms per image: {split}")
 
 
-@app.command()
+@app.command(panel=Panel.embed, examples=["ruiji cancel"])
 def cancel(feature_dir: settings.FeatureDir, model: settings.ModelFile) -> None:
-    """Close the open plan. Nothing that is done is lost; the next enqueue takes it up."""
+    """Close the open plan; what is done stays done.
+
+    The next enqueue plans the rest.
+    """
     from pipeline.plans.closing import cancel as cancel_plan
 
     plan = cancel_plan(layout.gallery_folder(feature_dir, model))
     streams.note(f"plan {plan.plan_id} closed" if plan else "no plan is open")
 
 
-@app.command()
+@app.command(panel=Panel.embed, examples=["ruiji redis"])
 def redis(state_dir: settings.StateDir = None) -> None:
-    """Run the embedded Redis until stopped; the other commands of this user find it by themselves."""
+    """Run the embedded Redis until stopped (Ctrl-C).
+
+    The other commands of this user find it by themselves.
+    """
     import os
     import threading
 

@@ -35,16 +35,21 @@ def model_file(model: Path | None) -> Path | None:
 
 MediaDir = Annotated[
     Path,
-    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images; never written to."),
+    typer.Option(
+        "--media-dir", envvar="RUIJI_MEDIA_DIR", metavar="DIR", help="Folder of the images; never written to."
+    ),
 ]
 OptionalMediaDir = Annotated[
     Path | None,
-    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", help="Folder of the images, to make whole paths with."),
+    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", metavar="DIR", help="Folder of the images, for whole paths."),
 ]
 FeatureDir = Annotated[
     Path,
     typer.Option(
-        "--feature-dir", envvar="RUIJI_FEATURE_DIR", help="Folder of the features; one gallery per model in it."
+        "--feature-dir",
+        envvar="RUIJI_FEATURE_DIR",
+        metavar="DIR",
+        help="Folder of the galleries, one per model.",
     ),
 ]
 ModelFile = Annotated[
@@ -53,7 +58,8 @@ ModelFile = Annotated[
         "--model",
         envvar="RUIJI_MODEL",
         callback=model_file,
-        help="The ONNX model; a <model>.toml beside it says what it expects. Or the name of one from ruiji model list.",
+        metavar="FILE",
+        help="The ONNX model, with a .toml of the same name that says what it expects, or a name of ruiji model list.",
     ),
 ]
 ModelsDir = Annotated[
@@ -61,12 +67,15 @@ ModelsDir = Annotated[
     typer.Option(
         "--models-dir",
         envvar="RUIJI_MODELS",
+        metavar="DIR",
         help="Folder of the models that were added.  [default: ~/.local/share/ruiji/models]",
     ),
 ]
 ListFile = Annotated[
     Path | None,
-    typer.Option("--list", envvar="RUIJI_LIST", help="The object list.  [default: MEDIA_DIR/objects.txt]"),
+    typer.Option(
+        "--list", envvar="RUIJI_LIST", metavar="FILE", help="The object list.  [default: MEDIA_DIR/objects.txt]"
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,
@@ -74,8 +83,8 @@ Exclude = Annotated[
         "--exclude",
         envvar="RUIJI_EXCLUDE",
         metavar="GLOB",
-        help="Leave out files and folders of this name, or of this path where it has a /; can be repeated. The "
-        "variable takes several, with spaces between.",
+        help="Leave out files and folders of this name, or of this path if it has a /. Repeatable; the variable takes "
+        "several, separated by spaces.",
     ),
 ]
 RedisUrl = Annotated[
@@ -83,6 +92,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="RUIJI_REDIS_URL",
+        metavar="URL",
         help="redis:// or rediss://.  [default: the Redis that ruiji redis started]",
     ),
 ]
@@ -91,11 +101,15 @@ RedisPasswordFile = Annotated[
     typer.Option(
         "--redis-password-file",
         envvar="RUIJI_REDIS_PASSWORD_FILE",
-        help="File with the password for a --redis-url that has none (a compose secret).",
+        metavar="FILE",
+        help="File with the password, for a --redis-url without one.",
     ),
 ]
 ShardRows = Annotated[
-    int, typer.Option("--shard-rows", envvar="RUIJI_SHARD_ROWS", min=1, max=1_000_000, help="Objects a shard.")
+    int,
+    typer.Option(
+        "--shard-rows", envvar="RUIJI_SHARD_ROWS", min=1, max=1_000_000, metavar="N", help="Objects per shard."
+    ),
 ]
 Window = Annotated[
     int,
@@ -104,30 +118,40 @@ Window = Annotated[
         envvar="RUIJI_WINDOW_SEGMENTS",
         min=1,
         max=64,
-        help="Segments that are in the queue at once.",
+        metavar="N",
+        help="Segments in the queue at once.",
     ),
 ]
 ObjectId = Annotated[
-    ObjectIds, typer.Option("--object-id", envvar="RUIJI_OBJECT_ID", help="The id: the base name or the whole path.")
+    ObjectIds,
+    typer.Option("--object-id", envvar="RUIJI_OBJECT_ID", help="Take the file name as an object's id, or its path."),
 ]
 KeepFeatures = Annotated[
     bool,
     typer.Option(
         "--keep-features/--drop-features",
         envvar="RUIJI_KEEP_FEATURES",
-        help="Keep the per-image files once their shard is published.",
+        help="Keep or delete the per-image files once their shard is published.",
     ),
 ]
 MaxPixels = Annotated[
     int,
     typer.Option(
-        "--max-pixels", envvar="RUIJI_MAX_PIXELS", min=1, help="Images with more pixels than this fail as too-large."
+        "--max-pixels",
+        envvar="RUIJI_MAX_PIXELS",
+        min=1,
+        metavar="N",
+        help="Images with more pixels than this fail as too-large.",
     ),
 ]
 MaxImageSeconds = Annotated[
     int,
     typer.Option(
-        "--max-image-s", envvar="RUIJI_MAX_IMAGE_S", min=1, help="Seconds after which decoding an image is given up."
+        "--max-image-s",
+        envvar="RUIJI_MAX_IMAGE_S",
+        min=1,
+        metavar="S",
+        help="Seconds after which decoding an image is given up.",
     ),
 ]
 MaxImageMegabytes = Annotated[
@@ -136,14 +160,19 @@ MaxImageMegabytes = Annotated[
         "--max-image-mb",
         envvar="RUIJI_MAX_IMAGE_MB",
         min=16,
-        help="Memory (MB) that decoding an image may take, where it is suspected of having killed a worker.",
+        metavar="MB",
+        help="Memory that decoding may take for an image that is suspected of having killed a worker.",
     ),
 ]
 WorkerDevice = Annotated[Device, typer.Option("--device", envvar="RUIJI_DEVICE", help="Where the model runs.")]
 Processes = Annotated[
     int | None,
     typer.Option(
-        "--processes", envvar="RUIJI_PROCESSES", min=1, help="Embed processes.  [default: one per core; 1 on CUDA]"
+        "--processes",
+        envvar="RUIJI_PROCESSES",
+        min=1,
+        metavar="N",
+        help="Embed processes.  [default: one per core; 1 on CUDA]",
     ),
 ]
 BatchImages = Annotated[
@@ -153,7 +182,8 @@ BatchImages = Annotated[
         envvar="RUIJI_BATCH_IMAGES",
         min=1,
         max=4096,
-        help="Requests a batch; a CPU runs their images one by one all the same.  [default: 64]",
+        metavar="N",
+        help="Images per batch; a CPU still runs them one by one.  [default: 64]",
     ),
 ]
 GpuMemory = Annotated[
@@ -162,18 +192,25 @@ GpuMemory = Annotated[
         "--gpu-memory-mb",
         envvar="RUIJI_GPU_MEMORY_MB",
         min=1,
+        metavar="MB",
         help="Limit of one process' memory on CUDA.  [default: none]",
     ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", envvar="RUIJI_THREADS", min=1, help="CPU threads of one process.  [default: cores / processes]"
+        "--threads",
+        envvar="RUIJI_THREADS",
+        min=1,
+        metavar="N",
+        help="CPU threads per process.  [default: cores / processes]",
     ),
 ]
 SlotsPerDevice = Annotated[
     int,
-    typer.Option("--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, help="Workers a GPU."),
+    typer.Option(
+        "--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, metavar="N", help="Workers per GPU."
+    ),
 ]
 VisibilityTimeout = Annotated[
     int,
@@ -181,6 +218,7 @@ VisibilityTimeout = Annotated[
         "--visibility-timeout-s",
         envvar="RUIJI_VISIBILITY_TIMEOUT_S",
         min=2,
+        metavar="S",
         help="Seconds after which a dead worker's images go to another.",
     ),
 ]
@@ -189,11 +227,12 @@ StateDir = Annotated[
     typer.Option(
         "--state-dir",
         envvar="RUIJI_STATE_DIR",
-        help="Host-local folder: the embedded Redis, and what workers have in hand.  [default: ~/.local/state/ruiji]",
+        metavar="DIR",
+        help="Folder on this host: the embedded Redis, and what workers have in hand.  [default: ~/.local/state/ruiji]",
     ),
 ]
 LogFormatOption = Annotated[
-    LogFormat, typer.Option("--log-format", envvar="RUIJI_LOG_FORMAT", help="Events on stderr.")
+    LogFormat, typer.Option("--log-format", envvar="RUIJI_LOG_FORMAT", help="How events are written to stderr.")
 ]
 
 #: The article's shard: 10,000 rows x 1280 float32 = 51 MB, one read.

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
-from pipeline.cli import app
+from pipeline import cli
+from pipeline.arguments import Commands
 from search import cli as search_cli
 from workers import cli as workers_cli
 
@@ -26,30 +28,48 @@ NAMED_PATH = re.compile(
     r"(?<![\w./-])((?:pipeline|workers|search|tests|benchmarks|examples|deploy|docs|requirements|acceptance|chaos|compose)"
     r"/[\w./*-]*\w)"
 )
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 CODE = re.compile(r"`([^`\n]+)`|^    (.+)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def commands() -> dict[str, set[str]]:
-    """Each command, groups with their sub-command, and its options."""
+def tree() -> dict[str, Any]:
+    """Each command and group by its name, "" the root; sub-commands with their group's name before theirs."""
+    root = Commands()
     for module in (workers_cli, search_cli):
-        module.register(app)
-    found = {}
+        module.register(root)
+    found: dict[str, Any] = {}
 
-    def walk(command: object, name: str) -> None:
-        children = getattr(command, "commands", None)
-        if children is None:
-            options = {
-                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
-            }  # type: ignore[attr-defined]
-            found[name] = options | {"--help"}
-        elif not name:
-            found[""] = {option for parameter in command.params for option in parameter.opts} | {"--help"}  # type: ignore[attr-defined]
-        for child, sub in (children or {}).items():
-            walk(sub, f"{name} {child}".strip())
+    def walk(command: Any, name: str) -> None:
+        if not command.hidden:
+            found[name] = command
+            for child, sub in getattr(command, "commands", {}).items():
+                walk(sub, f"{name} {child}".strip())
 
-    walk(typer.main.get_command(app), "")
+    walk(typer.main.get_command(root), "")
+    walk(typer.main.get_command(cli.app), "")
     return found
+
+
+@pytest.fixture(scope="module")
+def commands(tree: dict[str, Any]) -> dict[str, set[str]]:
+    """Each command's options."""
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        | {"--help"}
+        for name, command in tree.items()
+    }
+
+
+def check_command_lines(code: str, commands: dict[str, set[str]], where: str) -> None:
+    """Each `ruiji …` in it is a command, and has the options that it is shown with."""
+    for asked in re.findall(r"(?<![\w./{:-])(?<!SETUSER )(?:\.venv/bin/)?ruiji ([^|#;]*)", code):
+        words = asked.split()
+        name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in commands), None)
+        if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):
+            assert name, f"{where}: ruiji {asked}"
+        for option in OPTION.findall(asked):
+            assert option in commands[name or ""], f"{where}: {option} in {code}"
 
 
 def code_of(path: Path) -> Iterator[str]:
@@ -90,15 +110,26 @@ def test_commands_and_options_exist(path: Path, commands: dict[str, set[str]]) -
     every = set.union(*commands.values())
     for code in code_of(path):
         code = code.replace('make ruiji ARGS="', "ruiji ")
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+        for option in OPTION.findall(code):
             assert option in every | OTHERS, f"{path.name}: {option} in {code}"
-        for asked in re.findall(r"(?<![\w./{:-])(?<!SETUSER )(?:\.venv/bin/)?ruiji ([^|#;]*)", code):
-            words = asked.split()
-            name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in commands), None)
-            if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):
-                assert name, f"{path.name}: ruiji {asked}"
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", asked):
-                assert option in commands[name or ""], f"{path.name}: {option} in {code}"
+        check_command_lines(code, commands, path.name)
+
+
+def test_every_command_has_examples_that_are_its_own(tree: dict[str, Any], commands: dict[str, set[str]]) -> None:
+    for name, command in tree.items():
+        if hasattr(command, "commands"):
+            continue
+        assert command.epilog, f"ruiji {name} --help shows no example"
+        for line in command.epilog.replace("\\\n", "").splitlines():
+            assert f"ruiji {name}" in line
+            check_command_lines(line, commands, name)
+
+
+def test_help_lists_each_command_in_one_whole_sentence(tree: dict[str, Any]) -> None:
+    for name, group in tree.items():
+        if hasattr(group, "commands"):
+            said = group.get_help(typer.Context(group, info_name=f"ruiji {name}", terminal_width=80))
+            assert "..." not in said.partition("\n\n")[2], said
 
 
 def test_variables_exist(commands: dict[str, set[str]]) -> None:

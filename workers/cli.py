@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import layout, settings, streams
-from pipeline.arguments import Commands
+from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device, LogFormat, Role
 
 
@@ -34,10 +34,11 @@ model_app = Commands(help="Add models, and look at them.")
 
 def register(app: Commands) -> None:
     """Add this package's commands to the root command."""
-    app.command()(worker)
-    app.command()(doctor)
+    workers = ["ruiji worker --processes 4", "ruiji worker --role embed --device cuda", "ruiji worker --role reduce"]
+    app.command(panel=Panel.embed, examples=workers)(worker)
+    app.command(panel=Panel.check, examples=["ruiji doctor"])(doctor)
     app.command("worker-process", hidden=True)(worker_process)
-    app.add_typer(model_app, name="model")
+    app.add_typer(model_app, name="model", rich_help_panel=Panel.check)
 
 
 def worker(
@@ -46,7 +47,7 @@ def worker(
     model: settings.ModelFile,
     redis_url: settings.RedisUrl = None,
     redis_password_file: settings.RedisPasswordFile = None,
-    role: Annotated[Role, typer.Option(help="embed, reduce, or both kinds of processes.")] = Role.all,
+    role: Annotated[Role, typer.Option(help="Run processes that embed, processes that reduce, or both.")] = Role.all,
     processes: settings.Processes = None,
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
@@ -58,7 +59,10 @@ def worker(
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
-    """Embed and reduce until stopped (Ctrl-C, SIGTERM); start any number, on any machine, at any time."""
+    """Embed images and reduce shards until stopped.
+
+    Start any number, on any machine, at any time. Ctrl-C and SIGTERM let it finish what it has in hand.
+    """
     from pipeline.errors import BrokerUnavailable, UsageError
     from pipeline.logs import set_up
     from pipeline.queue.connection import connect
@@ -111,7 +115,10 @@ def doctor(
     device: settings.WorkerDevice = Device.auto,
     state_dir: settings.StateDir = None,
 ) -> None:
-    """Examine Redis, folders, device, libraries and a sample of features; exit code 1: unfit, 4: features disagree."""
+    """Check Redis, folders, device, libraries and features.
+
+    Embeds a sample of the gallery again. Exit code 1: this machine cannot do the work; 4: features disagree.
+    """
     from pipeline.errors import GalleryMismatch, RuijiError, UsageError
     from pipeline.logs import set_up
     from workers.doctor import examine
@@ -131,7 +138,9 @@ def doctor(
     raise typer.Exit(code)
 
 
-@model_app.command()
+@model_app.command(
+    examples=["ruiji model add clip-vit-base-patch32", "ruiji model add FOLDER --name clip --output image_embeds"]
+)
 def add(
     source: Annotated[
         Path,
@@ -145,10 +154,10 @@ def add(
     skip_tokens: SkipTokens = None,
     models_dir: settings.ModelsDir = None,
 ) -> None:
-    """Copy a model, write its .toml from what lies beside it, and prove that it runs.
+    """Copy a model, write its .toml, and prove that it runs.
 
-    Read are preprocessor_config.json, config.json of timm, open_clip_config.json and preprocess_cfg.json. What they say
-    and ruiji cannot do is refused by its name. Then: ruiji run --model NAME
+    Reads how pictures are prepared from preprocessor_config.json, timm's config.json, open_clip_config.json or
+    preprocess_cfg.json beside the model. What ruiji cannot do is refused by its name. Then: ruiji run --model NAME
     """
     from workers.models.library import add_model
 
@@ -160,7 +169,13 @@ def add(
     )
 
 
-@model_app.command()
+@model_app.command(
+    examples=[
+        "ruiji model declare siglip.onnx --fit stretch --mean 0.5 --std 0.5",
+        "ruiji model declare resnet.onnx --fit crop --resize-size 256 \\",
+        "    --reference torchvision --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+    ]
+)
 def declare(
     model: Annotated[Path, typer.Argument(help="The .onnx file.")],
     fit: Annotated[Fit, typer.Option(help="stretch: resize both sides. crop: the centre. pad: with bars.")],
@@ -182,12 +197,9 @@ def declare(
     pooling: Pooling = None,
     skip_tokens: SkipTokens = None,
 ) -> None:
-    """Write down how pictures are prepared for a model, as MODEL.toml beside it.
+    """Write down how pictures are prepared for a model.
 
-    A classifier of torchvision: ruiji model declare resnet.onnx --fit crop --resize-size 256 --reference torchvision
-    --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
-
-    docs/models.md has all keys and more examples.
+    Writes MODEL.toml beside it. docs/models.md has all keys and more examples.
     """
     from workers.models.library import declare_model
 
@@ -207,9 +219,9 @@ def declare(
     _show(written)
 
 
-@model_app.command("list")
+@model_app.command("list", examples=["ruiji model list"])
 def list_models(models_dir: settings.ModelsDir = None) -> None:
-    """List the models that were added: name, licence and source."""
+    """List the models that were added."""
     from workers.models.library import added_models
 
     added = list(added_models(settings.models_dir(models_dir)))
@@ -220,7 +232,9 @@ def list_models(models_dir: settings.ModelsDir = None) -> None:
         streams.note("no model was added; see ruiji model add --help")
 
 
-@model_app.command()
+@model_app.command(
+    examples=["ruiji model inspect MODEL.onnx", "ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png"]
+)
 def inspect(
     model: Annotated[Path, typer.Argument(help="The .onnx file.")],
     picture: Annotated[
@@ -229,9 +243,9 @@ def inspect(
     out: Annotated[Path | None, typer.Option("--out", help="The .png file for --picture.")] = None,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
 ) -> None:
-    """Show what a model expects and gives, and its fingerprint; refuse one that does not fit, saying why.
+    """Show what a model expects and returns, and its fingerprint.
 
-    A wrong crop or color shows at a glance: ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png
+    With --picture, a wrong crop or color shows at a glance. A model that does not fit is refused, with the reason.
     """
     from pipeline.errors import UsageError
     from pipeline.model import describe_model, load_model
