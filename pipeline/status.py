@@ -207,7 +207,7 @@ class StatusReader:
             # What was not published with the group had been done before.
             done = segment.lines - armed[segment.index].size + through - failures
             coming.append(ShardStatus(segment.shard, "running", segment.lines, max(0, done), failures, segment.retry))
-        return coming, chords.in_hand()
+        return coming, chords.held_messages()
 
     def _walk(self, plan: Plan, segment: Segment) -> ShardStatus:
         done = failed = 0

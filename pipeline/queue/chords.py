@@ -145,7 +145,7 @@ class Chords:
                 pipe.scard(self._failed(segment))
             return [int(count) for count in pipe.execute()]
 
-    def in_hand(self) -> int:
+    def held_messages(self) -> int:
         """Messages that the gallery's workers hold."""
         return int(self._client.hlen(self._unacked["unacked_key"]))
 

@@ -124,7 +124,7 @@ def test_with_shipped_settings_a_dead_workers_images_run_again_within_75_s(
     killed = time.monotonic()
     wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
     client = connect(server.url)
-    held = Chords(client, plan.gallery_id, plan.plan_id).in_hand()
+    held = Chords(client, plan.gallery_id, plan.plan_id).held_messages()
     assert held > 0, "the dead worker held something"
     before = progress(disturbed)
     disturbed.start("worker", "--processes", "2")
