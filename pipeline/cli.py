@@ -112,6 +112,65 @@ def root(
 
 
 @app.command(
+    panel=Panel.embed,
+    examples=[
+        "ruiji run --media-dir PHOTOS --feature-dir FEATURES --model MODEL.onnx",
+        "ruiji run --exclude '*.thumb.jpg' --workers 4",
+    ],
+)
+def run(
+    media_dir: settings.MediaDir,
+    feature_dir: settings.FeatureDir,
+    model: settings.ModelFile,
+    list_path: settings.ListFile = None,
+    exclude: settings.Exclude = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Embed processes.  [default: one per core]")
+    ] = None,
+    device: settings.WorkerDevice = Device.auto,
+    shard_rows: settings.ShardRows = settings.SHARD_ROWS,
+    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    object_id: settings.ObjectId = ObjectIds.basename,
+    keep_features: settings.KeepFeatures = False,
+    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
+    max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
+    max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
+    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
+    state_dir: settings.StateDir = None,
+    log_format: settings.LogFormatOption = LogFormat.text,
+) -> None:
+    """Embed a folder of images on this machine, all in one.
+
+    Makes the list if there is none, starts the embedded Redis and workers, waits for the end and stops them.
+    Interrupted? Run it again to continue. Exit code 3: some images failed, or folders could not be read.
+    """
+    from pipeline.enqueue import Extraction
+    from pipeline.logs import set_up
+    from pipeline.objects import Exclude
+    from pipeline.plans.planning import PlanSettings
+    from pipeline.run import run as run_all
+
+    set_up(log_format)
+    frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
+    work = Extraction(media_dir, feature_dir, model, object_id, frozen)
+    ran = run_all(
+        work,
+        settings.make_state_folder(state_dir),
+        list_path,
+        exclude=Exclude(exclude or ()),
+        workers=workers,
+        device=device,
+        window_segments=window_segments,
+        visibility_timeout_s=visibility_timeout_s,
+        log_format=log_format,
+    )
+    now = ran.status
+    streams.note(f"{now.done} done, {now.failed} failed of {now.objects}: {work.folder}")
+    _told_altered(now)
+    raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread else 0))
+
+
+@app.command(
     "list",
     panel=Panel.embed,
     examples=["ruiji list PHOTOS", "ruiji list PHOTOS --exclude '*.thumb.jpg' --out objects.txt"],
@@ -299,65 +358,6 @@ def verify(
         streams.note("ruiji verify --repair repairs what can be repaired")
     streams.note(f"findings: {len(found.findings)}; broken{' still' if repair else ''}: {len(found.broken)}")
     raise typer.Exit(GalleryMismatch.exit_code if found.broken else 0)
-
-
-@app.command(
-    panel=Panel.embed,
-    examples=[
-        "ruiji run --media-dir PHOTOS --feature-dir FEATURES --model MODEL.onnx",
-        "ruiji run --exclude '*.thumb.jpg' --workers 4",
-    ],
-)
-def run(
-    media_dir: settings.MediaDir,
-    feature_dir: settings.FeatureDir,
-    model: settings.ModelFile,
-    list_path: settings.ListFile = None,
-    exclude: settings.Exclude = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Embed processes.  [default: one per core]")
-    ] = None,
-    device: settings.WorkerDevice = Device.auto,
-    shard_rows: settings.ShardRows = settings.SHARD_ROWS,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
-    object_id: settings.ObjectId = ObjectIds.basename,
-    keep_features: settings.KeepFeatures = False,
-    max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
-    max_image_s: settings.MaxImageSeconds = settings.MAX_IMAGE_S,
-    max_image_mb: settings.MaxImageMegabytes = settings.MAX_IMAGE_MB,
-    visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
-    state_dir: settings.StateDir = None,
-    log_format: settings.LogFormatOption = LogFormat.text,
-) -> None:
-    """Embed a folder of images on this machine, all in one.
-
-    Makes the list if there is none, starts the embedded Redis and workers, waits for the end and stops them.
-    Interrupted? Run it again to continue. Exit code 3: some images failed, or folders could not be read.
-    """
-    from pipeline.enqueue import Extraction
-    from pipeline.logs import set_up
-    from pipeline.objects import Exclude
-    from pipeline.plans.planning import PlanSettings
-    from pipeline.run import run as run_all
-
-    set_up(log_format)
-    frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
-    work = Extraction(media_dir, feature_dir, model, object_id, frozen)
-    ran = run_all(
-        work,
-        settings.make_state_folder(state_dir),
-        list_path,
-        exclude=Exclude(exclude or ()),
-        workers=workers,
-        device=device,
-        window_segments=window_segments,
-        visibility_timeout_s=visibility_timeout_s,
-        log_format=log_format,
-    )
-    now = ran.status
-    streams.note(f"{now.done} done, {now.failed} failed of {now.objects}: {work.folder}")
-    _told_altered(now)
-    raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread else 0))
 
 
 @app.command(panel=Panel.check, examples=["ruiji status --watch", "ruiji status --json | jq .failed"])
