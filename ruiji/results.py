@@ -3,19 +3,46 @@
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.errors import QueryError, RuijiError
 from search.near_duplicates import Group
 from search.ranking.rank import Hit
 
-#: Column to the type that Arrow calls it by.
-_Columns = dict[str, str]
-_HITS: _Columns = {
-    **{"query": "string", "rank": "int64", "object_id": "string", "path": "string"},
-    **{"similarity": "float64", "distance": "float64"},
-}
-_GROUPS: _Columns = {"group": "int64", "object_id": "string", "path": "string", "similarity": "float64"}
+
+class _Table:
+    """What can become a table of another library."""
+
+    #: Column to the type that Arrow calls it by.
+    _columns: ClassVar[dict[str, str]]
+
+    def _rows(self) -> Iterator[tuple[object, ...]]:
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """The rows as a `pandas.DataFrame`.
+
+        Raises:
+            RuijiError: pandas is not installed.
+        """
+        pandas = _library("pandas", "to_pandas")
+        # Paths may be unknown for all rows, and there may be no row: pandas would guess.
+        numbers = {name: kind for name, kind in self._columns.items() if kind != "string"}
+        return pandas.DataFrame(list(self._rows()), columns=list(self._columns)).astype(numbers)
+
+    def to_arrow(self) -> Any:
+        """The rows as a `pyarrow.Table`.
+
+        Raises:
+            RuijiError: pyarrow is not installed, or a name is not UTF-8.
+        """
+        arrow = _library("pyarrow", "to_arrow")
+        schema = arrow.schema([(name, arrow.type_for_alias(kind)) for name, kind in self._columns.items()])
+        values = list(zip(*self._rows(), strict=True)) or [()] * len(self._columns)
+        try:
+            return arrow.table([list(column) for column in values], schema=schema)
+        except UnicodeEncodeError as error:
+            raise RuijiError(f"Arrow cannot hold the name {error.object!r}, which is not UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -34,12 +61,23 @@ class QueryResult:
 
 
 @dataclass(frozen=True)
-class SearchResults:
+class SearchResults(_Table):
     """The answers of a search.
+
+    As a table: one row for each hit, with query, rank (from 1), object_id, path, similarity and distance.
 
     Attributes:
         queries: one answer for each query, in the order given.
     """
+
+    _columns: ClassVar = {
+        "query": "string",
+        "rank": "int64",
+        "object_id": "string",
+        "path": "string",
+        "similarity": "float64",
+        "distance": "float64",
+    }
 
     queries: tuple[QueryResult, ...]
 
@@ -60,22 +98,6 @@ class SearchResults:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame`, one row for each hit: query, rank (from 1), object_id, path, similarity, distance.
-
-        Raises:
-            RuijiError: pandas is not installed.
-        """
-        return _to_pandas(_HITS, self._rows())
-
-    def to_arrow(self) -> Any:
-        """A `pyarrow.Table` with the columns of `to_pandas`.
-
-        Raises:
-            RuijiError: pyarrow is not installed, or a name is not UTF-8.
-        """
-        return _to_arrow(_HITS, self._rows())
-
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for one in self.queries:
             for rank, hit in enumerate(one.hits, 1):
@@ -83,12 +105,16 @@ class SearchResults:
 
 
 @dataclass(frozen=True)
-class NearDuplicates:
+class NearDuplicates(_Table):
     """Groups of near-identical objects.
+
+    As a table: one row for each member, with group (from 1), object_id, path, and similarity to the group's first.
 
     Attributes:
         groups: in the order of their first members.
     """
+
+    _columns: ClassVar = {"group": "int64", "object_id": "string", "path": "string", "similarity": "float64"}
 
     groups: tuple[Group, ...]
 
@@ -98,43 +124,10 @@ class NearDuplicates:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame`, one row for each member: group (from 1), object_id, path, similarity to the first.
-
-        Raises:
-            RuijiError: pandas is not installed.
-        """
-        return _to_pandas(_GROUPS, self._rows())
-
-    def to_arrow(self) -> Any:
-        """A `pyarrow.Table` with the columns of `to_pandas`.
-
-        Raises:
-            RuijiError: pyarrow is not installed, or a name is not UTF-8.
-        """
-        return _to_arrow(_GROUPS, self._rows())
-
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for number, group in enumerate(self.groups, 1):
             for member in group.members:
                 yield number, member.object_id, member.path, member.similarity
-
-
-def _to_pandas(columns: _Columns, rows: Iterator[tuple[object, ...]]) -> Any:
-    pandas = _library("pandas", "to_pandas")
-    # Paths may be unknown for all rows, and there may be no row: pandas would guess.
-    numbers = {name: kind for name, kind in columns.items() if kind != "string"}
-    return pandas.DataFrame(list(rows), columns=list(columns)).astype(numbers)
-
-
-def _to_arrow(columns: _Columns, rows: Iterator[tuple[object, ...]]) -> Any:
-    arrow = _library("pyarrow", "to_arrow")
-    schema = arrow.schema([(name, arrow.type_for_alias(kind)) for name, kind in columns.items()])
-    values = list(zip(*rows, strict=True)) or [()] * len(columns)
-    try:
-        return arrow.table([list(column) for column in values], schema=schema)
-    except UnicodeEncodeError as error:
-        raise RuijiError(f"Arrow cannot hold the name {error.object!r}, which is not UTF-8") from None
 
 
 def _library(name: str, method: str) -> Any:

@@ -18,6 +18,7 @@ from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
 if TYPE_CHECKING:
+    from search.requests.selection import Selection
     from search.views.sheet import SheetLine
 
 Images = Annotated[
@@ -179,18 +180,10 @@ def search(
     """
     from search.requests.search import SearchRequest
     from search.requests.search import search as answer
-    from search.requests.selection import Selection
 
     paths_wanted = output_format is OutputFormat.paths
     request = SearchRequest(
-        selection=Selection(
-            feature_dir=feature_dir,
-            model_path=model_path,
-            labels=labels,
-            where=tuple(where or ()),
-            include_stale=include_stale,
-            need_paths=paths_wanted,
-        ),
+        selection=_selection(feature_dir, model_path, labels, where, include_stale, paths_wanted),
         images=tuple(images or ()),
         ids=tuple(ids or ()),
         features=tuple(features or ()),
@@ -244,19 +237,11 @@ def near_duplicates(
     from pipeline.progress import show_steps
     from search.requests.near_duplicates import NearDuplicatesRequest
     from search.requests.near_duplicates import near_duplicates as find
-    from search.requests.selection import Selection
     from search.views.output import write_groups
 
     paths_wanted = output_format is GroupFormat.paths
     request = NearDuplicatesRequest(
-        selection=Selection(
-            feature_dir=feature_dir,
-            model_path=model_path,
-            labels=labels,
-            where=tuple(where or ()),
-            include_stale=include_stale,
-            need_paths=paths_wanted,
-        ),
+        selection=_selection(feature_dir, model_path, labels, where, include_stale, paths_wanted),
         threshold=threshold,
         media_dir=media_dir,
         device=device,
@@ -316,6 +301,26 @@ def info(
 def _check_null(null: bool, paths: bool) -> None:
     if null and not paths:
         raise UsageError("-0 needs --format paths")
+
+
+def _selection(
+    feature_dir: Path,
+    model_path: Path | None,
+    labels: Path | None,
+    where: list[str] | None,
+    include_stale: bool,
+    need_paths: bool,
+) -> "Selection":
+    from search.requests.selection import Selection
+
+    return Selection(
+        feature_dir=feature_dir,
+        model_path=model_path,
+        labels=labels,
+        where=tuple(where or ()),
+        include_stale=include_stale,
+        need_paths=need_paths,
+    )
 
 
 def _draw(sheet: Path | None, html: Path | None, lines: "Sequence[SheetLine]", max_pixels: int) -> None:

@@ -101,26 +101,13 @@ def rank(
     Raises:
         QueryError: a query is zero, not finite, or of another length than the gallery.
     """
-    found = nearest(gallery, queries, top_k, metric, scan, queries_at_once)
-    hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
-    return Ranking(hits, *gallery.unusable_rows)
-
-
-def nearest(
-    gallery: Gallery,
-    queries: Float32,
-    top_k: int,
-    metric: Metric = Metric.cosine,
-    scan: Scan | None = None,
-    queries_at_once: int = QUERIES_AT_ONCE,
-) -> list[Neighbours]:
-    """The rows behind `rank`, without the rest of what a hit tells."""
     check_queries(queries, gallery.length)
     found: list[Neighbours] = []
     for start in range(0, len(queries), queries_at_once):
         batch = Batch(queries[start : start + queries_at_once], top_k, metric)
         found += _search(gallery, batch, scan or numpy_scan())
-    return found
+    hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
+    return Ranking(hits, *gallery.unusable_rows)
 
 
 def _search(gallery: Gallery, batch: Batch, scan: Scan) -> list[Neighbours]:
