@@ -230,8 +230,8 @@ def why_another(model: Model, contract: dict[str, Any] | None) -> str:
     if model.spec.pixels == kept:
         return "the model file or its .toml has changed"
     return (
-        f"{toml_file(model.path)} says pixels = {model.spec.pixels}, the gallery has pixels = {kept}; take "
-        "that line out to go on with this gallery"
+        f"{toml_file(model.path)} says pixels = {model.spec.pixels}, the gallery has pixels = {kept}; "
+        "remove that line to continue with this gallery"
     )
 
 
@@ -351,7 +351,7 @@ def _resolve(
     default = 224 if article else None
     if source.dtype == "uint8" and (scaled := sorted({"divisor", "mean", "std"} & given.keys())):
         raise ModelError(
-            f"its input {source} takes pixels as they are, and the .toml has {', '.join(scaled)}; take that out"
+            f"its input {source} takes pixels as they are, and the .toml has {', '.join(scaled)}; remove that"
         )
     pooling, skip_tokens = _pooling(wanted)
     spec = ModelSpec(

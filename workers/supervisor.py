@@ -166,8 +166,8 @@ class Supervisor:
         if child.failed_trials < _MOST_TRIALS:
             return 0
         logger.error(
-            "this machine cannot run the model: %d processes in a row ended with status %d before a grey picture was "
-            "through; is there too little memory? Give it more (compose: WORKER_MEMORY), or run fewer processes",
+            "this machine cannot run the model: %d processes in a row ended with status %d before they had encoded "
+            "a grey picture; is there too little memory? Give it more (compose: WORKER_MEMORY), or run fewer processes",
             child.failed_trials,
             status,
             extra={"event": "worker_unfit"},

@@ -187,9 +187,9 @@ def test_a_toml_that_wants_other_pixels_is_refused_with_the_way_out(tmp_path: Pa
     (tmp_path / "tiny.toml").write_text("[input]\npixels = 2\n")
     paths = pictures(tmp_path / "media", 12)
     before = files(old)
-    with pytest.raises(GalleryMismatch, match="take that line out"):
+    with pytest.raises(GalleryMismatch, match="remove that line"):
         plan_for(tmp_path, tmp_path / "tiny.onnx", paths)
-    with pytest.raises(GalleryMismatch, match="take that line out"):
+    with pytest.raises(GalleryMismatch, match="remove that line"):
         query_model(tmp_path / "tiny.onnx", open_gallery(old))
     assert files(old) == before
     (tmp_path / "tiny.toml").write_text("[input]\npixels = 1\n")

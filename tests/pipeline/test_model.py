@@ -213,7 +213,7 @@ def test_a_toml_decides_on_pixels_and_why_it_is_another_model_is_said(tmp_path: 
     assert load_model(path).fingerprint == load_model(path, 2).fingerprint == old.fingerprint
     path.with_suffix(".toml").write_text("[input]\npixels = 2\n")
     declared = load_model(path, 1)
-    assert "says pixels = 2, the gallery has pixels = 1; take that line out" in why_another(declared, old.contract)
+    assert "says pixels = 2, the gallery has pixels = 1; remove that line" in why_another(declared, old.contract)
     assert "has changed" in why_another(declared, declared.contract)
     with pytest.raises(ModelError, match="pixels 3"):
         load_model(tiny_model(tmp_path / "n.onnx"), 3)
