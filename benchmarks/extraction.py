@@ -46,8 +46,7 @@ from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings, plan_list
 from pipeline.queue.app import make_app
 from pipeline.queue.keys import embed_queue, unacked_keys
-from pipeline.reduce import reduce_segment
-from pipeline.segments import Segments
+from pipeline.segments import Segments, reduce_segment
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
 from pipeline.store import write_feature
 from search.queries import embed_images, load_encoder

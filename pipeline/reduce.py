@@ -1,9 +1,9 @@
-"""The reducer as a plain function: one segment's features become one shard."""
+"""The files of reducing: a segment's features are collected, become one shard, and nothing half-written stays."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
-from pipeline.altered import count_marks, drop_marks
 from pipeline.errors import MachineFault, ShardCorrupt
-from pipeline.plans.closing import close_plan, empty_segment, not_emptied
 from pipeline.plans.plan import Plan, Segment
-from pipeline.plans.published import came_too_late
 from pipeline.store import (
     Failure,
     Record,
@@ -32,65 +29,26 @@ _CLOCK_STEP_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class Reduced:
-    """What became of a segment: published, or the paths of objects that have neither feature nor error."""
+class Collected:
+    """What there is of a segment's objects.
 
-    missing: tuple[str, ...] = ()
-    rows: int = 0
-    failed: int = 0
-
-
-def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object]) -> Reduced:
-    """Publish a segment's shard, then delete its per-image files; running it again changes nothing.
-
-    Every file is written beside and renamed, read back, fsynced, and only then is the record linked,
-    which commits the shard. Inputs are deleted after that, unless the plan keeps them.
-
-    Args:
-        still_ours: called before each file gets its name; raises if another reducer took over.
-
-    Raises:
-        MachineFault: the disk failed, or the plan was closed meanwhile; nothing is lost.
-        GalleryMismatch: the plan's todo list is damaged.
+    Attributes:
+        ids, paths, features: of those that are done, float32[rows, d], in the order of the list.
+        failures: those that failed.
+        missing: paths of those that have neither a feature nor an error.
     """
-    record = plan.record(segment)
-    if record is None:
-        paths = plan.paths(segment)
-        ids, features, failures, missing = _collect(plan, paths)
-        if missing:
-            return Reduced(missing=tuple(missing))
-        failed = {failure.path for failure in failures}
-        kept = [path for path in paths if path not in failed]
-        record = _publish(plan, segment, ids, kept, features, failures, still_ours)
-    if came_too_late(plan, segment):
-        # Its features stay for the next plan.
-        raise MachineFault(f"the plan {plan.plan_id} was closed before shard {segment.shard:04d} was published")
-    _settle(plan, segment)
-    return Reduced(rows=record.rows, failed=len(record.failed))
+
+    ids: list[str]
+    paths: list[str]
+    features: NDArray[np.float32]
+    failures: tuple[Failure, ...]
+    missing: tuple[str, ...]
 
 
-def finish_plan(plan: Plan, hold: Callable[[Segment], AbstractContextManager[None]]) -> None:
-    """Close a plan of which all is published, once its per-image files and what killed processes left are gone.
-
-    Args:
-        hold: held while a segment's files are deleted; raises if somebody else is at them.
-    """
-    for segment in not_emptied(plan):
-        with hold(segment):
-            _settle(plan, segment)
-    # Before the plan is closed: after that the folders may be the next plan's.
-    tidy(plan)
-    drop_marks(plan)
-    close_plan(plan)
-
-
-def _settle(plan: Plan, segment: Segment) -> None:
-    count_marks(plan, segment)
-    empty_segment(plan, segment)
-
-
-def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float32], list[Failure], list[str]]:
+def collect(plan: Plan, paths: list[str]) -> Collected:
+    """Read what workers left of these objects."""
     ids: list[str] = []
+    kept: list[str] = []
     features = np.empty((len(paths), plan.length), dtype=np.float32)
     failures: list[Failure] = []
     missing: list[str] = []
@@ -100,28 +58,32 @@ def _collect(plan: Plan, paths: list[str]) -> tuple[list[str], NDArray[np.float3
         if feature is not None:
             features[len(ids)] = feature
             ids.append(object_id)
+            kept.append(path)
         elif (error := plan.error(object_id)) is not None:
             failures.append(Failure(object_id, path, *error))
         else:
             missing.append(path)
-    return ids, features[: len(ids)], failures, missing
+    return Collected(ids, kept, features[: len(ids)], tuple(failures), tuple(missing))
 
 
-def _publish(
-    plan: Plan,
-    segment: Segment,
-    ids: list[str],
-    paths: list[str],
-    features: NDArray[np.float32],
-    failures: list[Failure],
-    still_ours: Callable[[], object],
-) -> Record:
+def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: Callable[[], object]) -> Record:
+    """Write a segment's shard, whose objects are all settled, and its record; returns the record that counts.
+
+    Every file is written beside and renamed, read back, fsynced, and only then is the record linked,
+    which commits the shard.
+
+    Args:
+        still_ours: called before each file gets its name; raises if another reducer took over.
+
+    Raises:
+        MachineFault: the disk failed; nothing is lost.
+    """
     # A retry of which all failed again makes no shard: its record alone says so, elsewhere.
-    fruitless = segment.retry and not ids
-    contents = {} if fruitless else shard_contents(features, ids, paths)
+    fruitless = segment.retry and not collected.ids
+    contents = {} if fruitless else shard_contents(collected.features, collected.ids, collected.paths)
     record = Record(
         shard=segment.shard,
-        rows=len(ids),
+        rows=len(collected.ids),
         length=plan.length,
         dtype="float32",
         sha256={ending: hashlib.sha256(content).hexdigest() for ending, content in contents.items()},
@@ -129,7 +91,7 @@ def _publish(
         plan=segment.plan,
         segment=segment.plan_segment,
         versions=plan.versions_of(segment),
-        failed=tuple(failures),
+        failed=collected.failures,
         retry=segment.retry,
     )
     if fruitless:
@@ -201,5 +163,4 @@ def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:
     for folder in {plan.feature_file(plan.scheme.object_id(path)).parent for path in missing}:
         if folder.is_dir():
             os.listdir(folder)
-    _, _, _, still = _collect(plan, list(missing))
-    return still
+    return list(collect(plan, list(missing)).missing)

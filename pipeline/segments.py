@@ -1,27 +1,71 @@
-"""The life of a segment."""
+"""The life of a segment: its states, and every way from one to the next.
+
+                                      all members are through
+             arm                      (Celery sends the body)            reduce: link the record
+    waiting ──────> armed, in flight ─────────────────────────> due ─────────────────────────────> published
+       ^              │  ^       ^                                │                                    │
+       └──────────────┘  │       └─────────── heal ───────────────┘            delete its per-image files
+        Redis forgot it  │                features are missing                                         v
+                         │                                                                          emptied
+             heal: its counter stands still                                                            │
+             and none of its messages is queued                                when all segments are emptied
+                                                                                                       v
+    advance, after each publication: arm the next one that waits; after the last, close:       plan closed
+
+A segment *waits* while Redis does not know it, and is *armed* once the tasks of its rows are published as a chord; rows
+that are done already are left out, and if all are, the body is sent by itself. From then on it is *in flight*: a window
+of so many segments at once. It is *due* when the chord's body, its reduce task, is sent. Linking its record *publishes*
+it; only then its per-image files are deleted, which *empties* it.
+
+What Redis knows (waiting, armed, due) may be lost at any moment, and what is published again is skipped if it is done.
+What the disk says (published, emptied, closed) is never taken back. Every way is taken by whoever notices first, on any
+machine; leases keep others from the same work, and the links of the disk decide (docs/format.md, "Why no object gets
+two rows"). The watchdog looks for what nobody takes: it arms what is missing from the window, heals what stands still,
+and closes what is all published.
+"""
 
 import hashlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import redis
 from celery import Celery
+from redis.exceptions import LockError
+from redis.lock import Lock
 
+from pipeline.altered import count_marks, drop_marks
+from pipeline.errors import MachineFault
+from pipeline.plans.closing import close_plan, empty_segment, not_emptied
+from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.plan import Plan, Segment
+from pipeline.plans.published import came_too_late
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.keys import group_id, lease_key
 from pipeline.queue.leases import holding, lease
 from pipeline.queue.publish import Publisher
+from pipeline.reduce import collect, missing_after_reread, tidy, write_shard
 
 logger = logging.getLogger(__name__)
 
 #: How long the others wait if a process is killed while it publishes.
 _ARM_LEASE_S = 30.0
+#: A dead reducer's segment goes to another after this long; a live one renews its lease.
+_REDUCE_LEASE_S = 10.0
+#: How long to wait for a segment that another reducer holds, before its task goes back to the queue.
+_REDUCE_WAIT_S = 30.0
+#: What a dead process was closing, another closes after this long.
+_CLOSE_LEASE_S = 10.0
+#: Another host's file may show late on a network folder.
+LATE_FILE_WAIT_S = 1.0
+#: A segment whose features vanish is published again this often at once, then only by the watchdog.
+_QUICK_HEALS = 3
 
 
 class Segments:
-    """The segments of one plan."""
+    """The segments of one plan, and what may be done with them."""
 
     def __init__(self, app: Celery, client: redis.Redis, plan: Plan) -> None:
         self._client = client
@@ -35,7 +79,7 @@ class Segments:
         Segments that are armed already are left alone, unless their publishing was cut off.
         """
         published = 0
-        held = lease(self._client, lease_key(self._plan.gallery_id, "arm"), _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
+        held = self._lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
         with holding(held):
             armed = self._chords.armed()
             in_flight = self._plan.still_unpublished(armed)
@@ -52,7 +96,7 @@ class Segments:
             seen: how the segment was armed when the lack was noticed; if it has been armed anew
                 since, somebody else noticed too, and nothing is done.
         """
-        held = lease(self._client, lease_key(self._plan.gallery_id, "arm"), _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
+        held = self._lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
         with holding(held):
             now = self._chords.armed().get(segment.index)
             if now != seen:
@@ -84,3 +128,121 @@ class Segments:
         extra = {"event": "segment_armed", "shard": segment.shard, "images": len(rows), "of": segment.lines}
         logger.info("segment published", extra=extra)
         return len(rows)
+
+    def reduce(self, segment: Segment, segments_in_flight: int) -> None:
+        """Publish a segment that is due, and advance; heal it if features are missing.
+
+        Raises:
+            MachineFault: the disk failed, or the plan was closed meanwhile; nothing is lost.
+            LockError: another reducer holds the segment, or took it over.
+            GalleryMismatch: the plan's todo list is damaged.
+        """
+        started = time.monotonic()
+        held = self._lease(f"reduce.{segment.index}", _REDUCE_LEASE_S, wait_s=_REDUCE_WAIT_S)
+
+        def still_ours() -> None:
+            held.reacquire()
+            # Spares work only: what is linked after the plan was closed does not exist.
+            if is_closed(self._plan.folder, self._plan.plan_id):
+                raise MachineFault(f"the plan {self._plan.plan_id} was closed meanwhile")
+
+        with holding(held):
+            reduced = reduce_segment(self._plan, segment, still_ours)
+        if reduced.missing:
+            self._heal_missing(segment, reduced.missing)
+            return
+        self._chords.forget(segment.index)
+        extra = {
+            "event": "shard_published",
+            "shard": segment.shard,
+            "rows": reduced.rows,
+            "failed": reduced.failed,
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        logger.info("shard published", extra=extra)
+        self.advance(segments_in_flight)
+
+    def _heal_missing(self, segment: Segment, missing: tuple[str, ...]) -> None:
+        time.sleep(LATE_FILE_WAIT_S)
+        left = missing_after_reread(self._plan, missing)
+        seen = self._chords.armed().get(segment.index)
+        if seen is not None and self._chords.finished_members([seen]) < [seen.size]:
+            return  # The body of an older arming; the present one's will come.
+        heals = seen.heals if seen else 0
+        extra = {"event": "segment_incomplete", "shard": segment.shard, "images": len(left), "heals": heals}
+        logger.warning("features are missing", extra=extra)
+        if heals < _QUICK_HEALS:
+            self.heal(segment, seen)
+
+    def advance(self, segments_in_flight: int) -> bool:
+        """Do what comes after a shard: arm the next segment, or close the plan; True if it was closed."""
+        if not self._plan.all_published():
+            self.fill_window(segments_in_flight)
+            return False
+        try:
+            with holding(self._lease("close", _CLOSE_LEASE_S)):
+                # A segment's reducer may be at its files still.
+                finish_plan(self._plan, lambda segment: holding(self._lease(f"reduce.{segment.index}", _CLOSE_LEASE_S)))
+        except LockError:
+            return False  # Another process is at it; the watchdogs look again.
+        now = open_plan(self._plan.folder)
+        self._chords.forget_plans(
+            lambda plan_id: is_closed(self._plan.folder, plan_id) and (now is None or now.plan_id != plan_id)
+        )
+        logger.info("plan finished", extra={"event": "plan_finished", "plan": self._plan.plan_id})
+        return True
+
+    def _lease(self, what: str, timeout_s: float, wait_s: float = 0) -> Lock:
+        return lease(self._client, lease_key(self._plan.gallery_id, what), timeout_s, wait_s)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What became of a segment: published, or the paths of objects that have neither feature nor error."""
+
+    missing: tuple[str, ...] = ()
+    rows: int = 0
+    failed: int = 0
+
+
+def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object]) -> Reduced:
+    """Publish a segment's shard, then empty the segment; running it again changes nothing.
+
+    Args:
+        still_ours: called before each file gets its name; raises if another reducer took over.
+
+    Raises:
+        MachineFault: the disk failed, or the plan was closed meanwhile; nothing is lost.
+        GalleryMismatch: the plan's todo list is damaged.
+    """
+    record = plan.record(segment)
+    if record is None:
+        collected = collect(plan, plan.paths(segment))
+        if collected.missing:
+            return Reduced(missing=collected.missing)
+        record = write_shard(plan, segment, collected, still_ours)
+    if came_too_late(plan, segment):
+        # Its features stay for the next plan.
+        raise MachineFault(f"the plan {plan.plan_id} was closed before shard {segment.shard:04d} was published")
+    _empty(plan, segment)
+    return Reduced(rows=record.rows, failed=len(record.failed))
+
+
+def _empty(plan: Plan, segment: Segment) -> None:
+    count_marks(plan, segment)
+    empty_segment(plan, segment)
+
+
+def finish_plan(plan: Plan, hold: Callable[[Segment], AbstractContextManager[None]]) -> None:
+    """Close a plan of which all is published, once every segment is emptied and what killed processes left is gone.
+
+    Args:
+        hold: held while a segment is emptied; raises if somebody else is at it.
+    """
+    for segment in not_emptied(plan):
+        with hold(segment):
+            _empty(plan, segment)
+    # Before the plan is closed: after that the folders may be the next plan's.
+    tidy(plan)
+    drop_marks(plan)
+    close_plan(plan)

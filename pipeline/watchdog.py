@@ -1,4 +1,7 @@
-"""The watchdog: rebuilds from the disk what the broker forgot, so that nobody has to watch a run."""
+"""The watchdog: looks for what nobody takes care of, so that nobody has to watch a run.
+
+What it finds it leaves to `pipeline.segments`.
+"""
 
 import logging
 import threading
@@ -7,48 +10,18 @@ from typing import Any
 
 import redis
 from celery import Celery
-from redis.exceptions import LockError
 
 from pipeline.errors import RuijiError
-from pipeline.plans.files import OpenPlan, is_closed, open_plan
+from pipeline.plans.files import OpenPlan
 from pipeline.plans.plan import Plan
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.connection import REDIS_FAULTS
-from pipeline.queue.keys import lease_key
-from pipeline.queue.leases import holding, lease
-from pipeline.reduce import finish_plan
 from pipeline.segments import Segments
 
 logger = logging.getLogger(__name__)
 
 #: One look costs a few looks at names and a few small reads from Redis.
 CHECK_INTERVAL_S = 2.0
-#: What a dead process was closing, another closes after this long.
-_CLOSE_LEASE_S = 10.0
-
-
-def advance(app: Celery, client: redis.Redis, plan: Plan, window_segments: int) -> bool:
-    """Do what comes after a shard: arm the next segment, or close the plan; True if it was closed."""
-    if not plan.all_published():
-        Segments(app, client, plan).fill_window(window_segments)
-        return False
-    try:
-        with holding(lease(client, lease_key(plan.gallery_id, "close"), _CLOSE_LEASE_S)):
-            # A segment's reducer may be at its files still.
-            finish_plan(
-                plan,
-                lambda segment: holding(
-                    lease(client, lease_key(plan.gallery_id, f"reduce.{segment.index}"), _CLOSE_LEASE_S)
-                ),
-            )
-    except LockError:
-        return False  # Another process is at it; the watchdogs look again.
-    now = open_plan(plan.folder)
-    Chords(client, plan.gallery_id, plan.plan_id).forget_plans(
-        lambda plan_id: is_closed(plan.folder, plan_id) and (now is None or now.plan_id != plan_id)
-    )
-    logger.info("plan finished", extra={"event": "plan_finished", "plan": plan.plan_id})
-    return True
 
 
 class Watchdog(threading.Thread):
@@ -72,15 +45,15 @@ class Watchdog(threading.Thread):
         self._ended.set()
 
     def run(self) -> None:
-        """Look every few seconds, through every failure of Redis or the disk; each is told once."""
-        told = ""
+        """Look every few seconds, through every failure of Redis or the disk; each is reported once."""
+        reported = ""
         while not self._ended.wait(CHECK_INTERVAL_S):
             try:
                 self._look()
-                told = ""
+                reported = ""
             except (*REDIS_FAULTS, OSError, RuijiError) as error:
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != reported:
+                    reported = str(error)
                     logger.warning("watchdog: %s", error, extra={"event": "watchdog_waits"})
             except Exception:
                 # Without this thread nothing that is lost comes back.
@@ -97,8 +70,9 @@ class Watchdog(threading.Thread):
         if ahead := chords.settle_clocks():
             extra = {"event": "clock_ahead", "messages": ahead}
             logger.warning("a host's clock is ahead of Redis': its messages' stamps were set back", extra=extra)
-        # Also right where nothing is wrong: it arms what is missing from the window.
-        if advance(self._app, self._client, plan, self._window):
+        # Also right if nothing is wrong: it arms what is missing from the window.
+        segments = Segments(self._app, self._client, plan)
+        if segments.advance(self._window):
             return
         stalled = self._stalled(plan, chords)
         if not stalled:
@@ -106,7 +80,7 @@ class Watchdog(threading.Thread):
         queued = chords.queued_segments()
         for segment in plan.still_unpublished(stalled):
             if segment.index not in queued:
-                count = Segments(self._app, self._client, plan).heal(segment, stalled[segment.index])
+                count = segments.heal(segment, stalled[segment.index])
                 extra = {"event": "segment_rebuilt", "shard": segment.shard, "images": count}
                 logger.warning("lost tasks published again", extra=extra)
 

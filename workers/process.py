@@ -13,9 +13,10 @@ from pipeline.choices import Device, Role
 from pipeline.gallery import GalleryInfo, check_place, read_gallery
 from pipeline.plans.files import open_plan
 from pipeline.queue.app import make_app
+from pipeline.queue.batches import register, register_batched
 from pipeline.queue.claims import Claims
 from pipeline.queue.connection import broker_faults, connect
-from pipeline.queue.keys import embed_queue, reduce_queue
+from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, embed_queue, reduce_queue
 from pipeline.queue.worker import run_worker
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
@@ -23,8 +24,8 @@ from pipeline.worker_settings import WorkerSettings
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.ledger import Ledger
 from workers.readiness import Readiness
+from workers.roles import Embedder, Reducer, check_versions
 from workers.suspects.in_hand import InHand
-from workers.tasks import check_versions, register_embed, register_reduce
 
 if TYPE_CHECKING:
     from pipeline.model import Model
@@ -102,22 +103,18 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
     watchdog = None
     if encoder is not None:
         decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode") if batches > 1 else None
-        register_embed(
+        register_batched(
             app,
-            folder,
-            settings.media_dir,
-            encoder,
-            client,
-            report.count,
-            heartbeat.rest,
-            heartbeat.stopping,
-            hand,
-            ledger,
-            decoders,
+            EMBED_TASK,
+            Embedder(folder, settings.media_dir, encoder, client, report.count, hand, ledger, decoders),
+            batch_images=encoder.batch_images,
+            on_rest=heartbeat.rest,
+            stopping=heartbeat.stopping,
+            busy=lambda: ledger.busy("queue"),
         )
         queue = embed_queue(gallery.gallery_id)
     else:
-        register_reduce(app, folder, client, settings.window_segments)
+        register(app, REDUCE_TASK, Reducer(app, folder, client, settings.window_segments))
         queue = reduce_queue(gallery.gallery_id)
         watchdog = Watchdog(app, client, folder, settings.window_segments, settings.stall_timeout_s)
 

@@ -14,7 +14,7 @@ from pipeline import layout
 from pipeline.plans.files import open_plan
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from pipeline.store import check_shard, read_record
 from tests.chaos.conftest import SHIPPED, Undisturbed, finish
 from tests.chaos.harness import Server, kill_one, processes, progress, sized, wait_for_progress
@@ -66,7 +66,7 @@ def test_a_reducer_killed_at_any_point_of_its_write(tmp_path: Path, tmp_path_fac
     shutil.copytree(plan.folder, prepared)
     script = (
         "import sys; from pathlib import Path; from pipeline.plans.files import open_plan\n"
-        "from pipeline.reduce import reduce_segment\n"
+        "from pipeline.segments import reduce_segment\n"
         "plan = open_plan(Path(sys.argv[1]))\n"
         "print('go', flush=True)\n"
         "reduce_segment(plan, plan.segments[0], lambda: None)\n"

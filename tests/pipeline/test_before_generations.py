@@ -21,7 +21,7 @@ from pipeline.plans.files import open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings
-from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.segments import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import read_json
 from pipeline.verify import verify

@@ -13,7 +13,7 @@ from pipeline.follow import Look, look
 from pipeline.plans.closing import cancel
 from pipeline.plans.planning import PlanSettings
 from pipeline.plans.published import published_shards
-from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.segments import finish_plan, reduce_segment
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail
 

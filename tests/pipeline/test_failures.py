@@ -12,7 +12,7 @@ from pipeline.failures import failed_objects, write_failures
 from pipeline.plans.closing import close_plan
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import Retry
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import read_record, recorded_shards
 from tests.factories import pictures

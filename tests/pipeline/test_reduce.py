@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline import layout
-from pipeline.reduce import missing_after_reread, reduce_segment, tidy
+from pipeline.reduce import missing_after_reread, tidy
+from pipeline.segments import reduce_segment
 from pipeline.store import check_shard, read_record
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan
 

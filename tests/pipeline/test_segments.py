@@ -1,15 +1,22 @@
-"""Arming and healing, against a real Redis."""
+"""Arming, healing and reducing, against a real Redis."""
 
 import time
+from pathlib import Path
 
 import pytest
 import redis
 
+from pipeline.errors import MachineFault
+from pipeline.plans.closing import cancel_plan
 from pipeline.plans.plan import Plan
+from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
+from pipeline.queue.connection import connect
 from pipeline.queue.keys import embed_queue, reduce_queue
 from pipeline.segments import Segments
-from tests.pipeline.galleries import embed, fail
+from pipeline.store import recorded_shards
+from tests.factories import pictures
+from tests.pipeline.galleries import embed, fail, new_plan, plan_for
 
 
 def queued(client: redis.Redis, plan: Plan) -> int:
@@ -64,3 +71,23 @@ def test_a_slow_folder_costs_the_lease_nothing(
     monkeypatch.setattr(Plan, "is_done", slow)
     assert segments.fill_window(1) == 4
     assert chords.armed()[0].complete
+
+
+def test_a_plan_that_is_cancelled_while_a_reducer_is_at_work_gets_no_shard(
+    tmp_path: Path, model_path: Path, redis_url: str
+) -> None:
+    plan = new_plan(tmp_path, model_path, 3)
+    embed(plan, plan.paths(plan.segments[0]))
+    # The reducer has looked the plan up, and then has to wait for its lease or for the disk.
+    cancel_plan(plan)
+    app, client = make_app(redis_url, plan.gallery_id, visibility_timeout_s=60), connect(redis_url)
+    with pytest.raises(MachineFault, match="closed meanwhile"):
+        Segments(app, client, plan).reduce(plan.segments[0], 1)
+    again = plan_for(tmp_path, model_path, [*pictures(tmp_path / "media", 3), *pictures(tmp_path / "media", 4)[3:]])
+    assert again is not None
+    with pytest.raises(MachineFault, match="closed meanwhile"):
+        Segments(app, client, plan).reduce(plan.segments[0], 1)
+    assert recorded_shards(plan.folder) == []
+    embed(again, again.paths(again.segments[0]))
+    Segments(app, client, again).reduce(again.segments[0], 1)
+    assert recorded_shards(plan.folder) == [again.segments[0].shard]

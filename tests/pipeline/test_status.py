@@ -8,8 +8,7 @@ import redis
 from pipeline.errors import UsageError
 from pipeline.plans.plan import Plan
 from pipeline.queue.connection import connect
-from pipeline.reduce import reduce_segment
-from pipeline.segments import Segments
+from pipeline.segments import Segments, reduce_segment
 from pipeline.status import StatusReader
 from tests.pipeline.galleries import embed, fail
 

@@ -13,7 +13,8 @@ from pipeline.errors import UsageError
 from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import open_plan
 from pipeline.plans.plan import Plan
-from pipeline.reduce import reduce_segment, tidy
+from pipeline.reduce import tidy
+from pipeline.segments import reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import shard_contents
 from pipeline.verify import repair, verify

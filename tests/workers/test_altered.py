@@ -16,7 +16,7 @@ from pipeline.altered import Altered
 from pipeline.model import load_model
 from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.plan import Limits, Plan
-from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.segments import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from tests.factories import Ruiji, picture, tiny_model
 from tests.pipeline.galleries import plan_for

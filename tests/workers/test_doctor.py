@@ -11,7 +11,7 @@ from pipeline.model import load_model
 from pipeline.plans.closing import close_plan
 from pipeline.plans.plan import Plan
 from pipeline.queue.connection import connect
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
 from workers import doctor

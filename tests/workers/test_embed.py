@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from pipeline.errors import MachineFault
 from pipeline.model import load_model
 from pipeline.plans.plan import Plan
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from tests.pipeline.galleries import new_plan
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch
 from workers.encoder import Encoder

@@ -25,7 +25,7 @@ from pipeline.objects import IdScheme
 from pipeline.plans.files import open_plan
 from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.connection import connect
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, tiny_model, wait_until
@@ -266,7 +266,7 @@ def patch(ruiji: Ruiji, tmp_path: Path, script: str) -> None:
 
 
 #: Else a minute passes before the plan is stopped.
-SOON = "import workers.permanent, workers.tasks, pipeline.queue.batches\nworkers.permanent.REPEATS = 3\n"
+SOON = "import workers.permanent\nworkers.permanent.REPEATS = 3\n"
 
 
 @pytest.mark.slow
@@ -289,7 +289,11 @@ def test_a_bug_that_one_image_brings_out_ends_the_run_when_all_else_is_done(ruij
 
 def test_a_bug_in_reducing_ends_the_run(ruiji: Ruiji, tmp_path: Path) -> None:
     pictures(ruiji.media, 4)
-    script = "import workers.tasks as t\ndef bug(*_): raise KeyError('a bug')\nt.reduce_segment, t.REST_S = bug, 0.1\n"
+    script = (
+        "import pipeline.segments as s, workers.roles as r\n"
+        "def bug(*_): raise KeyError('a bug')\n"
+        "s.reduce_segment, r.REST_S = bug, 0.1\n"
+    )
     patch(ruiji, tmp_path, SOON + script)
     assert "KeyError: 'a bug'" in said(ruiji("run", "--workers", "1", code=1))
     ruiji.root = ROOT
@@ -348,7 +352,7 @@ def test_a_process_whose_gpu_is_lost_is_followed_by_another(
     pictures(ruiji.media, 8)
     mark = tmp_path / "lost"
     script = (
-        "import os\nimport workers.tasks as t\nfrom pipeline.errors import DeviceFault\n"
+        "import os\nimport workers.roles as t\nfrom pipeline.errors import DeviceFault\n"
         "def lose(*a):\n"
         f"    if not os.path.exists({str(mark)!r}):\n"
         f"        open({str(mark)!r}, 'w').close(); raise DeviceFault('CUDA failure 719')\n"

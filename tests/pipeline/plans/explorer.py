@@ -31,7 +31,7 @@ from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
 from pipeline.plans.published import published_shards
-from pipeline.reduce import finish_plan, reduce_segment
+from pipeline.segments import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import FORMAT, check_shard, read_record, to_json, write_atomic
 from pipeline.verify import Finding, repair, verify

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import reduce
+from pipeline import segments
 from pipeline import verify as verify_module
 from pipeline.errors import RuijiError
 from pipeline.objects import ObjectList
@@ -344,7 +344,7 @@ def _removed_objects_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _closed_before_inputs_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is closed whose reducer died between its record and its deletions."""
-    monkeypatch.setattr(reduce, "not_emptied", lambda plan: [])
+    monkeypatch.setattr(segments, "not_emptied", lambda plan: [])
 
 
 def _the_list_is_accepted_first(monkeypatch: pytest.MonkeyPatch) -> None:

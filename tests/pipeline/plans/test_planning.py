@@ -16,7 +16,7 @@ from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.generations import current, read_marks
 from pipeline.plans.plan import segment_digest
 from pipeline.plans.planning import PlanSettings, check_matches, plan_list, plan_repair
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
 

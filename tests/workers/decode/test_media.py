@@ -12,7 +12,7 @@ from pipeline.errors import MachineFault
 from pipeline.model import load_model
 from pipeline.plans.plan import Plan
 from pipeline.plans.probes import note_probes, noted_probes
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from tests.pipeline.galleries import embed, new_plan
 from workers.decode import media
 from workers.decode.media import check_media

@@ -13,7 +13,7 @@ from pipeline.errors import ImageError, MachineFault
 from pipeline.model import load_model
 from pipeline.plans.closing import close_plan
 from pipeline.plans.plan import Limits, Plan
-from pipeline.reduce import reduce_segment
+from pipeline.segments import reduce_segment
 from tests.conftest import ROOT
 from tests.factories import picture
 from tests.pipeline.galleries import new_plan
