@@ -16,7 +16,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all test-compose chaos bench bench-search check-models audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all test-compose chaos contract bench bench-search check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -88,6 +88,16 @@ test-all: .venv/mnist ## All tests that can run here, torch included; see  make 
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
 	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py $(ARGS)
+
+# Their packages come before those of .venv, which serves the rest.
+contract: .venv/dev ## Does the queue fit other releases? (VERSIONS="celery==5.6.* kombu==5.6.*"; else the newest)
+	@.venv/bin/python -m venv --clear build/contract
+	@build/contract/bin/python -m pip --disable-pip-version-check -q install $(or $(VERSIONS:%='%'),--pre 'celery[redis]' kombu)
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(build/contract/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	@build/contract/bin/python -c 'from importlib.metadata import version; print(*(f"{name} {version(name)}" \
+		for name in ("celery", "kombu", "redis")), sep=", ")'
+	build/contract/bin/python -m pytest -q -p no:cacheprovider tests/pipeline/queue/test_contract.py $(ARGS)
 
 audit: .venv/made ## Compare a lock with the published advisories (needs the network)
 	@.venv/bin/python -m venv build/audit
