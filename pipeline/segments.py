@@ -1,27 +1,25 @@
 """The life of a segment: its states, and every way from one to the next.
 
-                                      all members are through
-             arm                      (Celery sends the body)            reduce: link the record
-    waiting ──────> armed, in flight ─────────────────────────> due ─────────────────────────────> published
-       ^              │  ^       ^                                │                                    │
-       └──────────────┘  │       └─────────── heal ───────────────┘            delete its per-image files
-        Redis forgot it  │                features are missing                                         v
-                         │                                                                          emptied
-             heal: its counter stands still                                                            │
-             and none of its messages is queued                                when all segments are emptied
-                                                                                                       v
-    advance, after each publication: arm the next one that waits; after the last, close:       plan closed
+    waiting ──arm──> in flight ──every task is through──> due ──reduce──> published ──empty──> emptied
+       ^               │    ^                              │                  │                   │
+       │               │    └───────────── heal ───────────┘               advance             advance,
+       └───────────────┘          features are missing                        │            once all are emptied
+       Redis forgets it                                                       v                   v
+                                                                       arm the next one       close the plan
 
-A segment *waits* while Redis does not know it, and is *armed* once the tasks of its rows are published as a chord; rows
-that are done already are left out, and if all are, the body is sent by itself. From then on it is *in flight*: a window
-of so many segments at once. It is *due* when the chord's body, its reduce task, is sent. Linking its record *publishes*
-it; only then its per-image files are deleted, which *empties* it.
+    in flight ──heal──> in flight, if its counter stands still and none of its messages is queued or in hand
 
-What Redis knows (waiting, armed, due) may be lost at any moment, and what is published again is skipped if it is done.
+A segment *waits* while Redis does not know it. To *arm* it is to publish its rows' tasks as a chord; rows that are
+done already are left out, and if all are, the reduce task is sent by itself. It is then *in flight*, one of a window of
+them, until Celery sends the chord's body, its reduce task: it is *due*. To *reduce* it is to link the record of its
+shard; only then its per-image files are deleted, which *empties* it. A plan that is cancelled or stopped is closed
+whatever its segments' states are.
+
+What Redis knows (waiting, in flight, due) may be lost at any moment, and what is done is skipped when it comes again.
 What the disk says (published, emptied, closed) is never taken back. Every way is taken by whoever notices first, on any
-machine; leases keep others from the same work, and the links of the disk decide (docs/format.md, "Why no object gets
-two rows"). The watchdog looks for what nobody takes: it arms what is missing from the window, heals what stands still,
-and closes what is all published.
+machine: leases keep the others from the same work, and the links of the disk decide (docs/format.md, "Why no object
+gets two rows"). Workers hand over what is due. The watchdog looks for what nobody hands over, and calls
+`advance`, which also arms what is missing from the window, and `heal`.
 """
 
 import hashlib

@@ -23,7 +23,6 @@ from celery.app.task import Context
 
 from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
-from pipeline.queue.connection import connect
 from pipeline.queue.keys import EMBED_TASK, chord_keys, embed_queue, group_id, reduce_queue, unacked_keys
 from pipeline.queue.messages import chord_body, envelope_fault, task_fault
 from pipeline.queue.publish import Publisher
@@ -119,11 +118,6 @@ def test_it_is_there_and_takes_what_it_is_given(name: str) -> None:
 
 
 # What messages look like.
-
-
-@pytest.fixture
-def client(redis_url: str) -> redis.Redis:
-    return connect(redis_url)
 
 
 def app_for(redis_url: str, transport: str = "stock") -> Celery:

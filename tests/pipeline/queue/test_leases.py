@@ -1,0 +1,47 @@
+"""Leases, against a real Redis."""
+
+import time
+
+import pytest
+import redis
+from redis.exceptions import LockError
+
+from pipeline.queue.leases import holding, lease, renewed
+from tests.factories import wait_until
+
+KEY = "ruiji:g:lease:arm"
+
+
+def test_a_lease_lasts_as_long_as_its_block_and_no_longer(client: redis.Redis) -> None:
+    with holding(lease(client, KEY, 0.3)):
+        time.sleep(1)
+        assert client.exists(KEY), "it is renewed"
+        with pytest.raises(LockError), holding(lease(client, KEY, 0.3)):
+            pytest.fail("it was had twice")
+    assert not client.exists(KEY)
+
+
+def test_who_lost_a_lease_is_told(client: redis.Redis) -> None:
+    held = lease(client, KEY, 5)
+    with pytest.raises(LockError), holding(held):  # noqa: PT012
+        client.set(KEY, "another's")
+        with pytest.raises(LockError):
+            held.reacquire()
+    assert client.get(KEY) == "another's"
+
+
+def test_a_lost_lease_is_regained_until_that_fails(client: redis.Redis) -> None:
+    held, asked = lease(client, KEY, 0.3), []
+
+    def regain() -> bool:
+        asked.append(client.get(KEY))
+        return len(asked) < 2 and bool(held.acquire(token="again"))
+
+    assert held.acquire(token="first")
+    with renewed(held, regain):
+        client.delete(KEY)
+        wait_until(lambda: asked == [None] and client.get(KEY) == "again", 5, "the lease, had again")
+        client.set(KEY, "another's")
+        wait_until(lambda: asked == [None, "another's"], 5, "a second loss")
+        time.sleep(0.5)
+    assert asked == [None, "another's"], "then it is given up"
