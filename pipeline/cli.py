@@ -176,7 +176,7 @@ def run(
     examples=["ruiji list PHOTOS", "ruiji list PHOTOS --exclude '*.thumb.jpg' --out objects.txt"],
 )
 def list_objects(
-    folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", help="Folder of the images.")],
+    folder: Annotated[Path, typer.Argument(envvar="RUIJI_MEDIA_DIR", metavar="FOLDER", help="Folder of the images.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file to write.  [default: FOLDER/objects.txt]")
     ] = None,

@@ -23,10 +23,12 @@ class Fit(StrEnum):
 
 
 Pooling = Annotated[
-    str | None, typer.Option("--pooling", help="One vector from tokens or a map: cls, mean or map-mean.")
+    str | None,
+    typer.Option("--pooling", metavar="KIND", help="One vector from tokens or a map: cls, mean or map-mean."),
 ]
 SkipTokens = Annotated[
-    int | None, typer.Option("--skip-tokens", min=0, help="With --pooling mean: leave out so many first tokens.")
+    int | None,
+    typer.Option("--skip-tokens", min=0, metavar="N", help="With --pooling mean: leave out the first N tokens."),
 ]
 
 model_app = Commands(help="Add models, and look at them.")
@@ -144,12 +146,17 @@ def doctor(
 def add(
     source: Annotated[
         Path,
-        typer.Argument(help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich has it."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich publish it.",
+        ),
     ],
     name: Annotated[
-        str | None, typer.Option("--name", help="What --model takes.  [default: the folder's name]")
+        str | None, typer.Option("--name", metavar="NAME", help="The name for --model.  [default: the folder's name]")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", help="The graph's output with the features.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="NAME", help="The graph's output with the features.")
+    ] = None,
     pooling: Pooling = None,
     skip_tokens: SkipTokens = None,
     models_dir: settings.ModelsDir = None,
@@ -177,23 +184,37 @@ def add(
     ]
 )
 def declare(
-    model: Annotated[Path, typer.Argument(help="The .onnx file.")],
-    fit: Annotated[Fit, typer.Option(help="stretch: resize both sides. crop: the centre. pad: with bars.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")],
+    fit: Annotated[Fit, typer.Option(help="stretch resizes both sides, crop takes the centre, pad adds bars.")],
     resize_size: Annotated[
-        int | None, typer.Option("--resize-size", min=1, help="With crop: what the shorter side becomes, in pixels.")
+        int | None,
+        typer.Option(
+            "--resize-size", min=1, metavar="PIXELS", help="With crop: the length of the shorter side after resizing."
+        ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="With crop and pad: torchvision, huggingface or timm.")
+        str | None,
+        typer.Option("--reference", metavar="LIBRARY", help="With crop and pad: torchvision, huggingface or timm."),
     ] = None,
     pad_color: Annotated[
-        str | None, typer.Option("--pad-color", help="With pad: a value, or R,G,B, from 0 to 255.")
+        str | None, typer.Option("--pad-color", metavar="COLOR", help="With pad: a value, or R,G,B, from 0 to 255.")
     ] = None,
-    mean: Annotated[str, typer.Option("--mean", help="A number, or R,G,B: input = (pixel / 255 - mean) / std.")] = "0",
-    std: Annotated[str, typer.Option("--std", help="A number, or R,G,B.")] = "1",
-    resize: Annotated[str, typer.Option("--resize", help="One of Pillow's filters.")] = "bicubic",
-    height: Annotated[int | None, typer.Option("--height", min=1, help="If the graph leaves it open.")] = None,
-    width: Annotated[int | None, typer.Option("--width", min=1, help="If the graph leaves it open.")] = None,
-    output: Annotated[str | None, typer.Option("--output", help="The graph's output with the features.")] = None,
+    mean: Annotated[
+        str, typer.Option("--mean", metavar="MEAN", help="A number, or R,G,B: input = (pixel / 255 - mean) / std.")
+    ] = "0",
+    std: Annotated[str, typer.Option("--std", metavar="STD", help="A number, or R,G,B.")] = "1",
+    resize: Annotated[str, typer.Option("--resize", metavar="FILTER", help="One of Pillow's filters.")] = "bicubic",
+    height: Annotated[
+        int | None,
+        typer.Option("--height", min=1, metavar="PIXELS", help="Height of the input, if the graph leaves it open."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", min=1, metavar="PIXELS", help="Width of the input, if the graph leaves it open."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="NAME", help="The graph's output with the features.")
+    ] = None,
     pooling: Pooling = None,
     skip_tokens: SkipTokens = None,
 ) -> None:
@@ -236,11 +257,14 @@ def list_models(models_dir: settings.ModelsDir = None) -> None:
     examples=["ruiji model inspect MODEL.onnx", "ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png"]
 )
 def inspect(
-    model: Annotated[Path, typer.Argument(help="The .onnx file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")],
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Also write what the model sees of this picture; needs --out.")
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Also write what the model sees of this picture; needs --out."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The .png file for --picture.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The .png file to write for --picture.")
+    ] = None,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,
 ) -> None:
     """Show what a model expects and returns, and its fingerprint.
