@@ -31,8 +31,8 @@ from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_r
 #: still in its cache when they are needed. A GPU takes whole blocks.
 _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
 #: So many rows of products are looked at by their highest: one quick pass, where comparing all and looking for what
-#: that found take longer than a product of matrix units. If every eighth group has a hit, all are compared.
-_GROUP_ROWS, _GROUP_WORTH = 32, 8
+#: that found take two to three times as long. If every eighth group has a hit, all are compared.
+_GROUP_ROWS, _GROUP_WORTH = 16, 8
 _SETTINGS = threading.RLock()
 #: Far below what a bound on the error of a unit vector's product notices.
 _NOTHING = np.float32(1e-30)
