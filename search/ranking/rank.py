@@ -175,22 +175,42 @@ class _Pool:
 
     def __init__(self, gallery: Gallery, batch: Batch, number: int) -> None:
         self._gallery, self._batch, self._number, self._top_k = gallery, batch, number, batch.top_k
-        self.rows: Rows = np.empty(0, dtype=np.int64)
+        self._rows: Rows = np.empty(0, dtype=np.int64)
         self._lower: Float64 = np.empty(0)
         self._upper: Float64 = np.empty(0)
+        #: What came since the last cut, and how many rows.
+        self._new: list[tuple[Rows, Float64, Float64]] = []
+        self._new_rows, self._last_cut = 0, -np.inf
+
+    @property
+    def rows(self) -> Rows:
+        """Gallery rows, in no order."""
+        self._take_in()
+        return self._rows
 
     def add(self, rows: Rows, lower: Float64, upper: Float64) -> float:
         """Take in candidates; returns the value that a row must reach from now on."""
-        self.rows = np.concatenate([self.rows, rows])
-        self._lower, self._upper = np.concatenate([self._lower, lower]), np.concatenate([self._upper, upper])
-        cut = self._cut()
-        if len(self.rows) > max(_WAITING, 2 * self._top_k):
-            self.decided()
-            cut = self._cut()
-        return cut
+        self._new.append((rows, lower, upper))
+        self._new_rows += len(rows)
+        # Fewer would hardly raise the cut.
+        if self._new_rows >= self._top_k or self._last_cut == -np.inf:
+            self._take_in()
+        return self._last_cut
+
+    def _take_in(self) -> None:
+        if not self._new:
+            return
+        rows, lower, upper = zip(*self._new, strict=True)
+        self._new, self._new_rows = [], 0
+        self._rows = np.concatenate([self._rows, *rows])
+        self._lower, self._upper = np.concatenate([self._lower, *lower]), np.concatenate([self._upper, *upper])
+        self._last_cut = self._cut()
+        if len(self._rows) > max(_WAITING, 2 * self._top_k):
+            self._decide()
+            self._last_cut = self._cut()
 
     def _cut(self) -> float:
-        if len(self.rows) < self._top_k:
+        if len(self._rows) < self._top_k:
             return -np.inf
         # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
         cut = float(np.partition(self._lower, -self._top_k)[-self._top_k])
@@ -198,7 +218,7 @@ class _Pool:
         return cut
 
     def _keep(self, kept: Mask | Rows) -> None:
-        self.rows, self._lower, self._upper = self.rows[kept], self._lower[kept], self._upper[kept]
+        self._rows, self._lower, self._upper = self._rows[kept], self._lower[kept], self._upper[kept]
 
     def _narrow(self) -> None:
         """Bounds from float32 for rows of coarser ones, so that fewer have to be decided in float64."""
@@ -209,7 +229,7 @@ class _Pool:
             return
         for start in range(0, len(coarse), _DECIDED_AT_ONCE):
             some = coarse[start : start + _DECIDED_AT_ONCE]
-            features = gallery.take(self.rows[some])
+            features = gallery.take(self._rows[some])
             squares = np.einsum("ij,ij->i", features, features)
             cosines = (features @ batch.units[self._number] / np.sqrt(squares)).astype(np.float64)
             self._lower[some], self._upper[some] = margin.lower(cosines), margin.upper(cosines)
@@ -217,17 +237,24 @@ class _Pool:
 
     def decided(self) -> Neighbours:
         """Decide in float64, and by id where values are equal; the best k are left."""
+        self._take_in()
+        ids = self._decide()
+        return Neighbours(self._rows, self._lower, ids)
+
+    def _decide(self) -> NDArray[np.str_]:
+        """As `decided`; returns the object ids of the rows that are left."""
         self._narrow()
         open_rows = np.flatnonzero(self._lower != self._upper)
         for start in range(0, len(open_rows), _DECIDED_AT_ONCE):
             some = open_rows[start : start + _DECIDED_AT_ONCE]
-            self._lower[some] = self._batch.decide(self._number, self._gallery.take(self.rows[some]))
+            self._lower[some] = self._batch.decide(self._number, self._gallery.take(self._rows[some]))
         self._upper[open_rows] = self._lower[open_rows]
         self._cut()
-        ids = self._gallery.object_ids(self.rows)
-        order = np.lexsort((self.rows, ids, -self._lower))[: self._top_k]
+        ids = self._gallery.object_ids(self._rows)
+        order = np.lexsort((self._rows, ids, -self._lower))[: self._top_k]
         self._keep(order)
-        return Neighbours(self.rows, self._lower, ids[order])
+        kept: NDArray[np.str_] = ids[order]
+        return kept
 
 
 def _offer(pools: list[_Pool], candidates: Candidates, cuts: Float64) -> None:
