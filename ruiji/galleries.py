@@ -54,8 +54,9 @@ class _Embedding:
 
     def ready(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
         with self.lock:
-            # A folder that was emptied may be another model's gallery now.
-            if self.loaded is None or self.loaded[0] != shards.fingerprint:
+            # A folder that was emptied may be another model's gallery now; and what failed may be tried again.
+            failed = self.loaded is not None and self.loaded[2].done() and self.loaded[2].exception() is not None
+            if self.loaded is None or failed or self.loaded[0] != shards.fingerprint:
                 model = query_model(self.path, shards)
                 for warning in version_warnings(shards):
                     _warn(warning)
@@ -284,7 +285,9 @@ class Gallery:
         self._planner = planner
 
     def refresh(self) -> bool:
-        """Take up shards that were published since, and objects that left the list; searches in flight go on as begun.
+        """Take up what changed since: new shards, objects that left the list, what `ruiji index` kept.
+
+        Searches in flight go on as they began.
 
         Returns:
             Whether anything changed.
@@ -369,6 +372,8 @@ def _open(folder: Path, include_stale: bool) -> Shards:
     shards = open_shards(folder, include_stale)
     for warning in provenance_warnings(shards):
         _warn(warning)
+    # Asked now, so that codes that are kept later are noticed by a refresh.
+    _ = shards.coded
     return shards
 
 

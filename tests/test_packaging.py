@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_the_table_of_events_names_every_event_and_no_other() -> None:
     table = (ROOT / "docs" / "reliability.md").read_text().partition("\n## Events\n")[2].partition("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert named == logged
+
+
+def test_an_image_is_built_of_every_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.removesuffix("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages == {path.parent.name for path in ROOT.glob("*/py.typed")}
+    assert {f"!{name}" for name in packages} <= set((ROOT / ".dockerignore").read_text().splitlines())
+    assert packages <= set(project["tool"]["mypy"]["packages"])
 
 
 def test_make_alone_explains_every_target() -> None:

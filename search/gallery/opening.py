@@ -106,6 +106,9 @@ def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
     Returns:
         `before` itself if nothing has changed.
     """
+    if opened.coded and not before.coded:
+        # Codes that were kept since are read by shards that look for them anew.
+        return opened
     known = {(shard.name, shard.cache and shard.cache.key): shard for shard in before.shards}
     shards = []
     for shard in opened.shards:

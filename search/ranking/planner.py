@@ -129,7 +129,7 @@ class Way:
     """
 
     torch: bool
-    device: str
+    device: Device
     precision: Precision
     resident: bool
     block_rows: int
@@ -230,21 +230,21 @@ def _choose(question: Question, machine: Machine) -> Way:
     rows = default_block_rows(question.length)
     if question.purpose is Purpose.places:
         why = "whole rankings are multiplied in float64, where numpy is as fast as torch"
-        return Way(False, "cpu", Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+        return Way(False, Device.cpu, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
     if question.coded and question.metric is not Metric.euclidean:
         torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
         if torch and question.queries <= _CODES_BY_TORCH:
             why = "the kept codes are a quarter of the bytes"
-            return Way(True, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+            return Way(True, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
         if not question.in_memory and question.queries <= _CODES_BY_NUMPY:
             why = "the features are not in memory, and the kept codes are a quarter of the bytes"
-            return Way(False, "cpu", Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+            return Way(False, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(question, machine):
-        return Way(False, "cpu", Precision.float32, False, rows, QUERIES_AT_ONCE, why)
+        return Way(False, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
     fits = 2 * question.rows * question.length <= _MEMORY_PART * machine.memory_bytes
     again = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE)
-    return Way(True, "cpu", Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
+    return Way(True, Device.cpu, Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
 
 
 def _why_numpy(question: Question, machine: Machine) -> str:
@@ -273,7 +273,7 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
     why = "CUDA was asked for"
     if question.purpose is not Purpose.hits:
         precision = Precision.bfloat16 if question.purpose is Purpose.pairs else Precision.float64
-        return Way(True, "cuda", precision, False, rows, _CUDA_QUERIES_AT_ONCE, why)
+        return Way(True, Device.cuda, precision, False, rows, _CUDA_QUERIES_AT_ONCE, why)
     assert machine.device_free_bytes is not None
     # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
     matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
@@ -287,7 +287,7 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
         many = "many" if question.lasting else f"{passes}"
         why += f"; {many} passes over {needed / 1e9:.1f} GB, " + ("which fit" if fits else "which do not fit")
     again = (passes > 1 or question.lasting) and fits
-    return Way(True, "cuda", precision, again, rows, _CUDA_QUERIES_AT_ONCE, why)
+    return Way(True, Device.cuda, precision, again, rows, _CUDA_QUERIES_AT_ONCE, why)
 
 
 def look_at_machine(device: Device) -> Machine:

@@ -2,7 +2,7 @@
 
 import io
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +303,31 @@ def test_a_gallery_that_is_warm_answers_the_same(own_world: World, indexed: bool
     assert warm.refresh()
     assert cold.refresh()
     assert warm.search_vectors(queries) == cold.search_vectors(queries)
+
+
+def test_codes_that_are_kept_later_are_taken_up(own_world: World) -> None:
+    gallery = own_world.open()
+    some = gallery.only("path=object/")
+    before = gallery.search_vectors(own_world.features)
+    assert not gallery._shards.coded
+    index(own_world.folder, show_steps)
+    for one in (gallery, some):
+        assert one.refresh()
+        assert one._shards.coded
+        assert not one.refresh()
+        assert one.search_vectors(own_world.features) == before
+
+
+def test_a_model_that_could_not_be_loaded_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Future[object]:
+        failed: Future[object] = Future()
+        failed.set_exception(ruiji.MachineFault("no memory"))
+        return failed
+
+    gallery, image = world.open(), world.media / world.paths[0]
+    with monkeypatch.context() as patched:
+        patched.setattr("ruiji.galleries.load_encoder", fails)
+        for _ in range(2):
+            with pytest.raises(ruiji.MachineFault, match="no memory"):
+                gallery.search(image)
+    assert gallery.search(image).hits[0].object_id == world.ids[0]
