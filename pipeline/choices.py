@@ -64,3 +64,11 @@ class Transport(StrEnum):
 
     fast = "fast"
     stock = "stock"
+
+
+class Fit(StrEnum):
+    """The ways from a picture's shape to the model's, see `pipeline.model.REFERENCES`."""
+
+    stretch = "stretch"
+    crop = "crop"
+    pad = "pad"

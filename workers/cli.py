@@ -3,7 +3,6 @@
 import os
 import signal
 from contextlib import AbstractContextManager, nullcontext, suppress
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,16 +10,7 @@ import typer
 
 from pipeline import layout, settings, streams
 from pipeline.arguments import Commands, Panel
-from pipeline.choices import Device, LogFormat, Role
-
-
-class Fit(StrEnum):
-    """The ways from a picture's shape to the model's, see `pipeline.model.REFERENCES`."""
-
-    stretch = "stretch"
-    crop = "crop"
-    pad = "pad"
-
+from pipeline.choices import Device, Fit, LogFormat, Role
 
 Pooling = Annotated[
     str | None,

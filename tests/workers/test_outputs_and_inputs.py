@@ -120,7 +120,7 @@ def test_one_vector_comes_out_of_tokens_and_maps(tmp_path: Path, output: str, to
         ("map", "", '"map-mean" takes [n, d, h, w]'),
         ("vector", '[output]\npooling = "cls"\n', "not one vector per image"),
         ("tokens", '[output]\npooling = "map-mean"\n', "not one vector per image"),
-        ("tokens", '[output]\npooling = "max"\n', "none of none, cls, mean, map-mean"),
+        ("tokens", '[output]\npooling = "max"\n', "not one of none, cls, mean, map-mean"),
         ("tokens", '[output]\npooling = "cls"\nskip_tokens = 1\n', 'skip_tokens is of pooling = "mean"'),
         ("tokens", '[output]\npooling = "mean"\nskip_tokens = -1\n', "not a number of tokens"),
     ],
