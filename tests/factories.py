@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,15 +150,17 @@ class Ruiji:
             timeout=240,
         )
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Start a command that stays; its output goes to the test's own."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *arguments],
-            env=self._environment(),
-            cwd=self.media.parent,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *arguments: str, errors: Path | None = None) -> "subprocess.Popen[str]":
+        """Start a command that stays; its output goes to the test's own, and its stderr to a file if one is given."""
+        with errors.open("w") if errors is not None else nullcontext() as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", *arguments],
+                env=self._environment(),
+                cwd=self.media.parent,
+                text=True,
+                stderr=stderr,
+                start_new_session=True,
+            )
         self._started.append(process)
         return process
 

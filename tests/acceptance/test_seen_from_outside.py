@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import time
 
 import redis
@@ -68,12 +67,12 @@ def test_a_wait_tells_once_that_redis_is_away_and_ends_where_it_refuses(ruiji: R
 def test_a_wait_without_workers_says_so_and_a_worker_without_work_idles(ruiji: Ruiji, redis_url: str) -> None:
     pictures(ruiji.media, 5)
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
-    try:
-        ruiji("enqueue", "--wait", timeout_s=14)
-    except subprocess.TimeoutExpired as ended:
-        said = (ended.stderr or b"").decode()
-    assert "no worker is running: start one with ruiji worker" in said
+    said = ruiji.media.parent / "said.txt"
+    waiting = ruiji.start("enqueue", "--wait", errors=said)
+    missing = "no worker is running: start one with ruiji worker"
+    wait_until(lambda: missing in said.read_text(), what="the word that no worker is there")
     ruiji.start("worker", "--processes", "1")
+    assert waiting.wait(timeout=60) == 0
     assert "no worker" not in ruiji("enqueue", "--wait").stderr
     time.sleep(5)
     workers = json.loads(ruiji("status", "--json").stdout)["workers"]

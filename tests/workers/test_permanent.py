@@ -104,8 +104,13 @@ def test_a_gallery_from_before_whose_model_does_not_run_is_stopped_by_the_first_
     ruiji("enqueue")
     assert stopped(ruiji.gallery) is None
     assert json.loads(ruiji("status", "--json", code=3).stdout)["stopped"] is None
+    said_so = ruiji.media.parent / "said.txt"
+    waiting = ruiji.start("enqueue", "--wait", errors=said_so)
+    # It follows this plan; a stopped one would be followed by a new one.
+    wait_until(lambda: "published now" in said_so.read_text(), what="the plan's being taken up")
     worker = ruiji.start("worker", "--processes", "1")
-    assert "gives float32[1, 12]" in said(ruiji("enqueue", "--wait", code=1))
+    assert waiting.wait(timeout=60) == 1
+    assert "gives float32[1, 12]" in said_so.read_text()
     assert worker.wait(timeout=30) == 2
     assert "the run was stopped: the model" in ruiji("status", code=1).stdout
 
