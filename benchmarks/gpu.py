@@ -21,8 +21,9 @@ from benchmarks.processes import Watch, adopt_orphans
 from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
 from pipeline.choices import Device
 from pipeline.errors import UsageError
-from pipeline.model import ModelSpec, load_model
+from pipeline.model import load_model
 from pipeline.settings import MAX_PIXELS
+from pipeline.spec import ModelSpec
 from pipeline.store import versions_tag, write_feature
 from pipeline.versions import library_versions
 from workers.decode.images import load_pixels

@@ -28,7 +28,8 @@ from torch import nn
 
 from examples.onnx_export import ExportError, check_export, export_onnx
 from pipeline.errors import ModelError
-from pipeline.model import ARTICLE_INPUT, ARTICLE_OUTPUT, load_model
+from pipeline.model import load_model
+from pipeline.spec import ARTICLE_INPUT, ARTICLE_OUTPUT
 
 TIMM_MODEL = "mobilenetv3_large_100"
 FEATURE_LENGTH = 1280

@@ -67,7 +67,7 @@ class Transport(StrEnum):
 
 
 class Fit(StrEnum):
-    """The ways from a picture's shape to the model's, see `pipeline.model.REFERENCES`."""
+    """The ways from a picture's shape to the model's, see `pipeline.spec.REFERENCES`."""
 
     stretch = "stretch"
     crop = "crop"

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
-from pipeline.model import PIXELS, Model, ModelSpec, load_model, pixels_of, require_declared, why_another
+from pipeline.model import Model, load_model, pixels_of, require_declared, why_another
 from pipeline.objects import IdScheme
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan
 from pipeline.queue.keys import place_key
 from pipeline.reduce import nested_folders
+from pipeline.spec import PIXELS, ModelSpec
 from pipeline.store import (
     FORMAT,
     as_type,

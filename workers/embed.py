@@ -17,8 +17,8 @@ from pipeline import layout
 from pipeline.altered import begin_marks, mark
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
-from pipeline.model import ModelSpec
 from pipeline.plans.plan import Plan, Segment
+from pipeline.spec import ModelSpec
 from workers.decode.images import decode, open_image
 from workers.decode.media import check_media
 from workers.ledger import Ledger

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.choices import Device
 from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RunFailed, UsageError
-from pipeline.model import POOLINGS, Model, ModelSpec
+from pipeline.model import Model
+from pipeline.spec import POOLINGS, ModelSpec
 
 logger = logging.getLogger(__name__)
 

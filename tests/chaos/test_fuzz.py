@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.choices import Reason
 from pipeline.errors import ImageError
-from pipeline.model import PIXELS
+from pipeline.spec import PIXELS
 from tests.chaos.harness import sized
 from tests.conftest import SHARED
 from tests.workers.decode.test_images import SPEC

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model import ModelSpec, describe_model, load_model, pixels_of, recall_model, why_another
+from pipeline.model import describe_model, load_model, pixels_of, recall_model, why_another
+from pipeline.spec import ModelSpec
 from tests.factories import tiny_model
 
 
@@ -112,6 +113,19 @@ def test_a_crop_and_a_padding_are_declared_remembered_and_part_of_the_fingerprin
     assert "padded with (7, 7, 8) as timm does it" in dict(describe_model(path))["image"]
     path.with_suffix(".toml").write_text('[input]\nfit = "stretch"\n')
     assert load_model(path).fingerprint == stretched.fingerprint
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [{"fit": "squash"}, {"pooling": "gem"}, {"dtype": "bfloat16"}, {"gamma": 2.2}, {"fit": "mirror", "tilt": 1}],
+)
+def test_what_a_newer_ruiji_recorded_is_refused_and_not_ignored(tmp_path: Path, newer: dict[str, object]) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    model = load_model(path)
+    contract = model.contract | {"spec": model.contract["spec"] | newer}
+    with pytest.raises(ModelError, match="newer ruiji") as caught:
+        recall_model(path, contract, model.fingerprint)
+    assert all(name in str(caught.value) for name in newer)
 
 
 def test_a_graph_that_is_not_one_image_batch_to_one_vector_is_refused(tmp_path: Path) -> None:

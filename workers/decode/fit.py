@@ -7,7 +7,7 @@ this library itself makes (tests/workers/decode/test_fit.py).
 
 from dataclasses import dataclass
 
-from pipeline.model import ModelSpec
+from pipeline.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.altered import CLIPPED, GROUND, TURNED
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
-from pipeline.model import ModelSpec
+from pipeline.spec import ModelSpec
 from pipeline.targets import writing
 from workers.decode.fit import place
 from workers.decode.resize import has_filter, resize

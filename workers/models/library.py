@@ -17,7 +17,8 @@ import numpy as np
 from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import ModelError, RuijiError, UsageError
-from pipeline.model import Model, external_files, load_graph, load_model
+from pipeline.model import Model, load_model
+from pipeline.onnx_graph import external_files, load_graph
 from workers.encoder import Encoder
 from workers.models.conventions import Said, find_convention
 

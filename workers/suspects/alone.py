@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pipeline.children import python_command, start_child
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault
-from pipeline.model import ModelSpec
 from pipeline.plans.plan import Limits
+from pipeline.spec import ModelSpec
 
 #: Starting Python and reading one file takes a second; on a busy machine or a slow disk some more.
 _READ_TIMEOUT_S = 120.0

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.model import ModelSpec, load_model
+from pipeline.model import load_model
+from pipeline.spec import ModelSpec
 from tests.factories import Ruiji, only_line, tiny_model
 from tests.models.pictures import picture
 from tests.workers.decode.test_images import LIMIT, SPEC

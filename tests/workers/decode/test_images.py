@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.errors import ImageError
-from pipeline.model import ModelSpec, load_model
+from pipeline.model import load_model
+from pipeline.spec import ModelSpec
 from tests.factories import picture, tiny_model
 from workers.decode.images import decode, load_pixels, open_image
 from workers.encoder import to_input

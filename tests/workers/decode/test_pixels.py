@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.errors import ImageError
-from pipeline.model import ModelSpec
+from pipeline.spec import ModelSpec
 from search.queries import open_picture
 from workers.decode import images
 from workers.decode.images import decode, load_pixels

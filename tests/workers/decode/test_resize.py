@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.model import RESIZE_FILTERS
+from pipeline.spec import RESIZE_FILTERS
 from tests.workers.decode.test_images import LIMIT, SPEC
 from workers.decode import images
 from workers.decode import resize as resizing
