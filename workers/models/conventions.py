@@ -169,12 +169,15 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
         raise keys.refuse(f"resample is {resample!r}, none of Pillow's filters")
     said = {"resize": Said(_RESAMPLE[resample], f"{path.name}: resample {resample}")}
     size = keys.take("size")
-    if isinstance(size, dict) and {"height", "width"} <= size.keys():
-        exact = (keys.side("size.height", size["height"]), keys.side("size.width", size["width"]))
+    sides = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else None
+    if sides is not None and sides.keys() == {"height", "width"} and family not in _CONVNEXT:
+        exact = (keys.side("size.height", sides["height"]), keys.side("size.width", sides["width"]))
         shortest = None
-    else:
-        shortest = keys.side("size", size.get("shortest_edge") if isinstance(size, dict) else size)
+    elif sides is None or (sides.keys() == {"shortest_edge"} and family not in _STRETCHING):
+        shortest = keys.side("size", size if sides is None else sides["shortest_edge"])
         exact = (shortest, shortest)
+    else:
+        raise keys.refuse(f"{kind} with size {size!r} is not one of the ways that ruiji knows")
     crops = keys.take("do_center_crop", family in _SHORTER_SIDE)
     crop = keys.take("crop_size", None)
     if family in _CONVNEXT:
@@ -194,7 +197,7 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
         }
     elif crops or (family in _SHORTER_SIDE and shortest is not None):
         raise keys.refuse(
-            f"{kind} with size {size!r} and do_center_crop {crops!r} is none of the ways that ruiji knows"
+            f"{kind} with size {size!r} and do_center_crop {crops!r} is not one of the ways that ruiji knows"
         )
     else:
         said |= {
@@ -238,7 +241,7 @@ def _timm(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
             "reference": Said("timm", "timm's own transforms"),
         }
     if part != 1:
-        raise keys.refuse(f"crop_mode {mode!r} with crop_pct {part} is none of the ways that ruiji knows")
+        raise keys.refuse(f"crop_mode {mode!r} with crop_pct {part} is not one of the ways that ruiji knows")
     if mode == "squash":
         return said | {"fit": Said("stretch", f"{path.name}: crop_mode squash")}
     if mode != "border":
