@@ -128,20 +128,14 @@ def why_another(model: Model, contract: dict[str, Any] | None) -> str:
     )
 
 
-def describe_model(path: Path) -> list[tuple[str, str]]:
-    """What a model expects and gives, as (name, value) pairs for people.
-
-    Raises:
-        ModelError: as `load_model`; the message has the graph's inputs and outputs where they do not fit.
-    """
-    inputs, outputs = graph_tensors(load_graph(path))
-    model = load_model(path)
-    spec = model.spec
+def describe_model(model: Model) -> list[tuple[str, str]]:
+    """What a model expects and gives, as (name, value) pairs for people."""
+    inputs, outputs = graph_tensors(load_graph(model.path))
     return [
-        ("model", str(path)),
+        ("model", str(model.path)),
         ("inputs", "; ".join(map(str, inputs))),
         ("outputs", "; ".join(map(str, outputs))),
-        *describe_spec(spec),
+        *describe_spec(model.spec),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
         ("declared", "yes" if model.declared else "no, so no gallery is made with it; see ruiji model declare --help"),
         ("fingerprint", model.fingerprint),

@@ -1,6 +1,7 @@
 """What searches return: frozen, and convertible to tables of pandas or Arrow if these are installed."""
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,14 +11,14 @@ from search.near_duplicates import Group
 from search.ranking.rank import Hit
 
 
-class _Table:
+class _Table(ABC):
     """What can become a table of another library."""
 
     #: Column to the type that Arrow calls it by.
     _columns: ClassVar[dict[str, str]]
 
-    def _rows(self) -> Iterator[tuple[object, ...]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _rows(self) -> Iterator[tuple[object, ...]]: ...
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`.

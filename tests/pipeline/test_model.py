@@ -110,7 +110,7 @@ def test_a_crop_and_a_padding_are_declared_remembered_and_part_of_the_fingerprin
         assert recall_model(path, json.loads(json.dumps(model.contract)), model.fingerprint) == model
     assert len(seen) == 6
     assert model.spec.pad_color == (7, 7, 8)
-    assert "padded with (7, 7, 8) as timm does it" in dict(describe_model(path))["image"]
+    assert "padded with (7, 7, 8) as timm does it" in dict(describe_model(load_model(path)))["image"]
     path.with_suffix(".toml").write_text('[input]\nfit = "stretch"\n')
     assert load_model(path).fingerprint == stretched.fingerprint
 
@@ -196,7 +196,7 @@ def test_a_model_is_recalled_only_where_no_byte_has_changed(tmp_path: Path, name
 
 def test_a_description_names_inputs_outputs_and_the_fingerprint(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.onnx")
-    lines = dict(describe_model(path))
+    lines = dict(describe_model(load_model(path)))
     assert lines["inputs"] == "inputs:0 float32[?, 8, 8, 3]"
     assert lines["fingerprint"] == load_model(path).fingerprint
 

@@ -125,6 +125,7 @@ def test_what_cannot_be_followed_is_refused_by_its_name(
     with pytest.raises(ModelError) as caught:
         add_model(source_of(tmp_path / "theirs", written, file), tmp_path / "models")
     assert words in str(caught.value)
+    assert ".adding-" not in str(caught.value), "no file is named that is gone"
     assert not list((tmp_path / "models").glob("*")), "nothing is left of what was refused"
 
 

@@ -18,7 +18,8 @@ from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import Model, load_model
-from pipeline.onnx_graph import external_files, load_graph
+from pipeline.onnx_graph import external_files, graph_tensors, load_graph
+from pipeline.spec import PIXELS, resolve
 from workers.encoder import Encoder
 from workers.models.conventions import Said, find_convention
 
@@ -78,8 +79,12 @@ def add_model(source: Path, models: Path, name: str | None = None, output: dict[
         with tempfile.TemporaryDirectory(dir=models, prefix=".adding-") as scratch:
             folder = Path(scratch) / name
             folder.mkdir()
-            model = _copied(found, folder, said, output or {})
-            prove(model)
+            try:
+                prove(_copied(found, folder, said, output or {}))
+            except ModelError as error:
+                # The copy is gone when this is read.
+                copy = str(folder / name)
+                raise type(error)(str(error).replace(copy, str(found.with_suffix("")))) from None
             facts = {
                 "source": str(source),
                 "graph": str(found),
@@ -99,7 +104,7 @@ def add_model(source: Path, models: Path, name: str | None = None, output: dict[
 
 
 def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
-    """Write the `.toml` of a model from values that a person gives; nothing is left of one that does not fit.
+    """Write the `.toml` of a model from values that a person gives, if they fit.
 
     Args:
         given: keys of `[input]`. output: keys of `[output]`.
@@ -108,7 +113,11 @@ def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> 
         ModelError: the values do not fit the model.
         UsageError: there is a `.toml` already.
     """
-    load_graph(path)
+    inputs, outputs = graph_tensors(load_graph(path))
+    try:
+        resolve(inputs, outputs, {"input": given, "output": output}, PIXELS[-1])
+    except ModelError as error:
+        raise ModelError(f"{path} does not fit: {error}") from None
     target = layout.toml_file(path)
     said = {
         section: {key: Said(value, "declared") for key, value in values.items()}
@@ -121,11 +130,6 @@ def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> 
         raise UsageError(f"{target} exists already; change it, or remove it first") from None
     except OSError as error:
         raise RuijiError(f"cannot write {target}: {error.strerror}") from error
-    try:
-        load_model(path)
-    except BaseException:
-        target.unlink()
-        raise
     return target
 
 
