@@ -36,7 +36,7 @@ class WorkerSettings:
         slots_per_device: workers per GPU.
         window_segments: segments in the queue at once.
         visibility_timeout_s: seconds after which a dead worker's messages go to another.
-        stall_timeout_s: seconds without progress before lost tasks are looked for.; see `FOR_TESTS`.
+        stall_timeout_s: seconds without progress before lost tasks are looked for; see `FOR_TESTS`.
         transport: likewise.
         in_hand: the file in which one process notes what it works on; None: nobody reads it.
     """

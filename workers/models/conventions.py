@@ -119,8 +119,8 @@ def find_convention(folders: list[Path]) -> dict[str, Said]:
     if not found:
         names = ", ".join(readers)
         raise ModelError(
-            f"nothing in {' and '.join(map(str, folders))} says how pictures are prepared ({names}); write a .toml "
-            "beside the model, as docs/models.md shows"
+            f"nothing in {' and '.join(map(str, folders))} says how pictures are prepared ({names}); write it down "
+            "with ruiji model declare"
         )
     first, said = found[0]
     for other, differently in found[1:]:
@@ -133,7 +133,8 @@ def find_convention(folders: list[Path]) -> dict[str, Said]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()[: _MAX_BYTES + 1]
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
         value = json.loads(data) if len(data) <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
