@@ -25,7 +25,7 @@ from ruiji.embedding import Embedder
 from ruiji.galleries import Gallery, RuijiWarning, open_gallery
 from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from ruiji.runs import status
-from search.near_duplicates import Group, Member
+from search.duplicates.groups import Group, Member
 from search.ranking.rank import Hit
 
 __all__ = [

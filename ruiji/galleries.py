@@ -19,12 +19,12 @@ from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
 from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
+from search.duplicates.groups import find_groups
 from search.filters import Condition, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
-from search.near_duplicates import find_groups
 from search.options import THRESHOLD, TOP_K, Metric
 from search.queries import Query, embed_pictures, load_encoder, query_model
 from search.ranking.exact import unusable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.errors import QueryError, RuijiError
-from search.near_duplicates import Group
+from search.duplicates.groups import Group
 from search.ranking.rank import Hit
 
 

@@ -55,7 +55,7 @@ def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[
 
 
 def test_the_families_of_search_import_one_way() -> None:
-    families = ("search.gallery", "search.ranking", "search.evaluation", "search.requests")
+    families = ("search.gallery", "search.ranking", "search.duplicates", "search.evaluation", "search.requests")
     for lower, family in enumerate(families):
         for module in modules():
             if module.startswith(family) and not module.endswith(".cli"):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from search.duplicates.groups import Group, find_groups
 from search.filters import apply_conditions
-from search.near_duplicates import Group, find_groups
 from search.options import THRESHOLD
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines

@@ -10,8 +10,8 @@ from search.requests.selection import Say, Selection
 
 if TYPE_CHECKING:
     from search.answers import Answer
+    from search.duplicates.groups import Group
     from search.labels import Annotations
-    from search.near_duplicates import Group
     from search.views.sheet import SheetLine
 
 

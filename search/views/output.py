@@ -10,7 +10,7 @@ from search.views.table import aligned
 
 if TYPE_CHECKING:
     from search.answers import Answer
-    from search.near_duplicates import Group
+    from search.duplicates.groups import Group
 
 #: A hit as it is written, keys in the order of the columns.
 Row: TypeAlias = dict[str, "int | float | str | None"]

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
 
 from pipeline.errors import UsageError  # noqa: E402
+from search.duplicates.groups import find_groups  # noqa: E402
 from search.gallery.shards import Block, Gallery  # noqa: E402
-from search.near_duplicates import find_groups  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
 from search.ranking import torch_arithmetic  # noqa: E402
 from search.ranking.arithmetic import is_dense  # noqa: E402

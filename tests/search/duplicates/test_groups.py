@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from search.near_duplicates import Group, find_groups
+from search.duplicates.groups import Group, find_groups
 from search.options import Precision
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 from tests.search.galleries import brute_force, in_memory
@@ -100,7 +100,7 @@ def test_a_dense_tile_gives_the_same_groups(kind: str, listed: int, monkeypatch:
     ids = ids_of(len(features))
     gallery = in_memory(features, ids, cuts=(1, 50, 50, 77))
     monkeypatch.setattr("search.ranking.arithmetic._LISTED", listed)
-    monkeypatch.setattr("search.near_duplicates._DENSE_ROWS", 19)
+    monkeypatch.setattr("search.duplicates.pairs._DENSE_ROWS", 19)
     for threshold in (0.3, 0.95, 1.0):
         want = expected(features, ids, threshold)
         for panel_rows, tile_rows in ((64, 33), (1000, 1000), (101, 7)):
@@ -117,7 +117,7 @@ def twins() -> NDArray[np.float32]:
 def test_rows_that_only_seem_equal_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     features = twins()
     ids = ids_of(len(features))
-    monkeypatch.setattr("search.near_duplicates._sums", lambda rows: np.zeros(len(rows), np.uint64))
+    monkeypatch.setattr("search.duplicates.pairs._sums", lambda rows: np.zeros(len(rows), np.uint64))
     assert told(find_groups(in_memory(features, ids, cuts=(60,)), 0.9)) == expected(features, ids, 0.9)
 
 
