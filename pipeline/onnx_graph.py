@@ -30,7 +30,7 @@ def load_graph(path: Path) -> Any:
     from google.protobuf.message import DecodeError
 
     if not path.is_file():
-        raise ModelError(f"no model at {path}; give an .onnx file with --model or RUIJI_MODEL")
+        raise ModelError(f"no model at {path}; give an .onnx file, or a name of ruiji model list")
     try:
         graph = onnx.load_model(path, load_external_data=False).graph
     except DecodeError:

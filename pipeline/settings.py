@@ -25,12 +25,17 @@ def models_dir(given: Path | None = None) -> Path:
     return Path(named) if named else Path(data) / "ruiji" / "models"
 
 
-def model_file(model: Path | None) -> Path | None:
+def model_file(model: Path) -> Path:
     """The file of a model that is given by its name in the library; any other path as it is."""
-    if model is None or len(model.parts) != 1 or model.suffix == layout.MODEL_ENDING or model.is_file():
+    if len(model.parts) != 1 or model.suffix == layout.MODEL_ENDING or model.is_file():
         return model
     added = layout.added_model_file(models_dir(), model.name)
     return added if added.is_file() else model
+
+
+def given_model(model: Path | None) -> Path | None:
+    """The callback of options: `model_file`, if the option is given."""
+    return None if model is None else model_file(model)
 
 
 MediaDir = Annotated[
@@ -57,7 +62,7 @@ ModelFile = Annotated[
     typer.Option(
         "--model",
         envvar="RUIJI_MODEL",
-        callback=model_file,
+        callback=given_model,
         metavar="FILE",
         help="The ONNX model, with a .toml of the same name that says what it expects, or a name of ruiji model list.",
     ),

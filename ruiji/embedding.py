@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UsageError
 from pipeline.model import Model, load_model, require_declared
-from pipeline.settings import MAX_PIXELS
+from pipeline.settings import MAX_PIXELS, model_file
 from search.arrays import Float32
 from search.queries import embed_pictures, load_encoder
 
@@ -36,7 +36,7 @@ class Embedder:
         """Load the model, with the `.toml` beside it.
 
         Args:
-            model: an ONNX file.
+            model: an ONNX file, or a name of `ruiji model list`.
             device: `cpu`, `cuda`, or `auto`, which is the CPU.
             max_pixels: pictures with more are not decoded.
 
@@ -45,7 +45,7 @@ class Embedder:
             UsageError: CUDA is asked for and does not work.
             MachineFault: the memory does not suffice, or the device failed.
         """
-        self._model, self._max_pixels = load_model(Path(model)), max_pixels
+        self._model, self._max_pixels = load_model(model_file(Path(model))), max_pixels
         require_declared(self._model)
         self.length = self._model.spec.length
         self._encoder = load_encoder(self._model, checked_device(device))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UsageError
-from pipeline.settings import MAX_PIXELS
+from pipeline.settings import MAX_PIXELS, model_file
 from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
 from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
@@ -347,7 +347,8 @@ def open_gallery(
 
     Args:
         path: a gallery's folder, or a FEATURE_DIR: with a model, the gallery of its name in it; without, the only one.
-        model: the ONNX file that made the gallery, for searches with pictures; it is loaded when the first one comes.
+        model: the ONNX file that made the gallery, or its name in `ruiji model list`, for searches with pictures; it is
+            loaded when the first one comes.
         device: `cpu`, `cuda`, or `auto`, which is the CPU. It changes speed, never the order of hits.
         include_stale: also objects that left the object list.
         max_pixels: pictures with more are not decoded.
@@ -361,7 +362,7 @@ def open_gallery(
         RuijiWarning: nothing says which model made the features, or library versions differ.
     """
     where, chosen = Path(path), checked_device(device)
-    file = None if model is None else Path(model)
+    file = None if model is None else model_file(Path(model))
     # A gallery's own folder counts, whatever the model is called.
     folder = find_gallery(where, None if is_gallery(where) else file, "the argument model")
     embedding = None if file is None else _Embedding(file, chosen, max_pixels)

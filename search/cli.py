@@ -12,7 +12,7 @@ import typer
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, model_file
+from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, given_model
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
@@ -34,7 +34,7 @@ GalleryModel = Annotated[
     typer.Option(
         "--model",
         envvar="RUIJI_MODEL",
-        callback=model_file,
+        callback=given_model,
         metavar="FILE",
         help="The ONNX model; its name is also the gallery's. The file itself is needed only to search with pictures. "
         "Without it, --feature-dir must be a gallery or contain exactly one.",

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
-from ruiji import Embedder
+from ruiji import Embedder, open_gallery
 from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.models.pictures import picture
 from tests.workers.decode.test_images import LIMIT
@@ -241,7 +241,9 @@ def test_a_model_that_gives_nothing_useful_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "models").glob("*"))
 
 
-def test_from_a_folder_to_a_ranking_in_three_commands(ruiji: Ruiji, tmp_path: Path) -> None:
+def test_from_a_folder_to_a_ranking_in_three_commands(
+    ruiji: Ruiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures(ruiji.media, 6, size=(90, 60))
     source = source_of(tmp_path / "clip-vit")
     ruiji.environment = {"RUIJI_MODELS": str(tmp_path / "models")}
@@ -255,6 +257,10 @@ def test_from_a_folder_to_a_ranking_in_three_commands(ruiji: Ruiji, tmp_path: Pa
     asked = next(ruiji.media.rglob("*.png"))
     best = json.loads(ruiji("search", str(asked), "--top-k", "1", "--format", "jsonl").stdout.splitlines()[0])
     assert best["similarity"] == pytest.approx(1) and best["object_id"] == asked.name
+    monkeypatch.setenv("RUIJI_MODELS", ruiji.environment["RUIJI_MODELS"])
+    found = open_gallery(ruiji.features, model="clip-vit").search(asked, top_k=1).hits
+    assert (found[0].object_id, found[0].similarity) == (asked.name, pytest.approx(1))
+    assert Embedder("clip-vit").embed([asked]).shape == (1, 12)
     refused = only_line(ruiji("model", "add", str(tmp_path), code=2).stderr)
     assert "several models" in refused or "nothing in" in refused
     assert "no model was added" in ruiji("model", "list", "--models-dir", str(tmp_path / "none")).stderr
