@@ -9,6 +9,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
+# Extras that `make setup` installs and images do without.
+BESIDE = requirements/embedded.lock requirements/serve.lock
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -30,23 +32,23 @@ help: ## Explain the targets
 	@touch $@
 
 # One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock alone;
-# here the embedded Redis comes along.
-.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c requirements/embedded.lock .venv/made
+# here the embedded Redis and the service come along.
+.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c $(BESIDE) .venv/made
 .venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
 .venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
 .venv/cpu .venv/demo .venv/dev:
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
-	@$(PIP) install --require-hashes -r $< $(patsubst %.lock,-r %.lock,$(filter %/embedded.lock,$^))
+	@$(PIP) install --require-hashes -r $< $(patsubst %,-r %,$(filter $(BESIDE),$^))
 	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c requirements/embedded.lock .venv/made
+.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c $(BESIDE) .venv/made
 	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
 		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $< and torch (several GB)"
-	@$(PIP) install --require-hashes -r $< -r requirements/embedded.lock
+	@$(PIP) install --require-hashes -r $< $(BESIDE:%=-r %)
 	@$(PIP) install -r requirements/torch.txt
 	@rm -f workers/_resize.*.so
 	@$(PIP) install --no-deps --no-build-isolation -e .
@@ -182,7 +184,7 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu embedded demo plot dev" "demo cpu embedded demo" "cpu cpu" "bench cpu embedded bench"; do \
+	@for set in "dev cpu embedded demo plot serve dev" "demo cpu embedded demo serve" "cpu cpu" "bench cpu embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
@@ -196,8 +198,11 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
-	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		requirements/embedded.in -c requirements/dev.lock --custom-compile-command "make lock" -o requirements/embedded.lock
+	@for extra in embedded serve; do \
+		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+			requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
+			-o requirements/$$extra.lock || exit 1; \
+	done
 
 clean: ## Remove .venv and what was built; no features, no data
 	rm -rf .venv build demo-output *.egg-info workers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ OTHERS = {
 }
 #: A path of this repository, or a pattern of some.
 NAMED_PATH = re.compile(
-    r"(?<![\w./-])((?:pipeline|workers|search|tests|benchmarks|examples|deploy|docs|requirements|acceptance|chaos|compose)"
+    r"(?<![\w./-])((?:pipeline|workers|search|serve|tests|benchmarks|examples|deploy|docs|requirements|acceptance|chaos|compose)"
     r"/[\w./*-]*\w)"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
