@@ -342,8 +342,8 @@ def _drain_ruiji(running: Ruiji, client: Any, tasks: int, transport: str) -> Dra
         record.write_text("{}")
     queue, unacked = embed_queue(plan.gallery_id), unacked_keys(plan.gallery_id)["unacked_key"]
     supervisor = running.start("worker", "--role", "embed", "--processes", "1", RUIJI_TRANSPORT=transport)
-    wait_until(lambda: _workers(supervisor.pid), "the worker")
-    drained = _drain(client, queue, unacked, tasks, _workers(supervisor.pid)[0])
+    wait_until(lambda: _workers(supervisor.pid), "the worker", running.check)
+    drained = _drain(client, queue, unacked, tasks, _workers(supervisor.pid)[0], running.check)
     supervisor.terminate()
     supervisor.wait()
     for record in records:
@@ -363,13 +363,18 @@ def _drain_stock(url: str, client: Any, tasks: int) -> Drained:
     worker = subprocess.Popen(
         [sys.executable, *command], cwd=data.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    drained = _drain(client, "stock", "unacked", tasks, worker.pid)
+
+    def check() -> None:
+        if worker.poll() is not None:
+            raise RuntimeError(f"the stock worker ended with {worker.returncode}")
+
+    drained = _drain(client, "stock", "unacked", tasks, worker.pid, check)
     worker.terminate()
     worker.wait()
     return drained
 
 
-def _drain(client: Any, queue: str, unacked: str, tasks: int, pid: int) -> Drained:
+def _drain(client: Any, queue: str, unacked: str, tasks: int, pid: int, check: Callable[[], None]) -> Drained:
     def left() -> int:
         return int(client.llen(queue)) + int(client.hlen(unacked))
 
@@ -379,9 +384,9 @@ def _drain(client: Any, queue: str, unacked: str, tasks: int, pid: int) -> Drain
         return time.perf_counter(), process_cpu_s(pid), redis_s, left()
 
     # From the first acknowledgements on, so that no start-up is counted.
-    wait_until(lambda: left() < tasks, "the first task")
+    wait_until(lambda: left() < tasks, "the first task", check)
     first = sample()
-    wait_until(lambda: left() == 0, "the last task")
+    wait_until(lambda: left() == 0, "the last task", check)
     last = sample()
     done = first[3] - last[3]
     return Drained(1e6 * (last[1] - first[1]) / done, 1e6 * (last[2] - first[2]) / done, done / (last[0] - first[0]))
@@ -398,7 +403,7 @@ def memory(sizes: Sizes) -> list[Figure]:
             empty = int(client.info("memory")["used_memory"])
             running.start_workers(client, len(os.sched_getaffinity(0)) + 1)
             running.run("enqueue", "--list", str(object_list(count)))
-            wait_until(running.finished, "the last shard")
+            wait_until(running.finished, "the last shard", running.check)
             peaks.append(int(client.info("memory")["used_memory_peak"]))
     in_flight = WINDOW_SEGMENTS * rows
     short, long = sizes.memory

@@ -25,14 +25,18 @@ from pipeline.status import StatusReader
 _TIMEOUT_S = 900.0
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, check: Callable[[], object]) -> None:
     """Poll until the condition holds.
+
+    Args:
+        check: called at each look; raises an error if what is waited for cannot come any more.
 
     Raises:
         RuntimeError: it did not within 15 minutes.
     """
     deadline = time.monotonic() + _TIMEOUT_S
     while not condition():
+        check()
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited in vain for {what}")
         time.sleep(0.05)
@@ -53,11 +57,13 @@ class Ruiji:
         values = {"media_dir": media, "feature_dir": work / "features", "model": model, "state_dir": self.state}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RUIJI_")}
         named = {f"RUIJI_{name.upper()}": str(value) for name, value in (values | settings).items()}
+        # This checkout first; packages may lie in the other folders.
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         # The commands' own defaults, whatever stands in a .env here.
-        self._environment = {**clean, "PYTHONPATH": str(ROOT), **named}
+        self._environment = {**clean, "PYTHONPATH": python_path, **named}
         self._work = work
         self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme(ObjectIds.basename))
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
         """Start a command that stays, with further variables; its stderr goes to a log in the working folder."""
@@ -68,7 +74,7 @@ class Ruiji:
                 cwd=self._work,
                 stderr=log,
             )
-        self._running.append(process)
+        self._running.append((arguments[0], process))
         return process
 
     def run(self, *arguments: str) -> None:
@@ -77,15 +83,24 @@ class Ruiji:
         Raises:
             RuntimeError: it failed; with its last words.
         """
-        process = self.start(*arguments)
-        if process.wait():
-            told = (self._work / f"{arguments[0]}.log").read_text().splitlines()[-5:]
-            raise RuntimeError(f"ruiji {arguments[0]} failed: {told}")
+        self.start(*arguments).wait()
+        self.check()
+
+    def check(self) -> None:
+        """Nothing comes after the end of a command that failed.
+
+        Raises:
+            RuntimeError: one has; with its last words.
+        """
+        for name, process in self._running:
+            if code := process.poll():
+                told = (self._work / f"{name}.log").read_text(errors="replace").splitlines()[-5:]
+                raise RuntimeError(f"ruiji {name} ended with {code}: {told}")
 
     def start_redis(self) -> redis.Redis:
         """Start the embedded Redis; returns a client."""
         self.start("redis")
-        wait_until(lambda: (self.state / "redis.url").exists() and self.redis_url, "the embedded Redis")
+        wait_until(lambda: (self.state / "redis.url").exists() and self.redis_url, "the embedded Redis", self.check)
         return connect(self.redis_url)
 
     @property
@@ -94,10 +109,14 @@ class Ruiji:
         return (self.state / "redis.url").read_text().strip()
 
     def start_workers(self, client: redis.Redis, processes: int, *arguments: str) -> None:
-        """Start `ruiji worker` and wait until so many of its processes have told that they are ready."""
+        """Start `ruiji worker` and wait until so many of its processes have told that they are ready.
+
+        Raises:
+            RuntimeError: it failed.
+        """
         self.start("worker", *arguments)
         reader = StatusReader(self.gallery, client)
-        wait_until(lambda: len(reader.read().workers) >= processes, "the workers")
+        wait_until(lambda: len(reader.read().workers) >= processes, "the workers", self.check)
 
     def enqueue(self, listed: Path) -> None:
         """Start an enqueue, which goes on publishing, and wait for its plan.
@@ -106,17 +125,20 @@ class Ruiji:
             RuntimeError: it failed.
         """
         process = self.start("enqueue", "--list", str(listed))
-        wait_until(lambda: open_plan(self.gallery) or process.poll(), "the plan")
-        if process.poll():
-            raise RuntimeError("ruiji enqueue failed")
+        wait_until(lambda: open_plan(self.gallery) or process.poll() == 0, "the plan", self.check)
 
     def finished(self) -> bool:
-        """Whether the plan is closed and its per-image files and their folders are gone."""
+        """Whether the plan is closed and its per-image files and their folders are gone.
+
+        Raises:
+            RuntimeError: a command failed.
+        """
+        self.check()
         return open_plan(self.gallery) is None and not any(self.gallery.glob("[0-9a-f][0-9a-f]"))
 
     def stop(self) -> None:
         """Stop everything, in order."""
-        for process in reversed(self._running):
+        for _, process in reversed(self._running):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
