@@ -71,9 +71,10 @@ def test_a_graph_that_the_runtime_refuses_is_a_model_error(tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(model_path: Path) -> None:
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     model = load_model(model_path)
+    # What ONNX Runtime offers does not tell: its build for GPUs offers CUDA without one.
+    if Encoder(model, Device.auto).device is not Device.cuda:
+        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     cuda, cpu = Encoder(model, Device.cuda).encode(PIXELS), Encoder(model, Device.cpu).encode(PIXELS)
     cosine = (cuda * cpu).sum(1) / np.linalg.norm(cuda, axis=1) / np.linalg.norm(cpu, axis=1)
     assert cosine.min() >= 0.9999
