@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from workers.encoder import Encoder
 
 
+#: Pictures that CUDA computes at a time: mostly one comes, and up to so many a GPU takes hardly longer.
+_PICTURES_AT_ONCE = 8
+
+
 class RuijiWarning(UserWarning):
     """What is doubtful about a gallery, and does not keep it from being searched."""
 
@@ -60,7 +64,7 @@ class _Embedding:
                 model = query_model(self.path, shards)
                 for warning in version_warnings(shards):
                     _warn(warning)
-                self.loaded = shards.fingerprint, model, load_encoder(model, self.device)
+                self.loaded = shards.fingerprint, model, load_encoder(model, self.device, _PICTURES_AT_ONCE)
             return self.loaded[1:]
 
 

@@ -245,12 +245,12 @@ def own_rows(gallery: Gallery, queries: Iterable[Query]) -> int:
     return max([int(by_path), *map(len, found.values())])
 
 
-def query_encoder(path: Path, gallery: Gallery, device: Device) -> "tuple[Model, Future[Encoder]]":
+def query_encoder(path: Path, gallery: Gallery, device: Device, pictures: int) -> "tuple[Model, Future[Encoder]]":
     """The model to embed queries with, and its encoder, which is being loaded.
 
     Args:
         path: of the model that made the gallery.
-        device: where it runs.
+        device, pictures: as `load_encoder`.
 
     Raises:
         GalleryMismatch, ModelError: as `query_model`.
@@ -261,14 +261,16 @@ def query_encoder(path: Path, gallery: Gallery, device: Device) -> "tuple[Model,
     # Hashing, in that thread, leaves Python to others; loading a library, in this one, does not.
     importlib.import_module("workers.encoder")
     model = proof.result()
-    return model, load_encoder(model, device)
+    return model, load_encoder(model, device, pictures)
 
 
-def load_encoder(model: Model, device: Device) -> "Future[Encoder]":
+def load_encoder(model: Model, device: Device, pictures: int = _DECODED_AT_ONCE) -> "Future[Encoder]":
     """Load the model in a thread: ONNX Runtime leaves Python to others for the most part of that.
 
     Args:
         device: where the model runs; auto is the CPU.
+        pictures: that come at once. CUDA computes so many at a time, at most 64; where fewer come, it computes black
+            ones beside them.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -276,7 +278,8 @@ def load_encoder(model: Model, device: Device) -> "Future[Encoder]":
 
     # One thread, as in a worker: the same picture then gives the same bits as in the gallery.
     on = Device.cuda if device is Device.cuda else Device.cpu
-    return ThreadPoolExecutor(1).submit(Encoder, model, on, threads=1, many=False)
+    batch_images = max(1, min(pictures, _DECODED_AT_ONCE))
+    return ThreadPoolExecutor(1).submit(Encoder, model, on, threads=1, batch_images=batch_images, many=False)
 
 
 def embed_images(images: list[Path], model: Model, encoder: "Future[Encoder]", max_pixels: int) -> Queries:

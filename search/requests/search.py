@@ -103,7 +103,7 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
     if files:
         if selection.model_path is None:
             raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
-        loading = query_encoder(selection.model_path, whole, request.device)
+        loading = query_encoder(selection.model_path, whole, request.device, len(files))
     # While the model is loaded, all that comes after it is made ready.
     importlib.import_module("search.views.output")
     from search.answers import Criteria, answer
