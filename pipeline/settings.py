@@ -198,7 +198,8 @@ GpuMemory = Annotated[
         envvar="RUIJI_GPU_MEMORY_MB",
         min=1,
         metavar="MB",
-        help="Limit of one process' memory on CUDA.  [default: none]",
+        help="Limit of what ONNX Runtime allocates on the GPU in one process; CUDA itself takes some more.  "
+        "[default: none]",
     ),
 ]
 Threads = Annotated[

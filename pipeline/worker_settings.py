@@ -32,7 +32,7 @@ class WorkerSettings:
         processes: embed processes; None: one per core, or one on CUDA.
         threads: CPU threads per process; None: cores / processes.
         batch_images: requests per batch; None: the encoder's choice.
-        gpu_memory_mb: limit of one process on CUDA; None: none.
+        gpu_memory_mb: limit of ONNX Runtime's arena in one process on CUDA; None: none.
         slots_per_device: workers per GPU.
         window_segments: segments in the queue at once.
         visibility_timeout_s: seconds after which a dead worker's messages go to another.
