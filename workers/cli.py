@@ -48,6 +48,7 @@ def worker(
     from pipeline.logs import set_up
     from pipeline.queue.connection import connect
     from pipeline.worker_settings import FOR_TESTS, WorkerSettings, read_variables
+    from workers.places import gpus_for
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 
@@ -61,8 +62,8 @@ def worker(
     with suppress(BrokerUnavailable):
         connect(url).close()
     cores = len(os.sched_getaffinity(0))
-    cuda = role is not Role.reduce and _uses_cuda(device)
-    embed_processes = processes or (1 if cuda else cores)
+    gpus = gpus_for(device) if role is not Role.reduce else ()
+    embed_processes = processes or (1 if gpus else cores)
     roles = [Role.embed] * embed_processes if role is not Role.reduce else []
     roles += [Role.reduce] if role is not Role.embed else []
     told = WorkerSettings(
@@ -71,7 +72,7 @@ def worker(
         model=model,
         redis_url=url,
         state_dir=settings.make_state_folder(state_dir),
-        device=device,
+        device=device if gpus else Device.cpu,
         processes=embed_processes,
         threads=threads or max(1, cores // embed_processes),
         batch_images=batch_images,
@@ -82,7 +83,10 @@ def worker(
         log_format=log_format,
         **read_variables(os.environ, FOR_TESTS),
     )
-    shown: AbstractContextManager[dict[str, str]] = one_device(url, slots_per_device) if cuda else nullcontext({})
+    shown: AbstractContextManager[dict[str, str]] = nullcontext({})
+    # Who set this has chosen already.
+    if gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        shown = one_device(url, [gpu.uuid for gpu in gpus], slots_per_device)
     with shown as variables:
         raise typer.Exit(Supervisor(roles, told, variables).run())
 
@@ -117,14 +121,6 @@ def doctor(
         states.add(check.state)
     code = GalleryMismatch.exit_code if "wrong" in states else RuijiError.exit_code if "bad" in states else 0
     raise typer.Exit(code)
-
-
-def _uses_cuda(device: Device) -> bool:
-    if device is Device.auto:
-        import onnxruntime
-
-        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    return device is Device.cuda
 
 
 def worker_process(role: Annotated[Role, typer.Option()]) -> None:

@@ -26,6 +26,7 @@ from pipeline.store import read_record, sync_folder, write_atomic
 from pipeline.versions import library_versions, other_versions
 from workers.decode.images import load_pixels
 from workers.decode.resize import NO_INSTRUCTIONS, why_not
+from workers.devices import probe
 from workers.encoder import Encoder
 
 #: Rows that are embedded again, spread over the gallery.
@@ -77,7 +78,7 @@ def examine(
     except RuijiError as error:
         yield Check("bad", "device", str(error))
         return
-    yield Check("ok", "device", f"{encoder.device} (asked for: {device})")
+    yield _device(encoder, device)
     yield _resizing()
     yield _examined("features", lambda: _sample(folder, media_dir, encoder))
 
@@ -180,6 +181,21 @@ def _space(folder: Path, model: Model) -> Check:
     if stat.f_files and stat.f_favail < flying:
         return Check("bad", "space", f"{detail}; {stat.f_favail} files can be made, {flying} are needed at once")
     return Check("ok" if free > need else "bad", "space", detail)
+
+
+def _device(encoder: Encoder, asked: Device) -> Check:
+    told = f"{encoder.device} (asked for: {asked})"
+    if asked is Device.cpu:
+        return Check("ok", "device", told)
+    found = probe()
+    cards = [
+        f"{gpu}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, {gpu.free_mb} of {gpu.total_mb} MB free"
+        for gpu in found.usable
+    ]
+    told = "; ".join([told, *cards, *found.refused])
+    if encoder.device is Device.cpu and found.built:
+        return Check("warn", "device", f"{told}; no GPU: {found.problem or 'see above'}")
+    return Check("warn" if found.refused else "ok", "device", told)
 
 
 def _resizing() -> Check:

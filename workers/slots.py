@@ -8,10 +8,8 @@ own, and several machines share one Redis.
 
 import logging
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from contextlib import closing, contextmanager, suppress
 import redis
 from redis.lock import Lock
 
-from pipeline.errors import BrokerUnavailable, UsageError
+from pipeline.errors import BrokerUnavailable
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import slot_key
 from pipeline.queue.leases import lease, renewed
@@ -33,39 +31,19 @@ LEASE_S = 30.0
 _LOOK_S = 2.0
 
 
-def cuda_devices() -> list[str]:
-    """UUIDs of the NVIDIA devices that this worker may use, in `nvidia-smi`'s order; empty where there are none.
-
-    Raises:
-        UsageError: `nvidia-smi` is there, but fails.
-    """
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise UsageError("nvidia-smi does not answer: is the NVIDIA driver working?") from None
-    if answer.returncode:
-        raise UsageError(f"nvidia-smi fails: {(answer.stderr or answer.stdout).strip()}")
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-
-
 @contextmanager
-def one_device(redis_url: str, slots_per_device: int) -> Iterator[dict[str, str]]:
+def one_device(redis_url: str, devices: list[str], slots_per_device: int) -> Iterator[dict[str, str]]:
     """Lease a device for a worker's processes for as long as the block takes.
 
+    Args:
+        devices: UUIDs, at least one.
+
     Yields:
-        What to add to their environment: nothing where no NVIDIA device is seen, or where
-        `CUDA_VISIBLE_DEVICES` says already which are to be used.
+        What to add to their environment.
 
     Raises:
-        UsageError, BrokerUnavailable: see `device_slot`, `cuda_devices`, `connect`.
+        UsageError, BrokerUnavailable: see `device_slot`, `connect`.
     """
-    devices = cuda_devices() if "CUDA_VISIBLE_DEVICES" not in os.environ else []
-    if not devices:
-        yield {}
-        return
     with (
         closing(connect(redis_url)) as client,
         device_slot(client, devices, slots_per_device) as device,

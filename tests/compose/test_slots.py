@@ -1,4 +1,4 @@
-"""`--scale worker=N` spreads over the GPUs, which are pretended: every replica finds an `nvidia-smi` that names two."""
+"""`--scale worker=N` spreads over the GPUs, which are pretended: every replica finds a driver that names two."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.compose.stack import Stack
+from tests.conftest import ROOT
+from tests.cuda.pretended import BUSY, H200, PretendedCuda, uuid
 from tests.factories import wait_until
 
 OVERRIDE = """
@@ -15,7 +17,10 @@ services:
     environment:
       RUIJI_DEVICE: cuda
       RUIJI_SLOTS_PER_DEVICE: 2
-    volumes: ["./nvidia-smi:/usr/local/bin/nvidia-smi:ro"]
+      PRETENDED_CUDA: /cuda
+      LD_LIBRARY_PATH: /cuda
+      PYTHONPATH: /cuda
+    volumes: ["./cuda:/cuda:ro"]
 """
 #: What the processes of a container are shown.
 SHOWN = "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep '^CUDA_VISIBLE_DEVICES=' | sort -u"
@@ -27,8 +32,7 @@ def stack(new_stack: Callable[..., Stack], tmp_path: Path) -> Stack:
     (tmp_path / "media").mkdir()
     stack = new_stack(tmp_path / "media")
     (stack.folder / "pretended.yml").write_text(OVERRIDE)
-    (stack.folder / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU-aaaa\\nGPU-bbbb\\n'\n")
-    (stack.folder / "nvidia-smi").chmod(0o755)
+    PretendedCuda(stack.folder / "cuda", ROOT).have(H200, BUSY)
     stack.set(COMPOSE_FILE="docker-compose.yml:pretended.yml")
     stack.make("up", "WORKERS=4")
     return stack
@@ -44,7 +48,7 @@ def shown(stack: Stack) -> Counter[str]:
 
 
 def test_replicas_spread_and_a_killed_ones_slot_goes_to_the_one_that_waits(stack: Stack) -> None:
-    assert shown(stack) == {"GPU-aaaa": 2, "GPU-bbbb": 2}
+    assert shown(stack) == {uuid("a"): 2, uuid("b"): 2}
     killed = stack.containers("worker")[0]
     # Without a slot a worker cannot take a task: it is never called healthy.
     stack.compose("up", "-d", "--no-deps", "--no-recreate", "--scale", "worker=5", "worker")
@@ -52,6 +56,4 @@ def test_replicas_spread_and_a_killed_ones_slot_goes_to_the_one_that_waits(stack
     assert [c["State"]["Health"]["Status"] for c in stack.containers("worker")].count("healthy") == 4
     stack.run("docker", "kill", killed["Id"])
     assert sum(shown(stack).values()) == 3
-    wait_until(
-        lambda: shown(stack) == {"GPU-aaaa": 2, "GPU-bbbb": 2}, timeout_s=60, what="the dead worker's slot, taken"
-    )
+    wait_until(lambda: shown(stack) == {uuid("a"): 2, uuid("b"): 2}, timeout_s=60, what="the dead worker's slot, taken")

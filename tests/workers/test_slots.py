@@ -1,6 +1,5 @@
-"""GPU slots, with pretended devices: a real Redis, real workers, and an `nvidia-smi` that names devices."""
+"""GPU slots, with pretended devices: a real Redis, real workers, and a driver that names devices."""
 
-import os
 import signal
 import threading
 import time
@@ -11,20 +10,13 @@ import psutil
 import pytest
 import redis
 
-from pipeline.errors import UsageError
 from pipeline.queue.connection import connect
+from tests.conftest import ROOT
+from tests.cuda.pretended import BUSY, H200, PretendedCuda, uuid
 from tests.factories import Ruiji, wait_until
-from workers.slots import LEASE_S, cuda_devices, device_slot
+from workers.slots import LEASE_S, device_slot
 
-DEVICES = ["GPU-aaaa", "GPU-bbbb"]
-
-
-def pretend_devices(folder: Path, script: str = "printf 'GPU-aaaa\\nGPU-bbbb\\n'") -> None:
-    """Put an `nvidia-smi` into a folder, to be found first on the PATH."""
-    folder.mkdir(exist_ok=True)
-    command = folder / "nvidia-smi"
-    command.write_text(f"#!/bin/sh\n{script}\n")
-    command.chmod(0o755)
+DEVICES = [uuid("a"), uuid("b")]
 
 
 @pytest.fixture
@@ -35,13 +27,10 @@ def client(redis_url: str) -> redis.Redis:
 @pytest.fixture
 def gpu_worker(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> Ruiji:
     """Workers that see two devices. They wait for their first enqueue, which is before the model is loaded."""
-    pretend_devices(tmp_path / "bin")
+    cuda = PretendedCuda(tmp_path / "cuda", ROOT)
+    cuda.have(H200, BUSY)
     ruiji.media.mkdir()
-    ruiji.environment = {
-        "RUIJI_REDIS_URL": redis_url,
-        "RUIJI_DEVICE": "cuda",
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-    }
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_DEVICE": "cuda", **cuda.environment}
     return ruiji
 
 
@@ -59,7 +48,7 @@ def shown_devices() -> Counter[str]:
 
 def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, client: redis.Redis) -> None:
     workers = [gpu_worker.start("worker", "--role", "embed", "--slots-per-device", "2") for _ in range(4)]
-    wait_until(lambda: shown_devices() == {"GPU-aaaa": 2, "GPU-bbbb": 2}, what="two workers on each device")
+    wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 2), what="two workers on each device")
     assert all(0 < client.pttl(key) <= LEASE_S * 1000 for key in client.keys("ruiji:slot:*"))
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
@@ -71,7 +60,7 @@ def test_a_worker_waits_for_a_slot_and_takes_a_dead_ones_when_its_lease_runs_out
     gpu_worker: Ruiji, client: redis.Redis, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = (gpu_worker.start("worker", "--role", "embed") for _ in range(2))
-    wait_until(lambda: shown_devices() == {"GPU-aaaa": 1, "GPU-bbbb": 1}, what="a worker on each device")
+    wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 1), what="a worker on each device")
     third = gpu_worker.start("worker", "--role", "embed")
     said: list[str] = []
 
@@ -117,23 +106,12 @@ def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis, monkey
             taken.append(device)
 
     with device_slot(client, DEVICES, 2) as first, device_slot(client, DEVICES, 2) as second:
-        assert (first, second) == ("GPU-aaaa", "GPU-bbbb")
+        assert [first, second] == DEVICES
         with device_slot(client, DEVICES, 2), device_slot(client, DEVICES, 2):
             thread = threading.Thread(target=fifth)
             thread.start()
             time.sleep(0.5)
             assert not taken, "a fifth slot of four"
-            client.delete("ruiji:slot:GPU-bbbb:0")
+            client.delete(f"ruiji:slot:{DEVICES[1]}:0")
             thread.join(30)
-            assert taken == ["GPU-bbbb"]
-
-
-def test_devices_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    pretend_devices(tmp_path)
-    assert cuda_devices() == DEVICES
-    pretend_devices(tmp_path, "echo driver not loaded >&2; exit 9")
-    with pytest.raises(UsageError, match="driver not loaded"):
-        cuda_devices()
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert cuda_devices() == []
+            assert taken == [DEVICES[1]]
