@@ -140,8 +140,8 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
 
 # What searches keep, in G/cache.
 
-#: Kinds of arrays: norms of the rows, rows in 8 bits, and what scales these.
-NORMS, CODES, SCALES = CACHE_KINDS = ("norms", "codes", "scales")
+#: Kinds of arrays: norms of the rows, rows in 8 bits, what scales these, and facts about the rows' files.
+NORMS, CODES, SCALES, FACTS = CACHE_KINDS = ("norms", "codes", "scales", "facts")
 
 _CACHE_FILE = re.compile(rf"\d{{4,}}\.[0-9a-f-]+\.(?:{'|'.join(CACHE_KINDS)})\.npy")
 
@@ -363,6 +363,31 @@ def first_list_file(folder: Path) -> Path:
 def first_stale_folder(folder: Path) -> Path:
     """Which rows were no longer on that list."""
     return stale_folder(run_folder(folder))
+
+
+# Decisions about duplicates, beside the galleries: one file for those of all models.
+
+DECISIONS_FILE: Final = "decisions.jsonl"
+
+
+def decisions_file(folder: Path) -> Path:
+    """What people decided about duplicates, beside a gallery folder."""
+    return folder.absolute().parent / DECISIONS_FILE
+
+
+def writer_lock_folder(file: Path) -> Path:
+    """Who may write to a file that many hosts append to."""
+    return file.with_name(f"{file.name}.lock")
+
+
+def writer_lock_file(folder: Path, number: int) -> Path:
+    """The file whose link takes such a lock, e.g. `000007.json`."""
+    return folder / f"{number:06d}.json"
+
+
+def writer_lock_number(name: str) -> int | None:
+    """The number that a file of this name takes."""
+    return _number(_GENERATION, name)
 
 
 # The state folder: what belongs to this host alone.

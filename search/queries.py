@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -370,6 +370,21 @@ def _as_png(picture: "Image") -> bytes:
     except OSError:
         raise ImageError("the image data is broken") from None
     return file.getvalue()
+
+
+def read_header(file: BinaryIO) -> tuple[str, int, int] | None:
+    """Format, width and height of a picture by its header alone; None if it is no picture in a known format."""
+    from PIL import Image
+
+    from workers.decode.images import FORMATS
+
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            # A camera's JPEG with further pictures in it is a JPEG to everybody else.
+            form = "JPEG" if picture.format == "MPO" else picture.format or ""
+            return form, *picture.size
+    except Exception:  # Decoders raise anything on broken files.
+        return None
 
 
 def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":

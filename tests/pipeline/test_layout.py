@@ -28,6 +28,9 @@ NAMES = {
     layout.cache_file(layout.cache_folder(G), "0007", "89ab", layout.NORMS): "G/cache/0007.89ab.norms.npy",
     layout.cache_file(layout.cache_folder(G), "0007", "89ab", layout.CODES): "G/cache/0007.89ab.codes.npy",
     layout.cache_file(layout.cache_folder(G), "0007", "89ab", layout.SCALES): "G/cache/0007.89ab.scales.npy",
+    layout.cache_file(layout.cache_folder(G), "0007", "89ab", layout.FACTS): "G/cache/0007.89ab.facts.npy",
+    layout.decisions_file(Path("/F/model")): "/F/decisions.jsonl",
+    layout.writer_lock_file(layout.writer_lock_folder(Path("F/d.jsonl")), 7): "F/d.jsonl.lock/000007.json",
     layout.run_list_file(G): "G/run/objects.txt",
     layout.generation_file(G, 7): "G/run/generations/000007.json",
     layout.plan_file(layout.made_folder(G) / "n"): "G/run/made/n/plan.json",
@@ -70,6 +73,8 @@ def test_numbers_are_read_from_the_names_that_carry_them() -> None:
     assert layout.shard_of("0007.npy") is None
     assert layout.generation_number("000007.json") == 7
     assert layout.generation_number("0007.json") is None
+    assert layout.writer_lock_number("000007.json") == 7
+    assert layout.writer_lock_number("000007.json.bak") is None
     assert (layout.bits_shard("0007.bits"), layout.ids_shard("0007.ids.txt")) == (7, 7)
     assert [layout.is_stale_file(name) for name in ("0007.bits", "0007.ids.txt", "failed.txt", "x.txt")] == [
         *(True, True, True, False)

@@ -1,0 +1,178 @@
+"""What is decided about each pair of objects: decisions, and the objects of a gallery that they are about.
+
+*different*, *skip* and *undo* are about contents: they hold for every file with the same bytes, whatever its name.
+*same* says that one file goes and another stays, so it is about files. Between files of equal bytes every decision is
+about files: contents could not tell them apart.
+
+The file of an object is the one at its path, if that has its bytes still. Else it was renamed, if the gallery has these
+bytes in a file that no decision names. A file that is to go is looked for only if it was the only one with its bytes,
+and the kept one has others: any other copy is one that nobody decided about.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from search.duplicates.decisions import DecidedObject, Decision, Verdict
+
+#: An object that decisions are about: its gallery row, or a negative number if the gallery does not have it.
+Key: TypeAlias = int
+
+_NONE: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What one decision says of one object that is not kept, while no later one says otherwise.
+
+    Attributes:
+        remove, keep: the keys of both.
+        decision: the line.
+        sha256: of the bytes that were decided to go; None where they were not known.
+        keep_sha256: of the bytes that were decided to stay.
+    """
+
+    remove: Key
+    keep: Key
+    decision: Decision
+    sha256: str | None
+    keep_sha256: str | None
+
+
+class Decided:
+    """Which decision counts for each pair of objects.
+
+    Args:
+        decisions: in their order.
+        objects: those of the gallery by row, with the digests that it has; only those that a decision is about are
+            looked at, see `named_by`.
+    """
+
+    def __init__(self, decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject]) -> None:
+        self.decisions = decisions
+        self.objects: dict[Key, DecidedObject] = {}
+        self._keys = _resolved(decisions, objects)
+        #: The lines about an object's file, and those about its content; and the last that undoes all about it.
+        self._by_file: dict[Key, frozenset[int]] = {}
+        self._by_content: dict[Key, frozenset[int]] = {}
+        self._undone: dict[Key, int] = {}
+        by_file: dict[Key, set[int]] = defaultdict(set)
+        by_digest: dict[str, set[int]] = defaultdict(set)
+        undone: dict[str, int] = {}
+        for number, decision in enumerate(decisions):
+            for one in decision.objects:
+                key = self._keys[one]
+                self.objects[key] = objects.get(key, one)
+                by_file[key].add(number)
+                if len(decision.objects) == 1:
+                    self._undone[key] = number
+                if one.sha256 is not None and decision.decision is not Verdict.same:
+                    by_digest[one.sha256].add(number)
+                    if len(decision.objects) == 1:
+                        undone[one.sha256] = number
+        for key, one in objects.items():
+            if one.sha256 in by_digest:
+                self.objects[key] = one
+        for key, one in self.objects.items():
+            self._by_file[key] = files = frozenset(by_file.get(key, _NONE))
+            contents = by_digest.get(one.sha256 or "", _NONE)
+            self._by_content[key] = files if contents <= files else files | contents
+            self._undone[key] = max(self._undone.get(key, -1), undone.get(one.sha256 or "", -1))
+
+    def last(self, one: Key, other: Key) -> Decision | None:
+        """The last decision about a pair; None if there is none, or if it was undone."""
+        number = self._last(one, other)
+        return None if number is None else self.decisions[number]
+
+    def _last(self, one: Key, other: Key) -> int | None:
+        if one not in self.objects or other not in self.objects:
+            return None
+        digests = {self.objects[one].sha256, self.objects[other].sha256}
+        lines = self._by_content if len(digests - {None}) == 2 else self._by_file
+        number = max(lines[one] & lines[other], default=-1)
+        if number <= max(self._undone[one], self._undone[other]):
+            return None
+        return None if self.decisions[number].decision is Verdict.undo else number
+
+    def settled(self, one: Key, other: Key) -> bool:
+        """Whether a pair is decided: as different, or as the same."""
+        last = self.last(one, other)
+        return last is not None and last.decision is not Verdict.skip
+
+    def skipped(self, group: Sequence[Key]) -> bool:
+        """Whether each pair of a group was skipped, and nothing later was decided about it."""
+        if not all(key in self.objects for key in group):
+            return False
+        # Large groups are mostly of few kinds: what counts for two of a kind counts for all of it.
+        kinds: dict[object, list[Key]] = defaultdict(list)
+        for key in group:
+            kinds[self._by_file[key], self._by_content[key], self._undone[key], self.objects[key].sha256].append(key)
+        some = itertools.chain.from_iterable(keys[:2] for keys in kinds.values())
+        return all(self._is_skipped(one, other) for one, other in itertools.combinations(some, 2))
+
+    def _is_skipped(self, one: Key, other: Key) -> bool:
+        last = self.last(one, other)
+        return last is not None and last.decision is Verdict.skip
+
+    def removals(self) -> Iterator[Removal]:
+        """What counts of all decisions *same*, in their order."""
+        for number, decision in enumerate(self.decisions):
+            if decision.keep is None:
+                continue
+            keep = self._keys[decision.keep]
+            for one in decision.remove:
+                key = self._keys[one]
+                if key != keep and self._last(key, keep) == number:
+                    yield Removal(key, keep, decision, one.sha256, decision.keep.sha256)
+
+    def in_force(self) -> Iterator[tuple[Decision, list[Key]]]:
+        """The decisions of which something counts still, in their order, with the objects that it counts for."""
+        for number, decision in enumerate(self.decisions):
+            keys = list(dict.fromkeys(self._keys[one] for one in decision.objects))
+            firsts = keys[:1] if decision.keep else keys
+            counting = {key for key in keys if any(self._last(one, key) == number for one in firsts if one != key)}
+            if counting:
+                yield decision, [key for key in keys if key in counting or (decision.keep and key == keys[0])]
+
+
+def named_by(decisions: Iterable[Decision]) -> tuple[set[str], set[str], set[str]]:
+    """What decisions name objects by: (paths, ids without a path, digests)."""
+    every = {one for decision in decisions for one in decision.objects}
+    return (
+        {one.path for one in every if one.path is not None},
+        {one.id for one in every if one.path is None and one.id is not None},
+        {one.sha256 for one in every if one.sha256 is not None},
+    )
+
+
+def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject]) -> dict[DecidedObject, Key]:
+    """The object that each object of a decision is now."""
+    by_name = {_name(one): key for key, one in objects.items()}
+    keys: dict[DecidedObject, Key] = {}
+    bound: set[DecidedObject] = set()
+    for decision in decisions:
+        for one in decision.objects:
+            key = by_name.get(_name(one))
+            if key is not None and len({one.sha256, objects[key].sha256} - {None}) < 2:
+                keys[one] = key
+        bound |= {one for one in decision.remove if not one.alone or one.sha256 == decision.objects[0].sha256}
+    free: dict[str, list[Key]] = defaultdict(list)
+    claimed = set(keys.values())
+    for key, one in sorted(objects.items(), reverse=True):
+        if one.sha256 is not None and key not in claimed:
+            free[one.sha256].append(key)
+    moved: dict[tuple[str, str | None], Key] = {}
+    for one in itertools.chain.from_iterable(decision.objects for decision in decisions):
+        if one not in keys:
+            at = (one.name, one.sha256)
+            if at not in moved:
+                left = free.get(one.sha256 or "") if one not in bound else None
+                moved[at] = left.pop() if left else -1 - len(moved)
+            keys[one] = moved[at]
+    return keys
+
+
+def _name(one: DecidedObject) -> tuple[str | None, str | None]:
+    return one.path, one.id if one.path is None else None

@@ -1,0 +1,203 @@
+"""Which files can go, and which are kept: decisions, held against the files as they are now.
+
+A file is named only if its bytes still have the digest that was decided about, and if the file that is kept for it is
+there with its own digest and is itself not to go. So whatever was decided, and in whatever order, what is named leaves
+a kept file for each of it. Of a file that is kept for one and to go for another, nothing is guessed: what it was kept
+for stays until that is decided again.
+
+Files are compared by device and inode: hard links, and links that lead to one file, are one file.
+"""
+
+import hashlib
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from search.duplicates.decided import Decided, Key, Removal
+from search.duplicates.files import absent_is_none
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of one of the lists.
+
+    Attributes:
+        path: relative to the media folder.
+        sha256: of its bytes, which were read just now.
+        kept: the path of the file that is kept for it; its own for one that is kept.
+        time: when it was decided.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    kept: str
+    time: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not named although it was decided about.
+
+    Attributes:
+        why: in words.
+        gone: whether it is only not there any more, while what is kept for it is: it was removed.
+    """
+
+    path: str
+    why: str
+    gone: bool = False
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the decisions come to, by sizes and times alone: nothing is read.
+
+    Attributes:
+        kept, remove: files that are there.
+        frees_bytes: what removing would free; a file with other names frees nothing until all of them go.
+    """
+
+    kept: int
+    remove: int
+    frees_bytes: int
+
+
+def file_digest(path: Path) -> tuple[os.stat_result, str] | None:
+    """The sha256 of a file's bytes, hex; None if there is no such file, or if it may not be read.
+
+    Raises:
+        MachineFault: the disk or network below the file failed.
+    """
+    # O_NONBLOCK: a pipe of this name would block for ever.
+    with absent_is_none(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        there = os.fstat(file.fileno())
+        if stat.S_ISREG(there.st_mode):
+            return there, hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+class Lists:
+    """What the decisions *same* come to on the files of a media folder.
+
+    Args:
+        decided: of paths that are relative to that folder.
+    """
+
+    def __init__(self, decided: Decided, media_dir: Path) -> None:
+        self._decided, self._media_dir = decided, media_dir
+        self._removals: dict[Key, list[Removal]] = defaultdict(list)
+        for removal in decided.removals():
+            self._removals[removal.remove].append(removal)
+        self._keeps: dict[Key, list[Removal]] = defaultdict(list)
+        for removal in self._every():
+            if removal.keep not in self._removals:
+                self._keeps[removal.keep].append(removal)
+        self._stats = {key: self._stat(key) for key in {*self._removals, *self._keeps}}
+        #: Whatever else was decided about it, none of these files is named.
+        self._kept = {_inode(there) for key in self._keeps if (there := self._stats[key]) is not None}
+        self._digests: dict[Key, str | None] = {}
+
+    def to_remove(self) -> Iterator[ListedFile | LeftOut]:
+        """Each file that was decided to go, in the order of paths; every byte of it and of its kept one is read.
+
+        Raises:
+            MachineFault: the disk or network failed.
+        """
+        for key in self._in_order(self._removals):
+            there, why = self._stats[key], ""
+            for removal in reversed(self._removals[key]):
+                problem = self._why_not(removal)
+                if there is not None and not problem:
+                    keep, time = self._path(removal.keep), removal.decision.time
+                    yield ListedFile(self._path(key), there.st_size, removal.sha256 or "", keep, time)
+                    break
+                why = why or problem
+            else:
+                kept = any(self._stats.get(removal.keep) is not None for removal in self._removals[key])
+                yield LeftOut(self._path(key), why, gone=there is None and kept)
+
+    def to_keep(self) -> Iterator[ListedFile | LeftOut]:
+        """Each file that is kept, in the order of paths; every byte of it is read.
+
+        Raises:
+            MachineFault: the disk or network failed.
+        """
+        for key in self._in_order(self._keeps):
+            *_, last = self._keeps[key]
+            there, path = self._stats[key], self._path(key)
+            if why := self._changed(key, last.keep_sha256):
+                yield LeftOut(path, why)
+            elif there is not None:
+                yield ListedFile(path, there.st_size, last.keep_sha256 or "", path, last.decision.time)
+
+    def totals(self) -> Totals:
+        """Count both lists without reading a file."""
+        names: dict[tuple[int, int], int] = defaultdict(int)
+        sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        for key in self._removals:
+            there = self._stats[key]
+            if there is None or _inode(there) in self._kept:
+                continue
+            if any(self._stats.get(one.keep) is not None and one.keep in self._keeps for one in self._removals[key]):
+                names[_inode(there)] += 1
+                sizes[_inode(there)] = there.st_nlink, there.st_size
+        freed = sum(size for inode, (links, size) in sizes.items() if names[inode] >= links)
+        kept = sum(self._stats[key] is not None for key in self._keeps)
+        return Totals(kept, sum(names.values()), freed)
+
+    def _why_not(self, removal: Removal) -> str:
+        """Why a file is not named for one decision; empty if it is."""
+        there, kept = self._stats[removal.remove], self._path(removal.keep)
+        if there is None:
+            return "there is no such file any more"
+        inside = os.path.realpath(self._media_dir) + os.sep
+        if not os.path.realpath(self._media_dir / self._path(removal.remove)).startswith(inside):
+            return "a link leads out of the media folder"
+        if removal.keep not in self._keeps:
+            return f"the file that was kept for it, {kept}, is to go itself; decide again about the two"
+        if _inode(there) in self._kept:
+            same = self._stats[removal.keep]
+            one = kept if same is not None and _inode(same) == _inode(there) else "one that is kept"
+            return f"it is the same file as {one}"
+        if why := self._changed(removal.keep, removal.keep_sha256):
+            return f"of the file that is kept for it, {kept}: {why}"
+        return self._changed(removal.remove, removal.sha256)
+
+    def _changed(self, key: Key, sha256: str | None) -> str:
+        """Why a file is not the one that was decided about; empty if it is."""
+        if self._stats[key] is None:
+            return "there is no such file any more"
+        if sha256 is None:
+            return "its bytes were not known when it was decided; decide again"
+        if key not in self._digests:
+            found = file_digest(self._media_dir / self._path(key))
+            self._digests[key] = None if found is None else found[1]
+            if found is not None and _inode(found[0]) != _inode(self._stats[key] or found[0]):
+                self._digests[key] = None
+        if self._digests[key] is None:
+            return "it cannot be read"
+        return "" if self._digests[key] == sha256 else "it changed since it was decided"
+
+    def _every(self) -> Iterable[Removal]:
+        return (removal for removals in self._removals.values() for removal in removals)
+
+    def _in_order(self, keys: Iterable[Key]) -> list[Key]:
+        return sorted(keys, key=lambda key: self._path(key).encode("utf-8", "surrogateescape"))
+
+    def _path(self, key: Key) -> str:
+        return self._decided.objects[key].name
+
+    def _stat(self, key: Key) -> os.stat_result | None:
+        path = self._media_dir / self._path(key)
+        with absent_is_none(path):
+            there = os.stat(path)
+            return there if stat.S_ISREG(there.st_mode) else None
+        return None
+
+
+def _inode(there: os.stat_result) -> tuple[int, int]:
+    return there.st_dev, there.st_ino

@@ -1,0 +1,241 @@
+"""The decisions file: literal bytes, torn lines, damage, writers at once and killed ones."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.choices import ObjectIds
+from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
+from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions, read_decisions
+from tests.chaos.harness import sized
+from tests.conftest import ROOT
+from tests.factories import wait_until
+
+TIME = "2026-11-29T08:00:00Z"
+A = DecidedObject("cat/a.jpg", sha256="5f" * 32)
+B = DecidedObject("cat/ä b.jpg", sha256="c0" * 32, alone=True)
+C = DecidedObject("c.jpg")
+LINES = (
+    Decision(Verdict.same, (A, B, C), TIME, ObjectIds.basename),
+    Decision(Verdict.different, (A, C), TIME, ObjectIds.path),
+    Decision(Verdict.undo, (DecidedObject(id="\udc80.jpg"),), TIME),
+)
+BYTES = (
+    '{"format": 1, "time": "2026-11-29T08:00:00Z", "decision": "same", "object_id": "basename", '
+    f'"keep": {{"path": "cat/a.jpg", "sha256": "{"5f" * 32}"}}, '
+    f'"remove": [{{"path": "cat/ä b.jpg", "sha256": "{"c0" * 32}", "alone": true}}, {{"path": "c.jpg"}}]}}\n'
+    '{"format": 1, "time": "2026-11-29T08:00:00Z", "decision": "different", "object_id": "path", '
+    f'"objects": [{{"path": "cat/a.jpg", "sha256": "{"5f" * 32}"}}, {{"path": "c.jpg"}}]}}\n'
+    '{"format": 1, "time": "2026-11-29T08:00:00Z", "decision": "undo", "object_id": null, '
+    '"objects": [{"id": "\\udc80.jpg"}]}\n'
+).encode()
+
+
+def different(name: str) -> Decision:
+    return Decision(Verdict.different, (DecidedObject(f"{name}.jpg"), DecidedObject("other.jpg")), TIME)
+
+
+def names(file: Path) -> list[str]:
+    return [one.objects[0].name.removesuffix(".jpg") for one in read_decisions(file)]
+
+
+def test_the_file_has_these_bytes_and_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "decisions.jsonl"
+    file.parent.mkdir()
+    append_decisions(file, LINES[:1])
+    append_decisions(file, LINES[1:])
+    append_decisions(file, [])
+    assert file.read_bytes() == BYTES
+    assert tuple(read_decisions(file)) == LINES
+    assert read_decisions(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["cut", "cut-twice"])
+def test_a_line_cut_at_any_byte_counts_for_nothing_and_no_other_is_lost(tmp_path: Path, twice: bool) -> None:
+    file = tmp_path / "decisions.jsonl"
+    lines = (Decision(Verdict.skip, (DecidedObject("ä"), C)), Decision(Verdict.same, (C, DecidedObject("b"))))
+    append_decisions(file, lines)
+    data = file.read_bytes()
+    ends = list(itertools.accumulate(len(line) + 1 for line in data.splitlines()))
+    for cut in range(len(data) + 1):
+        whole = sum(end <= cut for end in ends)
+        file.write_bytes(data[:cut])
+        assert tuple(read_decisions(file)) == lines[:whole], cut
+        if twice:
+            # The one that ended it was killed too, in the middle of its mark or of its line.
+            append_decisions(file, [different("lost")])
+            os.truncate(file, cut + random.Random(cut).randrange(1, file.stat().st_size - cut))
+        append_decisions(file, [different("next")])
+        assert tuple(read_decisions(file)) == (*lines[:whole], different("next")), cut
+
+
+def test_zeros_of_a_power_cut_are_a_line_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "decisions.jsonl"
+    file.write_bytes(BYTES + b"\0" * 500)
+    assert tuple(read_decisions(file)) == LINES
+    append_decisions(file, [different("next")])
+    assert tuple(read_decisions(file)) == (*LINES, different("next"))
+
+
+def line(decision: str, rest: str) -> bytes:
+    return f'{{"format": 1, "time": "", "decision": "{decision}", {rest}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kind", "told"),
+    [
+        (b"{", FileDamaged, "line 2 of .* is damaged; restore"),
+        (b"[]", FileDamaged, "damaged"),
+        (b"\xff", FileDamaged, "damaged"),
+        (b'{"format": 2, "decision": "merged"}', GalleryMismatch, "line 2 of .*format 2.*update ruiji"),
+        (b'{"format": true}', FileDamaged, "not a number"),
+        (line("maybe", '"objects": []'), FileDamaged, "decision"),
+        (line("skip", '"objects": [{"path": "a"}]'), FileDamaged, "two objects"),
+        (line("undo", '"objects": []'), FileDamaged, "one object"),
+        (line("skip", '"objects": [{"path": "a"}, {}]'), FileDamaged, "neither path"),
+        (line("same", '"keep": {"path": "a"}, "remove": [{"path": "a"}]'), FileDamaged, "twice"),
+        (line("same", '"remove": [{"path": "a"}]'), FileDamaged, "two objects"),
+        (line("same", '"keep": {"path": "a"}, "remove": [{"path": "../b"}]'), FileDamaged, "outside"),
+        (line("same", '"keep": {"path": "a"}, "remove": [{"path": "/b"}]'), FileDamaged, "absolute"),
+        (b"[" * 100_000, FileDamaged, "damaged"),
+    ],
+)
+def test_a_damaged_line_is_said_and_nothing_is_guessed(
+    tmp_path: Path, damaged: bytes, kind: type[RuijiError], told: str
+) -> None:
+    file = tmp_path / "decisions.jsonl"
+    file.write_bytes(BYTES.splitlines(keepends=True)[0] + damaged + b"\n" + BYTES)
+    with pytest.raises(kind, match=told):
+        read_decisions(file)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UsageError, match="not a regular file"):
+            read_decisions(place)
+        with pytest.raises(UsageError, match="not a regular file"):
+            append_decisions(place, LINES)
+
+
+def test_a_full_disk_is_said_and_nothing_that_was_there_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "decisions.jsonl"
+    append_decisions(file, LINES)
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.search.duplicates.test_decisions import BYTES, different\n"
+        "from search.duplicates.decisions import append_decisions\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (len(BYTES) + 20,) * 2)\n"
+        "append_decisions(Path(sys.argv[1]), [different('full')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, file], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("pipeline.errors.MachineFault: cannot write")
+    assert file.read_bytes().startswith(BYTES) and tuple(read_decisions(file)) == LINES
+    append_decisions(file, [different("next")])
+    assert tuple(read_decisions(file)) == (*LINES, different("next"))
+
+
+def test_bytes_that_are_not_there_when_they_are_read_back_are_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "decisions.jsonl"
+    append_decisions(file, LINES)
+    real = os.fsync
+
+    def overwritten(descriptor: int) -> None:
+        with file.open("r+b") as other:
+            other.seek(len(BYTES) + 5)
+            other.write(b"?")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", overwritten)
+    with pytest.raises(MachineFault, match="another process wrote"):
+        append_decisions(file, [different("mine")])
+
+
+def test_writers_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "decisions.jsonl"
+
+    def work(writer: int) -> None:
+        for number in range(20):
+            append_decisions(file, [different(f"{writer}-{number}-{part}") for part in "ab"])
+
+    threads = [threading.Thread(target=work, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = names(file)
+    assert sorted(found) == sorted(
+        f"{writer}-{number}-{part}" for writer in range(4) for number in range(20) for part in "ab"
+    )
+    for writer in "0123":
+        mine = [name for name in found if name.startswith(writer)]
+        assert mine == [f"{writer}-{number}-{part}" for number in range(20) for part in "ab"], "in their order"
+
+
+DECIDER = """
+import sys
+from pathlib import Path
+from search.duplicates.decisions import append_decisions
+from tests.search.duplicates.test_decisions import different
+for number in range(10**9):
+    name = f"{sys.argv[2]}-{number}"
+    append_decisions(Path(sys.argv[1]), [different(name), different(f"{name}-b")])
+    print(name, flush=True)
+"""
+
+
+@pytest.mark.chaos
+def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none_in_the_long_form(tmp_path: Path) -> None:
+    kill_deciders(tmp_path, sized(20, 200))
+
+
+def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none(tmp_path: Path) -> None:
+    kill_deciders(tmp_path, 20)
+
+
+def kill_deciders(tmp_path: Path, kills: int) -> None:
+    """Two write at a time; one after the other is killed at a random moment."""
+    file, rng = tmp_path / "decisions.jsonl", random.Random(0)
+    confirmed: list[str] = []
+    deciders: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def start(number: int) -> None:
+        out = tmp_path / f"{number}.out"
+        with out.open("wb") as stdout:
+            process = subprocess.Popen([sys.executable, "-c", DECIDER, file, str(number)], cwd=ROOT, stdout=stdout)
+        deciders.append((process, out))
+
+    start(0)
+    for number in range(1, kills + 1):
+        start(number)
+        process, out = deciders.pop(0)
+        wait_until(lambda out=out: out.stat().st_size, what="its first decision")  # type: ignore[misc]
+        # Mostly while it works, and for a hundred times as long as one decision takes.
+        threading.Event().wait(rng.random() * 0.1)
+        process.kill()
+        process.wait()
+        *lines, _ = out.read_bytes().decode().split("\n")
+        confirmed += lines
+    process, out = deciders.pop()
+    process.kill()
+    process.wait()
+    confirmed += out.read_bytes().decode().split("\n")[:-1]
+    found = names(file)
+    assert len(set(found)) == len(found)
+    assert {one for name in confirmed for one in (name, f"{name}-b")} <= set(found), "none is lost"
+    for decider in range(kills + 1):
+        own = [name for name in found if name.split("-")[0] == str(decider)]
+        said = [name for name in confirmed if name.split("-")[0] == str(decider)]
+        # Only what it had asked for: at most one more than it could confirm.
+        asked = [one for count in range(len(said) + 1) for one in (f"{decider}-{count}", f"{decider}-{count}-b")]
+        assert own == asked[: len(own)]
