@@ -184,7 +184,7 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu embedded demo plot serve dev" "demo cpu embedded demo serve" "cpu cpu" "bench cpu embedded bench"; do \
+	@for set in "dev cpu embedded demo plot serve hub dev" "demo cpu embedded demo serve" "cpu cpu" "bench cpu embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \

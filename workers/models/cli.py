@@ -29,18 +29,24 @@ def register(app: Commands) -> None:
 
 
 @model_app.command(
-    examples=["ruiji model add clip-vit-base-patch32", "ruiji model add FOLDER --name clip --output image_embeds"]
+    examples=[
+        "ruiji model add clip-vit-base-patch32",
+        "ruiji model add FOLDER/onnx/vision_model.onnx --name clip --output image_embeds",
+        "ruiji model add hf:ORG/REPO:onnx/model.onnx",
+    ]
 )
 def add(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE",
-            help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich publish it.",
+            help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich publish it; or "
+            "hf:ORG/REPO[@REVISION][:FILE], to download it.",
         ),
     ],
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The name for --model.  [default: the folder's name]")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The name for --model.  [default: that of the folder, or REPO]"),
     ] = None,
     output: Output = None,
     pooling: Pooling = None,

@@ -98,30 +98,20 @@ class _Keys:
                 raise self.refuse(f"{key} is {value!r}, which ruiji does not know how to follow")
 
 
-def find_convention(folders: list[Path]) -> dict[str, Said]:
-    """The keys of `[input]` that the conventions in some folders say.
+def find_convention(folders: list[Path]) -> dict[str, Said] | None:
+    """The keys of `[input]` that the conventions in some folders say; None if there is none.
 
     Raises:
-        ModelError: there is none, two contradict each other, or one says what cannot be followed.
+        ModelError: two contradict each other, or one says what cannot be followed.
     """
-    readers: dict[str, Callable[[Path, dict[str, Any]], dict[str, Said] | None]] = {
-        "preprocess_cfg.json": _open_clip,
-        "open_clip_config.json": _open_clip,
-        "preprocessor_config.json": _hugging_face,
-        "config.json": _timm,
-    }
     found: list[tuple[Path, dict[str, Said]]] = []
     for folder in folders:
-        for name, read in readers.items():
+        for name, read in _READERS.items():
             path = folder / name
             if path.is_file() and (said := read(path, _object(path))) is not None:
                 found.append((path, said))
     if not found:
-        names = ", ".join(readers)
-        raise ModelError(
-            f"nothing in {' and '.join(map(str, folders))} says how pictures are prepared ({names}); write it down "
-            "with ruiji model declare"
-        )
+        return None
     first, said = found[0]
     for other, differently in found[1:]:
         for key in said.keys() | differently.keys():
@@ -291,3 +281,13 @@ def _open_clip(path: Path, values: dict[str, Any]) -> dict[str, Said]:
         "pad_color": Said(color, f"{path.name}: fill_color"),
         "reference": Said("timm", "open_clip pads as timm does"),
     }
+
+
+_READERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Said] | None]] = {
+    "preprocess_cfg.json": _open_clip,
+    "open_clip_config.json": _open_clip,
+    "preprocessor_config.json": _hugging_face,
+    "config.json": _timm,
+}
+#: The names of the files that are read.
+CONVENTIONS = tuple(_READERS)

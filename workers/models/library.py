@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from pipeline.model import Model, load_model
 from pipeline.onnx_graph import external_files, graph_tensors, load_graph
 from pipeline.spec import PIXELS, resolve
 from workers.encoder import Encoder
-from workers.models.conventions import Said, find_convention
+from workers.models.conventions import CONVENTIONS, Said, find_convention
+from workers.models.hub import PREFIX, hub_source
+from workers.models.source import Source, local_source
 
-#: Where exporters put the graph, the usual places first.
-_PLACES = ("model.onnx", "onnx/model.onnx", "visual/model.onnx", "onnx/vision_model.onnx", "vision_model.onnx")
 #: Outputs that are one vector per image, the one that its library calls an embedding first.
 _EMBEDDINGS = ("image_embeds", "pooler_output", "feature_vector")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -48,59 +49,71 @@ class Added:
     license: str | None
 
 
-def add_model(source: Path, models: Path, name: str | None = None, output: dict[str, Any] | None = None) -> Added:
+def add_model(given: str | Path, models: Path, name: str | None = None, output: dict[str, Any] | None = None) -> Added:
     """Copy a model with its external weights, write its `.toml` from the convention beside it, and prove it.
 
-    Nothing is left of a model that is refused.
+    Nothing is left of a model that is refused, but what was downloaded.
 
     Args:
-        source: an ONNX file, or a folder that has one in a usual place.
+        given: an ONNX file, a folder with one, or `hf:ORG/REPO[@REVISION][:FILE]`.
         models: the library's folder; made if it is not there.
         name: by default that of the source's folder.
         output: keys of `[output]` that the caller gives, which no convention says.
 
     Raises:
         ModelError: there is no model, its convention cannot be followed, or it does not run as it promises.
-        UsageError: the name cannot be used, or another model has it.
+        UsageError: the name cannot be used, or another model has it; a library is missing.
+        RuijiError: a hub cannot be reached, or the library's folder not be written.
     """
-    found = _graph_in(source)
-    near = found.parent
-    # Exporters put the graph into a folder of its own, below the convention.
-    folders = [near, *([near.parent] if near.name in ("onnx", "visual") else [])]
-    name = name or (source if source.is_dir() else folders[-1]).resolve().name
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name a model, only letters, digits, dots, _ and - can; give one with --name")
-    declared = layout.toml_file(found)
-    said = None if declared.is_file() else find_convention(folders)
-    if said is None and output:
-        raise UsageError(f"{declared} says what comes out of the model; change it there")
+    if name is not None:
+        _require_name(name)
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models, prefix=".adding-") as scratch:
-            folder = Path(scratch) / name
-            folder.mkdir()
-            try:
-                prove(_copied(found, folder, said, output or {}))
-            except ModelError as error:
-                # The copy is gone when this is read.
-                copy = str(folder / name)
-                raise type(error)(str(error).replace(copy, str(found.with_suffix("")))) from None
-            facts = {
-                "source": str(source),
-                "graph": str(found),
-                "license": _license(folders),
-                "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
-            }
-            (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
-            target = models / name
-            if target.exists():
-                _require_same(target, facts)
-            else:
-                os.rename(folder, target)
+        with _opened(str(given), models) as source:
+            return _add(source, models, name or source.name, output or {})
     except OSError as error:
-        raise RuijiError(f"cannot write the model {name} to {models}: {error.strerror}") from error
-    return _read(models / name)
+        raise RuijiError(f"cannot write the model {given} to {models}: {error.strerror}") from error
+
+
+def _opened(given: str, models: Path) -> AbstractContextManager[Source]:
+    return hub_source(given, models) if given.startswith(PREFIX) else nullcontext(local_source(Path(given)))
+
+
+def _add(source: Source, models: Path, name: str, output: dict[str, Any]) -> Added:
+    _require_name(name)
+    declared = layout.toml_file(source.graph)
+    said = None if declared.is_file() else find_convention(source.folders)
+    if said is None and not declared.is_file():
+        raise ModelError(
+            f"nothing in {' and '.join(map(str, source.folders))} says how pictures are prepared "
+            f"({', '.join(CONVENTIONS)}); write it down with ruiji model declare {source.graph} --fit …, and add the "
+            "model again"
+        )
+    if said is None and output:
+        raise UsageError(f"{declared} says what comes out of the model; change it there")
+    with tempfile.TemporaryDirectory(dir=models, prefix=".adding-") as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        try:
+            prove(_copied(source, folder, said, output))
+        except ModelError as error:
+            # The copy is gone when this is read.
+            copy = layout.added_model_file(folder.parent, name)
+            words = str(error).replace(str(copy), source.shown).replace(str(layout.toml_file(copy)), str(declared))
+            raise type(error)(words) from None
+        facts = {
+            **source.facts,
+            "license": _license(source.folders),
+            "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
+        target = models / name
+        if target.exists():
+            _require_same(target, facts)
+        else:
+            os.rename(folder, target)
+    return _read(target)
 
 
 def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
@@ -160,29 +173,22 @@ def prove(model: Model) -> None:
         )
 
 
-def _graph_in(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise ModelError(f"there is no file or folder {source}")
-    usual = [source / place for place in _PLACES if (source / place).is_file()]
-    found = usual[:1] or sorted(source.rglob("*.onnx"))
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(str(path.relative_to(source)) for path in found[:10])
-    raise ModelError(f"{source} has {f'several models ({listed}); give one of them' if found else 'no .onnx file'}")
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} cannot name a model, only letters, digits, dots, _ and - can; give one with --name")
 
 
-def _copied(found: Path, folder: Path, said: dict[str, Said] | None, output: dict[str, Any]) -> Model:
+def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: dict[str, Any]) -> Model:
+    found = source.graph
     graph = load_graph(found)
     path = folder / (folder.name + layout.MODEL_ENDING)
     shutil.copyfile(found, path)
     for name in sorted(external_files(graph)):
         # A graph of a stranger's names the files that are read beside it.
         if Path(name).name != name or name in (path.name, layout.toml_file(path).name, layout.MODEL_SOURCE):
-            raise ModelError(f"{found} has weights in {name!r}, which is not a file beside it")
+            raise ModelError(f"{source.shown} has weights in {name!r}, which is not a file beside it")
         if not (found.parent / name).is_file():
-            raise ModelError(f"{found} has weights in {name}, which is not there; copy it beside the model")
+            raise ModelError(f"{source.shown} has weights in {name}, which is not there; copy it beside the model")
         shutil.copyfile(found.parent / name, folder / name)
     if said is None:
         shutil.copyfile(layout.toml_file(found), layout.toml_file(path))
@@ -192,7 +198,7 @@ def _copied(found: Path, folder: Path, said: dict[str, Said] | None, output: dic
     lines = {key: Said(value, "given on the command line") for key, value in output.items()}
     if "name" not in lines and len(outputs) > 1:
         if best is None:
-            raise ModelError(f"{found} has several outputs ({', '.join(outputs)}); name one with --output")
+            raise ModelError(f"{source.shown} has several outputs ({', '.join(outputs)}); name one with --output")
         lines["name"] = Said(best, f"the graph's embedding among {', '.join(outputs)}")
     layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
     return load_model(path)

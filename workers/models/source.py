@@ -1,0 +1,79 @@
+"""A model as it lies on this disk before it is added: its graph, and what is known of where it comes from."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import layout
+from pipeline.errors import ModelError
+
+#: Graphs that embed words, as immich, optimum and transformers.js name them.
+_WORDS = re.compile(r"(^|/)(textual/|text_)")
+#: How many graphs a refusal lists.
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this disk.
+
+    Attributes:
+        graph: its ONNX file.
+        name: what it is called if nobody gives it a name.
+        shown: the graph, as messages call it.
+        facts: what `source.json` says of where it is from; `source` is among them.
+    """
+
+    graph: Path
+    name: str
+    shown: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where a convention is looked for."""
+        return convention_folders(self.graph)
+
+
+def local_source(given: Path) -> Source:
+    """A file or a folder of this machine.
+
+    Raises:
+        ModelError: there is none, it has no graph, or several.
+    """
+    if given.is_file():
+        graph = given
+    elif given.is_dir():
+        names = [path.relative_to(given).as_posix() for path in given.rglob("*" + layout.MODEL_ENDING)]
+        graph = given / only_graph(names, f"{given}", "/")
+    else:
+        raise ModelError(f"there is no file or folder {given}")
+    folder = given if given.is_dir() else convention_folders(graph)[-1]
+    return Source(graph, folder.resolve().name, str(graph), {"source": str(given), "graph": str(graph)})
+
+
+def convention_folders(graph: Path) -> list[Path]:
+    """Where a graph's convention can lie; exporters put the graph into a folder of its own below it."""
+    return [graph.parent, *([graph.parent.parent] if graph.parent.name in ("onnx", "visual") else [])]
+
+
+def only_graph(names: Iterable[str], source: str, joint: str) -> str:
+    """The one graph among the names of files that embeds pictures.
+
+    Args:
+        source, joint: what is given to `ruiji model add`, and what stands between it and a file of it.
+
+    Raises:
+        ModelError: there is none, or several, which may be other models or the same one in other precisions.
+    """
+    found = sorted(name for name in names if name.endswith(layout.MODEL_ENDING) and not _WORDS.search(name))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ModelError(
+            f"{source} has no {layout.MODEL_ENDING} file; timm:NAME and open_clip:NAME/PRETRAINED export one with torch"
+        )
+    listed = ", ".join(found[:_LISTED]) + (" …" if len(found) > _LISTED else "")
+    raise ModelError(f"{source} has several models ({listed}); give one: ruiji model add {source}{joint}{found[0]}")
