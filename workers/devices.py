@@ -32,6 +32,11 @@ _NO_DEVICE = 100
 #: Attributes of a device, and a value of the second: no process may use it.
 _COMPUTE_MODE, _MAJOR, _MINOR, _PROHIBITED = 20, 75, 76, 2
 _EXCLUSIVE = 3
+#: Exit code of a worker process whose GPU failed, or could not be had, before the process had done an image. Only its
+#: supervisor sees it.
+DEVICE_FAILED = 75
+#: What may pass is tried again after 1, 2, 4 … at most this many seconds.
+LONGEST_PAUSE_S = 300.0
 #: A driver that does not answer for so long hangs.
 _PROBE_S = 120.0
 

@@ -1,8 +1,10 @@
 """The model as a function: pixels in, features out, through one ONNX Runtime session."""
 
+import ctypes
 import logging
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeline.choices import Device
-from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RunFailed, UsageError
+from pipeline.errors import CannotRunHere, DeviceFault, MachineFault, ModelError, RuijiError, RunFailed, UsageError
 from pipeline.model import Model
 from pipeline.spec import POOLINGS, ModelSpec
+from workers import devices
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +27,11 @@ CUDA_BATCH_IMAGES = 64
 #: A picture's value at the trial: grey, as any picture may be.
 _GREY = 128
 #: What ONNX Runtime says where the machine failed and not the model; its classes of exceptions do not tell.
-_MACHINE = re.compile(r"bad.?alloc|failed to allocate|out of memory|(CUDA|CUDNN|CUBLAS|CUFFT) failure", re.IGNORECASE)
+_MACHINE = re.compile(
+    r"bad.?alloc|failed to allocate|out of memory|\bCU[A-Z_]+ failure|CUDA error|cudaError", re.IGNORECASE
+)
+#: What CUDA says of a card or a driver that this build is not for; it says so whenever it is asked.
+_NO_CODE = re.compile(r"no kernel image is available|driver version is insufficient", re.IGNORECASE)
 #: Of what ONNX Runtime says, so much of its beginning and of its end is repeated: between them is its own source.
 _SAID = 160
 
@@ -59,43 +66,39 @@ class Encoder:
             many: make the graph quicker first, which takes as long as a hundred images save.
 
         Raises:
-            UsageError: `cuda` was asked for and the session runs on the CPU.
+            UsageError: `cuda` was asked for, and there is none that can be used.
             ModelError: ONNX Runtime refuses the model; `CannotRunHere` if only this device does.
-            MachineFault: the memory does not suffice, or the device failed.
+            MachineFault: the memory does not suffice; `DeviceFault`: the GPU failed, and another process may have it.
         """
         self.model = model
         self.turn = threading.Lock()
-        cuda = device != Device.cpu and _cuda_is_offered()
-        session = _session(model, threads, _cuda_options(gpu_memory_mb) if cuda else None, many)
-        providers = session.get_providers()
-        self.device = Device.cuda if providers and providers[0] == "CUDAExecutionProvider" else Device.cpu
-        if device == Device.cuda and self.device is not Device.cuda:
-            raise UsageError(
-                f"--device cuda: ONNX Runtime offers {', '.join(providers)}, not CUDA. Set up with "
-                "`make setup ACCEL=gpu` on a machine with an NVIDIA driver, or use --device cpu"
-            )
-        on_cuda = self.device is Device.cuda
-        self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if on_cuda else CPU_BATCH_IMAGES)
+        self._proven = False
+        bound = _on_cuda(model, device, model.batch or batch_images or CUDA_BATCH_IMAGES, gpu_memory_mb)
+        self._bound = bound
+        self.device = Device.cpu if bound is None else Device.cuda
+        self.batch_images = batch_images or model.batch or (CUDA_BATCH_IMAGES if bound else CPU_BATCH_IMAGES)
         # One image a run on the CPU: the fastest there, and the bits of a feature cannot depend on its
         # company. CUDA, and a graph that fixes its batch, get one padded shape.
-        self.run_images = model.batch or (self.batch_images if on_cuda else 1)
-        self._session = session
-        self._pixels_input = _pixels_input(session, model.spec)
-        self._constants = _constants(session, model.spec)
-        try:
-            self._bound = BoundSession(session, model, self.run_images, self.device) if on_cuda else None
-        except Exception as error:  # ONNX Runtime has no common base class for what it raises.
-            raise _fault(model, self.device, error) from error
+        self.run_images = model.batch or (self.batch_images if bound else 1)
+        self._session = bound.session if bound is not None else _session(model, threads, None, many)
+        self._pixels_input = _pixels_input(self._session, model.spec)
+        self._constants = _constants(self._session, model.spec)
 
     def prove(self) -> None:
         """Encode one grey picture: a model that cannot do that cannot do anything, here or, mostly, anywhere.
 
         Raises:
-            ModelError, MachineFault: as `encode`.
+            ModelError, MachineFault: as `encode`; `DeviceFault` where a GPU did it before, and does so no longer.
         """
         spec = self.model.spec
-        with self.turn:
-            self.encode(np.full((1, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8))
+        try:
+            with self.turn:
+                self.encode(np.full((1, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8))
+        except RunFailed as error:
+            if self._proven and self.device is Device.cuda:
+                raise DeviceFault(f"the GPU runs the model no longer: {error}") from error
+            raise
+        self._proven = True
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features.
@@ -139,9 +142,13 @@ class Encoder:
         return pooled[:count]
 
 
-def _fault(model: Model, device: Device, error: Exception) -> ModelError | MachineFault:
+def _fault(model: Model, device: Device, error: Exception) -> RuijiError:
     """What an exception of ONNX Runtime means, in one line."""
+    if isinstance(error, RuijiError):
+        return error
     said, kind = _said(error), type(error).__name__
+    if device is Device.cuda and _NO_CODE.search(said):
+        return UsageError(f"this GPU cannot run the model: {said}")
     if isinstance(error, MemoryError) or kind == "NoSuchFile" or _MACHINE.search(said):
         return (DeviceFault if device is Device.cuda else MachineFault)(f"the model failed on {device}: {said}")
     if kind == "NotImplemented":
@@ -200,7 +207,11 @@ def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
 
 
 class BoundSession:
-    """A session whose input stays in the device's memory; runs batches of one size."""
+    """A session whose input stays in the device's memory; runs batches of one size.
+
+    Attributes:
+        session: the session.
+    """
 
     def __init__(self, session: ort.InferenceSession, model: Model, run_images: int, device: str) -> None:
         """Allocate the input, and run once, so that kernels are chosen before work is taken.
@@ -210,7 +221,7 @@ class BoundSession:
             device: of ONNX Runtime's memory, `cuda` or `cpu`.
         """
         spec = model.spec
-        self._session, self._spec = session, spec
+        self.session, self._spec = session, spec
         self._binding = session.io_binding()
         self._pixels_input = _pixels_input(session, spec)
         pixels = np.zeros((run_images, spec.height, spec.width, spec.channels), dtype=np.uint8)
@@ -227,7 +238,7 @@ class BoundSession:
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute uint8[b, h, w, c], b as bound, to the model's output on the host."""
         self._input.update_inplace(self._values(pixels))
-        self._session.run_with_iobinding(self._binding)
+        self.session.run_with_iobinding(self._binding)
         output: NDArray[np.float32] = self._binding.copy_outputs_to_cpu()[0]
         return output
 
@@ -248,8 +259,47 @@ def _constants(session: ort.InferenceSession, spec: ModelSpec) -> dict[str, NDAr
     }
 
 
-def _cuda_is_offered() -> bool:
-    return "CUDAExecutionProvider" in ort.get_available_providers()
+def _on_cuda(model: Model, device: Device, run_images: int, gpu_memory_mb: int | None) -> BoundSession | None:
+    """A session on the first GPU that has run once; None where the CPU is to run the model.
+
+    Raises:
+        UsageError, ModelError, DeviceFault: as `Encoder`, where `cuda` was asked for.
+    """
+    found = devices.look() if device is not Device.cpu else None
+    if found is None or (device is Device.auto and not found.built):
+        return None
+    try:
+        if not found.usable:
+            raise found.fault()
+        return _cuda_session(model, run_images, gpu_memory_mb)
+    except RuijiError as error:
+        if device is Device.cuda:
+            raise
+        # Whatever it is: where the model is at fault, the CPU will say so.
+        logger.warning("%s; the CPU runs the model", error, extra={"event": "gpu_refused"})
+        return None
+
+
+def _cuda_session(model: Model, run_images: int, gpu_memory_mb: int | None) -> BoundSession:
+    # Finds the CUDA libraries that came with torch.
+    ort.preload_dlls()
+    session = _session(model, 1, _cuda_options(gpu_memory_mb))
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise UsageError(f"ONNX Runtime cannot load its CUDA provider: {_why_not_loaded()}")
+    try:
+        return BoundSession(session, model, run_images, Device.cuda)
+    except Exception as error:  # ONNX Runtime has no common base class for what it raises.
+        raise _fault(model, Device.cuda, error) from error
+
+
+def _why_not_loaded() -> str:
+    """What the linker says of the provider's library, which ONNX Runtime tells only its log."""
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return "it does not say why"
 
 
 def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
@@ -264,7 +314,7 @@ def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
     return options | ({"gpu_mem_limit": str(gpu_memory_mb << 20)} if gpu_memory_mb else {})
 
 
-def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool) -> ort.InferenceSession:
+def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool = True) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -273,8 +323,6 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
     source: str | bytes | None = None
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if cuda is not None:
-        # Finds the CUDA libraries that came with torch.
-        ort.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", cuda))
     if cuda is not None or many:
         # Loads the reader of graphs, which a search for one picture has no use for.
@@ -283,13 +331,12 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
         # To a device a quarter of the bytes then crosses.
         source = taking_pixels(model, always=cuda is not None)
     try:
-        session = ort.InferenceSession(source or str(model.path), sess_options=options, providers=providers)
+        # Else it goes on on the CPU where a session cannot be made or fails, and says so on stdout alone.
+        return ort.InferenceSession(
+            source or str(model.path), sess_options=options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
         fault = _fault(model, Device.cuda if cuda is not None else Device.cpu, error)
         if isinstance(fault, RunFailed):
             fault = ModelError(f"ONNX Runtime refuses the model {model.path}: {_said(error)}")
         raise fault from error
-    if cuda is not None and session.get_providers()[0] != "CUDAExecutionProvider":
-        # CUDA is offered and does not work, for want of a driver or a library: the plain model, as on any CPU.
-        return _session(model, threads, None, many)
-    return session

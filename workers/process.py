@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from pipeline.choices import Device, Role
+from pipeline.errors import DeviceFault
 from pipeline.gallery import GalleryInfo, check_place, read_gallery
 from pipeline.plans.files import open_plan
 from pipeline.queue.app import make_app
@@ -21,6 +22,7 @@ from pipeline.queue.worker import run_worker
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from pipeline.worker_settings import WorkerSettings
+from workers.devices import DEVICE_FAILED
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.ledger import Ledger
 from workers.readiness import Readiness
@@ -85,7 +87,11 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
 
             return Encoder(model, settings.device, threads, settings.batch_images, settings.gpu_memory_mb)
 
-        encoder = proven_encoder(settings.model, folder, gallery, client, hand, make)
+        try:
+            encoder = proven_encoder(settings.model, folder, gallery, client, hand, make)
+        except DeviceFault as error:
+            logger.error("%s", error, extra={"event": "machine_fault"})
+            return DEVICE_FAILED
     # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
     batches = 3 if encoder is not None and encoder.device is Device.cuda else 1
     app = make_app(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from pipeline.choices import Device
-from pipeline.errors import CannotRunHere, GalleryMismatch, MachineFault, ModelError, UsageError
+from pipeline.errors import CannotRunHere, DeviceFault, GalleryMismatch, MachineFault, ModelError, UsageError
 from pipeline.gallery import GalleryInfo
 from pipeline.model import Model, load_model, pixels_of, why_another
 from pipeline.trial import TRIAL_S
@@ -60,12 +60,16 @@ def proven_encoder(
         ModelError: the file cannot be used, or the model does not run.
         SystemExit: the model does not run, and the plan was stopped for it.
         UsageError: there is no such device, or this machine cannot run the model.
+        DeviceFault: the GPU fails now.
     """
     told, until = "", time.monotonic() + patience_s
     while True:
         try:
             with hand.trial(TRIAL_S):
                 return _on_trial(model_path, folder, gallery, make)
+        except DeviceFault:
+            # Only another process may find the device working again.
+            raise
         except MachineFault as error:
             if time.monotonic() >= until:
                 raise UsageError(

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -83,8 +85,29 @@ def test_the_drivers_own_reason_is_told(
     cuda.driver(version, result)
     found = probe()
     assert words in found.problem and found.passes is passes and found.usable == ()
-    with pytest.raises(DeviceFault if passes else UsageError, match="no GPU can be used: the NVIDIA driver"):
-        gpus_for(Device.cuda)
+    assert isinstance(found.fault(), DeviceFault if passes else UsageError)
+    assert str(found.fault()).startswith("no GPU can be used: the NVIDIA driver")
+    assert gpus_for(Device.auto) == ()
+    if not passes:
+        with pytest.raises(UsageError, match="no GPU can be used: the NVIDIA driver"):
+            gpus_for(Device.cuda)
+
+
+def test_a_fault_that_may_pass_is_waited_for_with_growing_pauses(
+    cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.driver(result=802)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            cuda.driver()
+
+    monkeypatch.setattr("workers.places.time", SimpleNamespace(sleep=sleep))
+    assert [gpu.name for gpu in gpus_for(Device.cuda)] == ["NVIDIA H200"]
+    assert pauses == [1, 2, 4]
+    assert all("CUDA_ERROR_SYSTEM_NOT_READY" in record.getMessage() for record in caplog.records)
 
 
 def test_devices_that_are_hidden_are_not_there(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,12 +158,15 @@ def test_auto_without_a_gpu_says_so_and_takes_all_cores(
     errors = tmp_path / "said.txt"
     worker = ruiji.start("worker", "--role", "embed", errors=errors)
 
-    def running() -> list[psutil.Process]:
-        children = psutil.Process(worker.pid).children()
-        return [child for child in children if "worker-process" in child.cmdline()]
+    def devices() -> list[str | None]:
+        """What the worker's processes are told; one that is just starting has nothing to read yet."""
+        told = []
+        for child in psutil.Process(worker.pid).children():
+            with suppress(psutil.Error):
+                told += [child.environ().get("RUIJI_DEVICE")] if "worker-process" in child.cmdline() else []
+        return told
 
-    wait_until(lambda: len(running()) == len(os.sched_getaffinity(0)), what="a process a core")
-    assert all(child.environ()["RUIJI_DEVICE"] == "cpu" for child in running())
+    wait_until(lambda: devices() == ["cpu"] * len(os.sched_getaffinity(0)), what="a process a core")
     assert "no CUDA-capable device is detected; the CPU runs the model" in errors.read_text()
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=60) == 0
@@ -154,7 +180,7 @@ def test_the_doctor_names_cards_and_warns_where_none_serves(
         return str(next(check for check in checks if check.name == "device"))
 
     cuda.have(V100)
-    assert told().startswith("warn") and "Tesla V100" in told()
+    assert told().startswith("warn") and "Tesla V100" in told() and "capability 7.0; this ONNX Runtime" in told()
 
 
 def test_what_the_look_prints_is_one_line_of_json(cuda: PretendedCuda) -> None:

@@ -1,5 +1,6 @@
 """The model as a function: right numbers, the same bits in any company, and no silent fallback."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.choices import Device
-from pipeline.errors import ModelError, UsageError
+from pipeline.errors import DeviceFault, ModelError, RuijiError, RunFailed, UsageError
 from pipeline.model import load_model
+from tests.conftest import ROOT
+from tests.cuda.onnxruntime import pretend
+from tests.cuda.pretended import H200, V100, PretendedCuda
 from tests.factories import tiny_model
+from workers import devices
 from workers.decode.images import load_pixels
 from workers.encoder import BoundSession, Encoder
 from workers.graph import PIXELS_INPUT, taking_pixels
@@ -55,10 +60,95 @@ def test_a_graph_with_a_fixed_batch_is_padded(tmp_path: Path, model_path: Path) 
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
 )
-def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(model_path: Path) -> None:
-    with pytest.raises(UsageError, match="--device cuda"):
+def test_a_build_without_cuda_is_refused_and_auto_takes_the_cpu_without_a_word(
+    model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UsageError, match="built without CUDA"):
         Encoder(load_model(model_path), Device.cuda)
     assert Encoder(load_model(model_path), Device.auto).device == "cpu"
+    assert caplog.records == []
+
+
+@pytest.fixture
+def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
+    """A GPU that this process sees."""
+    cuda = PretendedCuda(tmp_path / "cuda", ROOT)
+    cuda.have(H200)
+    monkeypatch.setenv("PRETENDED_CUDA", str(cuda.folder))
+    monkeypatch.setattr(devices, "_LIBRARY", str(cuda.library))
+    for name in ("InferenceSession", "get_available_providers", "preload_dlls"):
+        monkeypatch.setattr(onnxruntime, name, getattr(onnxruntime, name))
+    value = onnxruntime.OrtValue
+    monkeypatch.setattr(value, "ortvalue_from_numpy", staticmethod(value.ortvalue_from_numpy))
+    pretend(onnxruntime)
+    return cuda
+
+
+def test_a_gpu_runs_batches_of_one_size(cuda: PretendedCuda, model_path: Path) -> None:
+    model = load_model(model_path)
+    encoder = Encoder(model, Device.auto, batch_images=4)
+    assert (encoder.device, encoder.run_images) == ("cuda", 4)
+    assert np.allclose(encoder.encode(PIXELS), Encoder(model, Device.cpu).encode(PIXELS), atol=1e-5)
+
+
+BUSY_DEVICE = "CUDA failure 46: CUDA-capable device(s) is/are busy or unavailable ; GPU=0 ; expr=cudaSetDevice(0)"
+NO_KERNEL = "CUDA failure 209: no kernel image is available for execution on the device ; GPU=0"
+
+
+@pytest.mark.parametrize(
+    ("where", "words", "kind", "told"),
+    [
+        ("create", BUSY_DEVICE, DeviceFault, "busy or unavailable"),
+        ("run", "CUDNN_FE failure 11: CUDNN_BACKEND_API_FAILED ; GPU=0", DeviceFault, "CUDNN_BACKEND_API_FAILED"),
+        ("run", "CUDA error cudaErrorIllegalAddress:an illegal memory access was encountered", DeviceFault, "illegal"),
+        ("run", NO_KERNEL, UsageError, "this GPU cannot run the model: CUDA failure 209"),
+        ("absent", "yes", UsageError, "cannot load its CUDA provider: .*libonnxruntime_providers_cuda.so"),
+    ],
+)
+def test_a_gpu_that_fails_is_told_in_its_own_words_and_auto_goes_on_on_the_cpu(
+    cuda: PretendedCuda,
+    model_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    where: str,
+    words: str,
+    kind: type[Exception],
+    told: str,
+) -> None:
+    cuda.fail(where, words)
+    model = load_model(model_path)
+    with pytest.raises(RuijiError, match=told) as caught:
+        Encoder(model, Device.cuda)
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    encoder = Encoder(model, Device.auto)
+    assert encoder.device == "cpu" and encoder.run_images == 1
+    (record,) = caplog.records
+    assert re.search(told, record.getMessage()) and record.getMessage().endswith("the CPU runs the model")
+    assert (encoder.encode(PIXELS) == Encoder(model, Device.cpu).encode(PIXELS)).all()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_driver_that_does_not_serve_is_told_too(cuda: PretendedCuda, model_path: Path) -> None:
+    cuda.have(V100)
+    with pytest.raises(UsageError, match=r"Tesla V100 .*7\.0"):
+        Encoder(load_model(model_path), Device.cuda)
+    assert Encoder(load_model(model_path), Device.auto).device == "cpu"
+
+
+def test_a_gpu_that_ran_the_model_and_does_not_any_more_is_at_fault_not_the_model(
+    cuda: PretendedCuda, model_path: Path
+) -> None:
+    encoder = Encoder(load_model(model_path), Device.cuda)
+    cuda.fail("run", "words that nobody knows")
+    with pytest.raises(RunFailed):
+        encoder.prove()
+    cuda.fail("run", None)
+    encoder.prove()
+    cuda.fail("run", "words that nobody knows")
+    with pytest.raises(RunFailed):
+        encoder.encode(PIXELS)
+    with pytest.raises(DeviceFault, match=r"runs the model no longer: .* words that nobody knows"):
+        encoder.prove()
 
 
 def test_a_graph_that_the_runtime_refuses_is_a_model_error(tmp_path: Path) -> None:
