@@ -14,6 +14,7 @@ from pipeline.choices import Device
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, given_model
 from pipeline.streams import exact_stdout, note, tell, to_json
+from search.duplicates import cli as duplicates_cli
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
 
@@ -147,6 +148,7 @@ def register(app: Commands) -> None:
     app.command("near-duplicates", panel=Panel.search, examples=_NEAR_DUPLICATES_EXAMPLES)(near_duplicates)
     app.command(panel=Panel.search, examples=["ruiji index --feature-dir FEATURES"])(index)
     app.add_typer(gallery_app, name="gallery", rich_help_panel=Panel.check)
+    duplicates_cli.register(app)
     evaluation_cli.register(app)
 
 

@@ -63,7 +63,7 @@ def test_the_families_of_search_import_one_way() -> None:
                 found = {name for name in imported(module) if name.startswith(families[lower + 1 :])}
                 assert not found, module
     known = {module for module in modules() if module.startswith("search") and uses(module, "typer")}
-    assert known == {"search.cli", "search.evaluation.cli"}
+    assert known == {"search.cli", "search.duplicates.cli", "search.evaluation.cli"}
 
 
 def test_the_families_of_workers_import_one_way() -> None:

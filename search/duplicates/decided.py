@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from search.duplicates.decisions import DecidedObject, Decision, Verdict
+from search.gallery.shards import Gallery
 
 #: An object that decisions are about: its gallery row, or a negative number if the gallery does not have it.
 Key: TypeAlias = int
@@ -151,13 +152,15 @@ def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject
     """The object that each object of a decision is now."""
     by_name = {_name(one): key for key, one in objects.items()}
     keys: dict[DecidedObject, Key] = {}
-    bound: set[DecidedObject] = set()
+    bound: set[tuple[str, str | None]] = set()
     for decision in decisions:
         for one in decision.objects:
             key = by_name.get(_name(one))
             if key is not None and len({one.sha256, objects[key].sha256} - {None}) < 2:
                 keys[one] = key
-        bound |= {one for one in decision.remove if not one.alone or one.sha256 == decision.objects[0].sha256}
+        for one in decision.remove:
+            if not one.alone or one.sha256 == decision.objects[0].sha256:
+                bound.add((one.name, one.sha256))
     free: dict[str, list[Key]] = defaultdict(list)
     claimed = set(keys.values())
     for key, one in sorted(objects.items(), reverse=True):
@@ -168,7 +171,7 @@ def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject
         if one not in keys:
             at = (one.name, one.sha256)
             if at not in moved:
-                left = free.get(one.sha256 or "") if one not in bound else None
+                left = free.get(one.sha256 or "") if at not in bound else None
                 moved[at] = left.pop() if left else -1 - len(moved)
             keys[one] = moved[at]
     return keys
@@ -176,3 +179,26 @@ def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject
 
 def _name(one: DecidedObject) -> tuple[str | None, str | None]:
     return one.path, one.id if one.path is None else None
+
+
+def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
+    """What is decided about the objects of a gallery that are still on its list.
+
+    Raises:
+        ShardCorrupt: as `Gallery.path`.
+    """
+    objects: dict[Key, DecidedObject] = {}
+    if decisions:
+        paths, ids, _ = named_by(decisions)
+        for shard, first in zip(gallery.shards, gallery.firsts, strict=True):
+            names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, paths)
+            for local, name in enumerate(names):
+                if name in wanted and (shard.stale is None or not shard.stale[local]):
+                    objects[first + local] = object_of(gallery, first + local)[0]
+    return Decided(decisions, objects)
+
+
+def object_of(gallery: Gallery, row: int) -> tuple[DecidedObject, int | None]:
+    """A row as decisions name it, and how many rows have its bytes; None where that is not known."""
+    path = gallery.path(row)
+    return DecidedObject(path, gallery.object_id(row) if path is None else None), None

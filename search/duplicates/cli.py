@@ -1,0 +1,223 @@
+"""`ruiji duplicates`: decide about near-duplicates. What it needs beyond typer is imported when it runs."""
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from pipeline.arguments import Commands, Panel
+from pipeline.choices import Device
+from pipeline.errors import EXIT_INCOMPLETE, UsageError
+from pipeline.settings import FeatureDir, OptionalMediaDir, given_model
+from pipeline.streams import csv_writer, exact_stdout, note, tell, to_json
+from search.options import THRESHOLD
+
+if TYPE_CHECKING:
+    from search.duplicates.removal import ListedFile
+    from search.requests.duplicates import DecisionsRequest
+
+#: What is read of stdin at once: all that is there, up to this.
+_READ_BYTES = 1 << 20
+
+
+class FileFormat(StrEnum):
+    """How a list of files is written to stdout."""
+
+    paths = "paths"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+DecisionsModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        envvar="RUIJI_MODEL",
+        callback=given_model,
+        metavar="FILE",
+        help="Its name is the gallery's. Without it, --feature-dir must be a gallery or contain exactly one.",
+    ),
+]
+DecisionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--decisions",
+        metavar="FILE",
+        help="What was decided, for the galleries of all models.  [default: FEATURE_DIR/decisions.jsonl]",
+    ),
+]
+
+app = Commands(help="Decide about near-duplicates, and list the files that can go.")
+
+
+def register(root: Commands) -> None:
+    """Add `duplicates` to the root command."""
+    root.add_typer(app, name="duplicates", rich_help_panel=Panel.search)
+
+
+@app.command(
+    examples=[
+        "ruiji duplicates decide < decisions.jsonl",
+        """echo '{"decision": "different", "objects": ["a.jpg", "b.jpg"]}' | ruiji duplicates decide""",
+    ]
+)
+def decide(
+    feature_dir: FeatureDir,
+    model_path: DecisionsModel = None,
+    media_dir: OptionalMediaDir = None,
+    decisions: DecisionsFile = None,
+) -> None:
+    """Record decisions from stdin.
+
+    Each line is a JSON object: {"decision": "different", "objects": [ID, ID]}, {"decision": "same", "keep": ID,
+    "remove": [ID]}, or "skip" or "undo" with objects. Prints a line for each decision once it is on the disk.
+    """
+    from search.requests.duplicates import decide as record
+
+    request = _request(feature_dir, model_path, media_dir, decisions)
+    out, count = exact_stdout(), 0
+    for done in record(request, _batches(sys.stdin.buffer), note):
+        count += 1
+        value = {"line": done.line, "decision": done.decision, "objects": done.objects}
+        print(to_json(value), file=out, flush=True)
+    note(f"{count} decisions recorded in {request.file}")
+
+
+@app.command(examples=["ruiji duplicates undo IMG_0042.jpg", "ruiji duplicates undo IMG_0042.jpg IMG_0043.jpg"])
+def undo(
+    feature_dir: FeatureDir,
+    objects: Annotated[list[str], typer.Argument(metavar="ID...", help="Objects of the gallery.")],
+    model_path: DecisionsModel = None,
+    decisions: DecisionsFile = None,
+) -> None:
+    """Undo what was decided about objects.
+
+    About one object: all that was decided about it. About several: what was decided about pairs of them.
+    """
+    from search.requests.duplicates import undo as take_back
+
+    request = _request(feature_dir, model_path, None, decisions)
+    take_back(request, objects, note)
+    note(f"undone in {request.file}")
+
+
+@app.command(examples=["ruiji duplicates status", "ruiji duplicates status --json | jq .to_remove"])
+def status(
+    feature_dir: FeatureDir,
+    model_path: DecisionsModel = None,
+    media_dir: OptionalMediaDir = None,
+    decisions: DecisionsFile = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
+    ] = THRESHOLD,
+    device: Annotated[
+        Device,
+        typer.Option("--device", envvar="RUIJI_DEVICE", help="Where pairs are compared; the groups are the same."),
+    ] = Device.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how far a clean-up is.
+
+    Groups that are open, decisions, files that are kept and that can go, and the bytes that removing these would free.
+    """
+    from pipeline.progress import show_steps
+    from search.requests.duplicates import standing
+    from search.requests.near_duplicates import NearDuplicatesRequest, near_duplicates
+
+    request = _request(feature_dir, model_path, media_dir, decisions)
+    now = standing(request, note)
+    wanted = NearDuplicatesRequest(selection=request.selection, threshold=threshold, device=device)
+    groups = near_duplicates(wanted, note, show_steps).groups
+    facts = {
+        "open": len(groups),
+        "decided": now.decided,
+        **now.by_verdict,
+        "kept": now.totals.kept,
+        "to_remove": now.totals.remove,
+        "frees_bytes": now.totals.frees_bytes,
+    }
+    if as_json:
+        print(to_json(facts), file=exact_stdout())
+        return
+    for name, value in facts.items():
+        tell(f"{name:<12} {value:>15,}")
+
+
+@app.command(
+    "list",
+    examples=[
+        "ruiji duplicates list --remove",
+        "ruiji duplicates list --remove --format paths -0 | xargs -0 mv -t TRASH",
+        "ruiji duplicates list --keep --format csv",
+    ],
+)
+def list_files(
+    feature_dir: FeatureDir,
+    model_path: DecisionsModel = None,
+    media_dir: OptionalMediaDir = None,
+    decisions: DecisionsFile = None,
+    remove: Annotated[bool, typer.Option("--remove", help="List the files that can go.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="List the files that are kept.")] = False,
+    form: Annotated[FileFormat, typer.Option("--format", help="How they are written to stdout.")] = FileFormat.paths,
+    null: Annotated[
+        bool,
+        typer.Option("--null", "-0", help="With --format paths: end each path with a null character, for xargs -0."),
+    ] = False,
+) -> None:
+    """List the files that can go, or that are kept.
+
+    Reads all of them again. Names a file to remove only if its bytes are those that were decided about, and if the file
+    that is kept for it is there with its own; says which files it leaves out and why. ruiji itself removes nothing.
+    Exit code 3: some files are left out.
+    """
+    from search.requests.duplicates import SomeLeftOut, listed, lists
+
+    if remove == keep:
+        raise UsageError("say which files: --remove or --keep")
+    if null and form is not FileFormat.paths:
+        raise UsageError("-0 needs --format paths")
+    request = _request(feature_dir, model_path, media_dir, decisions)
+    found = lists(request, note)
+    try:
+        _write(listed(found.to_remove() if remove else found.to_keep(), note), form, request.media, null)
+    except SomeLeftOut:
+        raise typer.Exit(EXIT_INCOMPLETE) from None
+
+
+def _write(files: "Iterator[ListedFile]", form: FileFormat, media_dir: Path, null: bool) -> None:
+    out = exact_stdout()
+    columns = ("path", "bytes", "sha256", "kept", "time")
+    write_row = csv_writer(out)
+    if form is FileFormat.csv:
+        write_row(columns)
+    for file in files:
+        if form is FileFormat.csv:
+            write_row(getattr(file, column) for column in columns)
+        elif form is FileFormat.jsonl:
+            print(to_json({column: getattr(file, column) for column in columns}), file=out)
+        else:
+            print(media_dir / file.path, end="\0" if null else "\n", file=out)
+
+
+def _batches(stdin: BinaryIO) -> Iterator[list[bytes]]:
+    """Lines as they come, all at once that are there."""
+    rest = b""
+    while data := stdin.read1(_READ_BYTES):  # type: ignore[attr-defined]
+        *lines, rest = (rest + data).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def _request(
+    feature_dir: Path, model_path: Path | None, media_dir: Path | None, decisions: Path | None
+) -> "DecisionsRequest":
+    from search.requests.duplicates import DecisionsRequest
+    from search.requests.selection import Selection
+
+    selection = Selection(feature_dir=feature_dir, model_path=model_path)
+    return DecisionsRequest(selection=selection, decisions=decisions, media_dir=media_dir)

@@ -1,0 +1,276 @@
+"""`ruiji duplicates` as a user meets it: decide, undo, status, and lists that only name what can go."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline import layout
+from pipeline.arguments import Commands
+from pipeline.errors import FileDamaged, RuijiError, UsageError
+from pipeline.model import Model, load_model
+from search.cli import register
+from search.duplicates.decisions import append_decisions, read_decisions
+from tests.conftest import ROOT
+from tests.factories import wait_until
+from tests.search.duplicates.test_decisions import different
+from tests.search.galleries import write_article_shard, write_gallery
+
+#: Of each content so many files: a.png is alone, b1.png and b2.png have the same bytes.
+FILES = {"cat/a.png": b"a" * 100, "cat/b1.png": b"b" * 20, "dog/b2.png": b"b" * 20, "dog/c.png": b"c" * 3}
+
+
+@dataclass
+class World:
+    """A media folder with its gallery, and the command on it."""
+
+    media: Path
+    features: Path
+    model: Model
+
+    @property
+    def file(self) -> Path:
+        return self.features / "decisions.jsonl"
+
+    def run(self, *arguments: str | Path, stdin: str = "", media: bool = True) -> Result:
+        app = Commands()
+        register(app)
+        given = [*arguments, "--feature-dir", self.features, "--model", self.model.path]
+        given += ["--media-dir", self.media] if media else []
+        return CliRunner().invoke(app, ["duplicates", *map(str, given)], input=stdin)
+
+    def decide(self, *decisions: object) -> Result:
+        result = self.run("decide", stdin="".join(json.dumps(one) + "\n" for one in decisions))
+        assert result.exit_code == 0, result.output
+        return result
+
+    def refused(self, *arguments: str | Path, stdin: str = "", media: bool = True) -> str:
+        result = self.run(*arguments, stdin=stdin, media=media)
+        assert isinstance(result.exception, RuijiError) and result.exception.exit_code == 2, result.output
+        return str(result.exception)
+
+    def listed(self, which: str = "--remove", code: int = 0) -> list[str]:
+        result = self.run("list", which)
+        assert result.exit_code == code, result.output
+        return [str(Path(line).relative_to(self.media)) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture
+def world(tmp_path: Path, model_path: Path) -> World:
+    made = World(tmp_path / "media", tmp_path / "features", load_model(model_path))
+    for path, data in FILES.items():
+        (made.media / path).parent.mkdir(parents=True, exist_ok=True)
+        (made.media / path).write_bytes(data)
+    angles = np.radians([0, 1, 1, 40])
+    features = np.zeros((4, made.model.spec.length), np.float32)
+    features[:, 0], features[:, 1] = np.cos(angles), np.sin(angles)
+    write_gallery(layout.gallery_folder(made.features, made.model.path), made.model, features, list(FILES), 3)
+    return made
+
+
+SAME = {"decision": "same", "keep": "a.png", "remove": ["b1.png", "c.png"]}
+
+
+def test_decisions_from_stdin_are_confirmed_one_by_one_and_kept_with_paths_and_digests(world: World) -> None:
+    result = world.decide(SAME, {"decision": "different", "objects": ["b1.png", "b2.png"], "more": 1})
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"line": 1, "decision": "same", "objects": 3},
+        {"line": 2, "decision": "different", "objects": 2},
+    ]
+    assert result.stderr == f"2 decisions recorded in {world.file}\n"
+    first, second = map(json.loads, world.file.read_text().splitlines())
+    assert first["keep"]["path"] == "cat/a.png" and first["object_id"] == "basename"
+    assert [one["path"] for one in first["remove"]] == ["cat/b1.png", "dog/c.png"]
+    assert second["objects"][0]["sha256"] == first["remove"][0]["sha256"] == second["objects"][1]["sha256"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["time"])
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("nonsense", "line 2: it is no decision"),
+        ('{"decision": "merge", "objects": ["a.png", "c.png"]}', "it is no decision"),
+        ('{"decision": "different", "objects": "a.png"}', "it is no decision"),
+        ('{"decision": "different", "objects": ["a.png"]}', "two objects or more"),
+        ('{"decision": "different", "objects": ["a.png", "a.png"]}', "twice"),
+        ('{"decision": "different", "objects": ["a.png", "x.png"]}', "the gallery has no object x.png"),
+        ('{"decision": "different", "keep": "a.png", "remove": ["c.png"]}', "neither keep nor remove"),
+        ('{"decision": "same", "objects": ["a.png", "c.png"]}', "same has keep"),
+        ('{"decision": "same", "keep": "a.png", "remove": []}', "two objects or more"),
+        ('{"decision": "same", "keep": "a.png", "remove": ["a.png"]}', "twice"),
+        ('{"decision": "skip", "objects": []}', "two objects or more"),
+    ],
+)
+def test_a_line_that_is_no_decision_is_named_and_those_before_it_are_kept(world: World, line: str, told: str) -> None:
+    result = world.run("decide", stdin=f"{json.dumps(SAME)}\n{line}\n{json.dumps(SAME)}\n")
+    assert isinstance(result.exception, UsageError)
+    assert told in str(result.exception) and "line 2" in str(result.exception)
+    assert "nothing from this line on is recorded" in str(result.exception)
+    assert [json.loads(line)["line"] for line in result.stdout.splitlines()] == [1]
+    assert len(read_decisions(world.file)) == 1
+
+
+def test_a_decision_is_confirmed_while_the_next_is_still_to_come(world: World) -> None:
+    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", world.features]
+    process = subprocess.Popen(
+        [*command, "--media-dir", world.media], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    for number in (1, 2):
+        process.stdin.write(json.dumps(SAME) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["line"] == number
+        assert len(read_decisions(world.file)) == number
+    process.kill()
+    process.communicate()
+    process.stdin.close()
+    assert len(read_decisions(world.file)) == 2
+    assert not list(world.features.glob(f"{layout.TEMPORARY_PREFIX}*"))
+
+
+def test_a_damaged_file_is_not_written_to(world: World) -> None:
+    world.file.write_text("holiday notes\n")
+    result = world.run("decide", stdin=json.dumps(SAME))
+    assert isinstance(result.exception, FileDamaged)
+    assert world.file.read_text() == "holiday notes\n"
+
+
+def test_the_file_can_be_elsewhere_but_not_among_the_pictures(world: World, tmp_path: Path) -> None:
+    assert world.run("decide", "--decisions", tmp_path / "mine.jsonl", stdin=json.dumps(SAME)).exit_code == 0
+    assert len(read_decisions(tmp_path / "mine.jsonl")) == 1 and not world.file.exists()
+    assert "media folder" in world.refused("decide", "--decisions", world.media / "d.jsonl", stdin=json.dumps(SAME))
+
+
+def test_lists_name_what_can_go_and_what_is_kept(world: World) -> None:
+    world.decide(SAME)
+    assert world.listed() == ["cat/b1.png", "dog/c.png"]
+    assert world.listed("--keep") == ["cat/a.png"]
+    zeros = world.run("list", "--remove", "-0").stdout
+    assert zeros == "".join(f"{world.media / path}\0" for path in ("cat/b1.png", "dog/c.png"))
+    rows = list(csv.DictReader(io.StringIO(world.run("list", "--remove", "--format", "csv").stdout)))
+    lines = [json.loads(line) for line in world.run("list", "--remove", "--format", "jsonl").stdout.splitlines()]
+    assert rows == [{key: str(value) for key, value in line.items()} for line in lines]
+    assert [(row["path"], row["bytes"], row["kept"]) for row in rows] == [
+        ("cat/b1.png", "20", "cat/a.png"),
+        ("dog/c.png", "3", "cat/a.png"),
+    ]
+    assert all((world.media / path).read_bytes() == data for path, data in FILES.items()), "nothing is touched"
+
+
+def test_what_changed_or_lost_its_kept_file_is_left_out_and_named(world: World) -> None:
+    world.decide(SAME)
+    (world.media / "dog/c.png").write_bytes(b"edited")
+    result = world.run("list", "--remove")
+    assert (result.exit_code, result.stdout) == (3, f"{world.media / 'cat/b1.png'}\n")
+    assert "left out: dog/c.png: it changed since it was decided" in result.stderr
+    (world.media / "cat/a.png").unlink()
+    result = world.run("list", "--remove")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "left out: cat/b1.png: of the file that is kept for it, cat/a.png: " in result.stderr
+
+
+def test_what_was_removed_is_only_counted(world: World) -> None:
+    world.decide(SAME)
+    (world.media / "dog/c.png").unlink()
+    result = world.run("list", "--remove")
+    assert (result.exit_code, result.stdout) == (0, f"{world.media / 'cat/b1.png'}\n")
+    assert "1 files are gone already" in result.stderr
+
+
+def test_lists_are_refused_where_the_files_cannot_be_looked_at(world: World) -> None:
+    world.decide(SAME)
+    assert "--media-dir" in world.refused("list", "--remove", media=False)
+    assert "--remove or --keep" in world.refused("list")
+    assert "--remove or --keep" in world.refused("list", "--remove", "--keep")
+    assert "-0 needs" in world.refused("list", "--remove", "-0", "--format", "csv")
+    world.media.rename(world.media.with_name("unmounted"))
+    assert "no media folder" in world.refused("list", "--remove")
+
+
+def test_without_files_a_decision_is_kept_by_path_and_names_nothing(world: World) -> None:
+    result = world.run("decide", stdin=json.dumps(SAME), media=False)
+    assert result.exit_code == 0
+    assert "warning: the bytes of a.png" not in result.stderr and "warning: the bytes of cat/a.png" in result.stderr
+    assert world.listed(code=3) == []
+    world.decide(SAME)
+    assert world.listed() == ["cat/b1.png", "dog/c.png"]
+
+
+def test_undoing_is_one_command(world: World) -> None:
+    world.decide(SAME)
+    assert world.run("undo", "a.png", "b1.png", media=False).stderr == f"undone in {world.file}\n"
+    assert world.listed() == ["dog/c.png"]
+    assert "nothing is decided" in world.refused("undo", "b1.png", media=False)
+    assert world.run("undo", "a.png", media=False).exit_code == 0
+    assert world.listed() == []
+    assert "no object x.png" in world.refused("undo", "x.png", media=False)
+    world.decide(SAME, {"decision": "undo", "objects": ["c.png"]})
+    assert world.listed() == ["cat/b1.png"]
+
+
+def test_an_object_that_left_the_gallery_can_be_undone(world: World) -> None:
+    append_decisions(world.file, [different("gone")])
+    assert world.run("undo", "gone.jpg", media=False).exit_code == 0
+    assert "nothing is decided" in world.refused("undo", "gone.jpg", media=False)
+
+
+def test_status_counts_what_is_open_decided_kept_and_to_remove(world: World) -> None:
+    before = json.loads(world.run("status", "--json").stdout)
+    assert (before["open"], before["decided"], before["to_remove"], before["frees_bytes"]) == (1, 0, 0, 0)
+    world.decide({"decision": "same", "keep": "a.png", "remove": ["b1.png", "b2.png"]}, SAME)
+    os.link(world.media / "dog/c.png", world.media / "link.png")
+    now = json.loads(world.run("status", "--json").stdout)
+    assert {
+        name: now[name] for name in ("decided", "same", "different", "skip", "kept", "to_remove", "frees_bytes")
+    } == {
+        "decided": 2,
+        "same": 2,
+        "different": 0,
+        "skip": 0,
+        "kept": 1,
+        "to_remove": 3,
+        "frees_bytes": 40,
+    }
+    shown = world.run("status").stdout
+    assert re.search(r"^to_remove +3$", shown, re.MULTILINE) and re.search(r"^frees_bytes +40$", shown, re.MULTILINE)
+
+
+def test_a_gallery_that_knows_no_paths_keeps_decisions_by_id(tmp_path: Path) -> None:
+    write_article_shard(tmp_path / "shards", 0, np.eye(3, 4, dtype=np.float32), ["a", "b", "c"])
+    app = Commands()
+    register(app)
+    given = ["--feature-dir", str(tmp_path / "shards")]
+    decision = json.dumps({"decision": "different", "objects": ["a", "b"]})
+    assert CliRunner().invoke(app, ["duplicates", "decide", *given], input=decision).exit_code == 0
+    (line,) = read_decisions(tmp_path / "decisions.jsonl")
+    assert [one.id for one in line.objects] == ["a", "b"] and line.object_id is None
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_decider_frees_the_lock(world: World, kill: signal.Signals) -> None:
+    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", world.features]
+    process = subprocess.Popen(
+        [*command, "--media-dir", world.media], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(SAME) + "\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(kill)
+    process.communicate()
+    assert process.returncode == 130
+    begun = time.monotonic()
+    world.decide(SAME)
+    wait_until(lambda: len(read_decisions(world.file)) == 2)
+    assert time.monotonic() - begun < 25, "no waiting for a dead one"
