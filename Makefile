@@ -184,7 +184,8 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu embedded demo plot serve hub dev" "demo cpu embedded demo serve" "cpu cpu" "bench cpu embedded bench"; do \
+	@for set in "dev cpu heic text embedded demo plot serve hub dev" "demo cpu heic text embedded demo serve" \
+		"cpu cpu heic text" "bench cpu heic text embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
@@ -192,11 +193,11 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
 	done
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		--extra cpu --extra embedded --extra plot --extra mnist --excludes requirements/torch-apart.in \
+		--extra cpu --extra heic --extra text --extra embedded --extra plot --extra mnist --excludes requirements/torch-apart.in \
 		requirements/build.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
+		--extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
 	@for extra in embedded serve; do \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
