@@ -11,13 +11,17 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme, clean_list, escaped, prepare, read_lines, sort_lines
+from pipeline.versions import heif_decoder
 
+#: Endings of what only pi-heif decodes.
+HEIF_ENDINGS = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 #: File name endings that `ruiji list` takes for images, compared in lower case: those of the formats that are decoded.
 IMAGE_ENDINGS = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".png", ".apng"),
         *(".webp", ".avif", ".avifs", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".ico", ".tga", ".icb", ".vda", ".vst"),
         *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm"),
+        *HEIF_ENDINGS,
     }
 )
 #: What systems and programs keep beside photos, in lower case: what was deleted, thumbnails, older versions.
@@ -53,7 +57,9 @@ class Scan:
         self.folder = folder
         self._real_top = os.path.realpath(folder)
         self._exclude = exclude or Exclude()
+        self._decodes_heif = heif_decoder() is not None
         self._others: Counter[str] = Counter()
+        self._heif: Counter[str] = Counter()
         self._system: Counter[str] = Counter()
         self._excluded: Counter[str] = Counter()
         self._unread: list[str] = []
@@ -117,6 +123,8 @@ class Scan:
         elif ending not in IMAGE_ENDINGS:
             if path != layout.OBJECT_LIST:
                 self._others[ending or "without an ending"] += 1
+        elif ending in HEIF_ENDINGS and not self._decodes_heif:
+            self._heif[ending] += 1
         else:
             if entry.is_symlink():
                 self._follow(entry.path, path)
@@ -133,6 +141,10 @@ class Scan:
         """What was met beside images, for people; after `paths` has ended."""
         told = [
             ("left out: {}", _counted(self._others)),
+            (
+                "left out, because pi-heif is not installed here (run make setup, or pip install 'ruiji[heic]'): {}",
+                _counted(self._heif),
+            ),
             ("left out, of the system: {}", _counted(self._system)),
             ("left out by --exclude: {}", _counted(self._excluded)),
             ("left out, galleries of ruiji: {}", _named(self._galleries)),

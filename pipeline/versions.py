@@ -6,6 +6,9 @@ from functools import cache
 
 from pipeline.errors import RuijiError
 
+#: The version of a library that is not there.
+NONE = "none"
+
 
 @cache
 def library_versions() -> dict[str, str]:
@@ -19,9 +22,16 @@ def library_versions() -> dict[str, str]:
         "pillow": _version("PIL", "pillow"),
         # Decodes most JPEGs.
         "simplejpeg": _version("simplejpeg", "simplejpeg"),
+        # Where it is missing, pictures fail that are decoded elsewhere.
+        "pi-heif": heif_decoder() or NONE,
         # Both builds compute the same on a CPU; which one it is stands in the worker's log.
         "onnxruntime": _version("onnxruntime", "onnxruntime", "onnxruntime-gpu"),
     }
+
+
+def heif_decoder() -> str | None:
+    """Version of pi-heif, which decodes HEIF (HEIC); None where the extra `heic` is not installed."""
+    return _installed("pi-heif")
 
 
 def installed_versions() -> dict[str, str]:
@@ -30,7 +40,7 @@ def installed_versions() -> dict[str, str]:
     Reads package metadata and imports none of them. A package that is not installed is left out; of ONNX Runtime the
     build that is installed is named.
     """
-    packages = ("ruiji", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "simplejpeg", "torch")
+    packages = ("ruiji", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "simplejpeg", "pi-heif", "torch")
     return {package: version for package in packages if (version := _installed(package)) is not None}
 
 
@@ -44,7 +54,7 @@ def other_versions(made: dict[str, str]) -> dict[str, tuple[str, str]]:
         RuijiError: as `library_versions`.
     """
     here = library_versions()
-    return {name: (version, here.get(name, "none")) for name, version in made.items() if here.get(name) != version}
+    return {name: (version, here.get(name, NONE)) for name, version in made.items() if here.get(name) != version}
 
 
 def are_mixed(sets: Iterable[dict[str, str]]) -> bool:

@@ -395,12 +395,11 @@ def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
     """
     from PIL import Image
 
-    from workers.decode.images import FORMATS, as_seen, open_image
+    from workers.decode.images import FORMATS, as_seen, check_size, open_image
 
     try:
         with open_image(image) as file, Image.open(file, formats=FORMATS) as picture:
-            if picture.width * picture.height > max_pixels:
-                return None
+            check_size(picture, max_pixels)
             picture.draft("RGB", (size, size))
             return as_seen(picture, max_pixels).convert("RGB")
     except Exception:  # Decoders raise anything on broken files; a sheet shows a placeholder for all of them.

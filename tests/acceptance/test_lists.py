@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.factories import Ruiji, only_line, picture, pictures
 
 
@@ -99,10 +101,10 @@ def test_lines_that_leave_the_media_folder_fail_alone_and_open_nothing(ruiji: Ru
 
 def test_deep_folders_and_wide_characters_need_no_short_paths(ruiji: Ruiji) -> None:
     deep = "/".join(["旅行の写真" * 4] * 6) + "/一枚目.jpg"
-    photos(ruiji.media, deep.encode(), b"x/a.jpg", b"y/a.jpg", "y/ü".encode() * 60 + b".heic")
+    photos(ruiji.media, deep.encode(), b"x/a.jpg", b"y/a.jpg", "y/ü".encode() * 60 + b".cr2")
     refused = ruiji("list", str(ruiji.media), code=2).stderr
     assert "two objects have the id 'a.jpg'" in refused and not (ruiji.media / "objects.txt").exists()
-    assert "left out: 1 .heic" in ruiji("list", str(ruiji.media), "--object-id", "path").stderr
+    assert "left out: 1 .cr2" in ruiji("list", str(ruiji.media), "--object-id", "path").stderr
     ruiji("run", "--workers", "1", "--object-id", "path")
     assert accounted(ruiji) == (3, 3, 0)
     assert deep in ruiji("search", "--id", "x/a.jpg", "-k", "3", "--format", "paths").stdout
@@ -178,3 +180,19 @@ def test_lines_of_a_standing_list_are_left_out_and_counted(ruiji: Ruiji) -> None
     assert accounted(ruiji) == (4, 4, 0)
     refused = ruiji("run", "--exclude", "/", code=2).stderr
     assert "--exclude '/' names nothing" in only_line(refused)
+
+
+def test_heif_photos_are_listed_embedded_and_searched_with(ruiji: Ruiji, tmp_path: Path) -> None:
+    photos(ruiji.media, b"a.jpg", b"b.jpg")
+    for name in ("turned", "several"):
+        shutil.copy(ROOT / "tests" / "data" / "heif" / f"{name}.heic", ruiji.media / f"{name}.HEIC")
+    (ruiji.media / "cut.heif").write_bytes((ruiji.media / "turned.HEIC").read_bytes()[:-40])
+    ruiji("run", "--workers", "1", code=3)
+    assert accounted(ruiji) == (5, 4, 1)
+    assert set(failed(ruiji)) == {"cut.heif"}
+    assert json.loads((ruiji.gallery / "0000.json").read_text())["versions"]["pi-heif"] == metadata.version("pi-heif")
+    found = ruiji(
+        "search", str(ruiji.media / "turned.HEIC"), "--format", "paths", "--sheet", str(tmp_path / "sheet.png")
+    )
+    assert found.stdout.startswith(f"{ruiji.media}/turned.HEIC\n")
+    assert "could not be opened" not in found.stderr

@@ -15,8 +15,9 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError
 from pipeline.spec import PIXELS
 from tests.chaos.harness import sized
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 from tests.workers.decode.test_images import SPEC
+from workers.decode.heif import PLUGIN
 from workers.decode.images import FORMATS, load_pixels
 
 #: Small, so that an example takes a millisecond and no large header gets far.
@@ -29,12 +30,14 @@ def seeds() -> list[bytes]:
     """A sound file of every format, and the nasty set where it is at hand."""
     found = []
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    for kind in sorted(set(FORMATS) - {"DIB"}):
+    for kind in sorted(set(FORMATS) - {"DIB", PLUGIN}):
         for mode in ("RGB", "L", "P", "LA", "RGBA", "I;16", "CMYK"):
             buffer = io.BytesIO()
             with suppress(OSError, ValueError):  # Not every format has every mode.
                 image.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind)
                 found.append(buffer.getvalue())
+    # Pillow does not write HEIF.
+    found += [path.read_bytes() for path in sorted((ROOT / "tests" / "data" / "heif").glob("*.heic"))]
     nasty = SHARED / "nasty"
     found += [
         path.read_bytes()

@@ -1,20 +1,23 @@
 """From a folder to a list: which files are taken for images, and what is said about all others."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import scan
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme
-from pipeline.scan import IMAGE_ENDINGS, Scan, count_unlisted, write_list
+from pipeline.scan import HEIF_ENDINGS, IMAGE_ENDINGS, Scan, count_unlisted, write_list
 from tests.factories import picture
 
 
 def scanned(folder: Path, exclude: Exclude | None = None) -> tuple[list[str], str]:
-    scan = Scan(folder, exclude)
-    return sorted(scan.paths()), "\n".join(scan.notes())
+    found = Scan(folder, exclude)
+    return sorted(found.paths()), "\n".join(found.notes())
 
 
 def empty(path: Path) -> None:
@@ -34,15 +37,36 @@ def test_a_scan_lists_images_of_any_case_in_order_of_bytes(tmp_path: Path) -> No
 def test_every_ending_of_a_format_that_is_decoded_is_listed() -> None:
     from PIL import Image
 
+    from workers.decode.heif import PLUGIN
     from workers.decode.images import FORMATS
 
     Image.init()
     # Cameras write two JPEGs in one file; its first one is decoded.
-    assert {end for end, name in Image.registered_extensions().items() if name in FORMATS} | {".mpo"} == IMAGE_ENDINGS
+    known = {end for end, name in Image.registered_extensions().items() if name in FORMATS} | {".mpo"}
+    assert known | HEIF_ENDINGS == IMAGE_ENDINGS and PLUGIN in FORMATS
+
+
+def test_the_endings_of_heif_are_those_of_its_decoder() -> None:
+    # In a process of its own: Pillow would open such files in this one.
+    script = (
+        "from PIL import Image; from pi_heif import register_heif_opener; register_heif_opener()\n"
+        "print(*sorted(end for end, name in Image.EXTENSION.items() if name == 'HEIF'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == HEIF_ENDINGS
+
+
+def test_heif_is_listed_where_it_is_decoded_and_else_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.HEIC", "b.heif", "c.heic", "d.jpg"):
+        empty(tmp_path / name)
+    assert scanned(tmp_path) == (["a.HEIC", "b.heif", "c.heic", "d.jpg"], "")
+    monkeypatch.setattr(scan, "heif_decoder", lambda: None)
+    why = "left out, because pi-heif is not installed here (run make setup, or pip install 'ruiji[heic]'): "
+    assert scanned(tmp_path) == (["d.jpg"], f"{why}2 .heic, 1 .heif")
 
 
 def test_what_is_no_image_is_counted_and_what_systems_keep_is_left_out(tmp_path: Path) -> None:
-    for number, ending in enumerate([".HEIC", ".heic", ".xyz", "", ".a", ".b", ".c", ".d", ".e", ".f", ".g"]):
+    for number, ending in enumerate([".CR2", ".cr2", ".xyz", "", ".a", ".b", ".c", ".d", ".e", ".f", ".g"]):
         empty(tmp_path / f"{number}{ending}")
     for name in ("1.jpg", "d/._1.jpg", ".Trash-1000/2.jpg", "@eaDir/1.jpg/x.jpg", "d/.thumbnails/1.png", "Thumbs.db"):
         empty(tmp_path / name)
@@ -51,7 +75,7 @@ def test_what_is_no_image_is_counted_and_what_systems_keep_is_left_out(tmp_path:
     paths, notes = scanned(tmp_path)
     assert paths == ["1.jpg"]
     told, system = notes.splitlines()
-    assert told.startswith("left out: 2 .heic, 1 ") and told.endswith("2 others")
+    assert told.startswith("left out: 2 .cr2, 1 ") and told.endswith("2 others")
     assert sorted(system.removeprefix("left out, of the system: ").split(", ")) == sorted(
         ["1 $RECYCLE.BIN", "1 lost+found", "1 .Trash-1000", "1 @eaDir", "1 .thumbnails", "1 ._*", "1 Thumbs.db"]
     )
@@ -98,8 +122,8 @@ def test_names_that_no_line_can_hold_are_listed_escaped(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_and_a_list_that_an_enqueue_refuses_are_refused(tmp_path: Path) -> None:
     media, target = tmp_path / "media", tmp_path / "objects.txt"
-    empty(media / "a.heic")
-    with pytest.raises(ObjectListError, match=r"no image files .*; left out: 1 \.heic"):
+    empty(media / "a.cr2")
+    with pytest.raises(ObjectListError, match=r"no image files .*; left out: 1 \.cr2"):
         write_list(Scan(media), target)
     with pytest.raises(ObjectListError, match="does not exist"):
         write_list(Scan(tmp_path / "none"), target)

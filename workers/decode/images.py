@@ -39,6 +39,7 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.spec import ModelSpec
 from pipeline.targets import writing
+from workers.decode import heif
 from workers.decode.fit import place
 from workers.decode.resize import has_filter, resize
 
@@ -46,12 +47,13 @@ logger = logging.getLogger(__name__)
 
 #: Formats that are decoded. Pillow knows more, but some of those start other programs (EPS) or are
 #: no photographs, and each one is another decoder that a hostile file can reach.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", heif.PLUGIN, "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 # Pillow registers most decoders late, and fails oddly when asked for one that it has not registered. All of them would
 # be dozens more modules, which a search with one picture would wait for.
 for _decoder in ("Avif", "Bmp", "Gif", "Ico", "Jpeg2K", "Jpeg", "Png", "Ppm", "Tga", "Tiff", "WebP"):
     importlib.import_module(f"PIL.{_decoder}ImagePlugin")
+heif.register()
 
 # Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None
@@ -196,7 +198,7 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] 
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
             raise MachineFault(f"cannot read an image: {error.strerror}") from error
         logger.debug("an image cannot be decoded", exc_info=True)
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or str(error).startswith(heif.NO_MEMORY):
             raise ImageError("decoding it takes more memory than there is", Reason.memory) from error
         if "truncated" in str(error).lower() or isinstance(error, EOFError):
             raise ImageError("the file ends before the image does", Reason.truncated) from error
@@ -241,7 +243,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     except UnidentifiedImageError:
         raise ImageError("it is not an image in a known format", Reason.undecodable) from None
     with image:
-        _check_size(*image.size, max_pixels)
+        check_size(image, max_pixels)
         jpeg = image.format in ("JPEG", "MPO")
         turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation and (jpeg or spec.pixels == 1) else None
         if spec.jpeg_draft:
@@ -408,6 +410,17 @@ def _has_no_metadata(data: memoryview) -> bool:
             return True
         place += 2 + (data[place + 2] << 8) + data[place + 3]
     return False
+
+
+def check_size(image: Image.Image, max_pixels: int) -> None:
+    """Look at the size of an image that is open and not decoded yet.
+
+    Raises:
+        ImageError: `too-large`.
+    """
+    _check_size(*image.size, max_pixels)
+    if isinstance(image, heif.HeifFile):
+        _check_size(*image.coded_size, max_pixels)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -126,8 +126,10 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _main() -> None:
+    from workers.decode.heif import load_decoder
     from workers.decode.images import load_pixels
 
+    load_decoder()
     request = json.loads(sys.stdin.readline())
     path, limits = Path(request["path"]), Limits(**request["limits"])
     spec = ModelSpec.from_values(request["spec"])
