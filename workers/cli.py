@@ -48,7 +48,8 @@ def worker(
     from pipeline.logs import set_up
     from pipeline.queue.connection import connect
     from pipeline.worker_settings import FOR_TESTS, WorkerSettings, read_variables
-    from workers.places import gpus_for
+    from workers.devices import Gpu
+    from workers.places import Place, gpus_for
     from workers.slots import one_device
     from workers.supervisor import Supervisor
 
@@ -64,8 +65,6 @@ def worker(
     cores = len(os.sched_getaffinity(0))
     gpus = gpus_for(device) if role is not Role.reduce else ()
     embed_processes = processes or (1 if gpus else cores)
-    roles = [Role.embed] * embed_processes if role is not Role.reduce else []
-    roles += [Role.reduce] if role is not Role.embed else []
     told = WorkerSettings(
         media_dir=media_dir,
         feature_dir=feature_dir,
@@ -83,12 +82,14 @@ def worker(
         log_format=log_format,
         **read_variables(os.environ, FOR_TESTS),
     )
-    shown: AbstractContextManager[dict[str, str]] = nullcontext({})
+    leased: AbstractContextManager[Gpu | None] = nullcontext(gpus[0] if gpus else None)
     # Who set this has chosen already.
     if gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        shown = one_device(url, [gpu.uuid for gpu in gpus], slots_per_device)
-    with shown as variables:
-        raise typer.Exit(Supervisor(roles, told, variables).run())
+        leased = one_device(url, gpus, slots_per_device)
+    with leased as gpu:
+        places = [Place(Role.embed, gpu)] * embed_processes if role is not Role.reduce else []
+        places += [Place(Role.reduce)] if role is not Role.embed else []
+        raise typer.Exit(Supervisor(places, told).run())
 
 
 def doctor(

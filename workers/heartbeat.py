@@ -34,9 +34,16 @@ class Report:
     """What `ruiji status` shows of this process, kept in Redis."""
 
     def __init__(
-        self, client: redis.Redis, gallery_id: str, role: Role, ledger: Ledger, device: Device = Device.cpu
+        self,
+        client: redis.Redis,
+        gallery_id: str,
+        role: Role,
+        ledger: Ledger,
+        device: Device = Device.cpu,
+        pid: int | None = None,
     ) -> None:
-        host, pid = socket.gethostname(), os.getpid()
+        """Report of a process; by default of this one."""
+        host, pid = socket.gethostname(), pid or os.getpid()
         self._client = client
         self._key = worker_key(gallery_id, f"{host}:{pid}")
         self._ledger = ledger

@@ -1,12 +1,30 @@
-"""Where a worker's processes run: which GPUs of this machine it may have."""
+"""Where a worker's processes run: which GPUs of this machine it may have, and which process is on which."""
 
 import logging
 import time
+from dataclasses import dataclass
 
-from pipeline.choices import Device
+from pipeline.choices import Device, Role
 from workers.devices import LONGEST_PAUSE_S, Gpu, probe
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of a worker.
+
+    Attributes:
+        role: embed or reduce.
+        gpu: where it embeds; None: on the CPU.
+    """
+
+    role: Role
+    gpu: Gpu | None = None
+
+    def variables(self) -> dict[str, str]:
+        """What its environment has besides the worker's settings."""
+        return {"CUDA_VISIBLE_DEVICES": self.gpu.uuid} if self.gpu is not None else {}
 
 
 def gpus_for(device: Device) -> tuple[Gpu, ...]:

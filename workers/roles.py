@@ -25,7 +25,8 @@ from pipeline.queue.chords import Chords
 from pipeline.queue.outages import end_process, noted
 from pipeline.segments import LATE_FILE_WAIT_S, Segments
 from pipeline.versions import other_versions
-from workers.embed import FAILED, LATE, SKIPPED, Job, embed_guarded
+from workers.devices import DEVICE_FAILED
+from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_guarded
 from workers.ledger import Ledger
 from workers.permanent import Repeats
 from workers.suspects.in_hand import InHand
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
+
+#: A process whose GPU failed so often in a row gives its work back and ends.
+_MOST_DEVICE_FAULTS = 2
 
 
 def check_versions(plan: Plan) -> None:
@@ -70,6 +74,8 @@ class Embedder:
         self._plans, self._lines, self._repeats = OpenPlan(folder), _Lines(), Repeats(folder, client)
         self._media_dir, self._encoder, self._client = media_dir, encoder, client
         self._on_batch, self._hand, self._ledger, self._decoders = on_batch, hand, ledger, decoders
+        # How many faults of the device came in a row, when the latest was counted, and whether any image was done.
+        self._device_faults, self._faulted, self._worked = 0, -REST_S, False
 
     def __call__(self, calls: list[tuple[Any, ...]]) -> list[str]:
         """Embed what these calls, `(plan id, segment, path)`, name; returns the outcome of each.
@@ -85,9 +91,8 @@ class Embedder:
             logger.error("%s", error, extra={"event": "worker_unfit"})
             end_process(error.exit_code)
             raise MachineFault(str(error)) from error
-        except DeviceFault as error:
-            # CUDA does not recover within a process; the next one tries the model first.
-            end_process(error.exit_code)
+        except DeviceFault:
+            self._note_device_fault()
             raise
         except (MachineFault, redis.RedisError):
             raise
@@ -124,8 +129,20 @@ class Embedder:
             for number, outcome in zip(numbers, done, strict=True):
                 outcomes[number] = outcome
             self._note_failures(plan, jobs, [outcomes[number] for number in numbers])
+        if DONE in outcomes:
+            self._device_faults, self._worked = 0, True
         self._on_batch(outcomes)
         return outcomes
+
+    def _note_device_fault(self) -> None:
+        """End the process at the second in a row: CUDA reports most faults until its process ends."""
+        now = time.monotonic()
+        # Batches that come while another rests for a fault fail of the same one.
+        if now - self._faulted < REST_S:
+            return
+        self._device_faults, self._faulted = self._device_faults + 1, now
+        if self._device_faults >= _MOST_DEVICE_FAULTS:
+            end_process(RuijiError.exit_code if self._worked else DEVICE_FAILED)
 
     def _note_failures(self, plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
         failed: dict[int, list[str]] = {}

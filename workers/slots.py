@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
 import redis
@@ -22,6 +22,7 @@ from pipeline.errors import BrokerUnavailable
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import slot_key
 from pipeline.queue.leases import lease, renewed
+from workers.devices import Gpu
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +33,20 @@ _LOOK_S = 2.0
 
 
 @contextmanager
-def one_device(redis_url: str, devices: list[str], slots_per_device: int) -> Iterator[dict[str, str]]:
-    """Lease a device for a worker's processes for as long as the block takes.
+def one_device(redis_url: str, gpus: Sequence[Gpu], slots_per_device: int) -> Iterator[Gpu]:
+    """Lease one of some devices for a worker's processes for as long as the block takes.
 
     Args:
-        devices: UUIDs, at least one.
-
-    Yields:
-        What to add to their environment.
+        gpus: at least one.
 
     Raises:
         UsageError, BrokerUnavailable: see `device_slot`, `connect`.
     """
     with (
         closing(connect(redis_url)) as client,
-        device_slot(client, devices, slots_per_device) as device,
+        device_slot(client, [gpu.uuid for gpu in gpus], slots_per_device) as device,
     ):
-        yield {"CUDA_VISIBLE_DEVICES": device}
+        yield next(gpu for gpu in gpus if gpu.uuid == device)
 
 
 @contextmanager

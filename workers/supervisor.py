@@ -9,20 +9,28 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import redis
 
 from pipeline import layout
 from pipeline.children import python_command, start_child
-from pipeline.choices import Reason, Role
+from pipeline.choices import Device, Reason, Role
 from pipeline.errors import RuijiError
+from pipeline.gallery import read_gallery
 from pipeline.plans.files import open_plan
+from pipeline.queue.connection import connect
 from pipeline.worker_settings import WorkerSettings
+from workers.devices import DEVICE_FAILED, LONGEST_PAUSE_S
+from workers.places import Place
 from workers.readiness import ready_file, remove_left_ready
 from workers.suspects.deaths import note_deaths
 from workers.suspects.in_hand import Hold, left_behind, read_in_hand
+
+if TYPE_CHECKING:
+    from workers.heartbeat import Report
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +42,12 @@ _LONGEST_PAUSE_S = 30.0
 _HEALTHY_S = 30.0
 #: Exit codes of a process that can never work (usage, inconsistent data): starting it again is useless.
 _HOPELESS = (2, 4)
-#: A process that died so often in a row while its model was on trial is not started again: here it cannot work.
+#: Where so many processes in a row died before they had encoded a grey picture, this machine cannot run the model.
 _MOST_TRIALS = 5
+#: Where so many in a row on a GPU did not get one image done, the GPU is given up, and tried again ever more seldom.
+_MOST_STARTS = 3
+#: How often a GPU that was given up is reported.
+_REPORT_INTERVAL_S = 2.0
 #: How often a process is looked at for a batch that does not end.
 _LOOK_INTERVAL_S = 1.0
 
@@ -47,9 +59,25 @@ def _how(status: int) -> str:
             "it was killed; if nobody did that, memory ran out: give it more (with docker compose WORKER_MEMORY), or "
             "run fewer processes"
         )
+    if status == DEVICE_FAILED:
+        return "its GPU failed before an image was done; the lines above say why"
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}" if -status in signal.valid_signals() else "by a signal"
     return f"it ended with exit code {status}; the lines above say why"
+
+
+def _given_up(child: "_Child") -> str:
+    assert child.due is not None
+    wait_s = max(0.0, child.due - time.monotonic())
+    return (
+        f"{child.place.gpu} was given up after {child.failed_starts} starts without one image done; tried again in "
+        f"{wait_s:.0f} s, the worker's log says why"
+    )
+
+
+def _withdraw(child: "_Child") -> None:
+    if child.report is not None:
+        child.report.remove()
 
 
 @dataclass
@@ -61,10 +89,13 @@ class _Child:
         holds: what it was seen to have in hand, by number, and since when.
         worked: whether it was seen to go from one batch to another.
         hung: whether it was ended for a batch that took too long.
-        failed_trials: how often in a row it, and those before it in this place, died before a grey picture was through.
+        failed_starts: how often in a row it, and those before it in this place, died before a grey picture was through,
+            or, on a GPU, an image.
+        due: when the place is to be filled again.
+        report: of a place that is empty because its GPU was given up, and when that was last sent.
     """
 
-    role: Role
+    place: Place
     process: "subprocess.Popen[bytes]"
     in_hand: Path
     started: float = field(default_factory=time.monotonic)
@@ -73,24 +104,28 @@ class _Child:
     worked: bool = False
     hung: bool = False
     deaths: int = 0
-    failed_trials: int = 0
+    failed_starts: int = 0
     due: float | None = None
+    report: "Report | None" = None
+    reported: float = 0.0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the place is empty because its GPU does not work."""
+        return self.due is not None and self.place.gpu is not None and self.failed_starts >= _MOST_STARTS
 
 
 class Supervisor:
-    """Runs `ruiji worker-process` children, one per role given."""
+    """Runs `ruiji worker-process` children, one per place given."""
 
-    def __init__(self, roles: list[Role], settings: WorkerSettings, variables: Mapping[str, str]) -> None:
+    def __init__(self, places: list[Place], settings: WorkerSettings) -> None:
         """Remember what to run.
 
         Args:
-            roles: embed or reduce, one per process.
             settings: of the processes, but for the file of each.
-            variables: what else is added to their environment.
         """
-        self._roles = roles
+        self._places = places
         self._settings = settings
-        self._environment = {**os.environ, **variables}
         self._gallery = settings.folder
         self._state_dir = settings.state_dir
         remove_left_ready(self._state_dir)
@@ -114,7 +149,7 @@ class Supervisor:
         """
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._stop)
-        children = [self._start(role) for role in self._roles]
+        children = [self._start(place) for place in self._places]
         code = 0
         while not self._stopping and not code:
             time.sleep(0.2)
@@ -122,8 +157,11 @@ class Supervisor:
                 self._find_suspects(children)
             for number, child in enumerate(children):
                 code = code or self._tend(child)
+                if child.given_up:
+                    self._report(child)
                 if child.due is not None and time.monotonic() >= child.due:
-                    children[number] = self._start(child.role, child.deaths, child.failed_trials)
+                    _withdraw(child)
+                    children[number] = self._start(child.place, child.deaths, child.failed_starts)
         self._end(children)
         self._find_suspects(children)
         return code
@@ -131,17 +169,17 @@ class Supervisor:
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
 
-    def _start(self, role: Role, deaths: int = 0, failed_trials: int = 0) -> _Child:
-        command = python_command("pipeline", "worker-process", "--role", role)
+    def _start(self, place: Place, deaths: int = 0, failed_starts: int = 0) -> _Child:
+        command = python_command("pipeline", "worker-process", "--role", place.role)
         in_hand = self._in_hand / secrets.token_hex(8)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
         process = start_child(
             command,
-            env={**self._environment, **replace(self._settings, in_hand=in_hand).environment()},
+            env={**os.environ, **place.variables(), **replace(self._settings, in_hand=in_hand).environment()},
             stdout=subprocess.DEVNULL,
         )
-        return _Child(role, process, in_hand, deaths=deaths, failed_trials=failed_trials)
+        return _Child(place, process, in_hand, deaths=deaths, failed_starts=failed_starts)
 
     def _tend(self, child: _Child) -> int:
         if child.due is not None:
@@ -152,32 +190,57 @@ class Supervisor:
             return 0
         if status in _HOPELESS:
             return status
+        on_trial = any(not hold.paths for hold in read_in_hand(child.in_hand).values())
+        child.failed_starts = child.failed_starts + 1 if on_trial or status == DEVICE_FAILED else 0
         now = time.monotonic()
-        healthy = child.worked or now - child.started > _HEALTHY_S
+        healthy = not child.failed_starts and (child.worked or now - child.started > _HEALTHY_S)
         child.deaths = 1 if healthy else child.deaths + 1
-        pause = min(_LONGEST_PAUSE_S, 2.0 ** (child.deaths - 1))
+        given_up = child.place.gpu is not None and child.failed_starts >= _MOST_STARTS
+        pause = min(LONGEST_PAUSE_S if given_up else _LONGEST_PAUSE_S, 2.0 ** (child.deaths - 1))
         child.due = now + pause
         self._unread = True
-        extra = {"event": "process_died", "role": child.role, "status": status, "restart_in_s": pause}
+        extra = {"event": "process_died", "role": child.place.role, "status": status, "restart_in_s": pause}
         ready_file(self._state_dir, child.process.pid).unlink(missing_ok=True)
         logger.warning("a worker process died: %s", _how(status), extra=extra)
-        on_trial = any(not hold.paths for hold in read_in_hand(child.in_hand).values())
-        child.failed_trials = child.failed_trials + 1 if on_trial else 0
-        if child.failed_trials < _MOST_TRIALS:
+        if given_up and child.failed_starts == _MOST_STARTS:
+            logger.error("%s", _given_up(child), extra={"event": "gpu_given_up"})
+        if child.place.gpu is not None or child.failed_starts < _MOST_TRIALS:
             return 0
         logger.error(
             "this machine cannot run the model: %d processes in a row ended with status %d before they had encoded "
             "a grey picture; is there too little memory? Give it more (compose: WORKER_MEMORY), or run fewer processes",
-            child.failed_trials,
+            child.failed_starts,
             status,
             extra={"event": "worker_unfit"},
         )
         return RuijiError.exit_code
 
+    def _report(self, child: _Child) -> None:
+        """Show in `ruiji status` that a GPU was given up: nobody else does while no process is on it."""
+        now = time.monotonic()
+        if now - child.reported < _REPORT_INTERVAL_S:
+            return
+        child.reported = now
+        try:
+            gallery = read_gallery(self._gallery)
+            if child.report is None and gallery is not None:
+                # It loads numpy and Pillow, for which an ordinary supervisor has no use.
+                from workers.heartbeat import Report
+                from workers.ledger import Ledger
+
+                client = connect(self._settings.redis_url)
+                pid = child.process.pid
+                child.report = Report(client, gallery.gallery_id, child.place.role, Ledger(), Device.cuda, pid)
+            if child.report is not None:
+                child.report.send(f"waiting: {_given_up(child)}")
+        except (redis.RedisError, RuijiError, OSError):
+            # It is in the log too.
+            return
+
     def _look(self, child: _Child) -> None:
         """End a process that does not get done with what it has in hand."""
         now = time.monotonic()
-        if child.role is not Role.embed or now - child.looked < _LOOK_INTERVAL_S:
+        if child.place.role is not Role.embed or now - child.looked < _LOOK_INTERVAL_S:
             return
         child.looked = now
         holds = read_in_hand(child.in_hand)
@@ -218,6 +281,7 @@ class Supervisor:
 
     def _end(self, children: list[_Child]) -> None:
         for child in children:
+            _withdraw(child)
             if child.process.poll() is None:
                 child.process.terminate()
         deadline = time.monotonic() + STOP_TIMEOUT_S

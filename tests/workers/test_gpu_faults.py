@@ -1,0 +1,98 @@
+"""GPUs that fail while they work, with real worker processes on a GPU that is not there."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.cuda.pretended import H200, PretendedCuda, uuid
+from tests.factories import Ruiji, pictures, wait_until
+
+#: What every later call reports too, as CUDA has it.
+STICKY = "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; expr=cudaStreamSynchronize(stream)"
+
+
+@pytest.fixture
+def cuda(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> PretendedCuda:
+    """One GPU that this test's commands see."""
+    cuda = PretendedCuda(tmp_path / "cuda", ROOT)
+    cuda.have(H200)
+    ruiji.environment = {
+        "RUIJI_REDIS_URL": redis_url,
+        "RUIJI_DEVICE": "cuda",
+        "RUIJI_PROCESSES": "1",
+        "RUIJI_LOG_FORMAT": "json",
+        **cuda.environment,
+    }
+    return cuda
+
+
+def events(file: Path, *names: str) -> list[dict[str, Any]]:
+    """What a worker has told, in order."""
+    lines = (json.loads(line) for line in file.read_text().splitlines() if line.startswith("{") and line.endswith("}"))
+    return [line for line in lines if line["event"] in names]
+
+
+def test_a_gpu_that_fails_for_good_is_left_given_up_and_taken_again(
+    ruiji: Ruiji, cuda: PretendedCuda, tmp_path: Path
+) -> None:
+    pictures(ruiji.media, 4)
+    ruiji("enqueue")
+    said = tmp_path / "said.txt"
+    worker = ruiji.start("worker", errors=said)
+    ruiji("enqueue", "--wait")
+
+    cuda.fail("run", STICKY)
+    pictures(ruiji.media, 12)
+    ruiji("enqueue")
+
+    def given_up() -> list[str]:
+        return [state.state for state in ruiji.status().workers if "given up" in state.state]
+
+    wait_until(given_up, timeout_s=120, what="the GPU given up in ruiji status")
+    assert f"NVIDIA H200 ({uuid('a')}) was given up after 3 starts without one image done" in given_up()[0]
+    assert "was given up" in ruiji("status", code=3).stdout
+    # The process that had worked took the batch twice, then ended as any other; three more did not even begin.
+    faults = events(said, "machine_fault", "process_died", "gpu_given_up")
+    deaths = [fault["status"] for fault in faults if fault["event"] == "process_died"]
+    assert deaths == [1, 75, 75, 75]
+    before = faults[: [fault["event"] for fault in faults].index("process_died")]
+    assert len(before) >= 2 and all("illegal memory access" in fault["message"] for fault in before)
+    assert [fault["event"] for fault in faults].count("gpu_given_up") == 1
+    pauses = [fault["restart_in_s"] for fault in faults if fault["event"] == "process_died"]
+    assert pauses == [1, 2, 4, 8]
+    assert worker.poll() is None
+
+    cuda.fail("run", None)
+    ruiji("enqueue", "--wait")
+    status = ruiji.status()
+    assert (status.done, status.failed, given_up()) == (12, 0, [])
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=60) == 0
+
+
+def test_one_fault_that_passes_ends_no_process(ruiji: Ruiji, cuda: PretendedCuda, tmp_path: Path) -> None:
+    pictures(ruiji.media, 4)
+    ruiji("enqueue")
+    said = tmp_path / "said.txt"
+    ruiji.start("worker", errors=said)
+    ruiji("enqueue", "--wait")
+    cuda.fail("run", "CUDA failure 2: out of memory ; GPU=0")
+    pictures(ruiji.media, 8)
+    ruiji("enqueue")
+    wait_until(lambda: events(said, "machine_fault"), what="the fault")
+    cuda.fail("run", None)
+    ruiji("enqueue", "--wait")
+    # Also where it took several batches.
+    assert events(said, "process_died") == []
+
+
+def test_a_card_that_is_of_no_use_ends_the_worker_in_one_line(ruiji: Ruiji, cuda: PretendedCuda) -> None:
+    cuda.have("a 6 1 8000 7000 0 NVIDIA GeForce GTX 1080")
+    ruiji.media.mkdir()
+    done = ruiji("worker", code=2)
+    (line,) = done.stderr.splitlines()
+    assert "NVIDIA GeForce GTX 1080" in line and "compute capability 6.1" in line
