@@ -11,6 +11,12 @@ class Device(StrEnum):
     cpu = "cpu"
 
 
+class Contract(StrEnum):
+    """What an exported model takes and gives, if not what its library has."""
+
+    article = "article"
+
+
 class ObjectIds(StrEnum):
     """What an object's id is made from."""
 

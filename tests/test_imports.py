@@ -43,7 +43,7 @@ def test_help_loads_nothing_heavy() -> None:
     ("package", "forbidden"),
     [
         ("pipeline", {"workers", "search", "ruiji", "serve", "onnxruntime", "torch"}),
-        ("workers", {"search", "ruiji", "serve", "torch"}),
+        ("workers", {"search", "ruiji", "serve"}),
         ("search", {"ruiji", "serve"}),
         ("ruiji", {"serve", "torch", "onnxruntime", "celery"}),
         ("serve", {"torch", "onnxruntime", "celery", "kombu"}),
@@ -53,6 +53,14 @@ def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[
     for module in modules():
         if module.partition(".")[0] == package:
             assert not {name.partition(".")[0] for name in imported(module)} & forbidden, module
+
+
+def test_torch_is_imported_by_what_exports_networks_alone() -> None:
+    assert {module for module in modules() if module.startswith("workers") and uses(module, "torch")} == {
+        "workers.models.torch_export"
+    }
+    for module in modules():
+        assert "workers.models.torch_export" not in imported(module, late=False), module
 
 
 def test_the_families_of_search_import_one_way() -> None:

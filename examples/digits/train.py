@@ -25,7 +25,7 @@ from torch.nn import functional
 from examples.augment import augment
 from examples.digits.evaluate import embed, retrieval
 from examples.digits.images import Digits, load_splits
-from examples.onnx_export import check_export, export_onnx
+from workers.models.torch_export import check_export, export_onnx
 
 MODEL = Path(__file__).with_name("digits_embedder.onnx")
 FEATURE_LENGTH = 32

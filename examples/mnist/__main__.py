@@ -97,7 +97,7 @@ def train_network(
     from dataclasses import replace
 
     from examples.mnist import show, train
-    from examples.onnx_export import ExportError
+    from workers.models.torch_export import ExportError
 
     recipe = train.RECIPES[network]
     recipe = replace(recipe, epochs=epochs or recipe.epochs, images=images)

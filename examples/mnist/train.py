@@ -17,8 +17,8 @@ from torch.nn import functional
 from examples.augment import augment
 from examples.mnist.data import Digits
 from examples.mnist.networks import DIGITS, MEAN, STD, ArticleNet, SoftmaxWithCenters, WideNet
-from examples.onnx_export import check_export, export_onnx
 from search.evaluation.metrics import METRICS, measure
+from workers.models.torch_export import check_export, export_onnx
 
 #: The last of the 60,000 training images are held back: the curve is measured on them, the first of them searching
 #: in the others. The test set is looked at once, at the end, through the pipeline.

@@ -7,7 +7,7 @@ import typer
 
 from pipeline import layout, settings, streams
 from pipeline.arguments import Commands, Panel
-from pipeline.choices import Fit
+from pipeline.choices import Contract, Fit
 
 Pooling = Annotated[
     str | None,
@@ -33,6 +33,7 @@ def register(app: Commands) -> None:
         "ruiji model add clip-vit-base-patch32",
         "ruiji model add FOLDER/onnx/vision_model.onnx --name clip --output image_embeds",
         "ruiji model add hf:ORG/REPO:onnx/model.onnx",
+        "ruiji model add timm:mobilenetv3_large_100.ra_in1k",
     ]
 )
 def add(
@@ -41,7 +42,7 @@ def add(
         typer.Argument(
             metavar="SOURCE",
             help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich publish it; or "
-            "hf:ORG/REPO[@REVISION][:FILE], to download it.",
+            "hf:ORG/REPO[@REVISION][:FILE], to download it; or timm:NAME or open_clip:NAME/PRETRAINED, to export it.",
         ),
     ],
     name: Annotated[
@@ -51,6 +52,10 @@ def add(
     output: Output = None,
     pooling: Pooling = None,
     skip_tokens: SkipTokens = None,
+    contract: Annotated[
+        Contract | None,
+        typer.Option(help="With timm:NAME: a graph that takes RGB in [0, 1] as it is stretched, as the article's do."),
+    ] = None,
     models_dir: settings.ModelsDir = None,
 ) -> None:
     """Copy a model, write its .toml, and prove that it runs.
@@ -61,7 +66,7 @@ def add(
     from workers.models.library import add_model
 
     wanted = _given({"name": output, "pooling": pooling, "skip_tokens": skip_tokens})
-    added = add_model(source, settings.models_dir(models_dir), name, wanted)
+    added = add_model(source, settings.models_dir(models_dir), name, wanted, article=contract is not None)
     _show(layout.toml_file(added.path))
     streams.note(
         f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}"

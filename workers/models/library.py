@@ -22,6 +22,7 @@ from pipeline.model import Model, load_model
 from pipeline.onnx_graph import external_files, graph_tensors, load_graph
 from pipeline.spec import PIXELS, resolve
 from workers.encoder import Encoder
+from workers.models import architectures
 from workers.models.conventions import CONVENTIONS, Said, find_convention
 from workers.models.hub import PREFIX, hub_source
 from workers.models.source import Source, local_source
@@ -49,16 +50,25 @@ class Added:
     license: str | None
 
 
-def add_model(given: str | Path, models: Path, name: str | None = None, output: dict[str, Any] | None = None) -> Added:
+def add_model(
+    given: str | Path,
+    models: Path,
+    name: str | None = None,
+    output: dict[str, Any] | None = None,
+    *,
+    article: bool = False,
+) -> Added:
     """Copy a model with its external weights, write its `.toml` from the convention beside it, and prove it.
 
     Nothing is left of a model that is refused, but what was downloaded.
 
     Args:
-        given: an ONNX file, a folder with one, or `hf:ORG/REPO[@REVISION][:FILE]`.
+        given: an ONNX file, a folder with one, `hf:ORG/REPO[@REVISION][:FILE]`, `timm:NAME` or
+            `open_clip:NAME/PRETRAINED`.
         models: the library's folder; made if it is not there.
         name: by default that of the source's folder.
         output: keys of `[output]` that the caller gives, which no convention says.
+        article: export a network of timm with the article's contract.
 
     Raises:
         ModelError: there is no model, its convention cannot be followed, or it does not run as it promises.
@@ -69,13 +79,17 @@ def add_model(given: str | Path, models: Path, name: str | None = None, output: 
         _require_name(name)
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _opened(str(given), models) as source:
+        with _opened(str(given), models, article) as source:
             return _add(source, models, name or source.name, output or {})
     except OSError as error:
         raise RuijiError(f"cannot write the model {given} to {models}: {error.strerror}") from error
 
 
-def _opened(given: str, models: Path) -> AbstractContextManager[Source]:
+def _opened(given: str, models: Path, article: bool) -> AbstractContextManager[Source]:
+    if article and not given.startswith("timm:"):
+        raise UsageError(f"--contract article is for timm:NAME, not for {given}")
+    if given.startswith(tuple(architectures.PREFIXES)):
+        return architectures.exported_source(given, models, article)
     return hub_source(given, models) if given.startswith(PREFIX) else nullcontext(local_source(Path(given)))
 
 
@@ -102,8 +116,8 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any]) -> Add
             words = str(error).replace(str(copy), source.shown).replace(str(layout.toml_file(copy)), str(declared))
             raise type(error)(words) from None
         facts = {
-            **source.facts,
             "license": _license(source.folders),
+            **source.facts,
             "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
         }

@@ -1,0 +1,279 @@
+"""The export of networks of timm and open_clip, on small torch modules in place of theirs."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from pipeline.errors import RuijiError, UsageError
+from pipeline.model import load_model
+from tests.factories import Ruiji, only_line
+
+pytest.importorskip("torch", reason="the export is made with torch, which is not installed")
+pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript, which is not installed")
+
+import torch
+
+from workers.models import torch_export
+from workers.models.library import add_model
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 16
+
+
+def small_module(length: int = 12) -> torch.nn.Module:
+    """float32[n, 3, h, w] to float32[n, length], with the kinds of layers that a MobileNetV3 has."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Hardswish(),
+        torch.nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        torch.nn.Hardsigmoid(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Conv2d(8, length, 1),
+        torch.nn.Flatten(),
+    )
+    norm = module[1]
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    norm.running_mean.normal_()
+    return module
+
+
+def article_export(path: Path) -> float:
+    scaled = torch_export.Scaled(small_module(), MEAN, STD)
+    return torch_export.export(scaled, (SIZE, SIZE, 3), path, ("inputs:0", "feature_vector"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small module in the article's contract."""
+    path = tmp_path_factory.mktemp("export") / "small.onnx"
+    assert article_export(path) <= 1e-4
+    return path
+
+
+def images(count: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    """float32[count, SIZE, SIZE, 3] in [0, 1)."""
+    return np.random.default_rng(7).random((count, SIZE, SIZE, 3), dtype=np.float32)
+
+
+def test_normalisation_is_folded(exported: Path) -> None:
+    import onnxruntime as ort
+
+    batch = images(5)
+    session = ort.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["feature_vector"], {"inputs:0": batch})
+    # By hand, in float64 and outside the graph.
+    normal = ((batch.astype(np.float64) - MEAN) / STD).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = small_module().eval()(torch.from_numpy(np.ascontiguousarray(normal))).numpy()
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_file_is_in_the_default_contract(exported: Path) -> None:
+    model = load_model(exported)
+    spec = model.spec
+    assert (spec.input_name, spec.output_name) == ("inputs:0", "feature_vector")
+    assert (spec.layout, spec.color, spec.height, spec.width, spec.length) == ("NHWC", "RGB", SIZE, SIZE, 12)
+    assert (spec.divisor, spec.mean, spec.std) == (255, (0, 0, 0), (1, 1, 1))
+    assert model.batch is None
+
+
+def test_export_is_one_file_with_nothing_of_this_machine(exported: Path) -> None:
+    assert [path.name for path in exported.parent.iterdir()] == ["small.onnx"]
+    assert b".py" not in exported.read_bytes()
+
+
+def test_the_same_module_gives_the_same_bytes(exported: Path, tmp_path: Path) -> None:
+    article_export(tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == exported.read_bytes()
+
+
+def tamper(path: Path, value: float) -> None:
+    """Change the largest weight of a graph by a little, or to NaN."""
+    model = onnx.load(path)
+    weights = [w for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT]
+    tensor = max(weights, key=lambda w: int(np.prod(w.dims)))
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(value), tensor.name))
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("value", [0.01, float("nan")])
+def test_a_tampered_graph_is_refused(exported: Path, tmp_path: Path, value: float) -> None:
+    path = tmp_path / "tampered.onnx"
+    path.write_bytes(exported.read_bytes())
+    whole = torch_export.Scaled(small_module(), MEAN, STD)
+    batches = [torch.from_numpy(images(3))]
+    assert torch_export.check_export(whole, path, batches) <= 1e-4
+    tamper(path, value)
+    with pytest.raises(torch_export.ExportError, match="differs from torch"):
+        torch_export.check_export(whole, path, batches)
+
+
+def test_a_graph_of_another_shape_is_refused(exported: Path) -> None:
+    whole = torch_export.Scaled(small_module(length=13), MEAN, STD)
+    with pytest.raises(torch_export.ExportError, match=r"\[3, 12\]"):
+        torch_export.check_export(whole, exported, [torch.from_numpy(images(3))])
+
+
+TIMM = """
+    import os
+    import sys
+    from types import ModuleType
+    from tests.workers.test_model_export import MEAN, STD, SIZE, small_module
+
+    data, models = ModuleType("timm.data"), ModuleType("timm.models")
+    sys.modules |= {"timm.data": data, "timm.models": models}
+    data.resolve_model_data_config = lambda network: {
+        "input_size": (3, SIZE, SIZE), "interpolation": "bicubic", "mean": MEAN, "std": STD, "crop_pct": 0.5,
+        "crop_mode": "center",
+    }
+    models.is_model_pretrained = lambda name: name == "small.ours"
+    list_models = lambda pretrained: ["small.ours"]
+
+    def create_model(name, *, pretrained, num_classes):
+        assert (name, pretrained, num_classes) == ("small.ours", True, 0)
+        assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+        if os.environ.get("NO_NETWORK"):
+            raise OSError("no route\\nto host")
+        network = small_module()
+        network.pretrained_cfg = {"architecture": "small", "license": "mit", "hf_hub_id": "timm/"}
+        return network
+"""
+OPEN_CLIP = """
+    import sys
+    from types import ModuleType, SimpleNamespace
+    from tests.workers.test_model_export import MEAN, STD, SIZE, small_module
+
+    pretrained = ModuleType("open_clip.pretrained")
+    sys.modules["open_clip.pretrained"] = pretrained
+    TAGS = {"ours": {"hf_hub": "x/"}, "gelu": {"quick_gelu": True}}
+    pretrained.get_pretrained_cfg = lambda name, tag: TAGS.get(tag, {})
+    list_pretrained = lambda: [("Small-1", tag) for tag in TAGS]
+    list_pretrained_tags_by_model = lambda name: list(TAGS) if name == "Small-1" else []
+    get_model_config = lambda name: {"quick_gelu": False}
+
+    def create_model(name, *, pretrained, require_pretrained):
+        assert (name, pretrained, require_pretrained) == ("Small-1", "ours", True)
+        visual = small_module()
+        visual.preprocess_cfg = {
+            "size": SIZE, "mode": "RGB", "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash",
+            "fill_color": 0,
+        }
+        return SimpleNamespace(eval=lambda: SimpleNamespace(visual=visual))
+"""
+
+
+@pytest.fixture
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what is called of timm and open_clip, as installed packages."""
+    folder = tmp_path / "packages"
+    for name, distribution, text in (("timm", "timm", TIMM), ("open_clip", "open_clip_torch", OPEN_CLIP)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(textwrap.dedent(text))
+        (folder / f"{distribution}-9.9.dist-info").mkdir()
+        (folder / f"{distribution}-9.9.dist-info" / "METADATA").write_text(f"Name: {distribution}\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "open_clip")]:
+        monkeypatch.delitem(sys.modules, name)
+    return folder
+
+
+def facts_of(path: Path) -> dict[str, object]:
+    facts: dict[str, object] = json.loads(path.with_name("source.json").read_text())
+    return facts
+
+
+def test_a_network_of_timm_is_exported_with_its_convention(libraries: Path, tmp_path: Path) -> None:
+    added = add_model("timm:small.ours", tmp_path / "models")
+    assert (added.name, added.license, added.source) == ("small.ours", "mit", "timm:small.ours")
+    spec = load_model(added.path).spec
+    assert (spec.layout, spec.fit, spec.resize_size, spec.reference) == ("NCHW", "crop", 2 * SIZE, "timm")
+    assert (spec.mean, spec.std, spec.output_name, spec.length) == (MEAN, STD, "image_embeds", 12)
+    versions = facts_of(added.path)["versions"]
+    assert (
+        isinstance(versions, dict) and versions["timm"] == "9.9" and versions.keys() == {"torch", "timm", "onnxscript"}
+    )
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["small.ours"]
+
+
+def test_a_network_of_timm_is_exported_with_the_articles_contract(libraries: Path, tmp_path: Path) -> None:
+    added = add_model("timm:small.ours", tmp_path / "models", "small", article=True)
+    assert added.source == "timm:small.ours --contract article"
+    spec = load_model(added.path).spec
+    assert (spec.input_name, spec.output_name, spec.layout, spec.fit) == (
+        "inputs:0",
+        "feature_vector",
+        "NHWC",
+        "stretch",
+    )
+    assert (spec.height, spec.width, spec.length, spec.mean, spec.std) == (SIZE, SIZE, 12, (0, 0, 0), (1, 1, 1))
+    with pytest.raises(UsageError, match="is for timm:NAME"):
+        add_model("open_clip:Small-1/ours", tmp_path / "models", article=True)
+
+
+def test_a_network_of_open_clip_is_exported_with_its_convention(libraries: Path, tmp_path: Path) -> None:
+    added = add_model("open_clip:Small-1/ours", tmp_path / "models")
+    assert (added.name, added.source) == ("Small-1-ours", "open_clip:Small-1/ours")
+    spec = load_model(added.path).spec
+    assert (spec.fit, spec.height, spec.mean, spec.length) == ("stretch", SIZE, MEAN, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("timm:smal.ours", "timm has no weights of the name 'smal.ours'; it has small.ours"),
+        ("open_clip:Smal-1/ours", "it has Small-1"),
+        ("open_clip:Small-1/theirs", "but ours, gelu"),
+        ("open_clip:Small-1", "give open_clip:Small-1/PRETRAINED"),
+        ("open_clip:Small-1/gelu", "try open_clip:Small-1-quickgelu/gelu"),
+    ],
+)
+def test_weights_that_are_not_there_or_belong_to_another_network_are_refused(
+    libraries: Path, tmp_path: Path, given: str, words: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        add_model(given, tmp_path / "models")
+    assert words in str(caught.value)
+
+
+def tamper_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    export: Callable[..., None] = torch_export.export_onnx
+
+    def export_badly(module: torch.nn.Module, example: torch.Tensor, path: Path, **names: str) -> None:
+        export(module, example, path, **names)
+        tamper(path, 0.01)
+
+    monkeypatch.setattr(torch_export, "export_onnx", export_badly)
+
+
+def test_nothing_is_left_of_a_graph_that_computes_something_else(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tamper_exports(monkeypatch)
+    with pytest.raises(torch_export.ExportError, match="differs from torch"):
+        add_model("timm:small.ours", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_without_a_network_there_is_one_line(libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_NETWORK", "1")
+    with pytest.raises(RuijiError, match=r"timm:small\.ours cannot be had or exported: no route to host"):
+        add_model("timm:small.ours", tmp_path / "models")
+
+
+@pytest.mark.parametrize(
+    ("given", "package"), [("timm:small.ours", "timm"), ("open_clip:Small-1/ours", "open_clip_torch")]
+)
+def test_a_library_that_is_missing_is_named_with_the_command(ruiji: Ruiji, given: str, package: str) -> None:
+    ruiji.environment = {"RUIJI_MODELS": str(ruiji.media.parent / "models")}
+    refused = only_line(ruiji("model", "add", given, code=2).stderr)
+    assert f"run: pip install torch {package} onnxscript" in refused

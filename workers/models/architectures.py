@@ -1,0 +1,158 @@
+"""Networks of timm and open_clip: exported here with torch, with the library's own convention beside the graph.
+
+Their weights are loaded as such: with `TORCH_FORCE_WEIGHTS_ONLY_LOAD`, torch unpickles nothing but tensors.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError, RuijiError, UsageError
+from pipeline.spec import ARTICLE_INPUT, ARTICLE_OUTPUT
+from workers.models.source import Source
+
+#: What a source begins with, and what has to be installed for it.
+PREFIXES = {"timm:": "torch timm onnxscript", "open_clip:": "torch open_clip_torch onnxscript"}
+#: What the article's contract means, for a graph that scales its pixels itself.
+_ARTICLE_TOML = """# The article's contract: RGB in [0, 1], stretched. Mean and std are part of the graph.
+[input]
+fit = "stretch"
+"""
+
+
+@contextmanager
+def exported_source(given: str, models: Path, article: bool = False) -> Iterator[Source]:
+    """Load a network with its weights, and export it.
+
+    Args:
+        given: `timm:NAME` or `open_clip:NAME/PRETRAINED`.
+        models: the library's folder; the export lies in it until the caller is through.
+        article: with the article's contract, for timm alone.
+
+    Raises:
+        UsageError: a package is missing, or there is no such network.
+        ModelError: it cannot be exported, or the graph computes something else than torch does.
+        RuijiError: its weights cannot be had.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    library = given.partition(":")[0]
+    with tempfile.TemporaryDirectory(dir=models, prefix=".exporting-") as scratch:
+        folder = Path(scratch)
+        with _named_errors(given):
+            # First, so that what is missing is named before anything is downloaded.
+            versions = {package: version(package) for package in PREFIXES[f"{library}:"].split()}
+            facts = _timm(given, folder, article) if library == "timm" else _open_clip(given, folder)
+        facts |= {"source": given + (" --contract article" if article else ""), "versions": versions}
+        yield Source(folder / "model.onnx", given.partition(":")[2].replace("/", "-"), given, facts)
+
+
+def export_timm(network: Any, folder: Path, article: bool = False) -> None:
+    """Write a network of timm as `model.onnx`, and how it wants its pictures.
+
+    Args:
+        network: created with `num_classes=0`, so that what comes out is what its classifier would take.
+        folder: gets timm's `config.json`, or with the article's contract a `model.toml`.
+
+    Raises:
+        ModelError: the graph computes something else than torch does.
+    """
+    from timm.data import resolve_model_data_config
+
+    from workers.models.torch_export import Scaled, export
+
+    config = resolve_model_data_config(network)
+    if not article:
+        written = {"architecture": network.pretrained_cfg.get("architecture"), "pretrained_cfg": config}
+        (folder / "config.json").write_text(json.dumps(written))
+        export(network, tuple(config["input_size"]), folder / "model.onnx", ("pixel_values", "image_embeds"))
+        return
+    channels, height, width = config["input_size"]
+    scaled = Scaled(network, config["mean"], config["std"])
+    export(scaled, (height, width, channels), folder / "model.onnx", (ARTICLE_INPUT, ARTICLE_OUTPUT))
+    (folder / "model.toml").write_text(_ARTICLE_TOML)
+
+
+def export_open_clip(network: Any, folder: Path) -> None:
+    """Write the image tower of a network of open_clip as `model.onnx`, and open_clip's `preprocess_cfg.json`.
+
+    Raises:
+        ModelError: the graph computes something else than torch does.
+    """
+    from workers.models.torch_export import export
+
+    config = network.visual.preprocess_cfg
+    size = config["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    (folder / "preprocess_cfg.json").write_text(json.dumps(config))
+    export(network.visual, (3, height, width), folder / "model.onnx", ("pixel_values", "image_embeds"))
+
+
+def _timm(given: str, folder: Path, article: bool) -> dict[str, Any]:
+    import timm
+
+    name = given.removeprefix("timm:")
+    if not timm.models.is_model_pretrained(name):
+        raise UsageError(f"timm has no weights of the name {name!r}{_nearest(name, timm.list_models(pretrained=True))}")
+    network = timm.create_model(name, pretrained=True, num_classes=0)
+    export_timm(network, folder, article)
+    stated = network.pretrained_cfg
+    return {"weights": stated.get("hf_hub_id") or stated.get("url"), "license": stated.get("license")}
+
+
+def _open_clip(given: str, folder: Path) -> dict[str, Any]:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    name, _, tag = given.removeprefix("open_clip:").partition("/")
+    if not open_clip.list_pretrained_tags_by_model(name):
+        names = sorted({name for name, _ in open_clip.list_pretrained()})
+        raise UsageError(f"open_clip has no weights of a network {name!r}{_nearest(name, names)}")
+    stated = get_pretrained_cfg(name, tag)
+    if not stated:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise UsageError(f"open_clip has no weights {tag!r} of {name}, but {tags}; give open_clip:{name}/PRETRAINED")
+    if bool(stated.get("quick_gelu")) != bool((open_clip.get_model_config(name) or {}).get("quick_gelu")):
+        # open_clip only warns, and its features are then wrong.
+        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        raise UsageError(
+            f"the weights {tag} were trained with another activation than {name} has; try open_clip:{other}/{tag}"
+        )
+    export_open_clip(open_clip.create_model(name, pretrained=tag, require_pretrained=True).eval(), folder)
+    return {"weights": stated.get("hf_hub") or stated.get("url")}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=5, cutoff=0.5)
+    return f"; it has {', '.join(near)}" if near else ""
+
+
+@contextmanager
+def _named_errors(given: str) -> Iterator[None]:
+    """What the libraries raise, as one line that says what to do; what they only remark is left out."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ModuleNotFoundError as error:
+        needed = PREFIXES[given.partition(":")[0] + ":"]
+        raise UsageError(f"{given} is exported here, and {error.name} is missing; run: pip install {needed}") from None
+    except ModelError:
+        raise
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuijiError):
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise RuijiError(
+            f"{given} cannot be had or exported: {why}. Try again, or export it elsewhere and give its folder"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
