@@ -14,20 +14,15 @@ from pipeline.errors import UsageError
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic
+from search.ranking.device_memory import can_stay, scan_sizes
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from search.ranking.rank import QUERIES_AT_ONCE
 from search.ranking.scan import default_block_rows
 
 #: From so many queries on a bfloat16 product on CUDA costs no more than reading its rows.
 _WORTH_TENSOR_CORES = 16
-#: The part of a device's free memory that rows may take; the rest is for cosines and candidates.
-_DEVICE_PART = 0.7
 #: The part of the machine's memory that a second copy in bfloat16 may take.
 _MEMORY_PART = 0.25
-#: Large blocks keep a GPU's launches and the host's part rare; two pinned buffers of this size exist.
-_CUDA_BLOCK_BYTES = 256 << 20
-#: One pass over PCIe costs the same for one query and for thousands.
-_CUDA_QUERIES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,7 @@ class Way:
         precision: of a scan, or of tiles, or of an evaluation's products.
         resident: the gallery stays on the device between passes.
         queries_at_once: queries that share one pass.
+        products_at_once: products of rows and queries that are looked through at once; None: what a CPU's cache holds.
         why: one sentence for people.
     """
 
@@ -132,10 +128,11 @@ class Way:
     device: Device
     precision: Precision
     resident: bool
-    block_rows: int
-    queries_at_once: int
+    block_rows: int = field(compare=False)
+    queries_at_once: int = field(compare=False)
     why: str = field(compare=False)
     purpose: Purpose = Purpose.hits
+    products_at_once: int | None = field(default=None, compare=False)
 
     def arithmetic(self) -> Arithmetic:
         """What multiplies on this way.
@@ -147,7 +144,13 @@ class Way:
             return NumpyArithmetic(self.block_rows, codes=self.precision is Precision.int8)
         from search.ranking.torch_arithmetic import TorchArithmetic
 
-        return TorchArithmetic(self.device, self.precision, resident=self.resident, block_rows=self.block_rows)
+        return TorchArithmetic(
+            self.device,
+            self.precision,
+            resident=self.resident,
+            block_rows=self.block_rows,
+            products_at_once=self.products_at_once,
+        )
 
     def __str__(self) -> str:
         library = "torch" if self.torch else "numpy"
@@ -269,25 +272,33 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
             "--device cuda ranks with torch, which is not installed; set up with make setup ACCEL=gpu, "
             "or use --device cpu"
         )
-    rows = max(1, _CUDA_BLOCK_BYTES // (4 * max(1, question.length)))
-    why = "CUDA was asked for"
-    if question.purpose is not Purpose.hits:
-        precision = Precision.bfloat16 if question.purpose is Purpose.pairs else Precision.float64
-        return Way(True, Device.cuda, precision, False, rows, _CUDA_QUERIES_AT_ONCE, why)
     assert machine.device_free_bytes is not None
+    free, why = machine.device_free_bytes, "CUDA was asked for"
+    if question.purpose is Purpose.places:
+        rows = default_block_rows(question.length)
+        return Way(True, Device.cuda, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+    if question.purpose is Purpose.pairs:
+        return _sized(Precision.bfloat16, False, free, question.length, why)
     # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
     matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
     precision = Precision.bfloat16 if matrix and question.metric is not Metric.euclidean else Precision.float32
     needed = question.rows * question.length * (2 if precision is Precision.bfloat16 else 4)
-    passes = -(-question.queries // _CUDA_QUERIES_AT_ONCE)
-    fits = needed <= _DEVICE_PART * machine.device_free_bytes
+    streamed = _sized(precision, False, free, question.length, why)
+    passes = -(-question.queries // streamed.queries_at_once)
     if passes == 1 and not question.lasting:
-        why += "; one pass, so the gallery is streamed through"
-    else:
-        many = "many" if question.lasting else f"{passes}"
-        why += f"; {many} passes over {needed / 1e9:.1f} GB, " + ("which fit" if fits else "which do not fit")
-    again = (passes > 1 or question.lasting) and fits
-    return Way(True, Device.cuda, precision, again, rows, _CUDA_QUERIES_AT_ONCE, why)
+        return replace(streamed, why=f"{why}; one pass, so the gallery is streamed through")
+    many = "many" if question.lasting else f"{passes}"
+    why += f"; {many} passes over {needed / 1e9:.1f} GB, "
+    if not can_stay(needed, free):
+        return replace(streamed, why=f"{why}which do not fit")
+    return _sized(precision, True, free - needed, question.length, f"{why}which fit")
+
+
+def _sized(precision: Precision, resident: bool, free_bytes: int, length: int, why: str) -> Way:
+    """A way on CUDA whose blocks and products fit into so much memory."""
+    sizes = scan_sizes(free_bytes, length, precision)
+    at_once = sizes.block_rows, sizes.queries_at_once
+    return Way(True, Device.cuda, precision, resident, *at_once, why, products_at_once=sizes.products_at_once)
 
 
 def look_at_machine(device: Device) -> Machine:

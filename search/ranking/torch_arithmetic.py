@@ -27,8 +27,8 @@ from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, fl
 from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
 from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_rows
 
-#: Rows that a CPU rounds at once, and products that it looks through at once (2.6 MB for d = 1280, and 4 MB): they are
-#: still in its cache when they are needed. A GPU takes whole blocks.
+#: Rows that are rounded at once, and products that a CPU looks through at once (2.6 MB for d = 1280, and 4 MB): they
+#: are still in its cache when they are needed.
 _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
 #: So many rows of products are looked at by their highest: one quick pass, where comparing all and looking for what
 #: that found take two to three times as long. If every eighth group has a hit, all are compared.
@@ -40,14 +40,15 @@ _NOTHING = np.float32(1e-30)
 
 @dataclass(frozen=True)
 class _Rows:
-    """A block on the device.
+    """Rows on the device.
 
     Attributes:
-        first: gallery row of its first row.
-        features: [b, d]: as they are, or rounded to bfloat16.
+        first: gallery row of the first of them.
+        features: [b, d]: as they are, or as unit vectors rounded to bfloat16.
         norms: float32[b], of the features as they are; 1 for rows that are not usable.
         usable: bool[b].
         loss: the largest part of a usable row's norm that rounding can take.
+        units: whether the features are unit vectors.
     """
 
     first: int
@@ -55,24 +56,45 @@ class _Rows:
     norms: torch.Tensor
     usable: torch.Tensor
     loss: float
+    units: bool = False
 
-    def rounded(self) -> "_Rows":
-        """The same in bfloat16, with the loss as it is: less than half of what it could be."""
-        rounded = torch.empty_like(self.features, dtype=torch.bfloat16)
-        loss, done = 0.0, 0
-        for piece in self.pieces(_ROUNDED_ROWS):
-            made = rounded[done : done + len(piece.features)]
-            made.copy_(piece.features)
-            done += len(made)
-            loss = max(loss, _largest_loss(piece.features[piece.usable], made[piece.usable], piece.norms[piece.usable]))
-        return replace(self, features=rounded, loss=loss)
+    @classmethod
+    def room_for(cls, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> "_Rows":
+        """A whole gallery's, nothing in it yet."""
+        features = torch.empty((rows, length), dtype=dtype, device=device)
+        norms, usable = torch.empty(rows, device=device), torch.empty(rows, dtype=torch.bool, device=device)
+        return cls(0, features, norms, usable, 0.0, dtype is torch.bfloat16)
+
+    def keep(self, block: "_Rows") -> "_Rows":
+        """Take in a block, rounded where these are; returns it as it is kept, with what rounding took from it."""
+        kept = self.part(block.first, block.first + len(block.features))
+        kept.norms.copy_(block.norms)
+        kept.usable.copy_(block.usable)
+        loss = block.loss
+        if self.units:
+            pieces = zip(block.pieces(_ROUNDED_ROWS), kept.pieces(_ROUNDED_ROWS), strict=True)
+            loss = max(_round(piece, into.features) for piece, into in pieces)
+        else:
+            kept.features.copy_(block.features)
+        return replace(kept, loss=loss)
+
+    def part(self, start: int, end: int) -> "_Rows":
+        """Some of the rows, counted among these."""
+        some = slice(start, end)
+        parts = self.features[some], self.norms[some], self.usable[some]
+        return _Rows(self.first + start, *parts, self.loss, self.units)
 
     def pieces(self, rows: int) -> "Iterator[_Rows]":
-        """So many rows at once on a CPU, all of them on a GPU."""
-        at_once = rows if self.features.device.type == "cpu" else max(1, len(self.features))
-        for start in range(0, len(self.features), at_once):
-            some = slice(start, start + at_once)
-            yield _Rows(self.first + start, self.features[some], self.norms[some], self.usable[some], self.loss)
+        """So many rows at once."""
+        for start in range(0, len(self.features), rows):
+            yield self.part(start, start + rows)
+
+
+def _round(rows: _Rows, into: torch.Tensor) -> float:
+    """Write rows as unit vectors in bfloat16; returns the largest part of a usable one's norm that this took."""
+    units = rows.features / rows.norms[:, None]
+    into.copy_(units)
+    return _largest_loss(units[rows.usable], into[rows.usable])
 
 
 class TorchScan:
@@ -90,6 +112,7 @@ class TorchScan:
         *,
         resident: bool = False,
         block_rows: int | None = None,
+        products_at_once: int | None = None,
         staged: bool | None = None,
     ) -> None:
         """Nothing is read before the first batch.
@@ -98,6 +121,7 @@ class TorchScan:
             device: `cuda` or `cpu`.
             precision: what is multiplied; sums are at least float32.
             resident: keep the whole gallery on the device between batches.
+            products_at_once: of rows and queries; by default so many as stay in a CPU's cache.
             staged: go through buffers; by default on CUDA, elsewhere the mapped rows serve as they are.
 
         Raises:
@@ -107,8 +131,9 @@ class TorchScan:
         self._device = torch_device(device)
         self._dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
         self._block_rows = block_rows or default_block_rows(gallery.length)
+        self._products_at_once = products_at_once
         self._staged = self._device.type == "cuda" if staged is None else staged
-        self._kept: list[_Rows] = []
+        self._kept: _Rows | None = None
         # Two threads that come first would put two copies on the device.
         self._keeping = threading.Lock()
 
@@ -118,28 +143,36 @@ class TorchScan:
         units = torch.from_numpy(batch.units).to(self._device)
         rounded = units.to(self._dtype)
         query_loss = _largest_loss(units, rounded)
-        for rows in self._blocks():
-            yield _select(batch, rounded, self._margin(rows.loss, query_loss), rows, cuts)
+        at_once = max(1, (self._products_at_once or _PRODUCTS) // len(units))
+        for rows in self._blocks(max(self._block_rows, at_once)):
+            if self._products_at_once is None and 8 * batch.top_k > at_once and np.isneginf(cuts).any():
+                # The k-th of so few rows would keep hardly any of the others out.
+                pieces: Iterator[_Rows] = iter([rows])
+            else:
+                pieces = rows.pieces(at_once)
+            yield _select(batch, rounded, self._margin(rows.loss, query_loss), pieces, cuts)
 
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:
             return float32_margin(self.gallery.length)
         return bfloat16_margin(self.gallery.length, row_loss, query_loss)
 
-    def _blocks(self) -> Iterator[_Rows]:
+    def _blocks(self, kept_at_once: int) -> Iterator[_Rows]:
         if not self._resident:
             yield from self._read()
             return
         with self._keeping:
-            if not self._kept:
-                made = []
+            if self._kept is None:
+                kept = _Rows.room_for(self.gallery.rows, self.gallery.length, self._dtype, self._device)
+                loss = 0.0
                 for rows in self._read():
-                    made.append(rows)
-                    yield rows
+                    here = kept.keep(rows)
+                    loss = max(loss, here.loss)
+                    yield here
                 # Only a pass that came to its end has all of them.
-                self._kept = made
+                self._kept = replace(kept, loss=loss)
                 return
-        yield from self._kept
+        yield from self._kept.pieces(kept_at_once)
 
     def _read(self) -> Iterator[_Rows]:
         blocks = self.gallery.blocks(self._block_rows)
@@ -190,15 +223,20 @@ class TorchScan:
         if not (plain := is_plain(block.norms)).all():
             features = features.masked_fill(torch.from_numpy(~plain).to(self._device)[:, None], 0)
         norms = torch.from_numpy(np.where(usable, block.norms, np.float32(1))).to(self._device)
-        rows = _Rows(block.first, features, norms, torch.from_numpy(usable).to(self._device), BFLOAT16_ROUNDOFF)
-        return rows.rounded() if self._resident and self._dtype is torch.bfloat16 else rows
+        return _Rows(block.first, features, norms, torch.from_numpy(usable).to(self._device), BFLOAT16_ROUNDOFF)
 
 
 class TorchArithmetic:
     """An `Arithmetic` on a torch device; several threads may use it."""
 
     def __init__(
-        self, device: str, precision: Precision, *, resident: bool = False, block_rows: int | None = None
+        self,
+        device: str,
+        precision: Precision,
+        *,
+        resident: bool = False,
+        block_rows: int | None = None,
+        products_at_once: int | None = None,
     ) -> None:
         """Nothing is read before the first question.
 
@@ -207,13 +245,13 @@ class TorchArithmetic:
             precision: what a scan multiplies; `int8`: the codes. Tiles are multiplied in bfloat16, evaluations in
                 float64.
             resident: keep the gallery that was scanned last on the device.
-            block_rows: as `TorchScan` takes them.
+            block_rows, products_at_once: as `TorchScan` takes them.
 
         Raises:
             UsageError: CUDA was asked for and torch has none that works.
         """
         self._device, self._precision = torch_device(device), precision
-        self._resident, self._block_rows = resident, block_rows
+        self._resident, self._block_rows, self._products_at_once = resident, block_rows, products_at_once
         self._scanned: TorchScan | None = None
 
     def scan(self, gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
@@ -223,8 +261,14 @@ class TorchArithmetic:
             return codes_scan(multiply, self._block_rows)(gallery, batch, cuts)
         scan = self._scanned
         if scan is None or scan.gallery is not gallery:
-            device = self._device.type
-            scan = TorchScan(gallery, device, self._precision, resident=self._resident, block_rows=self._block_rows)
+            scan = TorchScan(
+                gallery,
+                self._device.type,
+                self._precision,
+                resident=self._resident,
+                block_rows=self._block_rows,
+                products_at_once=self._products_at_once,
+            )
             self._scanned = scan if self._resident else None
         return scan(gallery, batch, cuts)
 
@@ -239,13 +283,12 @@ class TorchArithmetic:
     def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
         """As `Arithmetic` says; only near pairs leave the device, or all if many are."""
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
-        at_once = max(1, _PRODUCTS // max(1, len(b)) if a.device.type == "cpu" else len(a))
+        at_once = max(1, (self._products_at_once or _PRODUCTS) // max(1, len(b)))
         for number, part in enumerate(a.split(at_once)):
-            # A bfloat16 is compared as the float32 that it is.
-            cosines = _products(part, b).float()
+            cosines = _products(part, b)
             found = _near(cosines, least)
             if found is None:
-                yield Dense(number * at_once, cosines.cpu().numpy())
+                yield Dense(number * at_once, cosines.float().cpu().numpy())
             else:
                 i, j = found
                 yield Pairs(number * at_once + i, j, _at(cosines, i, j))
@@ -306,12 +349,13 @@ def sums_integers(length: int) -> bool:
 
 
 def free_bytes(device: str) -> int:
-    """Free memory of a CUDA device.
+    """Memory of a CUDA device that is free, or that torch holds in this process without a use for it.
 
     Raises:
         UsageError: torch has no CUDA that works.
     """
-    return int(torch.cuda.mem_get_info(torch_device(device))[0])
+    on = torch_device(device)
+    return int(torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on))
 
 
 def torch_device(name: str) -> torch.device:
@@ -354,12 +398,9 @@ def _full_sums() -> Iterator[None]:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def _largest_loss(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor | None = None) -> float:
-    """The largest part of a row's norm that rounding took, or for unit rows the largest norm of what it took."""
-    if not len(rows):
-        return 0.0
-    losses = torch.linalg.vector_norm(rows - rounded, dim=1)
-    return float((losses if norms is None else losses / norms).max())
+def _largest_loss(units: torch.Tensor, rounded: torch.Tensor) -> float:
+    """The largest norm of what rounding took from unit vectors."""
+    return float(torch.linalg.vector_norm(units - rounded, dim=1).max()) if len(units) else 0.0
 
 
 def _products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -396,8 +437,10 @@ def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
 
 def _near(cosines: torch.Tensor, least: float) -> tuple[Rows, Rows] | None:
     """The rows and columns of cosines that are not below `least`; None if there are so many that all are wanted."""
-    if (found := _by_groups(cosines, torch.tensor(least, device=cosines.device))) is None:
-        near = ~(cosines < least)
+    # Of one dimension: beside a bfloat16 a number of none would be rounded to one.
+    cut = torch.tensor([least], device=cosines.device)
+    if (found := _by_groups(cosines, cut)) is None:
+        near = ~(cosines < cut)
         return None if is_dense(int(near.sum()), near.numel()) else _chosen(near)
     return None if is_dense(len(found[0]), cosines.numel()) else found
 
@@ -411,7 +454,7 @@ def _reaching(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows]:
 def _by_groups(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows] | None:
     """As `_reaching`, by looking only into groups of rows whose highest value is not below; None if that is no use."""
     count, width = values.shape
-    if values.device.type != "cpu" or least.ndim > 1 or count < _GROUP_ROWS:
+    if least.ndim > 1 or count < _GROUP_ROWS:
         return None
     whole = count // _GROUP_ROWS * _GROUP_ROWS
     # A value that is none makes the highest of its group none.
@@ -420,7 +463,7 @@ def _by_groups(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows] |
     if len(groups) * _GROUP_WORTH > highest.numel():
         return None
     rows = groups[:, np.newaxis] * _GROUP_ROWS + np.arange(_GROUP_ROWS)
-    some, others = torch.from_numpy(rows), torch.from_numpy(columns)[:, None]
+    some, others = torch.from_numpy(rows).to(values.device), torch.from_numpy(columns).to(values.device)[:, None]
     members, inside = _chosen(~(values[some, others] < least.expand(width)[others]))
     rest, rest_columns = _chosen(~(values[whole:] < least))
     places = np.sort(rows[members, inside] * width + columns[members])
@@ -444,15 +487,17 @@ def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _lower_kth(values: torch.Tensor, margin: Margin, k: int) -> torch.Tensor:
-    """What k rows reach for certain, of values, [b, q]: [q]."""
+    """What k rows reach for certain, of values, [b, q]: float64[q]."""
     if torch.is_tensor(margin.absolute):
-        return _kth(margin.lower(values).T.contiguous(), k)
+        return _kth(margin.lower(values).T.contiguous(), k).double()
     # The least that the truth can be then rises with the value.
-    kth: torch.Tensor = margin.lower(_kth(values.T.contiguous(), k))
+    kth: torch.Tensor = margin.lower(_kth(values.T.contiguous(), k).double())
     return kth
 
 
-def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cuts: NDArray[np.float64]) -> Candidates:
+def _select(
+    batch: Batch, units: torch.Tensor, margin: Margin, pieces: Iterator[_Rows], cuts: NDArray[np.float64]
+) -> Candidates:
     """As the numpy way does, on the device and by columns; only what is chosen leaves it."""
     query_norms = torch.from_numpy(batch.norms.T).to(units.device)
     # Squares of norms from anywhere in float32 fit in float64 only.
@@ -460,22 +505,22 @@ def _select(batch: Batch, units: torch.Tensor, margin: Margin, block: _Rows, cut
     # Minus infinity would also let the rows in that are not usable.
     reach = torch.from_numpy(cuts).to(units.device).clamp(min=torch.finfo(dtype).min / 4)
     unknown = bool(np.isneginf(cuts).any())
-    at_once = max(1, _PRODUCTS // len(units))
-    if unknown and 8 * batch.top_k > at_once:
-        # The k-th of so few rows would keep hardly any of the others out.
-        at_once = max(1, len(block.features))
     found = []
-    for rows in block.pieces(at_once):
+    for rows in pieces:
         norms = rows.norms[:, None]
-        cosines = _products(rows.features, units).float()
-        cosines /= norms
-        values = values_of(batch.metric, cosines.to(dtype), norms.to(dtype), query_norms)
+        # A bfloat16 is compared as the float32 that it is.
+        values = _products(rows.features, units)
+        if not rows.units:
+            values = values.float()
+            values /= norms
+        if batch.metric is Metric.euclidean:
+            values = values_of(batch.metric, values.to(dtype), norms.to(dtype), query_norms)
         here = margin_of(batch.metric, margin, norms.to(dtype), query_norms)
         if not rows.usable.all():
             values[~rows.usable] = -torch.inf
         if unknown and batch.top_k < len(values):
-            reach = torch.maximum(reach, _lower_kth(values, here, batch.top_k).double())
-        numbers, queries = _reaching(values, here.least(reach).to(values.dtype))
+            reach = torch.maximum(reach, _lower_kth(values, here, batch.top_k))
+        numbers, queries = _reaching(values, here.least(reach).to(dtype))
         chosen = _at(values, numbers, queries)
         if batch.metric is Metric.euclidean:
             here = Margin(_at(here.absolute, numbers, queries))

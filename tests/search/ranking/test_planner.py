@@ -7,6 +7,7 @@ import pytest
 from pipeline.choices import Device
 from pipeline.errors import UsageError
 from search.options import Metric, Precision
+from search.ranking.numpy_arithmetic import NumpyArithmetic
 from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Question, Way, choose_way
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
@@ -139,3 +140,31 @@ def test_one_copy_is_kept_however_many_queries_ask(monkeypatch: pytest.MonkeyPat
     assert planner.way(gallery, Purpose.hits, 50).resident
     assert not Planner(Device.cpu, lasting=True).way(gallery, Purpose.hits, 50).resident
     assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident
+
+
+@pytest.mark.parametrize("gigabytes", [1, 6, 80, 140])
+def test_what_a_search_on_cuda_takes_follows_from_what_is_free(gigabytes: int) -> None:
+    free = gigabytes * 10**9
+    machine = dataclasses.replace(GPU, device_free_bytes=free)
+    # Rows that just may stay, and rows that may not.
+    for rows in (int(0.6 * free) // 2560, free // 2560):
+        way = plan(machine, rows, 100_000)
+        kept = 2560 * rows if way.resident else 0
+        assert way.products_at_once is not None
+        taken = kept + 24 * 1280 * way.block_rows + 6 * 1280 * way.queries_at_once + 48 * way.products_at_once
+        assert taken <= 0.98 * free
+        assert way.resident == (rows < free // 2560 and gigabytes > 1)
+    with pytest.raises(UsageError, match="GPU's memory are free"):
+        plan(dataclasses.replace(GPU, device_free_bytes=100 << 20), 1000, 1)
+
+
+def test_a_copy_on_cuda_is_found_again_though_less_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = in_memory(features_of("random", 300, 64))
+    planner = Planner(Device.cuda, lasting=True)
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: GPU)
+    first = planner.way(gallery, Purpose.hits, 1)
+    planner._kept[first] = NumpyArithmetic()
+    less = dataclasses.replace(GPU, device_free_bytes=1 << 30)
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: less)
+    # With the sizes that were planned for it.
+    assert planner.way(gallery, Purpose.hits, 1000) is first
