@@ -48,7 +48,7 @@ from pipeline.queue.app import make_app
 from pipeline.queue.keys import embed_queue, unacked_keys
 from pipeline.segments import Segments, reduce_segment
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
-from pipeline.store import write_feature
+from pipeline.store import DIGEST_BYTES, Embedded, write_feature
 from search.queries import embed_images, load_encoder
 from workers.decode.images import load_pixels
 
@@ -497,7 +497,7 @@ def _reduce_round(keep: bool, raw_first: bool) -> tuple[float, float]:
             segment = plan.segments[0]
             files = [plan.feature_file(plan.scheme.object_id(path)) for path in plan.paths(segment)]
             for file, feature in zip(files, features, strict=True):
-                write_feature(file, feature, plan.tag)
+                write_feature(file, Embedded(feature, bytes(DIGEST_BYTES)), plan.tag)
             # A virtual machine has to fetch memory that it never used from its host, 0.14 s for a shard: whoever writes
             # first would pay that for both. What is deleted here is used again first.
             used = work / "used"

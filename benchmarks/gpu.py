@@ -24,7 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.model import load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.spec import ModelSpec
-from pipeline.store import versions_tag, write_feature
+from pipeline.store import DIGEST_BYTES, Embedded, versions_tag, write_feature
 from pipeline.versions import library_versions
 from workers.decode.images import load_pixels
 from workers.encoder import Encoder
@@ -85,9 +85,10 @@ def _decode(spec: ModelSpec, files: list[Path]) -> None:
 
 
 def _write(files: list[Path]) -> None:
-    feature, tag = np.ones(FEATURE_LENGTH, np.float32), versions_tag(library_versions())
+    embedded = Embedded(np.ones(FEATURE_LENGTH, np.float32), bytes(DIGEST_BYTES))
+    tag = versions_tag(library_versions())
     for path in files:
-        write_feature(path, feature, tag)
+        write_feature(path, embedded, tag)
 
 
 def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], float]:

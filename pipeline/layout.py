@@ -74,8 +74,14 @@ def may_be_nested(name: str) -> bool:
 
 # Shards.
 
-#: The three data files of a shard. The ids are not `NNNN.npy`, but a tool that globs `*.npy` still meets them.
-FEATURES, OBJECT_IDS, PATHS = SHARD_ENDINGS = ("features.npy", "object_ids.npy", "paths.txt")
+#: The data files of a shard; records of format 1 have no digests. The ids are not `NNNN.npy`, but a tool that globs
+#: `*.npy` still meets them.
+FEATURES, DIGESTS, OBJECT_IDS, PATHS = SHARD_ENDINGS = (
+    "features.npy",
+    "digests.npy",
+    "object_ids.npy",
+    "paths.txt",
+)
 RECORD: Final = "json"
 
 _SHARD: Final = r"(\d{4,})"
@@ -101,6 +107,11 @@ def shard_file(folder: Path, shard: int, ending: str) -> Path:
 def features_file(folder: Path, shard: int) -> Path:
     """A shard's features, e.g. `0007.features.npy`."""
     return shard_file(folder, shard, FEATURES)
+
+
+def digests_file(folder: Path, shard: int) -> Path:
+    """The sha256 of each row's image file, e.g. `0007.digests.npy`."""
+    return shard_file(folder, shard, DIGESTS)
 
 
 def object_ids_file(folder: Path, shard: int) -> Path:

@@ -14,6 +14,7 @@ from pipeline import layout
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plans.plan import Plan, Segment
 from pipeline.store import (
+    DIGEST_BYTES,
     Failure,
     Record,
     check_shard,
@@ -34,6 +35,7 @@ class Collected:
 
     Attributes:
         ids, paths, features: of those that are done, float32[rows, d], in the order of the list.
+        digests: of their files, uint8[rows, 32]; None if the segment's format has none.
         failures: those that failed.
         missing: paths of those that have neither a feature nor an error.
     """
@@ -41,29 +43,34 @@ class Collected:
     ids: list[str]
     paths: list[str]
     features: NDArray[np.float32]
+    digests: NDArray[np.uint8] | None
     failures: tuple[Failure, ...]
     missing: tuple[str, ...]
 
 
-def collect(plan: Plan, paths: list[str]) -> Collected:
-    """Read what workers left of these objects."""
+def collect(plan: Plan, segment: Segment, paths: list[str]) -> Collected:
+    """Read what workers left of these objects of a segment."""
     ids: list[str] = []
     kept: list[str] = []
     features = np.empty((len(paths), plan.length), dtype=np.float32)
+    digests: list[bytes] = []
     failures: list[Failure] = []
     missing: list[str] = []
     for path in paths:
         object_id = plan.scheme.object_id(path)
-        feature = plan.feature(object_id)
-        if feature is not None:
-            features[len(ids)] = feature
+        embedded = plan.feature(segment, object_id)
+        if embedded is not None:
+            features[len(ids)] = embedded.feature
+            digests.append(embedded.digest)
             ids.append(object_id)
             kept.append(path)
         elif (error := plan.error(object_id)) is not None:
             failures.append(Failure(object_id, path, *error))
         else:
             missing.append(path)
-    return Collected(ids, kept, features[: len(ids)], tuple(failures), tuple(missing))
+    digested = plan.record_format_of(segment) > 1
+    all_digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES) if digested else None
+    return Collected(ids, kept, features[: len(ids)], all_digests, tuple(failures), tuple(missing))
 
 
 def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: Callable[[], object]) -> Record:
@@ -80,7 +87,8 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
     """
     # A retry of which all failed again makes no shard: its record alone says so, elsewhere.
     fruitless = segment.retry and not collected.ids
-    contents = {} if fruitless else shard_contents(collected.features, collected.ids, collected.paths)
+    arrays = (collected.features, collected.digests, collected.ids, collected.paths)
+    contents = {} if fruitless else shard_contents(*arrays)
     record = Record(
         shard=segment.shard,
         rows=len(collected.ids),
@@ -93,6 +101,7 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
         versions=plan.versions_of(segment),
         failed=collected.failures,
         retry=segment.retry,
+        format=plan.record_format_of(segment),
     )
     if fruitless:
         still_ours()
@@ -155,7 +164,7 @@ def _remove_temporary(folder: Path) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:
+def missing_after_reread(plan: Plan, segment: Segment, missing: tuple[str, ...]) -> list[str]:
     """Which of these objects are still missing after their folders were read anew.
 
     On network folders another host's files can show late; listing a folder refreshes the client's view.
@@ -163,4 +172,4 @@ def missing_after_reread(plan: Plan, missing: tuple[str, ...]) -> list[str]:
     for folder in {plan.feature_file(plan.scheme.object_id(path)).parent for path in missing}:
         if folder.is_dir():
             os.listdir(folder)
-    return list(collect(plan, list(missing)).missing)
+    return list(collect(plan, segment, list(missing)).missing)

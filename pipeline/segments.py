@@ -105,9 +105,9 @@ class Segments:
         plan = self._plan
         rows, failed = [], []
         for row, path in enumerate(plan.paths(segment), segment.first):
-            if not plan.is_done(path):
+            if not plan.is_done(segment, path):
                 rows.append((row, path))
-            elif plan.has_failed(object_id := plan.scheme.object_id(path)):
+            elif plan.has_failed(segment, object_id := plan.scheme.object_id(path)):
                 failed.append(object_id)
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.
@@ -162,7 +162,7 @@ class Segments:
 
     def _heal_missing(self, segment: Segment, missing: tuple[str, ...]) -> None:
         time.sleep(LATE_FILE_WAIT_S)
-        left = missing_after_reread(self._plan, missing)
+        left = missing_after_reread(self._plan, segment, missing)
         seen = self._chords.armed().get(segment.index)
         if seen is not None and self._chords.finished_members([seen]) < [seen.size]:
             return  # The body of an older arming; the present one's will come.
@@ -215,7 +215,7 @@ def reduce_segment(plan: Plan, segment: Segment, still_ours: Callable[[], object
     """
     record = plan.record(segment)
     if record is None:
-        collected = collect(plan, plan.paths(segment))
+        collected = collect(plan, segment, plan.paths(segment))
         if collected.missing:
             return Reduced(missing=collected.missing)
         record = write_shard(plan, segment, collected, still_ours)

@@ -213,7 +213,7 @@ class StatusReader:
         done = failed = 0
         for path in plan.paths(segment):
             object_id = plan.scheme.object_id(path)
-            if plan.feature(object_id) is not None:
+            if plan.feature(segment, object_id) is not None:
                 done += 1
             elif plan.error(object_id) is not None:
                 failed += 1

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,9 +26,13 @@ from pipeline.choices import Reason
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
 
-#: Version of everything on disk; a newer one is refused.
+#: Version of what is on disk, unless it has one of its own as records have; a newer one is refused.
 FORMAT = 1
-#: Length of the tag that follows a feature's array.
+#: Version of records, of the shards that they describe, and of features on their way there. Since 2 they have digests.
+RECORD_FORMAT = 2
+#: Length of the digest of an image's file, a sha256.
+DIGEST_BYTES = 32
+#: Length of the tag that a feature file ends with.
 TAG_BYTES = 16
 #: A record of a million objects that all failed has some 400 MB.
 _LARGEST_JSON = 1 << 30
@@ -180,31 +184,48 @@ def as_type(value: Any, kind: type[_T], path: str | Path) -> _T:
 # Features and errors of single objects
 
 
+class Embedded(NamedTuple):
+    """What workers make of one object.
+
+    Attributes:
+        feature: float32[d].
+        digest: the sha256 of the bytes that it was made of, 32 bytes; empty where none is kept.
+    """
+
+    feature: NDArray[np.float32]
+    digest: bytes
+
+
 def versions_tag(versions: dict[str, str]) -> bytes:
-    """16 bytes that stand for a set of library versions; they follow the array in a feature file."""
+    """16 bytes that stand for a set of library versions; a feature file ends with them."""
     return hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).digest()[:TAG_BYTES]
 
 
-def write_feature(path: str | Path, feature: NDArray[np.float32], tag: bytes) -> None:
-    """Write one feature, float32[d], as `.npy` with a tag behind the array. Not fsynced: a lost feature is made again.
+def write_feature(path: str | Path, embedded: Embedded, tag: bytes) -> None:
+    """Write one feature as `.npy`, with digest and tag behind the array. Not fsynced: a lost feature is made again.
 
     Args:
         tag: the `versions_tag` of the libraries that made it.
     """
-    data = np.ascontiguousarray(feature, dtype="<f4")
+    data = np.ascontiguousarray(embedded.feature, dtype="<f4")
     # In one piece, which is one call less to the system per image.
-    write_atomic(path, [npy_header("<f4", data.shape) + data.tobytes() + tag])
+    write_atomic(path, [npy_header("<f4", data.shape) + data.tobytes() + embedded.digest + tag])
 
 
-def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = False) -> NDArray[np.float32] | None:
-    """One feature, float32[d]; None if the file is missing, truncated, foreign, not finite or of other libraries.
+def read_feature(
+    path: str | Path, length: int, digest_bytes: int, tag: bytes, untagged: bool = False
+) -> Embedded | None:
+    """One feature; None if the file is missing, truncated, foreign, not finite or of other libraries.
 
     Args:
+        length: d.
+        digest_bytes: how long the digest is that it must have: `DIGEST_BYTES`, or 0.
         tag: the `versions_tag` that it must have.
         untagged: whether a file without any tag counts, as ruiji wrote them before it tagged features.
     """
     header = npy_header("<f4", (length,))
-    whole = len(header) + 4 * length
+    array_end = len(header) + 4 * length
+    whole = array_end + digest_bytes
     # One call each to open, read and close: a reducer does this per image, and a file object asks for more.
     try:
         # O_NONBLOCK: a pipe of this name would block here for ever.
@@ -220,7 +241,7 @@ def read_feature(path: str | Path, length: int, tag: bytes, untagged: bool = Fal
     if not data.startswith(header) or not (data[whole:] == tag or (untagged and len(data) == whole)):
         return None
     feature = np.frombuffer(data, dtype="<f4", count=length, offset=len(header))
-    return feature if np.isfinite(feature).all() else None
+    return Embedded(feature, data[array_end:whole]) if np.isfinite(feature).all() else None
 
 
 def write_error(path: Path, reason: Reason, message: str, plan_id: str) -> None:
@@ -273,11 +294,12 @@ class Record:
         shard: its number.
         rows: rows of the shard, in the order of the object list.
         length: d.
-        sha256: hex digest of each of the shard's three files, by ending.
+        sha256: hex digest of each of the shard's data files, by ending.
         plan, segment: which plan made it, and which of its segments it is.
         versions: of the libraries that can change a feature's bits.
         failed: the segment's objects that have no row.
         retry: whether all its objects had failed in earlier shards, whose failures it replaces.
+        format: 1, or 2 since shards have digests. A shard that is made again keeps its format.
     """
 
     shard: int
@@ -291,6 +313,7 @@ class Record:
     versions: dict[str, str]
     failed: tuple[Failure, ...]
     retry: bool = False
+    format: int = RECORD_FORMAT
 
 
 def recorded_shards(folder: Path) -> list[int]:
@@ -317,21 +340,34 @@ def read_record(folder: Path, shard: int) -> Record:
     path = layout.record_file(folder, shard)
     advice = "restore it from a copy, or run ruiji verify --repair"
     try:
-        record = as_type(read_json(path), Record, path)
+        record = as_type(read_json(path, RECORD_FORMAT), Record, path)
     except FileDamaged as error:
         raise FileDamaged(f"{error}; {advice}") from None
     # A retry of which all failed again has no files.
-    files = () if folder.name == layout.fruitless_folder(folder).name else layout.SHARD_ENDINGS
+    files = () if folder.name == layout.fruitless_folder(folder).name else shard_endings(record.format)
     if record.shard != shard or record.rows < 0 or record.length < 1 or set(record.sha256) != set(files):
         raise FileDamaged(f"{path} is damaged: it is not the record of shard {shard:04d}; {advice}")
     return record
 
 
-def shard_contents(features: NDArray[np.float32], object_ids: list[str], paths: list[str]) -> dict[str, bytes]:
-    """The exact bytes of a shard's three data files, by ending."""
+def shard_endings(record_format: int) -> tuple[str, ...]:
+    """The endings of the data files that a shard of this format has."""
+    return tuple(ending for ending in layout.SHARD_ENDINGS if record_format > 1 or ending != layout.DIGESTS)
+
+
+def shard_contents(
+    features: NDArray[np.float32], digests: NDArray[np.uint8] | None, object_ids: list[str], paths: list[str]
+) -> dict[str, bytes]:
+    """The exact bytes of a shard's data files, by ending.
+
+    Args:
+        features: float32[rows, d].
+        digests: uint8[rows, 32]; None for a shard of format 1, which has none.
+    """
     ids = np.array(object_ids, dtype=np.str_) if object_ids else np.empty(0, "<U1")
     return {
         layout.FEATURES: _npy(features.astype("<f4", copy=False)),
+        **({layout.DIGESTS: _npy(digests)} if digests is not None else {}),
         layout.OBJECT_IDS: _npy(ids),
         layout.PATHS: "".join(f"{path}\n" for path in paths).encode(),
     }
@@ -345,8 +381,8 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 def write_record(folder: Path, record: Record) -> bool:
     """Commit a shard; durable when this returns. False where it had a record already."""
-    value = {"format": FORMAT, **asdict(record)}
-    written = write_atomic(layout.record_file(folder, record.shard), [to_json(value)], exclusive=True, sync=True)
+    content = to_json(asdict(record))
+    written = write_atomic(layout.record_file(folder, record.shard), [content], exclusive=True, sync=True)
     sync_folder(folder)
     return written
 
@@ -357,7 +393,7 @@ def check_shard(folder: Path, record: Record) -> None:
     Raises:
         ShardCorrupt: a file is missing or its bytes differ.
     """
-    for ending in layout.SHARD_ENDINGS:
+    for ending in shard_endings(record.format):
         path = layout.shard_file(folder, record.shard, ending)
         try:
             with path.open("rb") as file:

@@ -27,7 +27,16 @@ from pipeline.plans.plan import Plan, plan_id_of, segment_digest
 from pipeline.plans.planning import lost_segments, plan_repair, set_aside
 from pipeline.plans.published import published_shards
 from pipeline.reduce import nested_folders
-from pipeline.store import Record, check_shard, read_record, recorded_shards, shard_contents, sync_folder, write_atomic
+from pipeline.store import (
+    DIGEST_BYTES,
+    Record,
+    check_shard,
+    read_record,
+    recorded_shards,
+    shard_contents,
+    sync_folder,
+    write_atomic,
+)
 
 #: No enqueue takes longer; what is younger may be somebody's at work.
 _ENQUEUE_S = 24 * 3600
@@ -251,12 +260,15 @@ def _check_content(folder: Path, record: Record, scheme: IdScheme) -> None:
     name = f"{record.shard:04d}"
     try:
         features = map_npy(layout.features_file(folder, record.shard)).array
+        digests = map_npy(layout.digests_file(folder, record.shard)).array if record.format > 1 else None
         ids = map_npy(layout.object_ids_file(folder, record.shard)).array
         paths = list(read_lines(layout.paths_file(folder, record.shard)))
     except ValueError as error:
         raise ShardCorrupt(f"{name} has the recorded bytes, but they are not arrays: {error}") from None
     if features.shape != (record.rows, record.length) or features.dtype != np.dtype("<f4"):
         raise ShardCorrupt(f"its features are {features.dtype}{list(features.shape)}, not as recorded")
+    if digests is not None and (digests.shape != (record.rows, DIGEST_BYTES) or digests.dtype != np.uint8):
+        raise ShardCorrupt(f"its digests are {digests.dtype}{list(digests.shape)}, not uint8[rows, {DIGEST_BYTES}]")
     if ids.tolist() != [scheme.object_id(path) for path in paths]:
         raise ShardCorrupt("its object ids are not those of its paths")
     if len(ids) != record.rows:
@@ -357,6 +369,12 @@ def _strangers(folder: Path, shards: set[int], plan: Plan | None) -> Iterator[Fi
         elif shard is not None:
             if plan is None and shard not in shards:
                 yield Finding("leftover", entry.name, "a killed reducer left it; there is no record")
+            elif (
+                shard in shards
+                and entry.name == layout.digests_file(folder, shard).name
+                and not _digested(folder, shard)
+            ):
+                yield Finding("foreign", entry.name, "the record of its shard knows of no digests", False)
         elif entry.is_dir(follow_symlinks=False) and layout.may_be_nested(entry.name):
             yield from _nested(folder, Path(entry.path), plan)
         else:
@@ -376,6 +394,14 @@ def _nested(folder: Path, top: Path, plan: Plan | None) -> Iterator[Finding]:
                 yield Finding("foreign", shown, "ruiji did not make it", False)
 
 
+def _digested(folder: Path, shard: int) -> bool:
+    """Whether a shard's record names digests; a damaged one might."""
+    try:
+        return read_record(folder, shard).format > 1
+    except GalleryMismatch:
+        return True
+
+
 def _rows(folder: Path, shard: int) -> int:
     """How many rows a shard has by its record, or by its paths if that is broken."""
     try:
@@ -388,9 +414,9 @@ def _rows(folder: Path, shard: int) -> int:
 def repair(folder: Path, findings: list[Finding]) -> list[str]:
     """Mend what `verify` found; returns what was done and what is left to do, for people.
 
-    Leftovers are deleted. A broken shard whose record and features are sound gets its paths and ids from its plan. Any
-    other is planned again, and only its objects are embedded; nothing of it is touched before its plan is ready, and
-    then it is set aside below `run/broken`.
+    Leftovers are deleted. A broken shard whose record, features and digests are sound gets its paths and ids from its
+    plan. Any other is planned again, and only its objects are embedded; nothing of it is touched before its plan is
+    ready, and then it is set aside below `run/broken`.
 
     Raises:
         MachineFault: the folder cannot be written.
@@ -454,6 +480,7 @@ def _write_list(folder: Path, finding: Finding) -> None:
 
 def _rebuilt(folder: Path, shard: int) -> bool:
     """Write a shard's paths and ids from its plan, if that makes the shard what its record says."""
+    rebuilt = (layout.OBJECT_IDS, layout.PATHS)
     try:
         record = read_record(folder, shard)
         (plan,) = (plan for plan in _plans(folder, open_plan(folder)) if plan.plan_id == record.plan)
@@ -461,15 +488,16 @@ def _rebuilt(folder: Path, shard: int) -> bool:
         failed = {failure.path for failure in record.failed}
         paths = [path for path in plan.paths(segment) if path not in failed]
         ids = [plan.scheme.object_id(path) for path in paths]
-        contents = shard_contents(np.empty((0, record.length), np.float32), ids, paths)
-        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in layout.SHARD_ENDINGS[1:]):
+        contents = shard_contents(np.empty((0, record.length), np.float32), None, ids, paths)
+        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in rebuilt):
             return False
-        with layout.features_file(folder, shard).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256[layout.FEATURES]:
-                return False
+        for ending in record.sha256.keys() - set(rebuilt):
+            with layout.shard_file(folder, shard, ending).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256[ending]:
+                    return False
     except (GalleryMismatch, KeyError, ValueError, FileNotFoundError):
         return False
-    for ending in layout.SHARD_ENDINGS[1:]:
+    for ending in rebuilt:
         write_atomic(layout.shard_file(folder, shard, ending), [contents[ending]], sync=True)
     sync_folder(folder)
     return True

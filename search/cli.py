@@ -288,11 +288,17 @@ def info(
 ) -> None:
     """Show what a gallery holds.
 
-    Objects, shards, length, fingerprint, size, failed objects, and rows that cannot be ranked.
+    Objects, shards, length, fingerprint, size, failed objects, rows that cannot be ranked, and rows with a digest of
+    their file.
     """
     from search.gallery.opening import describe_gallery, find_gallery
 
     facts = describe_gallery(find_gallery(feature_dir, model_path))
+    if (unknown := int(facts["objects"] or 0) - int(facts["digests"] or 0)) > 0:
+        note(
+            f"{unknown} objects are of a ruiji that kept no digests of their files, so identical files cannot be told "
+            "among them"
+        )
     if as_json:
         print(to_json(facts), file=exact_stdout())
         return

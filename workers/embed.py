@@ -19,7 +19,8 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.plans.plan import Plan, Segment
 from pipeline.spec import ModelSpec
-from workers.decode.images import decode, open_image
+from pipeline.store import Embedded
+from workers.decode.images import Decoded, decode_whole, open_image
 from workers.decode.media import check_media
 from workers.ledger import Ledger
 from workers.suspects.alone import ChildDied, decode_alone
@@ -46,8 +47,8 @@ class Job:
     path: str
 
 
-#: From an open image file to pixels, as `workers.decode.images.decode`.
-Decode = Callable[[BinaryIO, ModelSpec, int, list[str]], NDArray[np.uint8]]
+#: From an open image file to pixels and digest, as `workers.decode.images.decode_whole`.
+Decode = Callable[[BinaryIO, ModelSpec, int, list[str]], Decoded]
 
 
 def embed_guarded(
@@ -135,7 +136,7 @@ def _decode_suspect(
     spec: ModelSpec,
     max_pixels: int,
     altered: list[str],
-) -> NDArray[np.uint8]:
+) -> Decoded:
     """Decode from the path, not from the file that this process has open."""
     limits = plan.limits_of(job.segment)
     if suspect.deaths >= MOST_DEATHS:
@@ -150,7 +151,7 @@ def embed_batch(
     media_dir: Path,
     ledger: Ledger | None = None,
     decoders: Executor | None = None,
-    decode_file: Decode = decode,
+    decode_file: Decode = decode_whole,
 ) -> list[str]:
     """Embed a batch; afterwards every object has a feature file, an error file or a published shard.
 
@@ -170,7 +171,10 @@ def embed_batch(
     """
     ledger = ledger or Ledger()
     published = _published(plan, jobs)
-    outcomes = [LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.path) else DONE for job in jobs]
+    outcomes = [
+        LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.segment, job.path) else DONE
+        for job in jobs
+    ]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
@@ -194,27 +198,27 @@ def embed_batch(
 def _embed(
     plan: Plan,
     part: list[tuple[int, Job]],
-    loaded: "Iterator[NDArray[np.uint8] | ImageError]",
+    loaded: "Iterator[Decoded | ImageError]",
     encoder: "Encoder | _Alone",
     ledger: Ledger,
 ) -> Iterator[tuple[int, str]]:
     """Take the pixels of some jobs, encode and write them; yields the jobs' numbers and outcomes."""
-    ready: list[tuple[int, Job, NDArray[np.uint8]]] = []
+    ready: list[tuple[int, Job, Decoded]] = []
     for number, job in part:
-        pixels = next(loaded)
-        if isinstance(pixels, ImageError):
-            yield number, _fail(plan, job, pixels)
+        decoded = next(loaded)
+        if isinstance(decoded, ImageError):
+            yield number, _fail(plan, job, decoded)
         else:
-            ready.append((number, job, pixels))
+            ready.append((number, job, decoded))
     if not ready:
         return
-    batch = np.stack([pixels for _, _, pixels in ready]) if len(ready) > 1 else ready[0][2][np.newaxis]
-    for (number, job, _), feature in zip(ready, _encode(encoder, batch, ledger), strict=True):
+    batch = np.stack([decoded.pixels for _, _, decoded in ready]) if len(ready) > 1 else ready[0][2].pixels[np.newaxis]
+    for (number, job, decoded), feature in zip(ready, _encode(encoder, batch, ledger), strict=True):
         if isinstance(feature, ImageError):
             yield number, _fail(plan, job, feature)
         elif np.isfinite(feature).all():
             with ledger.busy("write"):
-                plan.keep_feature(plan.scheme.object_id(job.path), feature)
+                plan.keep_feature(job.segment, plan.scheme.object_id(job.path), Embedded(feature, decoded.digest))
             yield number, DONE
         else:
             error = ImageError("the model gives values that are not finite", Reason.not_finite)
@@ -252,13 +256,13 @@ def _load(
     ledger: Ledger,
     decode_file: Decode,
     job: Job,
-) -> NDArray[np.uint8] | ImageError:
-    """The pixels of one object, or why it has none."""
+) -> Decoded | ImageError:
+    """The pixels and the digest of one object, or why it has none."""
     if (problem := plan.scheme.bad_name(job.path)) is not None:
         return ImageError(problem, Reason.bad_name)
     spec = encoder.model.spec
 
-    def pixels() -> NDArray[np.uint8]:
+    def read() -> Decoded:
         altered: list[str] = []
         with ledger.busy("read"):
             file = open_image(f"{media_dir}/{job.path}", media_root)
@@ -271,13 +275,13 @@ def _load(
 
     try:
         try:
-            return pixels()
+            return read()
         except ImageError as error:
             if error.reason not in (Reason.missing, Reason.unreadable, Reason.outside_media):
                 return error
             check_media(plan, media_dir)
         # The folder is there now, but may have come back since: only a second look tells.
-        return pixels()
+        return read()
     except ImageError as error:
         return error
 

@@ -149,7 +149,7 @@ class Embedder:
         for job, outcome in zip(jobs, outcomes, strict=True):
             object_id = plan.scheme.object_id(job.path)
             # What failed in a batch that was given back is noted when it comes again.
-            if outcome == FAILED or (outcome == SKIPPED and plan.has_failed(object_id)):
+            if outcome == FAILED or (outcome == SKIPPED and plan.has_failed(job.segment, object_id)):
                 failed.setdefault(job.segment.index, []).append(object_id)
         for index, object_ids in failed.items():
             Chords(self._client, plan.gallery_id, plan.plan_id).note_failed(index, object_ids)

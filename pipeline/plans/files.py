@@ -14,9 +14,12 @@ from typing import Any
 from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import GalleryMismatch, MachineFault
-from pipeline.plans.generations import RUN_FORMAT, current, is_plan_id
+from pipeline.plans.generations import current, is_plan_id
 from pipeline.plans.plan import Limits, Origin, Plan, Segment
-from pipeline.store import read_json, sync_folder, write_atomic
+from pipeline.store import RECORD_FORMAT, read_json, sync_folder, write_atomic
+
+#: Version of a plan's file. Since 3 it says which format its records have; before that they had 1.
+PLAN_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,23 @@ def _to_json(plan: Plan, **extra: object) -> bytes:
     value = {key: item for key, item in asdict(plan).items() if key != "folder"}
     # One row of numbers a segment: a plan of 10^8 objects has 10^4 of them.
     value["segments"] = [list(asdict(segment).values()) for segment in plan.segments]
-    return json.dumps({"format": RUN_FORMAT, **value, **extra}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({"format": PLAN_FORMAT, **value, **extra}, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def _read(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
     """A plan, and what stands beside it in its file."""
-    value = read_json(path, RUN_FORMAT)
+    value = read_json(path, PLAN_FORMAT)
     try:
         extra: dict[str, Any] = {key: value.pop(key) for key in ("format", "published", "fruitless") if key in value}
         segments = tuple(Segment(*entry) for entry in value.pop("segments"))
+        tells_format = extra["format"] >= PLAN_FORMAT
+        record_format = value.pop("record_format") if tells_format else 1
         origins = {
-            plan_id: Origin(Limits(**origin["limits"]), tuple(origin["versions"]))
+            plan_id: Origin(
+                Limits(**origin["limits"]),
+                tuple(origin["versions"]),
+                origin["record_format"] if tells_format else 1,
+            )
             for plan_id, origin in value.pop("origins", {}).items()
         }
         limits, probes = Limits(**value.pop("limits")), tuple(value.pop("probes"))
@@ -167,6 +176,7 @@ def _read(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
             origins=origins,
             given_up=given_up,
             object_id=object_id,
+            record_format=record_format,
             **value,
         )
     except (TypeError, KeyError, AttributeError, ValueError):
@@ -178,6 +188,9 @@ def _read(folder: Path, path: Path) -> tuple[Plan, dict[str, Any]]:
 
 def _sound(plan: Plan, extra: dict[str, Any]) -> bool:
     """Whether a plan that was read has what its types say; what names files has nothing else in it."""
+    formats = [plan.record_format, *(origin.record_format for origin in plan.origins.values())]
+    if not all(type(number) is int and 1 <= number <= RECORD_FORMAT for number in formats):
+        return False
     counts = [plan.length, plan.list_lines, plan.shard_rows, plan.generation, *plan.given_up]
     for limits in (plan.limits, *(origin.limits for origin in plan.origins.values())):
         counts += asdict(limits).values()

@@ -10,9 +10,6 @@ from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import GalleryMismatch
@@ -20,6 +17,9 @@ from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
 from pipeline.objects import IdScheme
 from pipeline.plans.generations import read_generation
 from pipeline.store import (
+    DIGEST_BYTES,
+    RECORD_FORMAT,
+    Embedded,
     Record,
     read_error,
     read_feature,
@@ -78,10 +78,12 @@ class Origin:
 
     Attributes:
         versions: names of the libraries whose versions its record tells.
+        record_format: of its record.
     """
 
     limits: Limits
     versions: tuple[str, ...]
+    record_format: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Plan:
         origins: by plan id, of the shards that are made again.
         given_up: numbers of lost shards that cannot be made again, because nothing tells any more what was in them;
             their objects are planned as new ones.
+        record_format: of the records of its own segments: that of the ruiji which made the plan, so that every shard
+            of it is alike, whoever finishes it.
     """
 
     folder: Path
@@ -116,6 +120,7 @@ class Plan:
     generation: int = 0
     origins: dict[str, Origin] = field(default_factory=dict)
     given_up: tuple[int, ...] = ()
+    record_format: int = RECORD_FORMAT
 
     @cached_property
     def scheme(self) -> IdScheme:
@@ -162,6 +167,11 @@ class Plan:
         """What the segment's record tells of libraries: of a shard that is made again, what it told before."""
         origin = self.origins.get(segment.plan)
         return self.versions if origin is None else {n: v for n, v in self.versions.items() if n in origin.versions}
+
+    def record_format_of(self, segment: Segment) -> int:
+        """The format of the segment's record: of a shard that is made again, the one that it had before."""
+        origin = self.origins.get(segment.plan)
+        return self.record_format if origin is None else origin.record_format
 
     @property
     def lines(self) -> int:
@@ -241,13 +251,17 @@ class Plan:
         """Where an object's failure is recorded until its shard tells it."""
         return Path(self.object_file(object_id, ERROR_ENDING))
 
-    def feature(self, object_id: str) -> NDArray[np.float32] | None:
-        """An object's feature, float32[d], or None if it has no valid file by the plan's library versions."""
-        return read_feature(self.object_file(object_id, FEATURE_ENDING), self.length, self.tag, not self.generation)
+    def feature(self, segment: Segment, object_id: str) -> Embedded | None:
+        """An object's feature, or None if it has no valid file by the segment's format and the plan's libraries."""
+        digest_bytes = DIGEST_BYTES if self.record_format_of(segment) > 1 else 0
+        file = self.object_file(object_id, FEATURE_ENDING)
+        return read_feature(file, self.length, digest_bytes, self.tag, not self.generation)
 
-    def keep_feature(self, object_id: str, feature: NDArray[np.float32]) -> None:
-        """Write an object's feature, float32[d]."""
-        write_feature(self.object_file(object_id, FEATURE_ENDING), feature, self.tag)
+    def keep_feature(self, segment: Segment, object_id: str, embedded: Embedded) -> None:
+        """Write an object's feature as the segment's format has it."""
+        if self.record_format_of(segment) == 1:
+            embedded = embedded._replace(digest=b"")
+        write_feature(self.object_file(object_id, FEATURE_ENDING), embedded, self.tag)
 
     def error(self, object_id: str) -> tuple[str, str] | None:
         """(reason, message) of an object that failed under this plan, or None."""
@@ -257,21 +271,22 @@ class Plan:
         """Record that an object failed under this plan."""
         write_error(self.error_file(object_id), reason, message, self.plan_id)
 
-    def has_failed(self, object_id: str) -> bool:
+    def has_failed(self, segment: Segment, object_id: str) -> bool:
         """Whether an object has an error file and no valid feature file."""
         # Mostly there is no error file, and to ask takes less time than to fail to open.
         return (
             os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK)
             and self.error(object_id) is not None
-            and self.feature(object_id) is None
+            and self.feature(segment, object_id) is None
         )
 
-    def is_done(self, path: str) -> bool:
+    def is_done(self, segment: Segment, path: str) -> bool:
         """Whether an object has a valid feature file or an error file."""
         object_id = self.scheme.object_id(path)
         # Mostly there is neither, and to ask takes less time than to fail to open.
         return (
-            os.access(self.object_file(object_id, FEATURE_ENDING), os.F_OK) and self.feature(object_id) is not None
+            os.access(self.object_file(object_id, FEATURE_ENDING), os.F_OK)
+            and self.feature(segment, object_id) is not None
         ) or (os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK) and self.error(object_id) is not None)
 
     def forget(self, path: str) -> None:

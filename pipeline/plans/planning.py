@@ -25,7 +25,7 @@ from pipeline.plans.plan import Limits, Origin, Plan, Segment, plan_id_of, segme
 from pipeline.plans.probes import find_probes
 from pipeline.plans.published import Published, published_shards
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS
-from pipeline.store import read_record, recorded_shards, sync_folder
+from pipeline.store import RECORD_FORMAT, read_record, recorded_shards, sync_folder
 from pipeline.versions import library_versions
 
 #: What an entry has in place of a row: the object failed; it is made again with its lost shard.
@@ -235,6 +235,7 @@ def plan_repair(folder: Path, broken: Collection[int] = ()) -> Plan | None:
                 generation=before.number + 1,
                 origins=_origins(lost),
                 given_up=(),
+                record_format=RECORD_FORMAT,
             )
             plan = _named(draft, layout.todo_file(made))
             write_plan(made, plan)
@@ -284,7 +285,10 @@ def set_aside(folder: Path, shard: int) -> None:
 
 
 def _origins(lost: list[_Lost]) -> dict[str, Origin]:
-    return {entry.plan.plan_id: Origin(entry.plan.limits, tuple(sorted(entry.plan.versions))) for entry in lost}
+    return {
+        entry.plan.plan_id: Origin(entry.plan.limits, tuple(sorted(entry.plan.versions)), entry.plan.record_format)
+        for entry in lost
+    }
 
 
 def _named(draft: Plan, todo: Path) -> Plan:

@@ -14,7 +14,7 @@ from pipeline.gallery import GalleryInfo, no_gallery, read_gallery
 from pipeline.npy import NpyError, map_npy
 from pipeline.plans.generations import Marks, read_marks
 from pipeline.plans.published import published_shards
-from pipeline.store import Record, feature_shards, read_record
+from pipeline.store import DIGEST_BYTES, Record, feature_shards, read_record
 from search.gallery.shards import RESTORE, Gallery, Shard
 
 
@@ -70,6 +70,7 @@ def describe_gallery(folder: Path) -> dict[str, str | int | None]:
         "failed": None if info is None else sum(len(record.failed) for record in records),
         "zero": zero,
         "not_finite": nonfinite,
+        "digests": gallery.digested_rows,
         "norms_kept": sum(shard.norms_kept for shard in gallery.shards),
         "codes_kept": sum(shard.codes_kept for shard in gallery.shards),
     }
@@ -109,16 +110,21 @@ def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
     if opened.coded and not before.coded:
         # Codes that were kept since are read by shards that look for them anew.
         return opened
-    known = {(shard.name, shard.cache and shard.cache.key): shard for shard in before.shards}
+    known = {_identity(shard): shard for shard in before.shards}
     shards = []
     for shard in opened.shards:
-        old = known.get((shard.name, shard.cache and shard.cache.key))
+        old = known.get(_identity(shard))
         same = old is not None and np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
         shards.append(old if old is not None and same else shard)
     unchanged = opened.fingerprint == before.fingerprint and len(shards) == len(before.shards)
     if unchanged and all(one is other for one, other in zip(shards, before.shards, strict=True)):
         return before
     return replace(opened, shards=tuple(shards))
+
+
+def _identity(shard: Shard) -> tuple[str, str | None, str | None]:
+    """What no other shard has: its name, and what its features and digests come to."""
+    return shard.name, None if shard.cache is None else shard.cache.key, shard.digests_sha256
 
 
 def _no_rows(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
@@ -151,7 +157,20 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
             raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {RESTORE}")
         stale = None if marks is None else _stale(marks, folder, number, object_ids)
         kept = ShardCache(cache, name, record.sha256[layout.FEATURES][:16])
-        shards.append(Shard(name, features, object_ids, paths_file, stale, kept))
+        digests = _map_digests(folder, record) if record.format > 1 else None
+        digests_sha256 = record.sha256.get(layout.DIGESTS)
+        shards.append(
+            Shard(
+                name,
+                features,
+                object_ids,
+                paths_file,
+                stale,
+                kept,
+                digests=digests,
+                digests_sha256=digests_sha256,
+            )
+        )
         if record.versions not in versions:
             versions.append(record.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
@@ -199,6 +218,17 @@ def _map_ids(folder: Path, number: int) -> NDArray[np.str_]:
     if object_ids.dtype.kind != "U" or object_ids.ndim != 1:
         raise ShardCorrupt(f"{path} is {object_ids.dtype}{list(object_ids.shape)}, not text[rows]; {RESTORE}")
     return np.asarray(object_ids, dtype=np.str_)
+
+
+def _map_digests(folder: Path, record: Record) -> NDArray[np.uint8]:
+    path = layout.digests_file(folder, record.shard)
+    digests = _map(path)
+    if digests.dtype != np.uint8 or digests.shape != (record.rows, DIGEST_BYTES) or not digests.flags.c_contiguous:
+        raise ShardCorrupt(
+            f"{path} is {digests.dtype}{list(digests.shape)}, not uint8[{record.rows}, {DIGEST_BYTES}] in C order; "
+            f"{RESTORE}"
+        )
+    return digests
 
 
 def _check_record(folder: Path, record: Record, features: NDArray[np.float32]) -> None:

@@ -39,6 +39,8 @@ class Shard:
         stale: bool[rows], True for objects that are no longer on the list; None where none is left out.
         cache: where norms and codes are kept; None: nowhere.
         wanted: bool[rows], False for objects that a filter leaves out; None where none is.
+        digests: uint8[rows, 32], the sha256 of each row's image file; None in a shard from before they were kept.
+        digests_sha256: hex, of the file that they are in, as the record has it.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Shard:
     stale: NDArray[np.bool_] | None = None
     cache: ShardCache | None = None
     wanted: NDArray[np.bool_] | None = None
+    digests: NDArray[np.uint8] | None = None
+    digests_sha256: str | None = None
 
     @property
     def norms(self) -> NDArray[np.float32]:
@@ -194,6 +198,11 @@ class Gallery:
         return zero, nonfinite
 
     @cached_property
+    def digested_rows(self) -> int:
+        """Rows of which the digest of the image file is known; rows that are left out count too."""
+        return sum(len(shard.digests) for shard in self.shards if shard.digests is not None)
+
+    @cached_property
     def searched_rows(self) -> int:
         """Rows that are neither stale nor filtered."""
         return self.rows - sum(int(shard.left_out.sum()) for shard in self.shards if shard.left_out is not None)
@@ -301,6 +310,14 @@ class Gallery:
         """The object id of one gallery row."""
         shard, local = self._locate(row)
         return shard.ids(slice(local, local + 1))[0]
+
+    def digest(self, row: int) -> bytes | None:
+        """The sha256 of the image file that one gallery row was made of, 32 bytes; None where it was not kept.
+
+        Equal digests are equal files. Two rows without one are not known to be.
+        """
+        shard, local = self._locate(row)
+        return None if shard.digests is None else shard.digests[local].tobytes()
 
     def path(self, row: int) -> str | None:
         """The object's path, relative to the media folder, or None where paths are unknown.

@@ -1,5 +1,6 @@
 """A gallery folder with a plan, and features in it, without any worker."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.gallery import claim_gallery, gallery_model
 from pipeline.objects import IdScheme, prepare
-from pipeline.plans.plan import Plan
+from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.planning import PlanSettings, Retry, plan_list
+from pipeline.store import Embedded
 from tests.factories import pictures
 
 SCHEME = IdScheme(ObjectIds.basename)
@@ -48,10 +50,27 @@ def feature_of(path: str) -> np.ndarray:
     return np.random.default_rng(list(path.encode())).normal(size=12).astype(np.float32)
 
 
+def digest_of(path: str) -> bytes:
+    """The digest of a file that only this path has."""
+    return hashlib.sha256(path.encode()).digest()
+
+
 def embed(plan: Plan, paths: list[str]) -> None:
     """Write the features of some objects."""
     for path in paths:
-        plan.keep_feature(plan.scheme.object_id(path), feature_of(path))
+        embedded = Embedded(feature_of(path), digest_of(path))
+        plan.keep_feature(segment_of(plan, path), plan.scheme.object_id(path), embedded)
+
+
+def segment_of(plan: Plan, path: str) -> Segment:
+    """The segment that an object is in."""
+    (segment,) = (segment for segment in plan.segments if path in plan.paths(segment))
+    return segment
+
+
+def is_done(plan: Plan, path: str) -> bool:
+    """Whether an object of a plan is settled."""
+    return plan.is_done(segment_of(plan, path), path)
 
 
 def fail(plan: Plan, path: str, reason: str = "undecodable") -> None:

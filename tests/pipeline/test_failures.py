@@ -16,7 +16,7 @@ from pipeline.segments import reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import read_record, recorded_shards
 from tests.factories import pictures
-from tests.pipeline.galleries import embed, fail, files, new_plan, plan_for
+from tests.pipeline.galleries import embed, fail, files, is_done, new_plan, plan_for
 
 
 def carry_out(plan: Plan, failing: dict[str, str]) -> None:
@@ -115,7 +115,7 @@ def test_a_cancelled_retry_leaves_the_failures(
     assert stands(first.folder) == (7, 3, 0)
     again = retry(tmp_path, model_path, paths)
     assert again is not None
-    assert not again.is_done(paths[1]), "it is tried, not just found failed"
+    assert not is_done(again, paths[1]), "it is tried, not just found failed"
 
 
 def test_a_lost_shard_of_a_retry_is_made_again_and_counts_once(

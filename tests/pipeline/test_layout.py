@@ -69,7 +69,7 @@ def test_numbers_are_read_from_the_names_that_carry_them() -> None:
     assert layout.recorded_shard("0007.json.bak") is None
     assert layout.featured_shard("0007.features.npy") == 7
     assert layout.featured_shard("0007-features.npy") is None
-    assert [layout.shard_of(f"0007.{ending}") for ending in ("json", *layout.SHARD_ENDINGS)] == [7, 7, 7, 7]
+    assert [layout.shard_of(f"0007.{ending}") for ending in ("json", *layout.SHARD_ENDINGS)] == [7, 7, 7, 7, 7]
     assert layout.shard_of("0007.npy") is None
     assert layout.generation_number("000007.json") == 7
     assert layout.generation_number("0007.json") is None

@@ -10,7 +10,7 @@ from pipeline import layout
 from pipeline.reduce import missing_after_reread, tidy
 from pipeline.segments import reduce_segment
 from pipeline.store import check_shard, read_record
-from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan
+from tests.pipeline.galleries import digest_of, embed, fail, feature_of, files, new_plan
 
 
 def ours() -> None:
@@ -40,6 +40,9 @@ def test_rows_are_in_list_order_and_failures_move_no_other(tmp_path: Path, model
     features = np.load(plan.folder / "0000.features.npy", allow_pickle=False)
     assert features.dtype == np.float32
     assert (features == np.stack([feature_of(path) for path in kept])).all()
+    digests = np.load(plan.folder / "0000.digests.npy", allow_pickle=False)
+    assert digests.dtype == np.uint8
+    assert digests.tolist() == [list(digest_of(path)) for path in kept]
     ids = np.load(plan.folder / "0000.object_ids.npy", allow_pickle=False)
     assert ids.tolist() == [path.rsplit("/")[-1] for path in kept]
     record = read_record(plan.folder, 0)
@@ -68,7 +71,7 @@ def test_missing_features_are_named_and_nothing_is_written(tmp_path: Path, model
     assert reduce_segment(plan, plan.segments[0], ours).missing == (paths[2], paths[3])
     assert files(plan.folder) == {}
     embed(plan, [paths[3]])
-    assert missing_after_reread(plan, (paths[2], paths[3])) == [paths[2]]
+    assert missing_after_reread(plan, plan.segments[0], (paths[2], paths[3])) == [paths[2]]
 
 
 def test_a_segment_of_failures_only_has_arrays_of_no_rows(tmp_path: Path, model_path: Path) -> None:
@@ -77,10 +80,11 @@ def test_a_segment_of_failures_only_has_arrays_of_no_rows(tmp_path: Path, model_
         fail(plan, path)
     assert reduce_segment(plan, plan.segments[0], ours).failed == 2
     assert np.load(plan.folder / "0000.features.npy", allow_pickle=False).shape == (0, 12)
+    assert np.load(plan.folder / "0000.digests.npy", allow_pickle=False).shape == (0, 32)
     assert np.load(plan.folder / "0000.object_ids.npy", allow_pickle=False).shape == (0,)
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(5))
 def test_stopped_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(
     tmp_path: Path, model_path: Path, call: int
 ) -> None:

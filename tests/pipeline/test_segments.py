@@ -8,7 +8,7 @@ import redis
 
 from pipeline.errors import MachineFault
 from pipeline.plans.closing import cancel_plan
-from pipeline.plans.plan import Plan
+from pipeline.plans.plan import Plan, Segment
 from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect
@@ -64,9 +64,9 @@ def test_a_slow_folder_costs_the_lease_nothing(
     monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
     look = Plan.is_done
 
-    def slow(self: Plan, path: str) -> bool:
+    def slow(self: Plan, segment: Segment, path: str) -> bool:
         time.sleep(0.2)
-        return look(self, path)
+        return look(self, segment, path)
 
     monkeypatch.setattr(Plan, "is_done", slow)
     assert segments.fill_window(1) == 4

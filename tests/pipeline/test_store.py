@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 
 from pipeline import layout
 from pipeline.choices import ObjectIds
-from pipeline.errors import FileDamaged, MachineFault, ShardCorrupt
+from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.objects import IdScheme
 from pipeline.store import (
+    Embedded,
     Failure,
     Record,
     check_shard,
@@ -42,17 +44,31 @@ def npy(header: str, data: bytes) -> bytes:
 
 
 TAG = versions_tag({"numpy": "2"})
+DIGEST = bytes(range(32))
 FEATURE = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", bytes.fromhex("0000803f000000c00000003f"))
 
 
-def test_a_feature_file_is_these_bytes(tmp_path: Path) -> None:
-    write_feature(tmp_path / "aa" / "bb" / "f.npy", np.array([1, -2, 0.5], np.float32), TAG)
-    assert (tmp_path / "aa" / "bb" / "f.npy").read_bytes() == FEATURE + TAG
-    assert np.load(tmp_path / "aa" / "bb" / "f.npy", allow_pickle=False).tolist() == [1, -2, 0.5]
+@pytest.mark.parametrize("digest", [b"", DIGEST], ids=["format 1", "format 2"])
+def test_a_feature_file_is_these_bytes(tmp_path: Path, digest: bytes) -> None:
+    path = tmp_path / "aa" / "bb" / "f.npy"
+    write_feature(path, Embedded(np.array([1, -2, 0.5], np.float32), digest), TAG)
+    assert path.read_bytes() == FEATURE + digest + TAG
+    # What follows the array is in nobody's way, so kept features are read as they always were.
+    assert np.load(path, allow_pickle=False).tolist() == [1, -2, 0.5]
+    embedded = read_feature(path, 3, len(digest), TAG)
+    assert embedded is not None
+    assert (embedded.feature.tolist(), embedded.digest) == ([1, -2, 0.5], digest)
+    assert read_feature(path, 3, 32 - len(digest), TAG) is None, "a feature of the other format"
 
 
-def test_a_shard_is_these_bytes(tmp_path: Path) -> None:
-    contents = shard_contents(np.array([[1], [2]], np.float32), ["a", "é1"], ["x/a", "x/é1"])
+def test_a_shard_is_these_bytes() -> None:
+    features, digests = np.array([[1], [2]], np.float32), np.arange(64, dtype=np.uint8).reshape(2, 32)
+    contents = shard_contents(features, digests, ["a", "é1"], ["x/a", "x/é1"])
+    assert contents["digests.npy"] == npy(
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 32), }", bytes(range(64))
+    )
+    before = shard_contents(features, None, ["a", "é1"], ["x/a", "x/é1"])
+    assert before == {ending: content for ending, content in contents.items() if ending != "digests.npy"}
     assert contents["features.npy"] == npy(
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 1), }", bytes.fromhex("0000803f00000040")
     )
@@ -62,10 +78,13 @@ def test_a_shard_is_these_bytes(tmp_path: Path) -> None:
     assert contents["paths.txt"] == "x/a\nx/é1\n".encode()
 
 
-def test_a_record_is_these_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_record_is_these_bytes(tmp_path: Path, version: int) -> None:
     failure = Failure("b", "x/b", "missing", "there is no such file")
-    digests = {"features.npy": "f", "object_ids.npy": "o", "paths.txt": "p"}
-    record = Record(7, 2, 1, "float32", digests, "fp", "plan", 3, {"numpy": "2"}, (failure,))
+    sums = {"features.npy": "f", "object_ids.npy": "o", "paths.txt": "p"} | (
+        {"digests.npy": "d"} if version > 1 else {}
+    )
+    record = Record(7, 2, 1, "float32", sums, "fp", "plan", 3, {"numpy": "2"}, (failure,), format=version)
     assert write_record(tmp_path, record)
     assert (tmp_path / "0007.json").read_text() == (
         "{\n"
@@ -79,14 +98,13 @@ def test_a_record_is_these_bytes(tmp_path: Path) -> None:
         "  }\n"
         " ],\n"
         ' "fingerprint": "fp",\n'
-        ' "format": 1,\n'
+        f' "format": {version},\n'
         ' "length": 1,\n'
         ' "plan": "plan",\n'
         ' "retry": false,\n'
         ' "rows": 2,\n'
         ' "segment": 3,\n'
-        ' "sha256": {\n'
-        '  "features.npy": "f",\n'
+        ' "sha256": {\n' + ('  "digests.npy": "d",\n' if version > 1 else "") + '  "features.npy": "f",\n'
         '  "object_ids.npy": "o",\n'
         '  "paths.txt": "p"\n'
         " },\n"
@@ -105,34 +123,50 @@ def test_a_record_is_these_bytes(tmp_path: Path) -> None:
     [
         b"",
         FEATURE,
-        FEATURE + TAG[:-1],
-        FEATURE + TAG + b"\0",
-        FEATURE + versions_tag({"numpy": "3"}),
-        FEATURE[:-4] + bytes.fromhex("0000c07f") + TAG,
-        FEATURE[:-4] + bytes.fromhex("0000807f") + TAG,
-        FEATURE.replace(b"<f4", b"<i4") + TAG,
-        FEATURE.replace(b"(3,)", b"(2,)") + TAG,
+        FEATURE + TAG,
+        FEATURE + DIGEST[1:] + TAG,
+        FEATURE + DIGEST + TAG[:-1],
+        FEATURE + DIGEST + TAG + b"\0",
+        FEATURE + DIGEST + versions_tag({"numpy": "3"}),
+        FEATURE[:-4] + bytes.fromhex("0000c07f") + DIGEST + TAG,
+        FEATURE[:-4] + bytes.fromhex("0000807f") + DIGEST + TAG,
+        FEATURE.replace(b"<f4", b"<i4") + DIGEST + TAG,
+        FEATURE.replace(b"(3,)", b"(2,)") + DIGEST + TAG,
     ],
-    ids=["empty", "untagged", "truncated", "longer", "libraries", "NaN", "infinite", "dtype", "shape"],
+    ids=[
+        "empty",
+        "untagged",
+        "no digest",
+        "short digest",
+        "truncated",
+        "longer",
+        "libraries",
+        "NaN",
+        "infinite",
+        "dtype",
+        "shape",
+    ],
 )
 def test_a_feature_file_that_is_not_whole_does_not_count(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "f.npy").write_bytes(FEATURE + TAG)
-    assert read_feature(tmp_path / "f.npy", 3, TAG) is not None
+    (tmp_path / "f.npy").write_bytes(FEATURE + DIGEST + TAG)
+    assert read_feature(tmp_path / "f.npy", 3, 32, TAG) is not None
     (tmp_path / "f.npy").write_bytes(data)
-    assert read_feature(tmp_path / "f.npy", 3, TAG) is None
+    assert read_feature(tmp_path / "f.npy", 3, 32, TAG) is None
     # Plans from before tags take features without one, and no other kind of damage.
-    assert (read_feature(tmp_path / "f.npy", 3, TAG, untagged=True) is not None) == (data == FEATURE)
+    assert (read_feature(tmp_path / "f.npy", 3, 0, TAG, untagged=True) is not None) == (
+        data in (FEATURE, FEATURE + TAG)
+    )
 
 
 def test_what_is_no_file_is_no_feature(tmp_path: Path) -> None:
-    assert read_feature(tmp_path / "none.npy", 3, TAG) is None
-    assert read_feature(tmp_path, 3, TAG) is None
+    assert read_feature(tmp_path / "none.npy", 3, 32, TAG) is None
+    assert read_feature(tmp_path, 3, 32, TAG) is None
     (tmp_path / "f.npy").write_bytes(FEATURE + TAG)
-    assert read_feature(tmp_path / "f.npy", 4, TAG) is None
+    assert read_feature(tmp_path / "f.npy", 4, 0, TAG) is None
     os.mkfifo(tmp_path / "pipe.npy")
-    assert read_feature(tmp_path / "pipe.npy", 3, TAG) is None, "a pipe is not waited for"
+    assert read_feature(tmp_path / "pipe.npy", 3, 32, TAG) is None, "a pipe is not waited for"
     writer = os.open(tmp_path / "pipe.npy", os.O_RDWR)
-    assert read_feature(tmp_path / "pipe.npy", 3, TAG) is None, "nor if somebody writes into it"
+    assert read_feature(tmp_path / "pipe.npy", 3, 32, TAG) is None, "nor if somebody writes into it"
     os.close(writer)
 
 
@@ -176,7 +210,7 @@ def test_an_exclusive_write_leaves_the_first_file(tmp_path: Path) -> None:
 def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> None:
     import hashlib
 
-    contents = shard_contents(np.ones((1, 2), np.float32), ["a"], ["a"])
+    contents = shard_contents(np.ones((1, 2), np.float32), np.zeros((1, 32), np.uint8), ["a"], ["a"])
     for name, data in contents.items():
         layout.shard_file(tmp_path, 0, name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
@@ -251,6 +285,8 @@ def test_what_is_no_regular_file_is_read_and_waited_for_by_nobody(tmp_path: Path
         {"sha256": None},
         {"sha256": {}},
         {"sha256": {"paths.txt": "p"}},
+        {"sha256": {"features.npy": "f", "object_ids.npy": "o", "paths.txt": "p"}},
+        {"format": 1},
         {"sha256": {"../x": "f"}},
         {"versions": {"numpy": 2}},
         {"failed": [{"path": "x"}]},
@@ -267,6 +303,13 @@ def test_a_record_of_other_types_is_damaged(tmp_path: Path, change: dict[str, ob
     path = tmp_path / "0007.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(FileDamaged, match=r"0007\.json is damaged.*ruiji verify --repair"):
+        read_record(tmp_path, 7)
+
+
+def test_a_record_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    record = Record(7, 2, 1, "float32", dict.fromkeys(layout.SHARD_ENDINGS, "f"), "fp", "plan", 3, {"numpy": "2"}, ())
+    write_record(tmp_path, replace(record, format=3))
+    with pytest.raises(GalleryMismatch, match=r"0007\.json has format 3.*up to 2; update ruiji"):
         read_record(tmp_path, 7)
 
 

@@ -49,10 +49,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def record_anew(plan: Plan, shard: int, features: np.ndarray, ids: list[str], paths: list[str]) -> None:
+def record_anew(
+    plan: Plan, shard: int, features: np.ndarray, ids: list[str], paths: list[str], digests: np.ndarray | None = None
+) -> None:
     """Write a shard whose record fits its bytes, whatever they say."""
     record = json.loads((plan.folder / f"{shard:04d}.json").read_text())
-    for ending, content in shard_contents(features, ids, paths).items():
+    digests = np.zeros((len(features), 32), np.uint8) if digests is None else digests
+    for ending, content in shard_contents(features, digests, ids, paths).items():
         (plan.folder / f"{shard:04d}.{ending}").write_bytes(content)
         record["sha256"][ending] = hashlib.sha256(content).hexdigest()
     (plan.folder / f"{shard:04d}.json").write_text(json.dumps(record))
@@ -72,7 +75,7 @@ def test_no_gallery_is_bad_input(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy", "paths.txt", "json"])
+@pytest.mark.parametrize("ending", ["features.npy", "digests.npy", "object_ids.npy", "paths.txt", "json"])
 @pytest.mark.parametrize("damage", ["flip", "delete", "truncate"])
 def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, ending: str, damage: str) -> None:
     before = files(plan.folder)
@@ -117,6 +120,8 @@ def test_bytes_that_fit_the_record_must_also_mean_something(plan: Plan) -> None:
         ((features, [ids[1], ids[0], *ids[2:]], paths), "not those of its paths"),
         ((features[:3], ids, paths), "not as recorded"),
         ((features, ids[:3], paths[:3]), "3 ids for 4 rows"),
+        ((features, ids, paths, np.zeros((3, 32), np.uint8)), "digests are uint8[3, 32]"),
+        ((features, ids, paths, np.zeros((4, 32), np.int8)), "digests are int8[4, 32]"),
     ):
         record_anew(plan, 0, *content)
         (finding,) = verify(plan.folder)

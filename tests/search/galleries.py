@@ -33,20 +33,31 @@ def in_memory(features: NDArray[np.float32], ids: list[str] | None = None, cuts:
 
 
 def write_shard(
-    folder: Path, number: int, features: NDArray[np.float32], paths: list[str], fingerprint: str, record: bool = True
+    folder: Path,
+    number: int,
+    features: NDArray[np.float32],
+    paths: list[str],
+    fingerprint: str,
+    record: bool = True,
+    digests: NDArray[np.uint8] | None = None,
 ) -> None:
-    """Write one shard as the reducer does; without its record it is what a killed reducer leaves."""
+    """Write one shard as the reducer does; without its record it is what a killed reducer leaves.
+
+    Without `digests`, uint8[rows, 32], no two files are the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ids = [path.rpartition("/")[2] for path in paths]
-    contents = shard_contents(features, ids, paths)
+    if digests is None:
+        digests = np.array([list(hashlib.sha256(path.encode()).digest()) for path in paths], np.uint8).reshape(-1, 32)
+    contents = shard_contents(features, digests, ids, paths)
     for ending, data in contents.items():
         layout.shard_file(folder, number, ending).write_bytes(data)
     if record:
-        digests = {ending: hashlib.sha256(data).hexdigest() for ending, data in contents.items()}
+        sums = {ending: hashlib.sha256(data).hexdigest() for ending, data in contents.items()}
         rows, length = features.shape
         write_record(
             folder,
-            Record(number, rows, length, "float32", digests, fingerprint, "plan", number, library_versions(), ()),
+            Record(number, rows, length, "float32", sums, fingerprint, "plan", number, library_versions(), ()),
         )
 
 

@@ -682,6 +682,8 @@ def test_index_keeps_norms_and_codes_and_info_tells_what_there_is(own_world: Wor
     assert (facts["objects"], facts["shards"], facts["length"]) == (15, 4, 12)
     assert (facts["zero"], facts["not_finite"], facts["failed"], facts["norms_kept"]) == (1, 2, 0, 4)
     assert facts["codes_kept"] == 4
+    assert facts["digests"] == 15
+    assert "no digest" not in own_world.run("gallery").stderr
     assert facts["fingerprint"] == own_world.model.fingerprint
     assert "not_finite      2" in own_world.run("gallery").stdout
 

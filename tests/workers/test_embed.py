@@ -1,11 +1,15 @@
 """One batch, paths to files: what every object ends as, and what is not its fault."""
 
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from pipeline.errors import MachineFault
@@ -13,6 +17,8 @@ from pipeline.model import load_model
 from pipeline.plans.plan import Plan
 from pipeline.segments import reduce_segment
 from tests.pipeline.galleries import new_plan
+from workers.decode import images
+from workers.decode.images import Decoded, decode_whole
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch
 from workers.encoder import Encoder
 from workers.ledger import Ledger
@@ -44,7 +50,67 @@ def test_every_object_ends_as_a_feature_or_a_failure(tmp_path: Path, plan: Plan,
     (tmp_path / "media" / batch[2].path).unlink()
     assert embed_batch(plan, batch, encoder, tmp_path / "media") == [DONE, FAILED, FAILED, DONE]
     assert [failure(plan, job) for job in batch] == [None, "undecodable", "missing", None]
-    assert plan.feature(batch[0].path.rpartition("/")[2]) is not None
+    assert plan.feature(plan.segments[0], batch[0].path.rpartition("/")[2]) is not None
+
+
+def digests(plan: Plan, batch: list[Job]) -> list[bytes]:
+    found = [plan.feature(job.segment, plan.scheme.object_id(job.path)) for job in batch]
+    return [embedded.digest for embedded in found if embedded is not None]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["in memory", "by the decoder"])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_feature_has_the_digest_of_its_file(
+    tmp_path: Path, plan: Plan, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, whole: bool, ahead: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+    batch = jobs(plan)
+    (tmp_path / "media" / batch[2].path).write_bytes((tmp_path / "media" / batch[1].path).read_bytes())
+    expected = [hashlib.sha256((tmp_path / "media" / job.path).read_bytes()).digest() for job in batch]
+    with ThreadPoolExecutor(2) as threads:
+        embed_batch(plan, batch, encoder, tmp_path / "media", decoders=threads if ahead else None)
+    assert digests(plan, batch) == expected
+    assert expected[1] == expected[2] != expected[0]
+    reduce_segment(plan, plan.segments[0], lambda: None)
+    assert np.load(plan.folder / "0000.digests.npy").tolist() == [list(digest) for digest in expected]
+
+
+def test_a_digest_is_of_the_bytes_that_were_decoded(tmp_path: Path, plan: Plan, encoder: Encoder) -> None:
+    batch = jobs(plan)[:1]
+    image = tmp_path / "media" / batch[0].path
+    before = image.read_bytes()
+
+    def decode(*arguments: Any) -> Decoded:
+        # It was read by now; somebody saves another picture under its name.
+        image.write_bytes(b"another picture")
+        return decode_whole(*arguments)
+
+    assert embed_batch(plan, batch, encoder, tmp_path / "media", decode_file=decode) == [DONE]
+    assert digests(plan, batch) == [hashlib.sha256(before).digest()]
+
+
+@pytest.mark.parametrize("change", ["longer", "same size"])
+def test_a_large_file_that_changes_while_it_is_read_has_no_row(
+    tmp_path: Path, plan: Plan, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+    batch = jobs(plan)[:1]
+    image = tmp_path / "media" / batch[0].path
+    os.utime(image, (1, 1))
+
+    real = images.decode
+
+    def decode(*arguments: Any) -> NDArray[np.uint8]:
+        pixels = real(*arguments)
+        image.write_bytes(image.read_bytes() + b"more" * (change == "longer"))
+        return pixels
+
+    monkeypatch.setattr(images, "decode", decode)
+    assert embed_batch(plan, batch, encoder, tmp_path / "media") == [FAILED]
+    assert failure(plan, batch[0]) == "truncated"
+    monkeypatch.undo()
+    assert embed_batch(plan, jobs(plan)[1:], encoder, tmp_path / "media") == [DONE] * 3
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, plan: Plan, encoder: Encoder) -> None:

@@ -26,6 +26,7 @@ from pipeline.plans.files import open_plan
 from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.connection import connect
 from pipeline.segments import reduce_segment
+from pipeline.store import DIGEST_BYTES, Embedded
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, tiny_model, wait_until
@@ -382,7 +383,9 @@ def test_doctor_and_search_say_what_is_wrong_with_a_model_in_one_line(ruiji: Rui
     plan = plan_for(ruiji.media.parent, ruiji.model, paths)
     assert plan is not None
     for path in paths:
-        plan.keep_feature(plan.scheme.object_id(path), np.ones(16, np.float32))
+        plan.keep_feature(
+            plan.segments[0], plan.scheme.object_id(path), Embedded(np.ones(16, np.float32), bytes(DIGEST_BYTES))
+        )
     reduce_segment(plan, plan.segments[0], lambda: None)
     assert "gives float32" in said(ruiji("search", str(ruiji.media / paths[0]), code=2))
     ruiji("search", "--id", paths[0].rpartition("/")[2])

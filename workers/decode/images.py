@@ -9,6 +9,7 @@ is turned again.
 """
 
 import errno
+import hashlib
 import importlib
 import io
 import logging
@@ -20,7 +21,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import simplejpeg
@@ -203,6 +204,46 @@ def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] 
         if "truncated" in str(error).lower() or isinstance(error, EOFError):
             raise ImageError("the file ends before the image does", Reason.truncated) from error
         raise ImageError("the image data is broken", Reason.undecodable) from error
+
+
+class Decoded(NamedTuple):
+    """An image as the model gets it.
+
+    Attributes:
+        pixels: uint8[h, w, c].
+        digest: the sha256 of the file that they are of, 32 bytes.
+    """
+
+    pixels: NDArray[np.uint8]
+    digest: bytes
+
+
+def decode_whole(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> Decoded:
+    """As `decode`, with the digest of exactly the bytes that were decoded.
+
+    Raises:
+        ImageError: as `decode`; with reason `truncated` if a file that is too large to be held changed meanwhile.
+        MachineFault: as `decode`.
+    """
+    before = _state(file)
+    pixels = decode(file, spec, max_pixels, altered)
+    try:
+        file.seek(0)
+        digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
+        after = _state(file)
+    except OSError as error:
+        raise MachineFault(f"cannot read an image: {error.strerror}") from error
+    if before != after:
+        raise ImageError("the file changes while it is read", Reason.truncated)
+    return Decoded(pixels, digest)
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    """What changes whenever somebody writes into an open file; nothing for one that was read into memory."""
+    if isinstance(file, io.BytesIO):
+        return ()
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> NDArray[np.uint8]:

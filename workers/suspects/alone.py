@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.children import python_command, start_child
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault
 from pipeline.plans.plan import Limits
 from pipeline.spec import ModelSpec
+from workers.decode.heif import load_decoder
+from workers.decode.images import Decoded, decode_whole, open_image
 
 #: Starting Python and reading one file takes a second; on a busy machine or a slow disk some more.
 _READ_TIMEOUT_S = 120.0
@@ -37,17 +38,14 @@ class ChildDied(Exception):
         self.reason = reason
 
 
-def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str] | None = None) -> NDArray[np.uint8]:
-    """As `load_pixels`, in a child process of its own.
+def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str] | None = None) -> Decoded:
+    """As `open_image` and `decode_whole`, in a child process of its own.
 
     Args:
-        altered: told, as by `load_pixels`.
-
-    Returns:
-        uint8[h, w, c].
+        altered: told, as by `decode_whole`.
 
     Raises:
-        ImageError: as `load_pixels`; reason `memory` where it took more than the limit.
+        ImageError: as they do; reason `memory` where it took more than the limit.
         ChildDied: the child crashed, or took longer than the limit.
         MachineFault: the file could not be read at all.
     """
@@ -83,7 +81,7 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str]
             altered += value["altered"]
         pixels = np.empty(value["shape"], dtype=np.uint8)
         _fill(pixels.data.cast("B"), child.stdout)
-        return pixels
+        return Decoded(pixels, bytes.fromhex(value["digest"]))
     except BrokenPipeError:
         raise ChildDied(Reason.crashed_worker) from None
     finally:
@@ -126,9 +124,6 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _main() -> None:
-    from workers.decode.heif import load_decoder
-    from workers.decode.images import load_pixels
-
     load_decoder()
     request = json.loads(sys.stdin.readline())
     path, limits = Path(request["path"]), Limits(**request["limits"])
@@ -140,7 +135,8 @@ def _main() -> None:
     _limit_memory(limits.max_image_mb)
     altered: list[str] = []
     try:
-        pixels = load_pixels(path, spec, limits.max_pixels, altered)
+        with open_image(path) as file:
+            decoded = decode_whole(file, spec, limits.max_pixels, altered)
     except ImageError as error:
         message = str(error)
         if error.reason is Reason.memory:
@@ -149,8 +145,9 @@ def _main() -> None:
     except MachineFault as error:
         answer = {"fault": True, "message": str(error)}
     else:
-        out.write(json.dumps({"shape": pixels.shape, "altered": altered}).encode() + b"\n")
-        out.write(pixels.tobytes())
+        told = {"shape": decoded.pixels.shape, "altered": altered, "digest": decoded.digest.hex()}
+        out.write(json.dumps(told).encode() + b"\n")
+        out.write(decoded.pixels.tobytes())
         out.flush()
         return
     out.write(json.dumps(answer).encode() + b"\n")
@@ -165,7 +162,7 @@ def _read_through(path: Path) -> None:
             while file.read(_MB):
                 pass
     except OSError:
-        return  # `load_pixels` says what is wrong with it.
+        return  # `open_image` says what is wrong with it.
 
 
 if __name__ == "__main__":

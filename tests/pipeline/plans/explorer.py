@@ -35,6 +35,7 @@ from pipeline.segments import finish_plan, reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import FORMAT, check_shard, read_record, to_json, write_atomic
 from pipeline.verify import Finding, repair, verify
+from workers.decode.images import Decoded
 from workers.embed import Job, embed_batch
 
 LENGTH = 2
@@ -154,6 +155,11 @@ def feature_of(path: str, versions: dict[str, str]) -> np.ndarray:
     return np.frombuffer(digest[:2], dtype=np.uint8).astype(np.float32)
 
 
+def digest_of(path: str) -> bytes:
+    """The sha256 of its file, which has its name in it."""
+    return hashlib.sha256(path.encode()).digest()
+
+
 @dataclass
 class World:
     """One gallery folder, its media folder, and what actors do with them."""
@@ -214,7 +220,7 @@ class World:
                 raise ImageError("broken", "undecodable")
             if name == BIG and max_pixels < LARGE:
                 raise ImageError("too large", "too-large")
-            return feature_of(name, plan.versions).reshape(1, 1, LENGTH)
+            return Decoded(feature_of(name, plan.versions).reshape(1, 1, LENGTH), digest_of(name))
 
         jobs = [Job(segment, path) for path in plan.paths(segment)]
         # A late duplicate can lose the file that it writes; it is given back, and dropped at its next try.
@@ -280,17 +286,22 @@ class World:
                 break
         else:
             raise AssertionError("there is always something left to do")
-        limits = {closed.plan.plan_id: closed.plan.limits for closed in closed_plans(self.folder)}
+        plans = {closed.plan.plan_id: closed.plan for closed in closed_plans(self.folder)}
         rows: list[str] = []
         for shard in published_shards(self.folder):
             record = read_record(self.folder, shard)
             check_shard(self.folder, record)
             paths = layout.paths_file(self.folder, shard).read_text().split()
             features = np.load(layout.features_file(self.folder, shard), allow_pickle=False)
+            assert record.format == plans[record.plan].record_format, "made again in another format"
+            assert layout.digests_file(self.folder, shard).exists() == (record.format > 1)
+            if record.format > 1:
+                digests = np.load(layout.digests_file(self.folder, shard), allow_pickle=False)
+                assert digests.tolist() == [list(digest_of(path)) for path in paths], "another file's digest"
             for path, feature in zip(paths, features, strict=True):
                 assert feature.tolist() == feature_of(path, record.versions).tolist(), f"{path} by other libraries"
             for failure in record.failed:
-                small = limits[record.plan].max_pixels < LARGE
+                small = plans[record.plan].limits.max_pixels < LARGE
                 assert failure.path == BAD or (failure.path == BIG and small), f"{failure} under other limits"
             rows += paths
         assert len(rows) == len(set(rows)), f"objects with two rows: {sorted(rows)}"

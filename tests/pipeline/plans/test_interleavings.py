@@ -21,7 +21,7 @@ from pipeline.objects import ObjectList
 from pipeline.plans import files, generations, planning
 from pipeline.plans import plan as plan_module
 from pipeline.plans import published as published_module
-from pipeline.plans.files import open_plan
+from pipeline.plans.files import open_plan, write_plan
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import Retry
 from tests.pipeline.plans.explorer import BAD, BIG, LARGE, SMALL, Stepper, World, stepped
@@ -179,11 +179,38 @@ def cancelled(world: World) -> None:
     world.cancel()
 
 
+def older_planned(world: World) -> None:
+    """The open plan of a ruiji that kept no digests."""
+    planned(world)
+    plan = world.state["plan"] = replace(_open(world), record_format=1)
+    write_plan(generations.current(world.folder).made_folder, plan)
+
+
+def older(world: World) -> None:
+    """It has all features."""
+    older_planned(world)
+    plan = _open(world)
+    for segment in plan.segments:
+        world.embed(plan, segment)
+
+
+def older_and_lost(world: World) -> None:
+    """It is done, but for a shard that was lost since."""
+    older(world)
+    world.work()
+    world.lose(1)
+
+
+def older_and_cancelled(world: World) -> None:
+    older(world)
+    world.cancel()
+
+
 BEGINNINGS: dict[str, Action] = {
     each.__name__: each
     for each in (
         empty, planned, planned_small, embedded, published, done, shrunk, broken, lost_and_shrunk, repairing, retrying,
-        cancelled,
+        cancelled, older_planned, older, older_and_lost, older_and_cancelled,
     )
 }  # fmt: skip
 ACTORS: dict[str, Action] = {
@@ -218,6 +245,10 @@ PAIRS = [
     *itertools.product(("published",), ("watchdog", "cancel", "reduce")),
     *itertools.product(("broken", "lost_and_shrunk"), ("repair", "enqueue")),
     *itertools.product(("done",), ("retry", "enqueue what is away")),
+    *itertools.product(("older_planned",), ("embed",)),
+    *itertools.product(("older",), ("reduce", "cancel")),
+    *itertools.product(("older_and_lost",), ("repair", "enqueue other")),
+    *itertools.product(("older_and_cancelled",), ("enqueue",)),
 ]
 
 
@@ -270,6 +301,7 @@ def _cases() -> list[tuple[str, str, str, bool]]:
             "published",
             "repairing",
             "retrying",
+            "older",
         ):
             continue
         cases.append((beginning, actor, meanwhile, kill))
@@ -336,6 +368,22 @@ def _features_of_any_libraries_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "versions_tag", lambda versions: b"0" * 16)
 
 
+def _features_without_digest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature that a ruiji without digests left enters a shard that has them."""
+    real = plan_module.read_feature
+
+    def read(path: Any, length: int, digest_bytes: int, *rest: Any) -> Any:
+        left = real(path, length, 0, *rest)
+        return real(path, length, digest_bytes, *rest) if left is None else left._replace(digest=bytes(digest_bytes))
+
+    monkeypatch.setattr(plan_module, "read_feature", read)
+
+
+def _made_again_in_the_newest_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost shard is made again in another format than its record had."""
+    monkeypatch.setattr(Plan, "record_format_of", lambda plan, segment: plan.record_format)
+
+
 def _removed_objects_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is marked in a lost shard that is made again."""
     real = planning.write_marks
@@ -380,6 +428,8 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, str, str, bo
     (_closing_is_not_exclusive, ("embedded", "cancel", "cancel, late record, enqueue, all of it", False)),
     (_failures_of_any_plan_count, ("planned_small", "embed", "cancel, enqueue, all of it", False)),
     (_features_of_any_libraries_count, ("cancelled", "enqueue", "cancel, upgrade, a part", False)),
+    (_features_without_digest_count, ("older_and_cancelled", "enqueue", "nothing", False)),
+    (_made_again_in_the_newest_format, ("older_and_lost", "repair", "nothing", False)),
     (_removed_objects_come_back, ("lost_and_shrunk", "enqueue", "nothing", False)),
     (_closed_before_inputs_are_gone, ("embedded", "reduce", "work", True)),
     (_the_list_is_accepted_first, ("done", "enqueue what is away", "nothing", False)),

@@ -18,7 +18,7 @@ from pipeline.plans.plan import segment_digest
 from pipeline.plans.planning import PlanSettings, check_matches, plan_list, plan_repair
 from pipeline.segments import reduce_segment
 from tests.factories import picture, pictures
-from tests.pipeline.galleries import SCHEME, embed, fail, files, new_plan, plan_for
+from tests.pipeline.galleries import SCHEME, embed, fail, files, is_done, new_plan, plan_for
 
 
 def finish(plan) -> None:  # type: ignore[no-untyped-def]
@@ -111,7 +111,7 @@ def test_what_a_cancelled_plan_failed_is_tried_again(tmp_path: Path, model_path:
     cancel_plan(plan)
     again = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 5))
     assert again is not None
-    assert [again.is_done(path) for path in paths[:3]] == [True, False, False]
+    assert [is_done(again, path) for path in paths[:3]] == [True, False, False]
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -132,7 +132,7 @@ def test_features_of_other_library_versions_do_not_come_into_a_new_plans_shards(
     assert again is not None
     # With kept features the first segment is one that was published and lost.
     for segment in again.segments[: 2 if keep else 1]:
-        assert {again.is_done(path) for path in again.paths(segment)} == {not other}
+        assert {is_done(again, path) for path in again.paths(segment)} == {not other}
 
 
 def test_a_todo_list_that_lost_its_end_is_not_taken_for_a_list(tmp_path: Path, model_path: Path) -> None:
@@ -289,6 +289,9 @@ def test_a_shard_is_made_again_under_the_limits_that_it_was_made_under(tmp_path:
     assert after == before
 
 
+LIMITS = {"max_pixels": 1, "max_image_s": 1, "max_image_mb": 1}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -300,10 +303,15 @@ def test_a_shard_is_made_again_under_the_limits_that_it_was_made_under(tmp_path:
         {"segments": {"a": 1}},
         {"limits": {}},
         {"limits": {"max_pixels": "many", "max_image_s": 1, "max_image_mb": 1}},
-        {"origins": {"../x": {"limits": {"max_pixels": 1, "max_image_s": 1, "max_image_mb": 1}, "versions": []}}},
+        {"origins": {"../x": {"limits": LIMITS, "versions": [], "record_format": 1}}},
         {"object_id": "nonsense"},
         {"surprise": 1},
-        {"format": 3},
+        {"format": 4},
+        {"record_format": 0},
+        {"record_format": 3},
+        {"record_format": "2"},
+        {"record_format": True},
+        {"origins": {"0" * 16: {"limits": LIMITS, "versions": []}}},
         {"format": "1"},
     ],
     ids=str,

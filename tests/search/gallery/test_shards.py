@@ -1,5 +1,7 @@
 """Opening galleries: what is read, what is refused, and how it is said."""
 
+import hashlib
+import itertools
 import os
 import resource
 import time
@@ -14,7 +16,7 @@ from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageErro
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
 from search.filters import apply_conditions, parse_conditions
-from search.gallery.opening import find_gallery, open_gallery
+from search.gallery.opening import find_gallery, open_gallery, reuse_shards
 from search.gallery.shards import Gallery
 from search.ranking.codes_scan import codes_scan
 from search.ranking.rank import rank
@@ -57,6 +59,29 @@ def test_rows_ids_and_paths_belong_together(folder: Path, model: Model) -> None:
     for row, path in enumerate(some_paths(10)):
         assert gallery.path(row) == path
         assert gallery.object_id(row) == path[2:]
+        assert gallery.digest(row) == hashlib.sha256(path.encode()).digest()
+    assert gallery.digested_rows == 10
+
+
+@pytest.mark.parametrize(
+    "digests",
+    [np.zeros((3, 32), np.uint8), np.zeros((4, 31), np.uint8), np.zeros((4, 32), np.int8), np.zeros(128, np.uint8)],
+    ids=["rows", "length", "dtype", "flat"],
+)
+def test_digests_of_another_shape_are_refused_by_name(folder: Path, digests: NDArray[np.uint8]) -> None:
+    np.save(folder / "0001.digests.npy", digests)
+    with pytest.raises(ShardCorrupt, match=r"0001\.digests\.npy is .* not uint8\[4, 32\].*ruiji enqueue"):
+        open_gallery(folder)
+
+
+def test_a_shard_with_the_same_features_of_other_files_is_another(folder: Path, model: Model) -> None:
+    before = open_gallery(folder)
+    (folder / "0001.json").unlink()
+    digests = np.ones((4, 32), np.uint8)
+    write_shard(folder, 1, some_features(10)[4:8], some_paths(10)[4:8], model.fingerprint, digests=digests)
+    after = reuse_shards(open_gallery(folder), before)
+    assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False, True]
+    assert after.digest(4) == bytes([1] * 32)
 
 
 def test_a_shard_of_failures_only_has_no_rows_and_is_legal(folder: Path, model: Model) -> None:
@@ -91,14 +116,14 @@ def test_a_shard_of_another_length_is_refused(folder: Path, model: Model) -> Non
         open_gallery(folder)
 
 
-@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy", "paths.txt"])
+@pytest.mark.parametrize("ending", ["features.npy", "digests.npy", "object_ids.npy", "paths.txt"])
 def test_a_missing_file_of_a_recorded_shard_is_named(folder: Path, ending: str) -> None:
     (folder / f"0001.{ending}").unlink()
     with pytest.raises(ShardCorrupt, match=f"0001.{ending}"):
         open_gallery(folder)
 
 
-@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy"])
+@pytest.mark.parametrize("ending", ["features.npy", "digests.npy", "object_ids.npy"])
 @pytest.mark.parametrize("kept", [0, 5, 100, -8])
 def test_a_truncated_array_is_named(folder: Path, ending: str, kept: int) -> None:
     path = folder / f"0001.{ending}"
@@ -213,8 +238,10 @@ def test_a_damaged_record_is_an_error_of_ours(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("ending", ["features.npy", "object_ids.npy"])
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    ("ending", "recorded"),
+    [*itertools.product(["features.npy", "object_ids.npy"], [True, False]), ("digests.npy", True)],
+)
 def test_a_hostile_array_is_refused_in_one_line(folder: Path, name: str, ending: str, recorded: bool) -> None:
     if not recorded:
         (folder / "gallery.json").unlink()

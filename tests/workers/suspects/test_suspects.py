@@ -1,5 +1,6 @@
 """Images that kill their worker: found, run alone, and failed without blaming their batch mates."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -52,7 +53,9 @@ def jobs(plan: Plan) -> list[Job]:
 def test_alone_the_pixels_are_the_same(tmp_path: Path, encoder: Encoder) -> None:
     path = picture(tmp_path / "p.png", 3, (300, 200))
     spec = encoder.model.spec
-    assert (decode_alone(path, spec, LIMITS) == load_pixels(path, spec, LIMITS.max_pixels)).all()
+    decoded = decode_alone(path, spec, LIMITS)
+    assert (decoded.pixels == load_pixels(path, spec, LIMITS.max_pixels)).all()
+    assert decoded.digest == hashlib.sha256(path.read_bytes()).digest()
 
 
 def test_alone_bad_files_have_the_same_reasons(tmp_path: Path, encoder: Encoder) -> None:
@@ -66,7 +69,7 @@ def test_alone_bad_files_have_the_same_reasons(tmp_path: Path, encoder: Encoder)
 
 def test_alone_memory_is_limited(tmp_path: Path, encoder: Encoder) -> None:
     Image.new("RGB", (6000, 6000)).save(tmp_path / "large.png")
-    assert decode_alone(tmp_path / "large.png", encoder.model.spec, Limits(10**8, 60, 1024)).shape == (8, 8, 3)
+    assert decode_alone(tmp_path / "large.png", encoder.model.spec, Limits(10**8, 60, 1024)).pixels.shape == (8, 8, 3)
     with pytest.raises(ImageError, match="more than 64 MB") as caught:
         decode_alone(tmp_path / "large.png", encoder.model.spec, Limits(10**8, 60, 64))
     assert caught.value.reason == "memory"
