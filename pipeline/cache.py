@@ -2,7 +2,8 @@
 
 `G/cache/NNNN.<key>.<kind>.npy`, one array a file. The key is taken from the shard's record (or, for an article's shard,
 from size and time of its file), so that what was made of other rows is never read. Behind the array stand a checksum of
-each MiB of it, and a seal over these, the header and the file's name: a file is believed only if it has them.
+each MiB of it, and a seal over these, the header and the file's name: a file is believed only if it has them. Pairs of
+near-duplicates lie here in files of the same kind, `search.duplicates.store`.
 """
 
 import hashlib
@@ -126,7 +127,7 @@ class ShardCache:
     def open(self, kind: str, dtype: str, shape: tuple[int, ...]) -> Kept | None:
         """An array whose rows are still to be checked; None if there is no such file, or a damaged one."""
         try:
-            kept = _read(self.path(kind))
+            kept = read_array(self.path(kind))
             if kept is not None and (kept.array.dtype, kept.array.shape) != (np.dtype(dtype), shape):
                 raise NpyError("it is not what its name says")
         except FileNotFoundError:
@@ -138,15 +139,12 @@ class ShardCache:
 
     def write(self, kind: str, array: NDArray[Any]) -> bool:
         """Keep an array and remove what was made of earlier rows; False if the folder cannot be written to."""
-        path, header = self.path(kind), npy_header(array.dtype.str, array.shape)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        checksums = b"".join(_checksum(data[at : at + _CHECKED_BYTES]) for at in range(0, len(data), _CHECKED_BYTES))
         try:
             self.folder.path.mkdir(exist_ok=True)
             for name in self.folder.names_of(self.shard):
                 if not name.startswith(layout.cache_prefix(self.shard, self.key)):
                     (self.folder.path / name).unlink(missing_ok=True)
-            write_atomic(path, [header, data.data, checksums + _seal(path.name, header, checksums)])
+            write_array(self.path(kind), array)
         except (OSError, MachineFault):
             return False
         return True
@@ -168,7 +166,7 @@ def look_through(folder: Path) -> Iterator[tuple[str, bool, str]]:
             yield shown, False, "a killed process left it half-written"
         elif layout.is_cache_file(name):
             try:
-                kept = _read(place / name)
+                kept = read_array(place / name)
                 if kept is None:
                     yield shown, False, "it has no checksums and is not read"
                 elif not kept.check():
@@ -177,7 +175,7 @@ def look_through(folder: Path) -> Iterator[tuple[str, bool, str]]:
                 yield shown, True, str(error)
 
 
-def _read(path: Path) -> Kept | None:
+def read_array(path: Path) -> Kept | None:
     """A file with its seal checked; None if it is an array without anything behind it, as an older ruiji wrote it.
 
     Raises:
@@ -195,6 +193,18 @@ def _read(path: Path) -> Kept | None:
         raise NpyError("its seal is broken, or is that of another file")
     by_block = np.frombuffer(checksums, np.uint8).reshape(-1, _CHECKSUM_BYTES)
     return Kept(found.array, by_block, np.zeros(len(by_block), bool))
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array with its checksums and its seal; whole, or not at all.
+
+    Raises:
+        MachineFault: it cannot be written.
+    """
+    header = npy_header(array.dtype.str, array.shape)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    checksums = b"".join(_checksum(data[at : at + _CHECKED_BYTES]) for at in range(0, len(data), _CHECKED_BYTES))
+    write_atomic(path, [header, data.data, checksums + _seal(path.name, header, checksums)])
 
 
 def _trailer_bytes(array_bytes: int) -> int:

@@ -184,9 +184,34 @@ def cached_shard(name: str) -> str:
     return name.partition(".")[0]
 
 
+_PAIRS_FILE = re.compile(r"pairs\.(\d{4,})\.([0-9a-f]{16})\.(\d[\de.-]*)\.(\d{4,})\.npy")
+
+
+def pairs_file(cache: Path, panel: int, key: str, threshold: float, part: int) -> Path:
+    """Pairs of a panel's rows, e.g. `pairs.0007.0123456789abcdef.0.95.0000.npy`.
+
+    Args:
+        cache: the cache folder.
+        panel: its number.
+        key: changes whenever the rows do that it compares.
+        threshold: the least similarity of its pairs.
+        part: its number; the pairs of most panels are one file.
+    """
+    return cache / f"pairs.{panel:04d}.{key}.{threshold!r}.{part:04d}.npy"
+
+
+def panel_of(name: str) -> tuple[int, str, float, int] | None:
+    """Panel, key, threshold and part of a file of pairs; None for any other name."""
+    match = _PAIRS_FILE.fullmatch(name)
+    try:
+        return (int(match[1]), match[2], float(match[3]), int(match[4])) if match else None
+    except ValueError:
+        return None
+
+
 def is_cache_file(name: str) -> bool:
     """Whether a file of the cache folder has a name that ruiji gives."""
-    return _CACHE_FILE.fullmatch(name) is not None
+    return _CACHE_FILE.fullmatch(name) is not None or panel_of(name) is not None
 
 
 # G/run: what is to do and how it goes on.

@@ -20,12 +20,13 @@ from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
 from search.duplicates.groups import find_groups
+from search.duplicates.linkage import Rules
 from search.filters import Condition, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
-from search.options import THRESHOLD, TOP_K, Metric
+from search.options import THRESHOLD, TOP_K, Linkage, Metric
 from search.queries import Query, embed_pictures, load_encoder, query_model
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
@@ -238,20 +239,30 @@ class Gallery:
         return _features(self._shards, list(object_ids))
 
     def near_duplicates(
-        self, threshold: float = THRESHOLD, progress: Callable[[int, int], None] | None = None
+        self,
+        threshold: float = THRESHOLD,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        linkage: str = Linkage.complete,
     ) -> NearDuplicates:
-        """Find all groups of near-identical objects: everything that is connected by pairs at or above a threshold.
+        """Find all groups of near-identical objects.
 
         Args:
             threshold: the least similarity of a pair, above 0, at most 1.
+            linkage: with `complete` every pair of a group reaches the threshold; with `single` a group is everything
+                that is connected by such pairs.
             progress: called with how many pairs are compared, and how many there are.
 
         Raises:
-            UsageError: the threshold is out of its bounds.
+            UsageError: the threshold is out of its bounds, or more than 20,000 objects are connected and not all pairs
+                of them reach it.
         """
         shards = self._shards
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
-        return NearDuplicates(tuple(find_groups(shards, threshold, arithmetic, progress or (lambda done, total: None))))
+        if linkage not in set(Linkage):
+            raise UsageError(f"there is no linkage {linkage!r}: name one of {', '.join(Linkage)}")
+        rules, step = Rules(Linkage(linkage)), progress or (lambda done, total: None)
+        return NearDuplicates(tuple(find_groups(shards, threshold, rules, arithmetic, step)))
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.

@@ -16,7 +16,7 @@ from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDi
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
 from search.evaluation import cli as evaluation_cli
-from search.options import THRESHOLD, TOP_K, GroupFormat, Metric, OutputFormat
+from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat
 
 if TYPE_CHECKING:
     from search.requests.selection import Selection
@@ -220,6 +220,14 @@ def near_duplicates(
     threshold: Annotated[
         float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
     ] = THRESHOLD,
+    linkage: Annotated[
+        Linkage,
+        typer.Option(
+            "--linkage",
+            help="complete: every pair of a group is at or above the threshold. single: a group is everything that is "
+            "connected by such pairs.",
+        ),
+    ] = Linkage.complete,
     labels: Labels = None,
     where: Where = None,
     device: SearchDevice = Device.auto,
@@ -233,8 +241,9 @@ def near_duplicates(
 ) -> None:
     """Find all groups of near-identical objects.
 
-    Compares each pair once; the result is exact. A group is everything that is connected by pairs at or above the
-    threshold. The similarity of each member is that to the group's first, which comes first in the object list.
+    Compares each pair once; the result is exact. In a group every pair is at or above the threshold. A pair that is in
+    no group is shown as "see also" of the groups that it connects. The similarity of each member is that to the group's
+    first, which comes first in the object list. What was compared is kept: a search that is interrupted goes on.
     """
     from pipeline.progress import show_steps
     from search.requests.near_duplicates import NearDuplicatesRequest
@@ -245,6 +254,7 @@ def near_duplicates(
     request = NearDuplicatesRequest(
         selection=_selection(feature_dir, model_path, labels, where, include_stale, paths_wanted),
         threshold=threshold,
+        linkage=linkage,
         media_dir=media_dir,
         device=device,
         sheet=sheet,
@@ -254,14 +264,13 @@ def near_duplicates(
     found = find(request, note, show_steps)
     groups = found.groups
     write_groups(groups, output_format, media_dir, null)
-    extra = sum(len(group.members) - 1 for group in groups)
-    note(f"{len(groups)} groups; {extra} objects besides the first of each group")
+    note(f"{len(groups)} groups; {groups.objects - len(groups)} objects besides the first of each group")
     if sheet is not None:
         from search.requests.pictures import draw_sheet
 
         shown = "" if len(found.lines) == len(groups) else f" with the first {len(found.lines)} of {len(groups)} groups"
         draw_sheet(sheet, found.lines, max_pixels, note, shown, "first")
-    if not groups and fail_if_empty:
+    if not len(groups) and fail_if_empty:
         raise typer.Exit(EXIT_EMPTY)
 
 

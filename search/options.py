@@ -15,6 +15,13 @@ class Metric(StrEnum):
     euclidean = "euclidean"
 
 
+class Linkage(StrEnum):
+    """Which pairs of a group of near-duplicates reach the threshold: all, or enough to connect it."""
+
+    complete = "complete"
+    single = "single"
+
+
 class Precision(StrEnum):
     """What a scan multiplies. The answer is the same; the less exact, the more rows have to be decided in float64."""
 

@@ -1,18 +1,29 @@
-"""All groups of near-identical objects in a gallery: everything that is connected by pairs of near-duplicates."""
+"""Groups of near-identical objects, as people and programs read them."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.arrays import Rows
-from search.duplicates.pairs import DECIDED_AT_ONCE, PANEL_ROWS, TILE_ROWS, NearPairs, find_pairs, first_equals
+from search.duplicates.linkage import Clusters, Rules, form_groups
+from search.duplicates.pairs import DECIDED_AT_ONCE, PANEL_ROWS, TILE_ROWS, pair_similarities
+from search.duplicates.store import collect
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
-from search.ranking.exact import exact_pair_similarities
+from search.ranking.exact import exact_pair_similarities, units_of
+from search.ranking.numpy_arithmetic import NumpyArithmetic
+
+#: Of a group with more objects that single linkage connected, the least similarity is not looked for.
+_LOOKED_THROUGH = 5000
+#: Far more than float64 products of two unit rows are off by.
+_FLOAT64_MARGIN = 1e-12
+#: If no two rows can be further from 1 than this, the least similarity is given as what it cannot be below.
+_ALL_BUT_EQUAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -32,129 +43,153 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Objects that are connected by pairs of near-duplicates.
+class SeeAlso:
+    """Pairs that reach the threshold between a group and another, or an object that is in none.
 
     Attributes:
-        members: two or more, in the order of the gallery.
-        pairs: how many pairs of them reach the threshold.
+        group: the other group's number; None for an object that is in none.
+        member: object id of this group's object in the most similar of these pairs.
+        row, object_id, path: of the other object in that pair.
+        similarity: of that pair.
+        pairs: how many there are.
     """
 
+    group: int | None
+    member: str
+    row: int
+    object_id: str
+    path: str | None
+    similarity: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Near-identical objects.
+
+    Attributes:
+        number: from 1, in the order of the groups.
+        members: two or more, in the order of the gallery.
+        pairs: how many pairs of them reach the threshold; with complete linkage all that are compared.
+        least_similarity: of two of its objects that are compared. Of objects that are all but equal it is what no pair
+            is below, within 1e-9. None for more than 5,000 objects that single linkage connects.
+        see_also: pairs that reach the threshold and lead out of the group, the most similar first.
+    """
+
+    number: int
     members: tuple[Member, ...]
     pairs: int
+    least_similarity: float | None = None
+    see_also: tuple[SeeAlso, ...] = ()
+
+
+class Groups:
+    """All groups of a gallery, in the order of their first members; each is made when it is asked for."""
+
+    def __init__(self, gallery: Gallery, clusters: Clusters) -> None:
+        self._gallery, self._clusters = gallery, clusters
+        label = clusters.label
+        rows = np.flatnonzero(label >= 0)
+        sizes = np.bincount(label[rows], minlength=len(label))
+        grouped = rows[(sizes > 1)[label[rows]] & (clusters.pairs > 0)[label[rows]]]
+        self._rows = grouped[np.argsort(label[grouped], kind="stable")]
+        self._firsts, starts = np.unique(label[self._rows], return_index=True)
+        self._bounds: list[int] = [*starts.tolist(), len(self._rows)]
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    @property
+    def objects(self) -> int:
+        """How many objects are in groups."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Group]:
+        for place, first in enumerate(self._firsts.tolist()):
+            rows = self._rows[self._bounds[place] : self._bounds[place + 1]]
+            members = tuple(_members(self._gallery, rows))
+            see_also = tuple(self._see_also(first))
+            yield Group(place + 1, members, int(self._clusters.pairs[first]), self._least(first, rows), see_also)
+
+    def _least(self, first: int, rows: Rows) -> float | None:
+        least = float(self._clusters.least[first])
+        if not np.isnan(least):
+            return least
+        all_compared = self._clusters.pairs[first] == len(rows) * (len(rows) - 1) // 2
+        return least_similarity(self._gallery, rows) if all_compared or len(rows) <= _LOOKED_THROUGH else None
+
+    @cached_property
+    def _leading_out(self) -> dict[int, list[tuple[int, int, float, int]]]:
+        """Of each group its own row, the other one, similarity and number of pairs."""
+        found: dict[int, list[tuple[int, int, float, int]]] = {}
+        between, label = self._clusters.between, self._clusters.label
+        columns = between.some, between.others, between.similarities, between.pairs
+        for some, other, similarity, pairs in zip(*(column.tolist() for column in columns), strict=True):
+            found.setdefault(int(label[some]), []).append((some, other, similarity, pairs))
+            found.setdefault(int(label[other]), []).append((other, some, similarity, pairs))
+        return found
+
+    def _see_also(self, first: int) -> Iterator[SeeAlso]:
+        leading_out = sorted(self._leading_out.get(first, ()), key=lambda one: (-one[2], one[1]))
+        for own, row, similarity, pairs in leading_out:
+            other = int(self._clusters.label[row])
+            place = int(np.searchsorted(self._firsts, other))
+            group = place + 1 if place < len(self._firsts) and self._firsts[place] == other else None
+            object_id, path = self._gallery.object_id(row), self._gallery.path(row)
+            yield SeeAlso(group, self._gallery.object_id(own), row, object_id, path, similarity, pairs)
 
 
 def find_groups(
     gallery: Gallery,
     threshold: float,
+    rules: Rules | None = None,
     arithmetic: Arithmetic | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     panel_rows: int = PANEL_ROWS,
     tile_rows: int = TILE_ROWS,
-) -> list[Group]:
+) -> Groups:
     """Find all groups.
-
-    Equal rows are compared as one, and pairs are counted, never kept.
 
     Args:
         threshold: the least similarity of a pair, above 0, at most 1.
+        rules: what forms a group; by default complete linkage.
         arithmetic: what multiplies, by default numpy; changes speed, never the answer.
         progress: called with pairs of different rows compared so far, and all of them.
         panel_rows, tile_rows: change memory and speed, never the answer.
 
-    Returns:
-        The groups, in the order of their first members.
-
     Raises:
-        UsageError: the threshold is out of its bounds.
+        UsageError: the threshold is out of its bounds, or too many objects would have to be put in order.
+        MachineFault: there is no place for the pairs.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"the threshold must be above 0 and at most 1, not {threshold}")
-    links = _Links(first_equals(gallery, tile_rows))
-    different = np.flatnonzero(links.weights)
-    for near in find_pairs(gallery, different, threshold, arithmetic, progress, panel_rows, tile_rows):
-        if isinstance(near, NearPairs):
-            links.add(near.some, near.others)
-        else:
-            links.add_table(near.some, near.others, near.near)
-    return list(_groups(gallery, links))
+    arithmetic = arithmetic or NumpyArithmetic()
+    with TemporaryDirectory(prefix="ruiji-pairs-") as scratch:
+        store = collect(gallery, threshold, arithmetic, Path(scratch), progress, panel_rows, tile_rows)
+        return Groups(gallery, form_groups(gallery, store, rules or Rules(), Path(scratch)))
 
 
-class _Links:
-    """Which rows are connected, and by how many pairs.
-
-    Attributes:
-        first: for each row one that it is connected with and that is not larger, int64[n]; itself if there is none.
-        weights: for each row how many are equal to it, int64[n]; 0 if an earlier one is, or if it is not compared.
-        pairs: pairs in which a row is the smaller one, int64[n], those of rows that are equal to it included.
-    """
-
-    def __init__(self, first_equals: Rows) -> None:
-        compared = first_equals >= 0
-        self.first: Rows = np.where(compared, first_equals, np.arange(len(first_equals)))
-        self.weights = np.bincount(first_equals[compared], minlength=len(first_equals)).astype(np.int64)
-        self.pairs = self.weights * (self.weights - 1) // 2
-
-    def add(self, some: Rows, others: Rows) -> None:
-        """Pairs of different rows, the smaller one first."""
-        np.add.at(self.pairs, some, self.weights[some] * self.weights[others])
-        self._join(some, others)
-
-    def add_table(self, some: Rows, others: Rows, near: NDArray[np.bool_]) -> None:
-        """Pairs as a table, bool[b, t], of the rows of both sides."""
-        weights = self.weights[others]
-        # As float64, which numpy multiplies quickly and which holds any number of pairs.
-        counts = near.sum(axis=1) if (weights == 1).all() else near.astype(np.float64) @ weights.astype(np.float64)
-        self.pairs[some] += self.weights[some] * counts.astype(np.int64)
-        while True:
-            a, b = self._roots(some), self._roots(others)
-            if (a == a[0]).all() and (b == a[0]).all():
-                return
-            apart = near & (a[:, np.newaxis] != b)
-            # One pair of each row, and one of each column, halve what is apart at the least.
-            i, j = np.flatnonzero(apart.any(axis=1)), np.flatnonzero(apart.any(axis=0))
-            if not len(i):
-                return
-            self._join(
-                np.concatenate([some[i], some[apart[:, j].argmax(axis=0)]]),
-                np.concatenate([others[apart[i].argmax(axis=1)], others[j]]),
-            )
-
-    def _join(self, some: Rows, others: Rows) -> None:
-        while True:
-            a, b = self._roots(some), self._roots(others)
-            apart = a != b
-            if not apart.any():
-                return
-            a, b, some, others = a[apart], b[apart], some[apart], others[apart]
-            # The larger below the smaller; if several smaller ones ask for one, the others ask again.
-            np.minimum.at(self.first, np.maximum(a, b), np.minimum(a, b))
-
-    def _roots(self, rows: Rows) -> Rows:
-        """The smallest row that each row is connected with."""
-        roots = self.first[rows]
-        while not np.array_equal(above := self.first[roots], roots):
-            roots = above
-        self.first[rows] = roots
-        return roots
-
-    def groups(self) -> Rows:
-        """For each row the smallest that it is connected with, int64[n]."""
-        return self._roots(np.arange(len(self.first)))
+def least_similarity(gallery: Gallery, rows: Rows) -> float:
+    """The least similarity of two of some rows; of rows that are all but equal what no pair is below."""
+    from_first = min(member.similarity for member in _members(gallery, rows))
+    # The angle between two rows is at most the sum of theirs to a third.
+    below = float(np.cos(min(np.pi, 2 * np.arccos(from_first)))) - _FLOAT64_MARGIN
+    if below > 1 - _ALL_BUT_EQUAL:
+        return below
+    least = np.inf
+    for start in range(0, len(rows), DECIDED_AT_ONCE):
+        some = rows[start : start + DECIDED_AT_ONCE]
+        units = units_of(gallery.take(some))
+        for first in range(start, len(rows), DECIDED_AT_ONCE):
+            others = rows[first : first + DECIDED_AT_ONCE]
+            cosines = units @ units_of(gallery.take(others)).T
+            i, j = np.nonzero(cosines <= min(least, float(cosines.min())) + _FLOAT64_MARGIN)
+            least = min(least, float(pair_similarities(gallery, some[i], others[j]).min(initial=np.inf)))
+    return least
 
 
-def _groups(gallery: Gallery, links: _Links) -> Iterator[Group]:
-    groups = links.groups()
-    rows = np.flatnonzero(np.bincount(groups, minlength=gallery.rows)[groups] > 1)
-    rows = rows[np.argsort(groups[rows], kind="stable")]
-    firsts, starts = np.unique(groups[rows], return_index=True)
-    for first, (start, end) in zip(firsts.tolist(), itertools.pairwise([*starts.tolist(), len(rows)]), strict=True):
-        members = rows[start:end]
-        yield Group(tuple(_members(gallery, first, members)), int(links.pairs[members].sum()))
-
-
-def _members(gallery: Gallery, first: int, rows: Rows) -> Iterator[Member]:
-    query = gallery.take(np.array([first]))
+def _members(gallery: Gallery, rows: Rows) -> Iterator[Member]:
+    query = gallery.take(rows[:1])
     ids = gallery.object_ids(rows).tolist()
     for start in range(0, len(rows), DECIDED_AT_ONCE):
         some = rows[start : start + DECIDED_AT_ONCE]

@@ -1,24 +1,23 @@
 """All pairs of near-identical rows of a gallery: exact, in tiles, each pair once.
 
-Two rows are near-duplicates where the cosine of `search.ranking.exact` reaches the threshold. `find_pairs` goes through
-panels and tiles of unit rows; `compare` multiplies one tile, and float64 decides only the pairs that the error bound
-leaves open.
+Two rows are near-duplicates where the cosine of `search.ranking.exact` reaches the threshold. `find_pairs` compares a
+panel of rows with all that come before, tile by tile; `compare` multiplies one tile, and float64 decides the pairs that
+its error bound does not rule out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, Rows, row_sums
+from search.arrays import Float32, Float64, Mask, Rows, row_sums
 from search.gallery.norms import is_plain
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic, Pairs, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
-from search.ranking.numpy_arithmetic import NumpyArithmetic
 
 #: Rows that stay in memory while the rest of the gallery passes by, and rows that pass at once: their cosines take
 #: 64 MB, and reading and scaling a row is small beside its products.
@@ -47,53 +46,54 @@ class Part:
 
 @dataclass(frozen=True)
 class NearPairs:
-    """Pairs of gallery rows that reach the threshold, the smaller row first: int64[m] each."""
+    """Pairs of gallery rows that reach the threshold, in any order.
+
+    Attributes:
+        some, others: int64[m] each; the smaller row is in `some`.
+        similarities: exact, float64[m].
+    """
 
     some: Rows
     others: Rows
+    similarities: Float64
 
 
 @dataclass(frozen=True)
 class NearTable:
-    """Which pairs of two sides reach the threshold, where so many do that a list of them would be long.
+    """Which pairs of two sides reach the threshold, where so many do that deciding each by itself would take long.
 
     Attributes:
-        some, others: gallery rows, int64[b] and int64[t].
+        some, others: gallery rows, int64[t] and int64[b].
         near: bool[b, t]; only where the row of `some` is the smaller one.
     """
 
     some: Rows
     others: Rows
-    near: NDArray[np.bool_]
+    near: Mask
 
 
 def find_pairs(
-    gallery: Gallery,
-    rows: Rows,
-    threshold: float,
-    arithmetic: Arithmetic | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int = PANEL_ROWS,
-    tile_rows: int = TILE_ROWS,
-) -> Iterator[NearPairs | NearTable]:
-    """Find every pair of some rows that reaches the threshold, once.
+    gallery: Gallery, panel: Rows, before: Rows, threshold: float, arithmetic: Arithmetic, tile_rows: int = TILE_ROWS
+) -> Iterator[tuple[int, list[NearPairs | NearTable]]]:
+    """Find every pair of a panel's rows, and of these with rows before, that reaches the threshold, once.
 
     Args:
-        rows: gallery rows that can be ranked and of which no two are equal, int64[m], ascending.
+        panel, before: gallery rows that can be ranked and of which no two are equal, int64, ascending; the rows before
+            are all smaller.
         threshold: the least similarity of a pair.
-        arithmetic: what multiplies, by default numpy; changes speed, never the answer.
-        progress: called with pairs compared so far, and all of them.
-        panel_rows, tile_rows: change memory, speed and the order of pairs, never which are found.
+        arithmetic: what multiplies; changes speed, never the answer.
+        tile_rows: changes memory and speed, never the answer.
+
+    Yields:
+        For each tile how many pairs were compared, and what was found.
     """
-    arithmetic = arithmetic or NumpyArithmetic()
-    total, done = len(rows) * (len(rows) - 1) // 2, 0
-    for panel_first in range(0, len(rows), panel_rows):
-        panel = _part(gallery, rows[panel_first : panel_first + panel_rows], arithmetic)
-        for tile_first in range(panel_first, len(rows), tile_rows):
-            tile = _part(gallery, rows[tile_first : tile_first + tile_rows], arithmetic)
-            yield from compare(gallery, panel, tile, threshold, arithmetic)
-            done += _comparisons(panel.rows, tile.rows)
-            progress(done, total)
+    if not len(panel):
+        return
+    side = _part(gallery, panel, arithmetic)
+    rows = np.concatenate([before, panel])
+    for first in range(0, len(rows), tile_rows):
+        tile = _part(gallery, rows[first : first + tile_rows], arithmetic)
+        yield _comparisons(tile.rows, panel), list(compare(gallery, side, tile, threshold, arithmetic))
 
 
 def first_equals(gallery: Gallery, block_rows: int) -> Rows:
@@ -148,41 +148,40 @@ def _units(features: Float32, norms: Float32) -> Float32:
     return units
 
 
-def _comparisons(panel: Rows, tile: Rows) -> int:
-    """How many pairs a < b with a of the panel and b of the tile there are; both ascending."""
-    return int(np.searchsorted(panel, tile).sum())
+def _comparisons(tile: Rows, panel: Rows) -> int:
+    """How many pairs a < b with a of the tile and b of the panel there are; both ascending."""
+    return int(np.searchsorted(tile, panel).sum())
 
 
 def compare(
     gallery: Gallery, panel: Part, tile: Part, threshold: float, arithmetic: Arithmetic
 ) -> Iterator[NearPairs | NearTable]:
-    """Find the pairs that reach the threshold and whose smaller row is the panel's, the other the tile's."""
+    """Find the pairs that reach the threshold and whose smaller row is the tile's, the other the panel's."""
     margin = Margin(max(panel.margin.absolute, tile.margin.absolute), max(panel.margin.relative, tile.margin.relative))
     for found in arithmetic.near(panel.made, tile.made, margin.least(threshold)):
         if isinstance(found, Pairs):
-            some, others = panel.rows[found.some], tile.rows[found.others]
             # A tile inside the panel has each pair twice, and each row with itself.
-            once = some < others
-            some, others = some[once], others[once]
-            reached = margin.lower(found.cosines[once]) >= threshold
-            open_pairs = np.flatnonzero(~reached)
-            reached[open_pairs] = _decided(gallery, some[open_pairs], others[open_pairs]) >= threshold
-            yield NearPairs(some[reached], others[reached])
+            some, others = tile.rows[found.others], panel.rows[found.some]
+            yield _decided(gallery, some[some < others], others[some < others], threshold)
             continue
         for start in range(0, len(found.cosines), _DENSE_ROWS):
             cosines = found.cosines[start : start + _DENSE_ROWS]
             first = found.first + start
-            some = panel.rows[first : first + len(cosines)]
+            rows = panel.rows[first : first + len(cosines)]
             units = panel.units[first : first + len(cosines)]
-            near = _reached(gallery, some, units, tile, cosines, margin, threshold)
-            yield NearTable(some, tile.rows, near)
+            near = _reached(gallery, rows, units, tile, cosines, margin, threshold)
+            if is_dense(int(np.count_nonzero(near)), near.size):
+                yield NearTable(tile.rows, rows, near)
+            else:
+                i, j = np.nonzero(near)
+                yield _decided(gallery, tile.rows[j], rows[i], threshold)
 
 
 def _reached(
-    gallery: Gallery, some: Rows, units: Float32, tile: Part, cosines: Float32, margin: Margin, threshold: float
-) -> NDArray[np.bool_]:
-    """Which pairs reach the threshold, bool[b, t], of those whose first row is the smaller one."""
-    once = some[:, np.newaxis] < tile.rows if some[-1] >= tile.rows[0] else np.True_
+    gallery: Gallery, rows: Rows, units: Float32, tile: Part, cosines: Float32, margin: Margin, threshold: float
+) -> Mask:
+    """Which pairs reach the threshold, bool[b, t], of those whose row of the tile is the smaller one."""
+    once = tile.rows < rows[:, np.newaxis] if tile.rows[-1] >= rows[0] else np.True_
     reached, open_pairs = _sorted_out(cosines, margin, threshold, once)
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
         # Float32 leaves fewer of them open than a coarser scan does.
@@ -190,16 +189,14 @@ def _reached(
         if exact.absolute < margin.absolute:
             reached, open_pairs = _sorted_out(units @ tile.units.T, exact, threshold, once)
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
-        similarities = exact_pair_table(gallery.take(some), gallery.take(tile.rows), open_pairs)
+        similarities = exact_pair_table(gallery.take(rows), gallery.take(tile.rows), open_pairs)
         return reached | (similarities >= threshold)
     i, j = np.nonzero(open_pairs)
-    reached[i, j] = _decided(gallery, some[i], tile.rows[j]) >= threshold
+    reached[i, j] = pair_similarities(gallery, rows[i], tile.rows[j]) >= threshold
     return reached
 
 
-def _sorted_out(
-    cosines: Float32, margin: Margin, threshold: float, once: Any
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _sorted_out(cosines: Float32, margin: Margin, threshold: float, once: Any) -> tuple[Mask, Mask]:
     """Pairs that reach the threshold for certain, and those that may."""
     certain = (threshold + margin.absolute) / (1 - margin.relative)
     # Rounded up, and for what is no number false.
@@ -207,8 +204,15 @@ def _sorted_out(
     return reached, ~(cosines < np.float32(margin.least(threshold))) & once & ~reached
 
 
-def _decided(gallery: Gallery, some: Rows, others: Rows) -> Float64:
-    """The similarities that decide, of pairs of gallery rows."""
+def _decided(gallery: Gallery, some: Rows, others: Rows, threshold: float) -> NearPairs:
+    """Those of some pairs that reach the threshold."""
+    similarities = pair_similarities(gallery, some, others)
+    reached = similarities >= threshold
+    return NearPairs(some[reached], others[reached], similarities[reached])
+
+
+def pair_similarities(gallery: Gallery, some: Rows, others: Rows) -> Float64:
+    """The similarities that decide, of pairs of gallery rows, float64[m]."""
     similarities = np.empty(len(some))
     for start in range(0, len(some), DECIDED_AT_ONCE):
         pairs = slice(start, start + DECIDED_AT_ONCE)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.choices import Device
 from pipeline.errors import UsageError
-from search.duplicates.groups import Group, find_groups
+from search.duplicates.groups import Groups, find_groups
+from search.duplicates.linkage import Rules
 from search.filters import apply_conditions
-from search.options import THRESHOLD
+from search.options import THRESHOLD, Linkage
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
 from search.requests.selection import Progress, Say, Selection, say_unusable
@@ -24,6 +25,7 @@ class NearDuplicatesRequest:
     Attributes:
         selection: the objects that are compared.
         threshold: the least similarity of a pair, above 0, at most 1.
+        linkage: whether every pair of a group must reach the threshold, or only enough to connect it.
         media_dir: where the pictures of the gallery are.
         device: where pairs are compared; changes speed, never the groups.
         sheet: what will be drawn; checked before any work.
@@ -35,6 +37,7 @@ class NearDuplicatesRequest:
 
     selection: Selection
     threshold: float = THRESHOLD
+    linkage: Linkage = Linkage.complete
     media_dir: Path | None = None
     device: Device = Device.auto
     sheet: Path | None = None
@@ -50,11 +53,11 @@ class NearDuplicatesResult:
     """What was found.
 
     Attributes:
-        groups: in the order of their first members.
+        groups: in the order of their first members; each is made when it is asked for.
         lines: what a sheet shows; empty if none is wanted.
     """
 
-    groups: tuple[Group, ...]
+    groups: Groups
     lines: "tuple[SheetLine, ...]"
 
 
@@ -81,8 +84,9 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     if request.explain:
         say(f"plan: {way}")
     with progress("pairs") as step:
-        groups = find_groups(gallery, request.threshold, planner.arithmetic(way), step)
+        rules = Rules(request.linkage)
+        groups = find_groups(gallery, request.threshold, rules, planner.arithmetic(way), step)
     lines: list[SheetLine] = []
     if request.sheet is not None and media_dir is not None:
         lines = group_lines(groups, annotations, media_dir)
-    return NearDuplicatesResult(tuple(groups), tuple(lines))
+    return NearDuplicatesResult(groups, tuple(lines))

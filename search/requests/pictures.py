@@ -1,5 +1,6 @@
 """What people look at: sheets and pages of the answers, checked before any work and drawn after it."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def answer_lines(answers: "Sequence[Answer]", annotations: "Annotations | None",
     return lines
 
 
-def group_lines(groups: "Sequence[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
+def group_lines(groups: "Iterable[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
     """A line for each of the first groups.
 
     Raises:
@@ -102,7 +103,7 @@ def group_lines(groups: "Sequence[Group]", annotations: "Annotations | None", me
     from search.views.sheet import GROUP_HITS, GROUP_LINES, SheetHit, SheetLine
 
     lines = []
-    for group in groups[:GROUP_LINES]:
+    for group in itertools.islice(groups, GROUP_LINES):
         labels = [
             None if annotations is None else annotations.label(member.object_id, member.path)
             for member in group.members

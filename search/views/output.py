@@ -1,6 +1,6 @@
 """How answers are written to stdout: tables for people, every digit in a stable order for machines."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -68,30 +68,39 @@ def _hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
     return ("rank", "object_id", "path", "similarity", "distance") if first is None else tuple(first)
 
 
-def write_groups(groups: "Sequence[Group]", form: GroupFormat, media_dir: Path | None, null: bool) -> None:
-    """Write groups of near-duplicates.
+def write_groups(groups: "Iterable[Group]", form: GroupFormat, media_dir: Path | None, null: bool) -> None:
+    """Write groups of near-duplicates, each as soon as it comes.
 
     Args:
         null: with `paths`, end each by a null character instead of a new line; nothing is then between groups, because
             `xargs -0` would take it for one more path.
     """
     if form is GroupFormat.json:
-        _write_json([_group_object(number, group) for number, group in enumerate(groups, 1)])
+        _write_json_list(_group_object(group) for group in groups)
     elif form is GroupFormat.jsonl:
-        _write_json_lines(_group_object(number, group) for number, group in enumerate(groups, 1))
+        _write_json_lines(_group_object(group) for group in groups)
     elif form is GroupFormat.csv:
         _write_csv(
-            ("group", "object_id", "path", "similarity"),
-            ({"group": number, **row} for number, group in enumerate(groups, 1) for row in _group_rows(group)),
+            ("group", "object_id", "path", "similarity", "least_similarity"),
+            (
+                {"group": group.number, **row, "least_similarity": group.least_similarity}
+                for group in groups
+                for row in _group_rows(group)
+            ),
         )
     elif form is GroupFormat.table:
-        for number, group in enumerate(groups, 1):
-            print(f"{'' if number == 1 else chr(10)}group {number}: {len(group.members)} objects, {group.pairs} pairs")
+        for place, group in enumerate(groups):
+            least = "" if group.least_similarity is None else f", least similarity {group.least_similarity:.6f}"
+            counted = f"{len(group.members)} objects, {group.pairs} pairs{least}"
+            print(f"{chr(10) if place else ''}group {group.number}: {counted}")
             for line in _table(("object_id", "path", "similarity"), _group_rows(group)):
                 print(line)
+            for other in group.see_also:
+                where = f"group {other.group}, " if other.group is not None else ""
+                print(f"see also {where}{shown(other.object_id)}: {other.similarity:.6f} to {shown(other.member)}")
     else:
-        for number, group in enumerate(groups):
-            if number and not null:
+        for place, group in enumerate(groups):
+            if place and not null:
                 print()
             _write_paths((member.path for member in group.members), media_dir, null)
 
@@ -104,9 +113,37 @@ def _group_rows(group: "Group") -> list[Row]:
     ]
 
 
-def _group_object(number: int, group: "Group") -> dict[str, object]:
+def _group_object(group: "Group") -> dict[str, object]:
     """A group as JSON has it."""
-    return {"group": number, "pairs": group.pairs, "members": _group_rows(group)}
+    see_also = [
+        {
+            "group": other.group,
+            "member": other.member,
+            "object_id": other.object_id,
+            "path": other.path,
+            "similarity": other.similarity,
+            "pairs": other.pairs,
+        }
+        for other in group.see_also
+    ]
+    return {
+        "group": group.number,
+        "pairs": group.pairs,
+        "least_similarity": group.least_similarity,
+        "members": _group_rows(group),
+        "see_also": see_also,
+    }
+
+
+def _write_json_list(values: Iterable[object]) -> None:
+    """As `_write_json` writes a list of them, one after the other."""
+    out = exact_stdout()
+    between = "[\n"
+    for value in values:
+        # No line of JSON ends within a string.
+        print(between + " " + to_json(value, indent=1).replace("\n", "\n "), end="", file=out)
+        between = ",\n"
+    print("[]" if between == "[\n" else "\n]", file=out)
 
 
 def _write_json(value: object) -> None:

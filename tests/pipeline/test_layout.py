@@ -81,6 +81,11 @@ def test_numbers_are_read_from_the_names_that_carry_them() -> None:
     ]
     assert layout.is_cache_file("0007.89ab-12.norms.npy")
     assert not layout.is_cache_file("0007.89ab.other.npy")
+    pairs = layout.pairs_file(layout.cache_folder(G), 7, "0123456789abcdef", 0.95, 2)
+    assert pairs == G / "cache" / "pairs.0007.0123456789abcdef.0.95.0002.npy"
+    assert layout.is_cache_file(pairs.name)
+    assert layout.panel_of(pairs.name) == (7, "0123456789abcdef", 0.95, 2)
+    assert layout.panel_of("pairs.0007.0123456789abcdef.0.9.5.0002.npy") is None
 
 
 def test_no_other_module_spells_a_name_of_the_format() -> None:

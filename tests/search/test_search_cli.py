@@ -663,7 +663,7 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
     # xargs -0 would take an empty record for a path.
     members = [own_world.paths[0], "c/0.png", "c/1.png", own_world.paths[1], "c/2.png"]
     assert found("paths", "-0").stdout == "".join(f"{path}\0" for path in members)
-    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity"
+    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity,least_similarity"
     assert "group 1: 3 objects, 3 pairs" in found("table").stdout
     sheet = tmp_path / "groups.png"
     assert "(3 pictures could not be opened)" in found("json", "--sheet", sheet, "--media-dir", own_world.media).stderr

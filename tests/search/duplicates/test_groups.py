@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.duplicates.groups import Group, find_groups
-from search.options import Precision
+from search.duplicates.linkage import Rules
+from search.options import Linkage, Precision
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 from tests.search.galleries import brute_force, in_memory
 from tests.search.ranking.test_rank import KINDS, features_of, ids_of
@@ -37,7 +39,10 @@ def expected(features: NDArray[np.float32], ids: list[str], threshold: float) ->
     return sorted(groups, key=lambda one: min(place[object_id] for object_id in one[0]))
 
 
-def told(groups: list[Group]) -> list[tuple[set[str], int]]:
+SINGLE = Rules(Linkage.single)
+
+
+def told(groups: Iterable[Group]) -> list[tuple[set[str], int]]:
     return [({member.object_id for member in group.members}, group.pairs) for group in groups]
 
 
@@ -49,7 +54,7 @@ def test_groups_are_those_of_a_brute_force(kind: str) -> None:
     for threshold in (0.3, 0.95, 1.0):
         want = expected(features, ids, threshold)
         for panel_rows, tile_rows in ((64, 33), (1000, 1000), (101, 7)):
-            found = find_groups(gallery, threshold, panel_rows=panel_rows, tile_rows=tile_rows)
+            found = find_groups(gallery, threshold, SINGLE, panel_rows=panel_rows, tile_rows=tile_rows)
             assert told(found) == want
             for group in found:
                 rows = [member.row for member in group.members]
@@ -60,7 +65,7 @@ def test_groups_are_those_of_a_brute_force(kind: str) -> None:
 def test_a_chain_is_one_group_and_each_similarity_is_to_the_first() -> None:
     angles = np.radians([0, 10, 20, 30, 90])
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    (group,) = find_groups(in_memory(features), float(np.cos(np.radians(12))))
+    (group,) = find_groups(in_memory(features), float(np.cos(np.radians(12))), SINGLE)
     assert [member.row for member in group.members] == [0, 1, 2, 3]
     assert group.pairs == 3
     assert group.members[3].similarity == pytest.approx(np.cos(np.radians(30)))
@@ -70,7 +75,7 @@ def test_the_threshold_itself_is_reached() -> None:
     features = np.array([[3, 4], [4, 3], [1, 0]], np.float32)
     threshold = float(np.float64(24) / 25)
     assert told(find_groups(in_memory(features), threshold)) == [({"000000.jpg", "000001.jpg"}, 1)]
-    assert not find_groups(in_memory(features), float(np.nextafter(threshold, 1)))
+    assert not list(find_groups(in_memory(features), float(np.nextafter(threshold, 1))))
 
 
 def test_every_pair_is_compared_once_and_said_to_be() -> None:
@@ -104,7 +109,8 @@ def test_a_dense_tile_gives_the_same_groups(kind: str, listed: int, monkeypatch:
     for threshold in (0.3, 0.95, 1.0):
         want = expected(features, ids, threshold)
         for panel_rows, tile_rows in ((64, 33), (1000, 1000), (101, 7)):
-            assert told(find_groups(gallery, threshold, panel_rows=panel_rows, tile_rows=tile_rows)) == want
+            found = find_groups(gallery, threshold, SINGLE, panel_rows=panel_rows, tile_rows=tile_rows)
+            assert told(found) == want
 
 
 def twins() -> NDArray[np.float32]:
@@ -118,7 +124,7 @@ def test_rows_that_only_seem_equal_are_compared(monkeypatch: pytest.MonkeyPatch)
     features = twins()
     ids = ids_of(len(features))
     monkeypatch.setattr("search.duplicates.pairs._sums", lambda rows: np.zeros(len(rows), np.uint64))
-    assert told(find_groups(in_memory(features, ids, cuts=(60,)), 0.9)) == expected(features, ids, 0.9)
+    assert told(find_groups(in_memory(features, ids, cuts=(60,)), 0.9, SINGLE)) == expected(features, ids, 0.9)
 
 
 def test_zeros_of_both_signs_are_near_but_not_the_same() -> None:
@@ -159,7 +165,7 @@ def test_of_rows_that_are_all_alike_no_list_of_pairs_is_kept(kind: str) -> None:
     assert not any(gallery.unusable_rows)
     tracemalloc.start()
     try:
-        groups = find_groups(gallery, 0.95)
+        groups = list(find_groups(gallery, 0.95))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -192,7 +198,8 @@ def test_bfloat16_finds_the_same_groups(kind: str, listed: int, monkeypatch: pyt
 
     gallery = in_memory(features_of(kind), cuts=(100,))
     multiply = TorchArithmetic("cpu", Precision.bfloat16)
-    wanted = {threshold: find_groups(gallery, threshold) for threshold in (0.3, 0.999, 1.0)}
+    wanted = {threshold: list(find_groups(gallery, threshold)) for threshold in (0.3, 0.999, 1.0)}
     monkeypatch.setattr("search.ranking.arithmetic._LISTED", listed)
     for threshold, want in wanted.items():
-        assert find_groups(gallery, threshold, multiply, panel_rows=90, tile_rows=33) == want
+        found = find_groups(gallery, threshold, arithmetic=multiply, panel_rows=90, tile_rows=33)
+        assert list(found) == want

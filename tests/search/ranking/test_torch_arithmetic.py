@@ -165,7 +165,8 @@ def test_only_finite_values_are_multiplied(
         for metric in Metric:
             assert rank(gallery, queries, 5, metric, scan) == rank(gallery, queries, 5, metric)
     multiply = TorchArithmetic(device, Precision.bfloat16)
-    assert find_groups(gallery, 0.3, multiply, panel_rows=90, tile_rows=33) == find_groups(gallery, 0.3)
+    found = find_groups(gallery, 0.3, arithmetic=multiply, panel_rows=90, tile_rows=33)
+    assert list(found) == list(find_groups(gallery, 0.3))
 
 
 @pytest.mark.parametrize("told", [np.nan, np.inf])
@@ -180,14 +181,13 @@ def test_a_product_that_is_no_number_hides_no_row(kind: str, told: float, monkey
     gallery = in_memory(features, cuts=(100,))
     queries = queries_of(features)
     want = [rank(gallery, queries, k, metric) for k in (1, 10) for metric in Metric]
-    groups = find_groups(gallery, 0.9)
+    groups = list(find_groups(gallery, 0.9))
     monkeypatch.setattr("search.ranking.torch_arithmetic._matrix_product", broken)
     scan = TorchScan(gallery, "cpu", Precision.bfloat16, block_rows=60)
     assert [rank(gallery, queries, k, metric, scan) for k in (1, 10) for metric in Metric] == want
     if np.isnan(told):
-        assert (
-            find_groups(gallery, 0.9, TorchArithmetic("cpu", Precision.bfloat16), panel_rows=90, tile_rows=33) == groups
-        )
+        multiply = TorchArithmetic("cpu", Precision.bfloat16)
+        assert list(find_groups(gallery, 0.9, arithmetic=multiply, panel_rows=90, tile_rows=33)) == groups
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,204 @@
+"""Pairs as files: what was found stays found, through kills, damage, new shards and other thresholds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline import layout
+from pipeline.cache import look_through
+from search.duplicates.groups import Group, find_groups
+from search.duplicates.pairs import find_pairs
+from search.gallery.opening import open_gallery
+from tests.search.galleries import write_article_shard
+
+ROWS = 60
+
+
+def rows(count: int, seed: int) -> NDArray[np.float32]:
+    """Some random rows, each followed by copies that are a little different, and two that are equal."""
+    rng = np.random.default_rng(seed)
+    base = np.repeat(rng.standard_normal((count // 3, 16), np.float32), 3, axis=0)
+    some: NDArray[np.float32] = base + np.float32(0.1) * rng.standard_normal(base.shape, np.float32)
+    some[1] = some[-1]
+    return some
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A gallery of three shards."""
+    for number in range(3):
+        write_article_shard(tmp_path / "g", number, rows(ROWS, number), [f"{number}-{row}" for row in range(ROWS)])
+    return tmp_path / "g"
+
+
+def groups_of(folder: Path, threshold: float = 0.95) -> list[Group]:
+    return list(find_groups(open_gallery(folder), threshold, panel_rows=50, tile_rows=32))
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    names = sorted(name for name in os.listdir(folder / "cache") if layout.panel_of(name))
+    return {name: (folder / "cache" / name).read_bytes() for name in names}
+
+
+def compared(folder: Path, monkeypatch: pytest.MonkeyPatch, threshold: float = 0.95) -> tuple[list[Group], int]:
+    """The groups, and how many panels were compared for them."""
+    panels = []
+    monkeypatch.setattr("search.duplicates.store.find_pairs", lambda *given: panels.append(given) or find_pairs(*given))
+    return groups_of(folder, threshold), len(panels)
+
+
+def test_what_was_found_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, panels = compared(folder, monkeypatch)
+    assert groups and panels == 3
+    files = kept(folder)
+    assert len(files) == 3
+    assert compared(folder, monkeypatch) == (groups, 0)
+    assert kept(folder) == files
+    assert not list(look_through(folder))
+
+
+def test_a_higher_threshold_uses_the_files_of_a_lower_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    higher = groups_of(folder, 0.99)
+    lower, panels = compared(folder, monkeypatch, 0.9)
+    assert panels == 3
+    # Those of the higher one serve nobody any more.
+    assert {layout.panel_of(name)[2] for name in kept(folder)} == {0.9}  # type: ignore[index]
+    assert compared(folder, monkeypatch, 0.99) == (higher, 0)
+    assert compared(folder, monkeypatch, 0.9) == (lower, 0)
+    assert higher != lower
+
+
+def test_masks_say_nothing_of_a_higher_threshold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    higher = groups_of(folder, 0.99)
+    monkeypatch.setattr("search.ranking.arithmetic._LISTED", 1 << 40)
+    lower = groups_of(folder, 0.9)
+    assert compared(folder, monkeypatch, 0.99) == (higher, 3)
+    assert compared(folder, monkeypatch, 0.9) == (lower, 0)
+
+
+def test_new_shards_cost_only_their_own_panels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups_of(folder)
+    files = kept(folder)
+    write_article_shard(folder, 3, rows(ROWS, 1), [f"3-{row}" for row in range(ROWS)])
+    groups, panels = compared(folder, monkeypatch)
+    assert panels == 1
+    assert files.items() < kept(folder).items()
+    for name in kept(folder):
+        (folder / "cache" / name).unlink()
+    assert groups_of(folder) == groups
+
+
+def test_files_that_no_longer_fit_are_removed(folder: Path) -> None:
+    groups_of(folder)
+    before = kept(folder)
+    write_article_shard(folder, 1, rows(ROWS, 9), [f"1-{row}" for row in range(ROWS)])
+    os.utime(folder / "0001.features.npy", (1, 1))
+    groups_of(folder)
+    after = kept(folder)
+    assert len(after) == 3
+    assert set(before) & set(after) == {min(before)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other"])
+def test_a_damaged_file_is_noticed_and_made_again(
+    folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = groups_of(folder)
+    files = kept(folder)
+    name = sorted(files)[1]
+    data = bytearray(files[name])
+    if damage == "bit":
+        data[len(data) // 2] ^= 1
+    other = files[sorted(files)[0]]
+    bad = {"cut": bytes(data[:-20]), "bit": bytes(data), "empty": b"", "other": other}[damage]
+    (folder / "cache" / name).write_bytes(bad)
+    assert [found for found, _, _ in look_through(folder)] == [f"cache/{name}"]
+    assert groups_of(folder) == groups
+    assert "is damaged" in capsys.readouterr().err
+    assert kept(folder) == files
+
+
+def test_a_filter_uses_what_is_known_of_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = open_gallery(folder)
+    rng = np.random.default_rng(0)
+    some = gallery.only([rng.random(ROWS) < 0.5 for _ in range(3)])
+    alone = list(find_groups(some, 0.95, panel_rows=50, tile_rows=32))
+    filtered = kept(folder)
+    assert len(filtered) == 3 and alone
+    groups_of(folder)
+    assert not filtered.keys() & kept(folder).keys()
+    monkeypatch.setattr("search.duplicates.store.find_pairs", None)
+    assert list(find_groups(some, 0.95, panel_rows=50, tile_rows=32)) == alone
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_and_searched_all_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = groups_of(folder)
+    for name in os.listdir(folder / "cache"):
+        (folder / "cache" / name).unlink()
+    (folder / "cache").rmdir()
+    (folder / "cache").touch()
+    capsys.readouterr()
+    assert groups_of(folder) == groups
+    assert capsys.readouterr().err.count("pairs cannot be kept") == 1
+
+
+def test_many_pairs_of_a_panel_are_several_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = groups_of(folder, 0.5)
+    for name in kept(folder):
+        (folder / "cache" / name).unlink()
+    monkeypatch.setattr("search.duplicates.store.AT_ONCE", 64)
+    assert groups_of(folder, 0.5) == groups
+    assert len(kept(folder)) > 3
+    assert compared(folder, monkeypatch, 0.5) == (groups, 0)
+    (folder / "cache" / max(kept(folder))).unlink()
+    assert compared(folder, monkeypatch, 0.5) == (groups, 1)
+
+
+SLOW = """
+import sys, time
+import search.duplicates.store as store
+from pathlib import Path
+from search.duplicates.groups import find_groups
+from search.gallery.opening import open_gallery
+
+find = store.find_pairs
+def slow(*given):
+    for one in find(*given):
+        time.sleep(0.02)
+        yield one
+store.find_pairs = slow
+list(find_groups(open_gallery(Path(sys.argv[1])), 0.95, panel_rows=50, tile_rows=8))
+"""
+
+
+def test_a_search_that_is_killed_goes_on_and_ends_with_the_same_bytes(folder: Path) -> None:
+    whole = groups_of(folder)
+    files = kept(folder)
+    for name in files:
+        (folder / "cache" / name).unlink()
+    kills = 0
+    while len(kept(folder)) < len(files):
+        before = len(kept(folder))
+        process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder)], cwd=Path(__file__).parents[3])
+        try:
+            deadline = time.monotonic() + 120
+            while len(kept(folder)) == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
+        assert len(kept(folder)) > before
+    assert kills > 1
+    assert kept(folder) == files
+    assert json.dumps([str(group) for group in groups_of(folder)]) == json.dumps([str(group) for group in whole])
