@@ -19,7 +19,9 @@ from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
 from ruiji.results import NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
-from search.duplicates.groups import find_groups
+from search.duplicates.cleanup import open_groups
+from search.duplicates.decided import decided_in
+from search.duplicates.decisions import read_decisions
 from search.duplicates.linkage import Rules
 from search.filters import Condition, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
@@ -244,6 +246,7 @@ class Gallery:
         progress: Callable[[int, int], None] | None = None,
         *,
         linkage: str = Linkage.complete,
+        decisions: "str | os.PathLike[str] | None" = None,
     ) -> NearDuplicates:
         """Find all groups of near-identical objects.
 
@@ -252,8 +255,10 @@ class Gallery:
             linkage: with `complete` every pair of a group reaches the threshold; with `single` a group is everything
                 that is connected by such pairs.
             progress: called with how many pairs are compared, and how many there are.
+            decisions: a decisions file, as `ruiji duplicates decide` writes it: what is decided or skipped is left out.
 
         Raises:
+            GalleryMismatch: the decisions file is damaged, or a newer ruiji wrote it.
             UsageError: the threshold is out of its bounds, or more than 20,000 objects are connected and not all pairs
                 of them reach it.
         """
@@ -262,7 +267,8 @@ class Gallery:
         if linkage not in set(Linkage):
             raise UsageError(f"there is no linkage {linkage!r}: name one of {', '.join(Linkage)}")
         rules, step = Rules(Linkage(linkage)), progress or (lambda done, total: None)
-        return NearDuplicates(tuple(find_groups(shards, threshold, rules, arithmetic, step)))
+        decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
+        return NearDuplicates(tuple(open_groups(shards, decided, threshold, rules, arithmetic, step)))
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.

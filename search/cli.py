@@ -15,6 +15,7 @@ from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
 from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, given_model
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
+from search.duplicates.cli import DecisionsFile
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat
 
@@ -126,6 +127,16 @@ IncludeStale = Annotated[
 FailIfEmpty = Annotated[bool, typer.Option("--fail-if-empty", help="Exit with code 5 if nothing is found.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Show on stderr which way the search takes, and why.")]
 
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="RULES",
+        help="Choose which file of a group to keep, and say why. Rules in their order, with commas between: pixels, "
+        "bytes, oldest, path=PREFIX, format. Needs --media-dir.",
+    ),
+]
+
 _SEARCH_EXAMPLES = [
     "ruiji search photo.jpg -k 20",
     "ruiji search FOLDER --format jsonl",
@@ -136,7 +147,8 @@ _SEARCH_EXAMPLES = [
 ]
 _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --threshold 0.95 --sheet groups.jpg",
-    "ruiji near-duplicates --format jsonl",
+    "ruiji near-duplicates --keep pixels,bytes",
+    "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
 ]
 
 gallery_app = Commands(help="Look at galleries.")
@@ -237,18 +249,24 @@ def near_duplicates(
     include_stale: IncludeStale = False,
     fail_if_empty: FailIfEmpty = False,
     explain: Explain = False,
+    keep: Keep = None,
+    decisions: DecisionsFile = None,
+    decided: Annotated[bool, typer.Option("--decided", help="Show what is decided instead.")] = False,
+    skipped: Annotated[bool, typer.Option("--skipped", help="Also show groups that were skipped.")] = False,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Find all groups of near-identical objects.
 
     Compares each pair once; the result is exact. In a group every pair is at or above the threshold. A pair that is in
     no group is shown as "see also" of the groups that it connects. The similarity of each member is that to the group's
-    first, which comes first in the object list. What was compared is kept: a search that is interrupted goes on.
+    first, which comes first in the object list, or is the one that --keep chooses. What was compared is kept: a search
+    that is interrupted goes on. What is decided (ruiji duplicates decide) is left out.
     """
     from pipeline.progress import show_steps
+    from search.duplicates.keep import parse_rules
     from search.requests.near_duplicates import NearDuplicatesRequest
     from search.requests.near_duplicates import near_duplicates as find
-    from search.views.output import write_groups
+    from search.views.output import CHOSEN, DECIDED, write_groups
 
     paths_wanted = output_format is GroupFormat.paths
     request = NearDuplicatesRequest(
@@ -259,12 +277,19 @@ def near_duplicates(
         device=device,
         sheet=sheet,
         explain=explain,
+        decisions=decisions,
+        decided=decided,
+        skipped=skipped,
+        keep=() if keep is None else parse_rules(keep),
     )
     _check_null(null, paths_wanted)
     found = find(request, note, show_steps)
     groups = found.groups
-    write_groups(groups, output_format, media_dir, null)
-    note(f"{len(groups)} groups; {groups.objects - len(groups)} objects besides the first of each group")
+    write_groups(groups, output_format, media_dir, null, DECIDED if decided else CHOSEN if keep is not None else ())
+    if isinstance(groups, tuple):
+        note(f"{len(groups)} decisions")
+    else:
+        note(f"{len(groups)} groups; {groups.objects - len(groups)} objects besides the first of each group")
     if sheet is not None:
         from search.requests.pictures import draw_sheet
 

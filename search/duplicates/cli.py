@@ -60,7 +60,7 @@ def register(root: Commands) -> None:
 
 @app.command(
     examples=[
-        "ruiji duplicates decide < decisions.jsonl",
+        "ruiji near-duplicates --keep pixels,bytes --format jsonl | ruiji duplicates decide",
         """echo '{"decision": "different", "objects": ["a.jpg", "b.jpg"]}' | ruiji duplicates decide""",
     ]
 )
@@ -129,7 +129,9 @@ def status(
 
     request = _request(feature_dir, model_path, media_dir, decisions)
     now = standing(request, note)
-    wanted = NearDuplicatesRequest(selection=request.selection, threshold=threshold, device=device)
+    wanted = NearDuplicatesRequest(
+        selection=request.selection, threshold=threshold, device=device, decisions=request.file
+    )
     groups = near_duplicates(wanted, note, show_steps).groups
     facts = {
         "open": len(groups),

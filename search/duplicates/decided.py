@@ -11,10 +11,14 @@ and the kept one has others: any other copy is one that nobody decided about.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from search.duplicates.contents import rows_with
 from search.duplicates.decisions import DecidedObject, Decision, Verdict
 from search.gallery.shards import Gallery
 
@@ -22,6 +26,8 @@ from search.gallery.shards import Gallery
 Key: TypeAlias = int
 
 _NONE: frozenset[int] = frozenset()
+#: Of so many objects all pairs are listed.
+_LISTED = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Decided:
     Args:
         decisions: in their order.
         objects: those of the gallery by row, with the digests that it has; only those that a decision is about are
-            looked at, see `named_by`.
+            looked at.
     """
 
     def __init__(self, decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject]) -> None:
@@ -102,6 +108,43 @@ class Decided:
         last = self.last(one, other)
         return last is not None and last.decision is not Verdict.skip
 
+    def settled_pairs(self, rows: int) -> tuple[frozenset[tuple[int, int]], NDArray[np.int64] | None]:
+        """All pairs of gallery rows that are settled, the smaller one first.
+
+        Args:
+            rows: of the gallery.
+
+        Returns:
+            The pairs; and, int64[n], the same number for rows of which each two are a settled pair that is not listed,
+            or None if there are none. Of a decision about thousands of objects there would be millions.
+        """
+        pairs: set[tuple[int, int]] = set()
+        side: NDArray[np.int64] | None = None
+        copies: dict[str, list[Key]] = defaultdict(list)
+        for key, one in self.objects.items():
+            if one.sha256 is not None and key >= 0:
+                copies[one.sha256].append(key)
+        for number, decision in enumerate(self.decisions):
+            if decision.decision not in (Verdict.same, Verdict.different):
+                continue
+            keys = {key for one in decision.objects if (key := self._keys[one]) >= 0}
+            # No later line is about any of these.
+            alike = len({self.objects[key].sha256 for key in keys}) == 1
+            lines = self._by_file if alike else self._by_content
+            clean = {key for key in keys if max(lines[key], default=-1) == number and self._undone[key] < number}
+            if len(clean) > _LISTED:
+                side = np.arange(rows) if side is None else side
+                side[list(clean)] = min(clean)
+            else:
+                clean = set()
+            rest = keys - clean
+            if decision.decision is Verdict.different:
+                rest |= {key for one in decision.objects for key in copies.get(one.sha256 or "", ())} - clean
+            for a, b in itertools.chain(itertools.combinations(rest, 2), itertools.product(rest, clean)):
+                if self._last(a, b) == number:
+                    pairs.add((min(a, b), max(a, b)))
+        return frozenset(pairs), side
+
     def skipped(self, group: Sequence[Key]) -> bool:
         """Whether each pair of a group was skipped, and nothing later was decided about it."""
         if not all(key in self.objects for key in group):
@@ -136,16 +179,6 @@ class Decided:
             counting = {key for key in keys if any(self._last(one, key) == number for one in firsts if one != key)}
             if counting:
                 yield decision, [key for key in keys if key in counting or (decision.keep and key == keys[0])]
-
-
-def named_by(decisions: Iterable[Decision]) -> tuple[set[str], set[str], set[str]]:
-    """What decisions name objects by: (paths, ids without a path, digests)."""
-    every = {one for decision in decisions for one in decision.objects}
-    return (
-        {one.path for one in every if one.path is not None},
-        {one.id for one in every if one.path is None and one.id is not None},
-        {one.sha256 for one in every if one.sha256 is not None},
-    )
 
 
 def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject]) -> dict[DecidedObject, Key]:
@@ -189,16 +222,20 @@ def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
     """
     objects: dict[Key, DecidedObject] = {}
     if decisions:
-        paths, ids, _ = named_by(decisions)
+        every = {one for decision in decisions for one in decision.objects}
+        digests = {bytes.fromhex(one.sha256) for one in every if one.sha256 is not None}
+        rows = set(itertools.chain.from_iterable(rows_with(gallery, digests).values()))
+        paths, ids = {one.path for one in every}, {one.id for one in every if one.path is None}
         for shard, first in zip(gallery.shards, gallery.firsts, strict=True):
             names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, paths)
             for local, name in enumerate(names):
                 if name in wanted and (shard.stale is None or not shard.stale[local]):
-                    objects[first + local] = object_of(gallery, first + local)[0]
+                    rows.add(first + local)
+        objects = {row: object_of(gallery, row) for row in sorted(rows)}
     return Decided(decisions, objects)
 
 
-def object_of(gallery: Gallery, row: int) -> tuple[DecidedObject, int | None]:
-    """A row as decisions name it, and how many rows have its bytes; None where that is not known."""
-    path = gallery.path(row)
-    return DecidedObject(path, gallery.object_id(row) if path is None else None), None
+def object_of(gallery: Gallery, row: int) -> DecidedObject:
+    """A row as decisions name it."""
+    path, digest = gallery.path(row), gallery.digest(row)
+    return DecidedObject(path, gallery.object_id(row) if path is None else None, digest.hex() if digest else None)

@@ -15,6 +15,7 @@ for nothing, and the next writer ends it with a mark.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from search.duplicates.lock import one_writer
 DECISIONS_FORMAT = 1
 #: Ends a line that its writer did not. No JSON object ends like this.
 _CUT_OFF = b" #cut off\n"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATHS = IdScheme(ObjectIds.path)
 _OPEN = os.O_CLOEXEC | os.O_NONBLOCK  # A pipe of this name would block for ever.
 
@@ -228,6 +230,8 @@ def _problem(objects: Sequence[DecidedObject]) -> str | None:
     for one in objects:
         if not one.name:
             return "an object has neither path nor id"
+        if one.sha256 is not None and not _SHA256.fullmatch(one.sha256):
+            return f"{one.sha256!r} is no sha256"
         path = (one.path or "").encode("utf-8", "surrogateescape")
         if path and (problem := _PATHS.problem(path)):
             return f"{one.path!r}: {problem}"

@@ -1,6 +1,8 @@
 """Groups of near-identical objects, as people and programs read them."""
 
-from collections.abc import Callable, Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 
 from pipeline.errors import UsageError
 from search.arrays import Rows
+from search.duplicates.decisions import Verdict
+from search.duplicates.files import FileFacts
 from search.duplicates.linkage import Clusters, Rules, form_groups
 from search.duplicates.pairs import DECIDED_AT_ONCE, PANEL_ROWS, TILE_ROWS, pair_similarities
 from search.duplicates.store import collect
@@ -34,12 +38,14 @@ class Member:
         row: its gallery row.
         path: relative to the media folder; None where the gallery does not know paths.
         similarity: to the first member.
+        facts: about its file; None unless a file was chosen to be kept, or if it is not there.
     """
 
     row: int
     object_id: str
     path: str | None
     similarity: float
+    facts: FileFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ class Group:
 
     Attributes:
         number: from 1, in the order of the groups.
-        members: two or more, in the order of the gallery.
+        members: two or more, in the order of the gallery; one that is to be kept first.
         pairs: how many pairs of them reach the threshold; with complete linkage all that are compared.
         least_similarity: of two of its objects that are compared. Of objects that are all but equal it is what no pair
             is below, within 1e-9. None for more than 5,000 objects that single linkage connects.
         see_also: pairs that reach the threshold and lead out of the group, the most similar first.
+        reason: why the first member is kept, in words; None if no rule chose it.
+        decision, time: what is decided of these objects, and when, if this is a decision; its pairs are not counted.
     """
 
     number: int
@@ -81,6 +89,9 @@ class Group:
     pairs: int
     least_similarity: float | None = None
     see_also: tuple[SeeAlso, ...] = ()
+    reason: str | None = None
+    decision: Verdict | None = None
+    time: str = ""
 
 
 class Groups:
@@ -95,6 +106,35 @@ class Groups:
         self._rows = grouped[np.argsort(label[grouped], kind="stable")]
         self._firsts, starts = np.unique(label[self._rows], return_index=True)
         self._bounds: list[int] = [*starts.tolist(), len(self._rows)]
+        self._change: Callable[[Group], Group] = lambda group: group
+        self._at_end: Callable[[], None] = lambda: None
+
+    def without(self, hidden: Callable[[Sequence[int]], bool]) -> "Groups":
+        """The same without some groups, numbered anew.
+
+        Args:
+            hidden: asked with the rows of each group.
+        """
+        bounds = list(itertools.pairwise(self._bounds))
+        rows = [self._rows[start:end] for start, end in bounds]
+        shown = [place for place, some in enumerate(rows) if not hidden(some.tolist())]
+        if len(shown) == len(rows):
+            return self
+        other = copy.copy(self)
+        other._rows = np.concatenate([np.empty(0, np.int64), *(rows[place] for place in shown)])
+        other._firsts = self._firsts[shown]
+        other._bounds = [0, *itertools.accumulate(len(rows[place]) for place in shown)]
+        return other
+
+    def changed(self, change: Callable[[Group], Group], at_end: Callable[[], None]) -> "Groups":
+        """The same groups, each changed once it is made.
+
+        Args:
+            at_end: called after the last one.
+        """
+        other = copy.copy(self)
+        other._change, other._at_end = change, at_end
+        return other
 
     def __len__(self) -> int:
         return len(self._firsts)
@@ -107,9 +147,11 @@ class Groups:
     def __iter__(self) -> Iterator[Group]:
         for place, first in enumerate(self._firsts.tolist()):
             rows = self._rows[self._bounds[place] : self._bounds[place + 1]]
-            members = tuple(_members(self._gallery, rows))
+            members = tuple(members_of(self._gallery, rows))
             see_also = tuple(self._see_also(first))
-            yield Group(place + 1, members, int(self._clusters.pairs[first]), self._least(first, rows), see_also)
+            pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
+            yield self._change(Group(place + 1, members, pairs, least, see_also))
+        self._at_end()
 
     def _least(self, first: int, rows: Rows) -> float | None:
         least = float(self._clusters.least[first])
@@ -171,7 +213,7 @@ def find_groups(
 
 def least_similarity(gallery: Gallery, rows: Rows) -> float:
     """The least similarity of two of some rows; of rows that are all but equal what no pair is below."""
-    from_first = min(member.similarity for member in _members(gallery, rows))
+    from_first = min(member.similarity for member in members_of(gallery, rows))
     # The angle between two rows is at most the sum of theirs to a third.
     below = float(np.cos(min(np.pi, 2 * np.arccos(from_first)))) - _FLOAT64_MARGIN
     if below > 1 - _ALL_BUT_EQUAL:
@@ -188,7 +230,8 @@ def least_similarity(gallery: Gallery, rows: Rows) -> float:
     return least
 
 
-def _members(gallery: Gallery, rows: Rows) -> Iterator[Member]:
+def members_of(gallery: Gallery, rows: Rows) -> Iterator[Member]:
+    """Rows as members of a group, in the order given: the first is the one that similarities are to."""
     query = gallery.take(rows[:1])
     ids = gallery.object_ids(rows).tolist()
     for start in range(0, len(rows), DECIDED_AT_ONCE):

@@ -1,7 +1,8 @@
 """Which of several near-identical files is kept, by rules in an order, and why.
 
 Each rule leaves the files that are best by it, and the next one chooses among these: with `pixels,bytes` the largest
-file of those with the most pixels. If several are left after the last rule, the first by path is kept.
+file of those with the most pixels. If several are left after the last rule, the one with the shortest path is kept
+(copies are called `a (1).jpg`), and of these the first.
 """
 
 import csv
@@ -113,9 +114,13 @@ def choose(candidates: Sequence[Candidate], rules: Sequence[Rule]) -> Choice:
             left = [number for number, value in zip(left, values, strict=True) if value == best]
             reasons.append(_said(rule, candidates[left[0]]))
     if len(left) > 1:
-        left = [min(left, key=lambda number: candidates[number].path.encode("utf-8", "surrogateescape"))]
-        reasons.append("first by path")
+        left = [min(left, key=lambda number: (len(path := _bytes(candidates[number].path)), path))]
+        reasons.append("shortest path")
     return Choice(left[0], ", then ".join(reasons) or "the only one")
+
+
+def _bytes(path: str) -> bytes:
+    return path.encode("utf-8", "surrogateescape")
 
 
 def _value(rule: Rule, one: Candidate) -> Any:

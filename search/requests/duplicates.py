@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
 from pipeline.targets import check_targets
+from search.duplicates.contents import rows_with
 from search.duplicates.decided import Decided, decided_in, object_of
 from search.duplicates.decisions import (
     DecidedObject,
@@ -225,6 +226,7 @@ class _Recorder:
         info = read_gallery(request.selection.folder)
         self._object_id = None if info is None else ObjectIds(info.object_id)
         self._digests: dict[int, str | None] = {}
+        self._copies: dict[str, int] = {}
         # Also, so that a file that is no decisions file is not written to.
         self._decisions = read_decisions(request.file)
         self._said = False
@@ -249,7 +251,11 @@ class _Recorder:
 
     def rows(self, asked: Iterable[Asked]) -> dict[str, list[int]]:
         """The gallery rows of all ids that are asked for."""
-        return self._gallery.rows_of({object_id for one in asked for object_id in one.ids})
+        found = self._gallery.rows_of({object_id for one in asked for object_id in one.ids})
+        digests = {digest for rows in found.values() for row in rows if (digest := self._gallery.digest(row))}
+        # At once, because all digests of the gallery are looked through.
+        self._copies |= {digest.hex(): len(rows) for digest, rows in rows_with(self._gallery, digests).items()}
+        return found
 
     def decision(self, asked: Asked, rows: dict[str, list[int]]) -> Decision:
         """A decision as it is written.
@@ -281,7 +287,7 @@ class _Recorder:
 
     def _named_before(self, object_id: str, rows: list[int]) -> DecidedObject | None:
         """As the last decision about it names it, which may have left the gallery since."""
-        name = object_of(self._gallery, rows[0])[0].name if rows else object_id
+        name = object_of(self._gallery, rows[0]).name if rows else object_id
         for decision in reversed(self._decisions):
             for one in decision.objects:
                 if one.name == name or (not rows and one.name.rpartition("/")[2] == name):
@@ -289,9 +295,10 @@ class _Recorder:
         return None
 
     def _known(self, row: int) -> DecidedObject:
-        one, copies = object_of(self._gallery, row)
-        digest = one.sha256 or self._read_digest(row, one)
-        return DecidedObject(one.path, one.id, digest, alone=copies == 1)
+        one = object_of(self._gallery, row)
+        if one.sha256 is None:
+            return replace(one, sha256=self._read_digest(row, one))
+        return replace(one, alone=self._copies[one.sha256] == 1)
 
     def _read_digest(self, row: int, one: DecidedObject) -> str | None:
         if row not in self._digests:

@@ -4,11 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import UsageError
-from search.duplicates.groups import Groups, find_groups
+from search.duplicates.cleanup import decided_groups, open_groups, with_choices
+from search.duplicates.decided import Decided, decided_in
+from search.duplicates.decisions import read_decisions
+from search.duplicates.files import Files
+from search.duplicates.groups import Group, Groups
+from search.duplicates.keep import Rule
 from search.duplicates.linkage import Rules
 from search.filters import apply_conditions
+from search.gallery.shards import Gallery
 from search.options import THRESHOLD, Linkage
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
@@ -30,9 +37,13 @@ class NearDuplicatesRequest:
         device: where pairs are compared; changes speed, never the groups.
         sheet: what will be drawn; checked before any work.
         explain: say which way the comparison takes, and why.
+        decisions: the file of what was decided; None: beside the gallery.
+        decided: look for what is decided, instead of for what is open.
+        skipped: also groups that were skipped.
+        keep: rules that choose which file of a group is kept; none: none is chosen.
 
     Raises:
-        UsageError: the threshold is 0.
+        UsageError: the threshold is 0, or the request contradicts itself.
     """
 
     selection: Selection
@@ -42,8 +53,18 @@ class NearDuplicatesRequest:
     device: Device = Device.auto
     sheet: Path | None = None
     explain: bool = False
+    decisions: Path | None = None
+    decided: bool = False
+    skipped: bool = False
+    keep: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.keep and self.media_dir is None:
+            raise UsageError("--keep compares the files themselves: say where they are with --media-dir")
+        if self.decided and (self.keep or self.skipped):
+            raise UsageError(
+                f"--decided shows what is decided; {'--keep' if self.keep else '--skipped'} is of the rest"
+            )
         if self.threshold == 0:
             raise UsageError("--threshold must be above 0")
 
@@ -53,11 +74,11 @@ class NearDuplicatesResult:
     """What was found.
 
     Attributes:
-        groups: in the order of their first members; each is made when it is asked for.
+        groups: in the order of their first members, or of the decisions; each is made when it is asked for.
         lines: what a sheet shows; empty if none is wanted.
     """
 
-    groups: Groups
+    groups: Groups | tuple[Group, ...]
     lines: "tuple[SheetLine, ...]"
 
 
@@ -78,6 +99,21 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     conditions, annotations = selection.read_filters()
     gallery = apply_conditions(selection.open(say), conditions, annotations)
     say_unusable(gallery, say)
+    file = request.decisions or layout.decisions_file(selection.folder)
+    decided = decided_in(gallery, read_decisions(file))
+    if request.decided:
+        groups: Groups | tuple[Group, ...] = tuple(decided_groups(gallery, decided))
+    else:
+        groups = _open(request, gallery, decided, say, progress)
+        if decided.decisions:
+            say(f"left out what is decided in {file}; --decided shows it")
+    lines: list[SheetLine] = []
+    if request.sheet is not None and media_dir is not None:
+        lines = group_lines(groups, annotations, media_dir)
+    return NearDuplicatesResult(groups, tuple(lines))
+
+
+def _open(request: NearDuplicatesRequest, gallery: Gallery, decided: Decided, say: Say, progress: Progress) -> Groups:
     planner = Planner(request.device)
     # Every row is a query here.
     way = planner.way(gallery, Purpose.pairs, gallery.rows)
@@ -85,8 +121,10 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
         say(f"plan: {way}")
     with progress("pairs") as step:
         rules = Rules(request.linkage)
-        groups = find_groups(gallery, request.threshold, rules, planner.arithmetic(way), step)
-    lines: list[SheetLine] = []
-    if request.sheet is not None and media_dir is not None:
-        lines = group_lines(groups, annotations, media_dir)
-    return NearDuplicatesResult(groups, tuple(lines))
+        arithmetic = planner.arithmetic(way)
+        groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped)
+    if not request.keep or request.media_dir is None:
+        return groups
+    if gallery.fingerprint is None:
+        raise UsageError("--keep: this gallery has no gallery.json and does not know paths, only object ids")
+    return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep)

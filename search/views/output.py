@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: A hit as it is written, keys in the order of the columns.
 Row: TypeAlias = dict[str, "int | float | str | None"]
 
+#: Columns of a CSV about groups of which one member is to be kept, and about decisions.
+CHOSEN, DECIDED = ("decision", "bytes", "width", "height", "reason"), ("decision", "time")
+
 _LEFT = {"object_id", "path", "label"}
 
 
@@ -68,10 +71,13 @@ def _hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
     return ("rank", "object_id", "path", "similarity", "distance") if first is None else tuple(first)
 
 
-def write_groups(groups: "Iterable[Group]", form: GroupFormat, media_dir: Path | None, null: bool) -> None:
+def write_groups(
+    groups: "Iterable[Group]", form: GroupFormat, media_dir: Path | None, null: bool, more: Sequence[str] = ()
+) -> None:
     """Write groups of near-duplicates, each as soon as it comes.
 
     Args:
+        more: columns of a CSV that these groups have besides, see `CHOSEN` and `DECIDED`.
         null: with `paths`, end each by a null character instead of a new line; nothing is then between groups, because
             `xargs -0` would take it for one more path.
     """
@@ -80,21 +86,16 @@ def write_groups(groups: "Iterable[Group]", form: GroupFormat, media_dir: Path |
     elif form is GroupFormat.jsonl:
         _write_json_lines(_group_object(group) for group in groups)
     elif form is GroupFormat.csv:
-        _write_csv(
-            ("group", "object_id", "path", "similarity", "least_similarity"),
-            (
-                {"group": group.number, **row, "least_similarity": group.least_similarity}
-                for group in groups
-                for row in _group_rows(group)
-            ),
-        )
+        columns = ("group", "object_id", "path", "similarity", "least_similarity", *more)
+        _write_csv(columns, (row for group in groups for row in _csv_rows(group, columns)))
     elif form is GroupFormat.table:
         for place, group in enumerate(groups):
-            least = "" if group.least_similarity is None else f", least similarity {group.least_similarity:.6f}"
-            counted = f"{len(group.members)} objects, {group.pairs} pairs{least}"
-            print(f"{chr(10) if place else ''}group {group.number}: {counted}")
-            for line in _table(("object_id", "path", "similarity"), _group_rows(group)):
+            print(f"{chr(10) if place else ''}{_heading(group)}")
+            rows = _group_rows(group)
+            for line in _table(tuple(rows[0]), rows):
                 print(line)
+            if group.reason is not None:
+                print(shown(f"keep {group.members[0].object_id}: {group.reason}"))
             for other in group.see_also:
                 where = f"group {other.group}, " if other.group is not None else ""
                 print(f"see also {where}{shown(other.object_id)}: {other.similarity:.6f} to {shown(other.member)}")
@@ -105,16 +106,54 @@ def write_groups(groups: "Iterable[Group]", form: GroupFormat, media_dir: Path |
             _write_paths((member.path for member in group.members), media_dir, null)
 
 
+def _heading(group: "Group") -> str:
+    if group.decision is not None:
+        return f"decision {group.number}: {group.decision}, {group.time}: {len(group.members)} objects"
+    least = "" if group.least_similarity is None else f", least similarity {group.least_similarity:.6f}"
+    return f"group {group.number}: {len(group.members)} objects, {group.pairs} pairs{least}"
+
+
 def _group_rows(group: "Group") -> list[Row]:
-    """A group's members as rows, the first one first."""
-    return [
-        {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
-        for member in group.members
-    ]
+    """A group's members as rows, the first one first; with what is known of their files if one is to be kept."""
+    rows: list[Row] = []
+    for member in group.members:
+        row: Row = {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
+        if group.reason is not None:
+            facts = member.facts
+            row["bytes"] = None if facts is None else facts.bytes
+            row["width"] = None if facts is None else facts.width
+            row["height"] = None if facts is None else facts.height
+        rows.append(row)
+    return rows
+
+
+def _csv_rows(group: "Group", columns: Sequence[str]) -> Iterator[Row]:
+    of_group: Row = {
+        "group": group.number,
+        "least_similarity": group.least_similarity,
+        "decision": group.decision,
+        "reason": group.reason,
+        "time": group.time,
+    }
+    one_is_kept = group.reason is not None or group.decision == "same"
+    for place, row in enumerate(_group_rows(group)):
+        decision: Row = {"decision": "remove" if place else "keep"} if one_is_kept else {}
+        every = {**of_group, **row, **decision}
+        yield {column: every[column] for column in columns}
 
 
 def _group_object(group: "Group") -> dict[str, object]:
-    """A group as JSON has it."""
+    """A group as JSON has it; one that is decided, or could be, as `ruiji duplicates decide` reads it."""
+    ids = [member.object_id for member in group.members]
+    value: dict[str, object] = {"group": group.number}
+    if group.reason is not None or group.decision == "same":
+        value |= {"decision": "same", "keep": ids[0], "remove": ids[1:]}
+    elif group.decision is not None:
+        value |= {"decision": group.decision, "objects": ids}
+    if group.decision is not None:
+        return {**value, "time": group.time, "members": _group_rows(group)}
+    if group.reason is not None:
+        value["reason"] = group.reason
     see_also = [
         {
             "group": other.group,
@@ -127,7 +166,7 @@ def _group_object(group: "Group") -> dict[str, object]:
         for other in group.see_also
     ]
     return {
-        "group": group.number,
+        **value,
         "pairs": group.pairs,
         "least_similarity": group.least_similarity,
         "members": _group_rows(group),

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
-from pipeline.store import Record, shard_contents, write_record
+from pipeline.store import Record, read_record, recorded_shards, shard_contents, to_json, write_record
 from pipeline.versions import library_versions
 from search.gallery.shards import Gallery, Shard
 from search.queries import embed_images, load_encoder
@@ -67,6 +68,15 @@ def write_gallery(folder: Path, model: Model, features: NDArray[np.float32], pat
     for number, start in enumerate(range(0, len(features), shard_rows)):
         rows = slice(start, start + shard_rows)
         write_shard(folder, number, features[rows], paths[rows], model.fingerprint)
+
+
+def forget_digests(folder: Path) -> None:
+    """Make a gallery one from before digests were kept."""
+    for number in recorded_shards(folder):
+        record = read_record(folder, number)
+        sums = {ending: digest for ending, digest in record.sha256.items() if ending != layout.DIGESTS}
+        layout.record_file(folder, number).write_bytes(to_json(asdict(replace(record, sha256=sums, format=1))))
+        layout.digests_file(folder, number).unlink()
 
 
 def write_pictures_gallery(ruiji: Ruiji) -> list[str]:

@@ -1,6 +1,8 @@
 """Which decision counts for a pair: the last one, by contents, through new names, other models and undoing."""
 
 import itertools
+import random
+from dataclasses import replace
 
 import pytest
 
@@ -146,3 +148,34 @@ def test_what_is_in_force_is_listed_with_those_that_it_is_in_force_for() -> None
         ("same", [0, 2]),
         ("different", [0, 1]),
     ]
+
+
+@pytest.mark.parametrize("listed", [64, 1])
+def test_settled_pairs_are_those_of_each_pair_by_itself(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.duplicates.decided._LISTED", listed)
+    rng = random.Random(0)
+    sides = 0
+    for _ in range(300):
+        # Some files have the same bytes, some have changed or are renamed, of some the bytes are not known.
+        files = [one(f"{number}", rng.choice(["x", "y", f"{number}"])) for number in range(7)]
+        named = [*files, one("gone"), one("0", "old"), one("2", None)]
+        lines = [
+            decide(rng.choice(list(Verdict)), *rng.sample(named, rng.randint(2, 6))) for _ in range(rng.randint(0, 5))
+        ]
+        rows = [replace(each, sha256=None) if rng.random() < 0.1 else each for each in files]
+        decided = known(lines, *rows)
+        pairs, side = decided.settled_pairs(len(rows))
+        together = set(pairs)
+        if side is not None:
+            sides += 1
+            together |= {pair for pair in itertools.combinations(range(len(rows)), 2) if side[pair[0]] == side[pair[1]]}
+        assert together == {pair for pair in itertools.combinations(range(len(rows)), 2) if decided.settled(*pair)}
+    assert bool(sides) == (listed == 1)
+
+
+def test_a_decision_about_thousands_of_objects_is_no_list_of_pairs() -> None:
+    many = [one(f"{number}", "blank") for number in range(1000)]
+    lines = [decide("same", *many), decide("undo", many[0], many[1])]
+    pairs, side = known(lines, *many, one("new")).settled_pairs(1001)
+    assert len(pairs) == 998 * 2 and side is not None
+    assert (side[2:1000] == side[2]).all() and len({*side[:3].tolist(), int(side[1000])}) == 4

@@ -103,6 +103,7 @@ def line(decision: str, rest: str) -> bytes:
         (line("same", '"remove": [{"path": "a"}]'), FileDamaged, "two objects"),
         (line("same", '"keep": {"path": "a"}, "remove": [{"path": "../b"}]'), FileDamaged, "outside"),
         (line("same", '"keep": {"path": "a"}, "remove": [{"path": "/b"}]'), FileDamaged, "absolute"),
+        (line("skip", '"objects": [{"path": "a", "sha256": "5F"}, {"path": "b"}]'), FileDamaged, "no sha256"),
         (b"[" * 100_000, FileDamaged, "damaged"),
     ],
 )

@@ -1,10 +1,12 @@
 """`ruiji duplicates` as a user meets it: decide, undo, status, and lists that only name what can go."""
 
 import csv
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +20,17 @@ from typer.testing import CliRunner, Result
 
 from pipeline import layout
 from pipeline.arguments import Commands
+from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, RuijiError, UsageError
+from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
+from pipeline.objects import IdScheme
 from search.cli import register
 from search.duplicates.decisions import append_decisions, read_decisions
 from tests.conftest import ROOT
 from tests.factories import wait_until
 from tests.search.duplicates.test_decisions import different
-from tests.search.galleries import write_article_shard, write_gallery
+from tests.search.galleries import forget_digests, write_article_shard, write_shard
 
 #: Of each content so many files: a.png is alone, b1.png and b2.png have the same bytes.
 FILES = {"cat/a.png": b"a" * 100, "cat/b1.png": b"b" * 20, "dog/b2.png": b"b" * 20, "dog/c.png": b"c" * 3}
@@ -38,6 +43,7 @@ class World:
     media: Path
     features: Path
     model: Model
+    digests: bool = True
 
     @property
     def file(self) -> Path:
@@ -66,8 +72,8 @@ class World:
         return [str(Path(line).relative_to(self.media)) for line in result.stdout.splitlines()]
 
 
-@pytest.fixture
-def world(tmp_path: Path, model_path: Path) -> World:
+@pytest.fixture(params=["digests", "before-digests"])
+def world(tmp_path: Path, model_path: Path, request: pytest.FixtureRequest) -> World:
     made = World(tmp_path / "media", tmp_path / "features", load_model(model_path))
     for path, data in FILES.items():
         (made.media / path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +81,15 @@ def world(tmp_path: Path, model_path: Path) -> World:
     angles = np.radians([0, 1, 1, 40])
     features = np.zeros((4, made.model.spec.length), np.float32)
     features[:, 0], features[:, 1] = np.cos(angles), np.sin(angles)
-    write_gallery(layout.gallery_folder(made.features, made.model.path), made.model, features, list(FILES), 3)
+    folder = layout.gallery_folder(made.features, made.model.path)
+    claim_gallery(folder, made.model, IdScheme(ObjectIds.basename))
+    digests = np.array([list(hashlib.sha256(data).digest()) for data in FILES.values()], np.uint8)
+    for number, rows in enumerate((slice(0, 3), slice(3, 4))):
+        paths = list(FILES)[rows]
+        write_shard(folder, number, features[rows], paths, made.model.fingerprint, digests=digests[rows])
+    if request.param == "before-digests":
+        forget_digests(folder)
+        made.digests = False
     return made
 
 
@@ -93,6 +107,9 @@ def test_decisions_from_stdin_are_confirmed_one_by_one_and_kept_with_paths_and_d
     assert first["keep"]["path"] == "cat/a.png" and first["object_id"] == "basename"
     assert [one["path"] for one in first["remove"]] == ["cat/b1.png", "dog/c.png"]
     assert second["objects"][0]["sha256"] == first["remove"][0]["sha256"] == second["objects"][1]["sha256"]
+    # Of old galleries nobody knows without reading every file.
+    alone = ["alone" in one for one in (first["keep"], *first["remove"])]
+    assert alone == ([True, False, True] if world.digests else [False] * 3)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["time"])
 
 
@@ -198,9 +215,12 @@ def test_lists_are_refused_where_the_files_cannot_be_looked_at(world: World) -> 
     assert "no media folder" in world.refused("list", "--remove")
 
 
-def test_without_files_a_decision_is_kept_by_path_and_names_nothing(world: World) -> None:
+def test_without_files_and_digests_a_decision_is_kept_by_path_and_names_nothing(world: World) -> None:
     result = world.run("decide", stdin=json.dumps(SAME), media=False)
     assert result.exit_code == 0
+    if world.digests:
+        assert "warning" not in result.stderr and world.listed() == ["cat/b1.png", "dog/c.png"]
+        return
     assert "warning: the bytes of a.png" not in result.stderr and "warning: the bytes of cat/a.png" in result.stderr
     assert world.listed(code=3) == []
     world.decide(SAME)
@@ -244,6 +264,31 @@ def test_status_counts_what_is_open_decided_kept_and_to_remove(world: World) -> 
     }
     shown = world.run("status").stdout
     assert re.search(r"^to_remove +3$", shown, re.MULTILINE) and re.search(r"^frees_bytes +40$", shown, re.MULTILINE)
+
+
+def test_a_renamed_file_is_known_by_its_digest(world: World) -> None:
+    if not world.digests:
+        pytest.skip("this gallery has no digests")
+    world.decide(SAME)
+    new = {"cat/kept.png": FILES["cat/a.png"], "cat/gone.png": FILES["dog/c.png"]}
+    for path, data in new.items():
+        (world.media / path).write_bytes(data)
+    for path in ("cat/a.png", "dog/c.png"):
+        (world.media / path).unlink()
+    # As after a new extraction: the old names are gone.
+    folder = layout.gallery_folder(world.features, world.model.path)
+    shutil.rmtree(folder)
+    claim_gallery(folder, world.model, IdScheme(ObjectIds.basename))
+    files = {**new, "cat/b1.png": FILES["cat/b1.png"], "dog/b2.png": FILES["dog/b2.png"]}
+    digests = np.array([list(hashlib.sha256(data).digest()) for data in files.values()], np.uint8)
+    features = np.eye(4, world.model.spec.length, dtype=np.float32)
+    write_shard(folder, 0, features, list(files), world.model.fingerprint, digests=digests)
+    result = world.run("list", "--remove", "--format", "jsonl")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["path"], line["kept"]) for line in lines] == [
+        ("cat/b1.png", "cat/kept.png"),
+        ("cat/gone.png", "cat/kept.png"),
+    ]
 
 
 def test_a_gallery_that_knows_no_paths_keeps_decisions_by_id(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ LIKE_BIG = FileFacts(1000, S + 9 * 10**9, 400, 300, "GIF")
     [
         ("pixels,bytes", 2, "most pixels (400 x 300), then largest (1,000 bytes)"),
         ("pixels,oldest", 1, "most pixels (400 x 300), then oldest (2023-11-14 22:13:25 UTC)"),
-        ("pixels", 1, "most pixels (400 x 300), then first by path"),
+        ("pixels", 1, "most pixels (400 x 300), then shortest path"),
         ("bytes", 0, "largest (2,000,000 bytes)"),
         ("oldest", 0, "oldest (2023-11-14 22:13:20 UTC)"),
         ("format", 0, "best format (PNG)"),
         ("path=new/,bytes", 2, "below new/, then largest (1,000 bytes)"),
         ("path=nowhere/,bytes", 0, "largest (2,000,000 bytes)"),
-        ('"path=a,b/",pixels', 1, "most pixels (400 x 300), then first by path"),
+        ('"path=a,b/",pixels', 1, "most pixels (400 x 300), then shortest path"),
     ],
 )
 def test_rules_choose_in_their_order_and_say_why(rules: str, kept: int, reason: str) -> None:
@@ -44,6 +44,7 @@ def test_a_file_that_is_there_is_better_than_any_that_is_not() -> None:
         found = choose([Candidate("gone/a", None), Candidate("z", FileFacts(0, S))], parse_rules(rules))
         assert (found.kept, found.reason) == (1, "is there")
     assert choose([Candidate("b", None), Candidate("a", None)], parse_rules("pixels")).kept == 1
+    assert choose([Candidate("a (1)", None), Candidate("b", None)], parse_rules("pixels")).kept == 1
     assert choose([Candidate("a", BIG)], parse_rules("pixels")).reason == "the only one"
 
 
