@@ -36,10 +36,10 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
 from search.duplicates.groups import find_groups
-from search.duplicates.pairs import PANEL_ROWS, TILE_ROWS
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery, Shard
 from search.queries import embed_images, load_encoder
+from search.ranking.arithmetic import PANEL_ROWS, TILE_ROWS
 from search.ranking.planner import Question, bfloat16_units, choose_way, look_at_machine
 from search.ranking.rank import rank
 from tests.factories import tiny_model

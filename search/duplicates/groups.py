@@ -15,7 +15,7 @@ from search.arrays import Rows
 from search.duplicates.decisions import Verdict
 from search.duplicates.files import FileFacts
 from search.duplicates.linkage import Clusters, Rules, form_groups
-from search.duplicates.pairs import DECIDED_AT_ONCE, PANEL_ROWS, TILE_ROWS, pair_similarities
+from search.duplicates.pairs import DECIDED_AT_ONCE, pair_similarities
 from search.duplicates.store import collect
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
@@ -187,8 +187,8 @@ def find_groups(
     rules: Rules | None = None,
     arithmetic: Arithmetic | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int = PANEL_ROWS,
-    tile_rows: int = TILE_ROWS,
+    panel_rows: int | None = None,
+    tile_rows: int | None = None,
 ) -> Groups:
     """Find all groups.
 
@@ -197,7 +197,7 @@ def find_groups(
         rules: what forms a group; by default complete linkage.
         arithmetic: what multiplies, by default numpy; changes speed, never the answer.
         progress: called with pairs of different rows compared so far, and all of them.
-        panel_rows, tile_rows: change memory and speed, never the answer.
+        panel_rows, tile_rows: by default what suits the arithmetic; change memory and speed, never the answer.
 
     Raises:
         UsageError: the threshold is out of its bounds, or too many objects would have to be put in order.

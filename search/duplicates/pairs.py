@@ -5,7 +5,7 @@ panel of rows with all that come before, tile by tile; `compare` multiplies one 
 its error bound does not rule out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 from search.arrays import Float32, Float64, Mask, Rows, row_sums
 from search.gallery.norms import is_plain
 from search.gallery.shards import Gallery
-from search.ranking.arithmetic import Arithmetic, Pairs, is_dense
+from search.ranking.arithmetic import TILE_ROWS, Arithmetic, Pairs, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 
-#: Rows that stay in memory while the rest of the gallery passes by, and rows that pass at once: their cosines take
-#: 64 MB, and reading and scaling a row is small beside its products.
-PANEL_ROWS, TILE_ROWS = 8192, 2048
 #: Pairs that are decided at once, so that float64 copies stay small (1024 x 1280, six times: 63 MB).
 DECIDED_AT_ONCE = 1024
 #: Rows of a dense tile that are looked at at once: a million pairs.
@@ -29,17 +26,15 @@ _DENSE_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Part:
+class Side:
     """Rows as one side of a tile: usable ones, and of equal ones the first.
 
     Attributes:
         rows: gallery rows, int64[b], ascending.
-        units: of length 1, float32[b, d].
         made: what the arithmetic made of the unit rows.
     """
 
     rows: Rows
-    units: Float32
     made: object
     margin: Margin
 
@@ -72,28 +67,61 @@ class NearTable:
     near: Mask
 
 
-def find_pairs(
-    gallery: Gallery, panel: Rows, before: Rows, threshold: float, arithmetic: Arithmetic, tile_rows: int = TILE_ROWS
-) -> Iterator[tuple[int, list[NearPairs | NearTable]]]:
-    """Find every pair of a panel's rows, and of these with rows before, that reaches the threshold, once.
+class Sides:
+    """The rows of each panel as sides of tiles. The first that are made stay, as many as there is memory for."""
+
+    def __init__(
+        self, gallery: Gallery, panels: Sequence[Rows], arithmetic: Arithmetic, tile_rows: int, kept_rows: int
+    ) -> None:
+        """Nothing is read before the first panel is asked for.
+
+        Args:
+            panels: gallery rows that can be ranked and of which no two are equal, int64; all in ascending order.
+            arithmetic: what multiplies; changes speed, never what is found.
+            tile_rows: of a side; kept_rows: that stay. They change memory and speed.
+        """
+        self.gallery, self.arithmetic = gallery, arithmetic
+        self._panels, self._tile_rows, self._kept_rows = panels, tile_rows, kept_rows
+        self._kept: dict[tuple[int, int], Side] = {}
+
+    def of(self, panel: int) -> Iterator[Side]:
+        """The sides that a panel's rows are."""
+        rows = self._panels[panel]
+        for start in range(0, len(rows), self._tile_rows):
+            side = self._kept.get((panel, start))
+            if side is None:
+                some = rows[start : start + self._tile_rows]
+                side = Side(some, *self.arithmetic.prepare(_unit_rows(self.gallery, some)))
+                if len(some) <= self._kept_rows:
+                    self._kept[panel, start] = side
+                    self._kept_rows -= len(some)
+            yield side
+
+
+def find_pairs(sides: Sides, panel: int, threshold: float) -> Iterator[tuple[int, list[NearPairs | NearTable]]]:
+    """Find every pair of a panel's rows, and of these with rows of the panels before, that reaches the threshold, once.
 
     Args:
-        panel, before: gallery rows that can be ranked and of which no two are equal, int64, ascending; the rows before
-            are all smaller.
+        panel: its number.
         threshold: the least similarity of a pair.
-        arithmetic: what multiplies; changes speed, never the answer.
-        tile_rows: changes memory and speed, never the answer.
 
     Yields:
         For each tile how many pairs were compared, and what was found.
     """
-    if not len(panel):
-        return
-    side = _part(gallery, panel, arithmetic)
-    rows = np.concatenate([before, panel])
-    for first in range(0, len(rows), tile_rows):
-        tile = _part(gallery, rows[first : first + tile_rows], arithmetic)
-        yield _comparisons(tile.rows, panel), list(compare(gallery, side, tile, threshold, arithmetic))
+    here = list(sides.of(panel))
+    for before in range(panel):
+        for tile in sides.of(before):
+            yield _with_all(sides, tile, here, threshold)
+    for number, tile in enumerate(here):
+        yield _with_all(sides, tile, here[number:], threshold)
+
+
+def _with_all(
+    sides: Sides, tile: Side, others: list[Side], threshold: float
+) -> tuple[int, list[NearPairs | NearTable]]:
+    """Compare a tile with sides after it, or itself."""
+    near = [one for side in others for one in compare(sides, side, tile, threshold)]
+    return sum(_comparisons(tile.rows, side.rows) for side in others), near
 
 
 def first_equals(gallery: Gallery, block_rows: int) -> Rows:
@@ -127,15 +155,14 @@ def _sums(features: Float32) -> NDArray[np.uint64]:
     return sums
 
 
-def _part(gallery: Gallery, rows: Rows, arithmetic: Arithmetic) -> Part:
-    """Rows, ascending, read block by block."""
+def _unit_rows(gallery: Gallery, rows: Rows) -> Float32:
+    """Rows, ascending, as vectors of length 1, float32[b, d]; read block by block."""
     units = np.empty((len(rows), gallery.length), np.float32)
     for block in gallery.blocks(TILE_ROWS, int(rows[0]), int(rows[-1]) + 1):
         start, end = np.searchsorted(rows, [block.first, block.first + len(block.features)])
         local = rows[start:end] - block.first
         units[start:end] = _units(block.features[local], block.norms[local])
-    made, margin = arithmetic.prepare(units)
-    return Part(rows, units, made, margin)
+    return units
 
 
 def _units(features: Float32, norms: Float32) -> Float32:
@@ -148,28 +175,26 @@ def _units(features: Float32, norms: Float32) -> Float32:
     return units
 
 
-def _comparisons(tile: Rows, panel: Rows) -> int:
-    """How many pairs a < b with a of the tile and b of the panel there are; both ascending."""
-    return int(np.searchsorted(tile, panel).sum())
+def _comparisons(tile: Rows, side: Rows) -> int:
+    """How many pairs a < b with a of the tile and b of the side there are; both ascending."""
+    return int(np.searchsorted(tile, side).sum())
 
 
-def compare(
-    gallery: Gallery, panel: Part, tile: Part, threshold: float, arithmetic: Arithmetic
-) -> Iterator[NearPairs | NearTable]:
-    """Find the pairs that reach the threshold and whose smaller row is the tile's, the other the panel's."""
-    margin = Margin(max(panel.margin.absolute, tile.margin.absolute), max(panel.margin.relative, tile.margin.relative))
-    for found in arithmetic.near(panel.made, tile.made, margin.least(threshold)):
+def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[NearPairs | NearTable]:
+    """Find the pairs that reach the threshold and whose smaller row is the tile's, the other the side's."""
+    gallery = sides.gallery
+    margin = Margin(max(side.margin.absolute, tile.margin.absolute), max(side.margin.relative, tile.margin.relative))
+    for found in sides.arithmetic.near(side.made, tile.made, margin.least(threshold)):
         if isinstance(found, Pairs):
-            # A tile inside the panel has each pair twice, and each row with itself.
-            some, others = tile.rows[found.others], panel.rows[found.some]
+            # A tile with itself has each pair twice, and each row with itself.
+            some, others = tile.rows[found.others], side.rows[found.some]
             yield _decided(gallery, some[some < others], others[some < others], threshold)
             continue
         for start in range(0, len(found.cosines), _DENSE_ROWS):
             cosines = found.cosines[start : start + _DENSE_ROWS]
             first = found.first + start
-            rows = panel.rows[first : first + len(cosines)]
-            units = panel.units[first : first + len(cosines)]
-            near = _reached(gallery, rows, units, tile, cosines, margin, threshold)
+            rows = side.rows[first : first + len(cosines)]
+            near = _reached(gallery, rows, tile.rows, cosines, margin, threshold)
             if is_dense(int(np.count_nonzero(near)), near.size):
                 yield NearTable(tile.rows, rows, near)
             else:
@@ -177,22 +202,21 @@ def compare(
                 yield _decided(gallery, tile.rows[j], rows[i], threshold)
 
 
-def _reached(
-    gallery: Gallery, rows: Rows, units: Float32, tile: Part, cosines: Float32, margin: Margin, threshold: float
-) -> Mask:
-    """Which pairs reach the threshold, bool[b, t], of those whose row of the tile is the smaller one."""
-    once = tile.rows < rows[:, np.newaxis] if tile.rows[-1] >= rows[0] else np.True_
+def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margin: Margin, threshold: float) -> Mask:
+    """Which pairs reach the threshold, bool[b, t], of those whose row among the others is the smaller one."""
+    once = others < rows[:, np.newaxis] if others[-1] >= rows[0] else np.True_
     reached, open_pairs = _sorted_out(cosines, margin, threshold, once)
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
         # Float32 leaves fewer of them open than a coarser scan does.
         exact = float32_margin(gallery.length)
         if exact.absolute < margin.absolute:
-            reached, open_pairs = _sorted_out(units @ tile.units.T, exact, threshold, once)
+            products = _unit_rows(gallery, rows) @ _unit_rows(gallery, others).T
+            reached, open_pairs = _sorted_out(products, exact, threshold, once)
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
-        similarities = exact_pair_table(gallery.take(rows), gallery.take(tile.rows), open_pairs)
+        similarities = exact_pair_table(gallery.take(rows), gallery.take(others), open_pairs)
         return reached | (similarities >= threshold)
     i, j = np.nonzero(open_pairs)
-    reached[i, j] = pair_similarities(gallery, rows[i], tile.rows[j]) >= threshold
+    reached[i, j] = pair_similarities(gallery, rows[i], others[j]) >= threshold
     return reached
 
 

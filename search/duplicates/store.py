@@ -22,7 +22,7 @@ from pipeline.errors import MachineFault
 from pipeline.npy import NpyError
 from pipeline.streams import note
 from search.arrays import Float64, Mask, Rows
-from search.duplicates.pairs import PANEL_ROWS, TILE_ROWS, NearPairs, NearTable, find_pairs, first_equals
+from search.duplicates.pairs import NearPairs, NearTable, Sides, find_pairs, first_equals
 from search.duplicates.pairs import pair_similarities as exact
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
@@ -212,8 +212,8 @@ def collect(
     arithmetic: Arithmetic,
     scratch: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int = PANEL_ROWS,
-    tile_rows: int = TILE_ROWS,
+    panel_rows: int | None = None,
+    tile_rows: int | None = None,
 ) -> PairStore:
     """Have the pairs of all panels, read from files as far as they are there, else found and kept.
 
@@ -225,11 +225,14 @@ def collect(
         arithmetic: what multiplies; changes speed, never the answer.
         scratch: a folder for pairs that cannot be kept.
         progress: called with pairs of different rows compared so far, and all of them.
-        panel_rows, tile_rows: change memory, speed and the names of files, never the answer.
+        panel_rows, tile_rows: by default what suits the arithmetic; change memory, speed and the names of files, never
+            the answer.
 
     Raises:
         MachineFault: there is no place for the pairs.
     """
+    tiles = arithmetic.tiles(gallery.length)
+    panel_rows, tile_rows = panel_rows or tiles.panel_rows, tile_rows or tiles.tile_rows
     folder = _Folder(gallery, scratch)
     asked = replace(gallery, shards=tuple(replace(shard, stale=None) for shard in gallery.shards))
     whole = replace(asked, shards=tuple(replace(shard, wanted=None) for shard in asked.shards))
@@ -250,11 +253,12 @@ def collect(
     )
     progress(done, total)
     parts: list[Part] = []
-    for panel, (start, end) in places.items():
+    panels = [different[start:end] for start, end in places.values()]
+    sides = Sides(compared, panels, arithmetic, tile_rows, tiles.kept_rows)
+    for number, panel in enumerate(places):
         if known[panel] is None:
             writing = _Writing(folder, panel, threshold, _equals_in(first, panel))
-            before, inside = different[:start], different[start:end]
-            for count, near in find_pairs(compared, inside, before, threshold, arithmetic, tile_rows):
+            for count, near in find_pairs(sides, number, threshold):
                 writing.add(near)
                 done += count
                 progress(done, total)

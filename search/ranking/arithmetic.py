@@ -16,6 +16,10 @@ from search.ranking.scan import Batch, Candidates
 
 #: float32[b, d] -> float64[q, b], dot products with the unit queries, summed in float64 in any order.
 Products: TypeAlias = Callable[[Float32], Float64]
+#: On a CPU: a tile's cosines take 16 MB, and reading and scaling a row is small beside its products with a panel.
+TILE_ROWS, PANEL_ROWS = 2048, 8192
+#: On a CPU, what rows that stay may take: 200,000 of 1280 in bfloat16.
+_KEPT_BYTES = 512 << 20
 #: With every 16th pair near, a tile is dense.
 _LISTED = 16
 
@@ -37,11 +41,30 @@ class Dense:
     cosines: Float32
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How all pairs of rows are gone through.
+
+    Attributes:
+        tile_rows: rows of each side that are multiplied at once.
+        panel_rows: rows that are compared with themselves and all before, at least, before others are.
+        kept_rows: rows that may stay as `Arithmetic.prepare` makes them, beside a panel.
+    """
+
+    tile_rows: int
+    panel_rows: int
+    kept_rows: int
+
+
 class Arithmetic(Protocol):
     """What multiplies."""
 
     def scan(self, gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
         """Find what may be among the best rows of each query; a `search.ranking.scan.Scan`."""
+        ...
+
+    def tiles(self, length: int) -> Tiles:
+        """What suits it for rows of that length."""
         ...
 
     def prepare(self, units: Float32) -> tuple[object, Margin]:
@@ -60,3 +83,12 @@ class Arithmetic(Protocol):
 def is_dense(near: int, pairs: int) -> bool:
     """Whether so many of the pairs are near that a look at each of them costs less than a list of those."""
     return near * _LISTED > pairs
+
+
+def cpu_tiles(row_bytes: int) -> Tiles:
+    """What suits a CPU.
+
+    Args:
+        row_bytes: of a row as it stays.
+    """
+    return Tiles(TILE_ROWS, PANEL_ROWS, _KEPT_BYTES // max(1, row_bytes))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 from search.options import Precision
+from search.ranking.arithmetic import PANEL_ROWS, Tiles
 
 #: What torch, cuBLAS and the fragments of its allocator may take beside, and the part of the rest that is planned with.
 _RESERVED_BYTES, _PLANNED_PART = 256 << 20, 0.9
@@ -27,6 +28,12 @@ _OF_A_QUERY = 6
 #: Of a product, with all that is made of it, where every row is a candidate. Euclidean distances, which take float32
 #: products, are computed in float64.
 _OF_A_PRODUCT = {Precision.bfloat16: 48, Precision.float32: 96}
+#: Of a tile's value while it is prepared: in float32, rounded, and what that lost.
+_OF_A_TILE = 12
+#: Of a product of two tiles, with all that is made of it, where nearly all pairs are near.
+_OF_A_PAIR = 16
+#: Larger tiles, or more products at once, would not be multiplied faster; all of these may have to go to the host.
+_TILE_ROWS, _PAIRS_AT_ONCE = 8192, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,29 @@ def scan_sizes(free_bytes: int, length: int, precision: Precision) -> ScanSizes:
     queries = min(_QUERIES_AT_ONCE, planned // 8 // (_OF_A_QUERY * length))
     products = min(_PRODUCTS_AT_ONCE, planned // 2 // _OF_A_PRODUCT[precision])
     return ScanSizes(max(1, rows), max(1, queries), products)
+
+
+def pair_sizes(free_bytes: int, rows: int, length: int) -> tuple[Tiles, int]:
+    """How all pairs of some rows are gone through, and how many products of two tiles are made at once.
+
+    A half is for rows that stay in bfloat16. If not all can, the panels are as large as that: each row is then read,
+    scaled and copied to the device once for each panel.
+
+    Args:
+        length: d, of the rows.
+
+    Raises:
+        UsageError: too little is free.
+    """
+    planned = planned_bytes(free_bytes)
+    length = max(1, length)
+    tile_rows = max(1, min(_TILE_ROWS, planned // 8 // (_OF_A_TILE * length)))
+    products = min(_PAIRS_AT_ONCE, planned // 4 // _OF_A_PAIR)
+    kept = planned // 2 // (2 * length)
+    if rows <= kept:
+        return Tiles(tile_rows, PANEL_ROWS, kept), products
+    # A panel ends with a shard, and has fewer than twice as many rows.
+    return Tiles(tile_rows, max(1, kept // 2), 0), products
 
 
 def can_stay(needed_bytes: int, free_bytes: int) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from search.arrays import Float32, Float64
 from search.gallery.shards import Gallery
-from search.ranking.arithmetic import Dense, Pairs, Products, is_dense
+from search.ranking.arithmetic import Dense, Pairs, Products, Tiles, cpu_tiles, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.codes_scan import codes_scan
 from search.ranking.scan import Batch, Candidates, numpy_scan
@@ -28,6 +28,10 @@ class NumpyArithmetic:
         """As `Arithmetic` says."""
         return self._scan(gallery, batch, cuts)
 
+    def tiles(self, length: int) -> Tiles:
+        """As `Arithmetic` says."""
+        return cpu_tiles(4 * length)
+
     def prepare(self, units: Float32) -> tuple[object, Margin]:
         """As `Arithmetic` says."""
         return units, float32_margin(units.shape[1])
@@ -36,6 +40,9 @@ class NumpyArithmetic:
         """As `Arithmetic` says."""
         assert isinstance(some, np.ndarray) and isinstance(others, np.ndarray)
         cosines: Float32 = some @ others.T
+        # One quick pass, where a comparison and a look at it take three. What is no number is not below.
+        if cosines.max(initial=-np.inf) < np.float32(least):
+            return
         # Flat: numpy looks through one dimension many times faster than through two. What is no number is looked at.
         near = np.flatnonzero(~(cosines < np.float32(least)))
         if is_dense(len(near), cosines.size):

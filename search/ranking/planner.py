@@ -13,8 +13,8 @@ from pipeline.choices import Device
 from pipeline.errors import UsageError
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
-from search.ranking.arithmetic import Arithmetic
-from search.ranking.device_memory import can_stay, scan_sizes
+from search.ranking.arithmetic import Arithmetic, Tiles
+from search.ranking.device_memory import can_stay, pair_sizes, scan_sizes
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from search.ranking.rank import QUERIES_AT_ONCE
 from search.ranking.scan import default_block_rows
@@ -121,6 +121,7 @@ class Way:
         resident: the gallery stays on the device between passes.
         queries_at_once: queries that share one pass.
         products_at_once: products of rows and queries that are looked through at once; None: what a CPU's cache holds.
+        tiles: of pairs; None: what suits a CPU.
         why: one sentence for people.
     """
 
@@ -133,6 +134,7 @@ class Way:
     why: str = field(compare=False)
     purpose: Purpose = Purpose.hits
     products_at_once: int | None = field(default=None, compare=False)
+    tiles: Tiles | None = field(default=None, compare=False)
 
     def arithmetic(self) -> Arithmetic:
         """What multiplies on this way.
@@ -150,6 +152,7 @@ class Way:
             resident=self.resident,
             block_rows=self.block_rows,
             products_at_once=self.products_at_once,
+            tiles=self.tiles,
         )
 
     def __str__(self) -> str:
@@ -278,7 +281,10 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
         rows = default_block_rows(question.length)
         return Way(True, Device.cuda, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
     if question.purpose is Purpose.pairs:
-        return _sized(Precision.bfloat16, False, free, question.length, why)
+        tiles, products = pair_sizes(free, question.rows, question.length)
+        why += "; all rows stay on the device" if question.rows <= tiles.kept_rows else "; not all rows fit"
+        at_once = tiles.tile_rows, QUERIES_AT_ONCE
+        return Way(True, Device.cuda, Precision.bfloat16, False, *at_once, why, products_at_once=products, tiles=tiles)
     # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
     matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
     precision = Precision.bfloat16 if matrix and question.metric is not Metric.euclidean else Precision.float32

@@ -22,7 +22,7 @@ from search.gallery.codes import integers_of
 from search.gallery.norms import is_plain
 from search.gallery.shards import Block, Gallery
 from search.options import Metric, Precision
-from search.ranking.arithmetic import Dense, Pairs, Products, is_dense
+from search.ranking.arithmetic import Dense, Pairs, Products, Tiles, cpu_tiles, is_dense
 from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
 from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_rows
@@ -34,6 +34,7 @@ _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 20
 #: that found take two to three times as long. If every eighth group has a hit, all are compared.
 _GROUP_ROWS, _GROUP_WORTH = 16, 8
 _SETTINGS = threading.RLock()
+_NO_PLACES: tuple[Rows, Rows] = (np.empty(0, np.int64), np.empty(0, np.int64))
 #: Far below what a bound on the error of a unit vector's product notices.
 _NOTHING = np.float32(1e-30)
 
@@ -237,6 +238,7 @@ class TorchArithmetic:
         resident: bool = False,
         block_rows: int | None = None,
         products_at_once: int | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         """Nothing is read before the first question.
 
@@ -246,12 +248,14 @@ class TorchArithmetic:
                 float64.
             resident: keep the gallery that was scanned last on the device.
             block_rows, products_at_once: as `TorchScan` takes them.
+            tiles: of a comparison of all pairs; by default what suits a CPU.
 
         Raises:
             UsageError: CUDA was asked for and torch has none that works.
         """
         self._device, self._precision = torch_device(device), precision
         self._resident, self._block_rows, self._products_at_once = resident, block_rows, products_at_once
+        self._tiles = tiles
         self._scanned: TorchScan | None = None
 
     def scan(self, gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
@@ -272,6 +276,10 @@ class TorchArithmetic:
             self._scanned = scan if self._resident else None
         return scan(gallery, batch, cuts)
 
+    def tiles(self, length: int) -> Tiles:
+        """As `Arithmetic` says."""
+        return self._tiles or cpu_tiles(2 * length)
+
     def prepare(self, units: Float32) -> tuple[object, Margin]:
         """As `Arithmetic` says."""
         exact = torch.from_numpy(units).to(self._device)
@@ -289,7 +297,7 @@ class TorchArithmetic:
             found = _near(cosines, least)
             if found is None:
                 yield Dense(number * at_once, cosines.float().cpu().numpy())
-            else:
+            elif len(found[0]):
                 i, j = found
                 yield Pairs(number * at_once + i, j, _at(cosines, i, j))
 
@@ -437,6 +445,9 @@ def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
 
 def _near(cosines: torch.Tensor, least: float) -> tuple[Rows, Rows] | None:
     """The rows and columns of cosines that are not below `least`; None if there are so many that all are wanted."""
+    # Mostly there is none, and then this is the only look. A value that is none makes the highest none.
+    if float(cosines.max()) < least:
+        return _NO_PLACES
     # Of one dimension: beside a bfloat16 a number of none would be rounded to one.
     cut = torch.tensor([least], device=cosines.device)
     if (found := _by_groups(cosines, cut)) is None:

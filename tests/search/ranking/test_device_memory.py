@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from pipeline.errors import UsageError  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
-from search.ranking.device_memory import ScanSizes, can_stay, planned_bytes, scan_sizes  # noqa: E402
+from search.ranking.device_memory import ScanSizes, can_stay, pair_sizes, planned_bytes, scan_sizes  # noqa: E402
 from search.ranking.scan import Batch  # noqa: E402
-from search.ranking.torch_arithmetic import TorchScan  # noqa: E402
+from search.ranking.torch_arithmetic import TorchArithmetic, TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
 from tests.search.ranking.test_rank import features_of  # noqa: E402
 
@@ -112,3 +112,35 @@ def test_rows_stay_where_they_leave_room_for_a_search() -> None:
     # 70 % of it would leave too little.
     assert not can_stay(6 * gb // 10, gb)
     assert can_stay(3 * gb // 10, gb)
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "clustered"])
+def test_a_comparison_of_pairs_takes_no_more_than_was_planned(kind: str) -> None:
+    d = 16
+    tiles, products = pair_sizes(LEAST, 10**6, d)
+    features = features_of(kind, min(tiles.tile_rows, 4000), d)
+    units = features / np.linalg.norm(features, axis=1, keepdims=True)
+    arithmetic = TorchArithmetic("cpu", Precision.bfloat16, products_at_once=products)
+    assert products < len(features) ** 2
+    with Live() as live:
+        side, margin = arithmetic.prepare(units)
+        assert live.peak <= 12 * units.size + 4096 * d
+        for least in (0.0, 0.9, 1.0):
+            for _ in arithmetic.near(side, side, margin.least(least)):
+                pass
+    # Where a mask is true is found by numpy here; for so many pairs that it would take much, a table is made instead.
+    assert live.peak <= 12 * units.size + 16 * products
+
+
+def test_pairs_fit_any_card() -> None:
+    for free in (LEAST, 1 << 30, 7 << 30, 80 << 30):
+        for rows in (10_000, 1_000_000, 100_000_000):
+            for d in (1, 128, 1280, 100_000):
+                tiles, products = pair_sizes(free, rows, d)
+                # A panel has fewer than twice its rows, and where all stay it is of these.
+                kept = min(rows, tiles.kept_rows) or 2 * tiles.panel_rows
+                taken = 2 * d * kept + 14 * d * tiles.tile_rows + 16 * products
+                assert taken <= planned_bytes(free) or tiles.panel_rows == 1
+                assert tiles.kept_rows == 0 or rows <= tiles.kept_rows
+    # A million rows stay on a card of 8 GB.
+    assert pair_sizes(7 << 30, 1_000_000, 1280)[0].kept_rows >= 1_000_000
