@@ -149,7 +149,7 @@ worker: $(RUIJI) ## A worker on this machine, until Ctrl-C
 	$(RUIJI) worker $(ARGS)
 
 # Each of these says whether it uses docker compose or this machine alone.
-up: ## Start Redis, a reducer, WORKERS=2 workers (GPU=1): with docker compose if an engine answers, else on this machine
+up: ## Start Redis, reducers, WORKERS=2 workers (GPU=1: one a GPU): with docker compose if an engine answers, else here
 	@deploy/stack.sh up $${WORKERS:+"$$WORKERS"}
 
 join: ## Start WORKERS=2 workers for the Redis of another host (REDIS_HOST=..., GPU=1)

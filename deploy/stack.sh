@@ -238,6 +238,14 @@ look_from_inside() {
 		exit $ok' sh "$CONTAINER_USER" "$host" "$port"
 }
 
+# As many as there are GPU slots: another would wait for one, and never be healthy.
+default_workers() {
+	case $COMPOSE_FILE in
+	*docker-compose.gpu.yml*) docker compose run --rm --no-deps -T --entrypoint python worker -P -m workers.slots ;;
+	*) echo 2 ;;
+	esac
+}
+
 # Starts or changes containers, and waits until they can take a task; says why they cannot.
 compose_start() {
 	docker compose up -d --wait "$@" && return
@@ -284,6 +292,7 @@ end() { # a process and all that it started, in order
 here_up() {
 	mkdir -p .up
 	echo mode=here > $note
+	remember GPU >> $note
 	if ! alive redis && [ -z "$(ruiji_setting RUIJI_REDIS_URL)" ]; then
 		: > .up/redis.log
 		background redis .venv/bin/ruiji redis
@@ -295,6 +304,14 @@ here_up() {
 	here_scale "$1"
 }
 
+# Whether a worker has started any that embed or reduce; it looks for GPUs in one before.
+processes() {
+	for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do
+		! tr '\0' ' ' 2>/dev/null < "/proc/$child/cmdline" | grep -q worker-process || return 0
+	done
+	return 1
+}
+
 # The worker of before ends once the new one has started its processes, or waits for that one's GPU: if it cannot, for
 # whatever reason, work goes on as it was.
 here_scale() {
@@ -302,10 +319,11 @@ here_scale() {
 	[ ! -e .up/worker.pid ] || mv .up/worker.pid .up/worker-before.pid
 	: >>.up/worker.log
 	before=$(wc -c < .up/worker.log)
-	background worker .venv/bin/ruiji worker --processes "$1"
+	[ "${GPU:-0}" != 1 ] || set -- "$1" --device cuda
+	background worker .venv/bin/ruiji worker ${1:+--processes "$1"} ${2:+"$2" "$3"}
 	said() { tail -c +$((before + 1)) .up/worker.log; }
 	started=$(cat .up/worker.pid)
-	until [ -n "$(cat "/proc/$started/task/$started/children" 2>/dev/null)" ] || said | grep -q slot_waiting; do
+	until processes "$started" || said | grep -q slot_waiting; do
 		kill -0 "$started" 2>/dev/null && sleep 0.1 && continue
 		said | tail -3 >&2
 		rm -f .up/worker.pid
@@ -315,7 +333,7 @@ here_scale() {
 		exit 1
 	done
 	end worker-before
-	say "$1 embed processes and a reducer are running; make logs shows their log"
+	say "${1:-as many as pay} embed processes and a reducer are running; make logs shows their log"
 }
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -331,17 +349,20 @@ case $command in
 up)
 	if [ "$mode" = here ] || { [ -z "$mode" ] && ! engine_answers; }; then
 		here
-		here_up "${1:-2}"
+		[ "${GPU:-0}" = 1 ] || set -- "${1:-2}"
+		here_up "${1:-}"
 	else
 		compose_up compose
-		compose_start --scale worker="${1:-2}"
+		count=${1:-$(default_workers)}
+		compose_start --scale worker="$count"
 	fi ;;
 join)
 	engine_answers || refuse "make join needs a Docker engine; without one: ruiji worker (docs/deployment.md)"
 	read_settings
 	[ -n "$(setting REDIS_HOST)" ] || refuse "make join needs REDIS_HOST, the host with Redis"
 	compose_up join
-	compose_start --no-deps --scale worker="${1:-2}" worker ;;
+	count=${1:-$(default_workers)}
+	compose_start --no-deps --scale worker="$count" worker ;;
 scale)
 	case $mode in
 	here) here; here_scale "$1" ;;

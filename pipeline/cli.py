@@ -124,12 +124,10 @@ def run(
     model: settings.ModelFile,
     list_path: settings.ListFile = None,
     exclude: settings.Exclude = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Embed processes.  [default: one per core]")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="As --processes of ruiji worker.")] = None,
     device: settings.WorkerDevice = Device.auto,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    window_segments: settings.Window = None,
     object_id: settings.ObjectId = ObjectIds.basename,
     keep_features: settings.KeepFeatures = False,
     max_pixels: settings.MaxPixels = settings.MAX_PIXELS,

@@ -53,7 +53,7 @@ def run(
     exclude: Exclude | None = None,
     workers: int | None = None,
     device: Device = Device.auto,
-    window_segments: int = WINDOW_SEGMENTS,
+    window_segments: int | None = None,
     visibility_timeout_s: int = VISIBILITY_TIMEOUT_S,
     log_format: LogFormat = LogFormat.text,
 ) -> Ran:
@@ -63,7 +63,7 @@ def run(
         state_dir: folder of this host, for the Redis.
         list_path: the object list; None: that of the media folder, or one that is made of all its images.
         exclude: what to leave out of the list.
-        workers: embed processes; None: one per core.
+        workers: embed processes, on CUDA for each GPU slot; None: the worker's choice.
         window_segments, visibility_timeout_s, log_format: as `WorkerSettings` has them.
 
     Raises:
@@ -80,7 +80,7 @@ def run(
         embedded_redis(data) as (url, check_redis),
     ):
         client = connect(url)
-        enqueued = source.enqueue(url, window_segments)
+        enqueued = source.enqueue(url, window_segments or WINDOW_SEGMENTS)
         if enqueued.plan is not None:
             told = WorkerSettings(
                 media_dir=work.media_dir,
@@ -100,7 +100,7 @@ def run(
                     if status.stopped is not None:
                         raise PlanStopped(status.stopped)
                     # What was taken up first may have been an older plan; then there may be more.
-                    enqueued = source.enqueue(url, window_segments)
+                    enqueued = source.enqueue(url, window_segments or WINDOW_SEGMENTS)
     source.tell_unlisted()
     return Ran(StatusReader(work.folder, None).read(), source.unread)
 

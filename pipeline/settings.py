@@ -117,14 +117,14 @@ ShardRows = Annotated[
     ),
 ]
 Window = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--window-segments",
         envvar="RUIJI_WINDOW_SEGMENTS",
         min=1,
         max=64,
         metavar="N",
-        help="Segments in the queue at once.",
+        help="Segments in the queue at once.  [default: 2; 4 if GPUs embed]",
     ),
 ]
 ObjectId = Annotated[
@@ -177,7 +177,7 @@ Processes = Annotated[
         envvar="RUIJI_PROCESSES",
         min=1,
         metavar="N",
-        help="Embed processes.  [default: one per core; 1 on CUDA]",
+        help="Embed processes; on CUDA for each GPU slot.  [default: one per core; one per two on CUDA, up to 8]",
     ),
 ]
 BatchImages = Annotated[
@@ -212,10 +212,20 @@ Threads = Annotated[
         help="CPU threads per process.  [default: cores / processes]",
     ),
 ]
+Slots = Annotated[
+    int | None,
+    typer.Option(
+        "--slots",
+        envvar="RUIJI_SLOTS",
+        min=1,
+        metavar="N",
+        help="GPU slots that the worker takes at most.  [default: all that are free]",
+    ),
+]
 SlotsPerDevice = Annotated[
     int,
     typer.Option(
-        "--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, metavar="N", help="Workers per GPU."
+        "--slots-per-device", envvar="RUIJI_SLOTS_PER_DEVICE", min=1, max=64, metavar="N", help="Slots per GPU."
     ),
 ]
 VisibilityTimeout = Annotated[
@@ -245,6 +255,8 @@ LogFormatOption = Annotated[
 SHARD_ROWS = 10_000
 #: Two segments keep workers busy while one is reduced; each more only costs Redis 12 MB.
 WINDOW_SEGMENTS = 2
+#: GPUs fill a segment in seconds: two are reduced, by two processes, while two are embedded.
+CUDA_WINDOW_SEGMENTS = 4
 #: The size from which Pillow itself warns; while it is decoded such an image takes up to 1 GB.
 MAX_PIXELS = 89_478_485
 #: The largest allowed image takes a few seconds, also on a slow disk; an endless one is given up after this.
@@ -253,7 +265,7 @@ MAX_IMAGE_S = 60
 MAX_IMAGE_MB = 2048
 #: Live workers renew their claims every few seconds, so this only has to outlast a pause, not a batch.
 VISIBILITY_TIMEOUT_S = 60
-#: One worker with large batches keeps a GPU busy; more pay where decoding is the limit.
+#: One worker has as many processes as keep a GPU busy.
 SLOTS_PER_DEVICE = 1
 #: Looking for lost tasks reads the whole queue; 30 s without any progress is rare enough.
 STALL_TIMEOUT_S = 30

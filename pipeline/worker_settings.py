@@ -13,7 +13,7 @@ import msgspec
 from pipeline import layout
 from pipeline.choices import Device, LogFormat, Transport
 from pipeline.errors import UsageError
-from pipeline.settings import SLOTS_PER_DEVICE, STALL_TIMEOUT_S, VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
+from pipeline.settings import SLOTS_PER_DEVICE, STALL_TIMEOUT_S, VISIBILITY_TIMEOUT_S
 
 #: Settings for which no command has an option: tests set their variables.
 FOR_TESTS = ("stall_timeout_s", "transport")
@@ -29,12 +29,12 @@ class WorkerSettings:
         media_dir, feature_dir, model: as the options of these names.
         redis_url: with its password.
         state_dir: folder of this host, resolved.
-        processes: embed processes; None: one per core, or one on CUDA.
+        processes: embed processes, on CUDA for each GPU slot; None: the worker's choice.
         threads: CPU threads per process; None: cores / processes.
         batch_images: requests per batch; None: the encoder's choice.
         gpu_memory_mb: limit of ONNX Runtime's arena in one process on CUDA; None: none.
-        slots_per_device: workers per GPU.
-        window_segments: segments in the queue at once.
+        slots_per_device: slots per GPU.
+        window_segments: segments in the queue at once; None: the worker's choice.
         visibility_timeout_s: seconds after which a dead worker's messages go to another.
         stall_timeout_s: seconds without progress before lost tasks are looked for; see `FOR_TESTS`.
         transport: likewise.
@@ -52,7 +52,7 @@ class WorkerSettings:
     batch_images: _Count | None = None
     gpu_memory_mb: _Count | None = None
     slots_per_device: _Count = SLOTS_PER_DEVICE
-    window_segments: _Count = WINDOW_SEGMENTS
+    window_segments: _Count | None = None
     visibility_timeout_s: _Count = VISIBILITY_TIMEOUT_S
     stall_timeout_s: _Count = STALL_TIMEOUT_S
     transport: Transport = Transport.fast

@@ -22,7 +22,7 @@ NOT_IN_COMPOSE = {"redis", "run", "worker-process"}
 #: What only a process that embeds needs: compose's reducers and commands get no device.
 EMBEDDING = {
     *("RUIJI_DEVICE", "RUIJI_PROCESSES", "RUIJI_THREADS", "RUIJI_BATCH_IMAGES", "RUIJI_GPU_MEMORY_MB"),
-    "RUIJI_SLOTS_PER_DEVICE",
+    *("RUIJI_SLOTS", "RUIJI_SLOTS_PER_DEVICE"),
 }
 
 

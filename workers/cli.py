@@ -2,7 +2,8 @@
 
 import os
 import signal
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -34,8 +35,9 @@ def worker(
     batch_images: settings.BatchImages = None,
     gpu_memory_mb: settings.GpuMemory = None,
     threads: settings.Threads = None,
+    slots: settings.Slots = None,
     slots_per_device: settings.SlotsPerDevice = settings.SLOTS_PER_DEVICE,
-    window_segments: settings.Window = settings.WINDOW_SEGMENTS,
+    window_segments: settings.Window = None,
     visibility_timeout_s: settings.VisibilityTimeout = settings.VISIBILITY_TIMEOUT_S,
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
@@ -48,9 +50,8 @@ def worker(
     from pipeline.logs import set_up
     from pipeline.queue.connection import connect
     from pipeline.worker_settings import FOR_TESTS, WorkerSettings, read_variables
-    from workers.devices import Gpu
-    from workers.places import Place, gpus_for
-    from workers.slots import one_device
+    from workers.places import cores_per_slot, gpus_for, place_processes
+    from workers.slots import leased_gpus
     from workers.supervisor import Supervisor
 
     set_up(log_format)
@@ -62,33 +63,31 @@ def worker(
     # One that is away is waited for by each process; one that cannot be used is refused here, in one line.
     with suppress(BrokerUnavailable):
         connect(url).close()
-    cores = len(os.sched_getaffinity(0))
-    gpus = gpus_for(device) if role is not Role.reduce else ()
-    embed_processes = processes or (1 if gpus else cores)
     told = WorkerSettings(
         media_dir=media_dir,
         feature_dir=feature_dir,
         model=model,
         redis_url=url,
         state_dir=settings.make_state_folder(state_dir),
-        device=device if gpus else Device.cpu,
-        processes=embed_processes,
-        threads=threads or max(1, cores // embed_processes),
+        processes=processes,
         batch_images=batch_images,
         gpu_memory_mb=gpu_memory_mb,
         slots_per_device=slots_per_device,
-        window_segments=window_segments,
         visibility_timeout_s=visibility_timeout_s,
         log_format=log_format,
         **read_variables(os.environ, FOR_TESTS),
     )
-    leased: AbstractContextManager[Gpu | None] = nullcontext(gpus[0] if gpus else None)
-    # Who set this has chosen already.
-    if gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        leased = one_device(url, gpus, slots_per_device)
-    with leased as gpu:
-        places = [Place(Role.embed, gpu)] * embed_processes if role is not Role.reduce else []
-        places += [Place(Role.reduce)] if role is not Role.embed else []
+    gpus = gpus_for(device) if role is not Role.reduce else ()
+    cores = cores_per_slot(gpus, slots_per_device)
+    with leased_gpus(url, gpus, slots_per_device, slots) as held:
+        places = place_processes(role, held, cores, processes, slots_per_device, gpu_memory_mb)
+        embedding = sum(place.role is Role.embed for place in places)
+        told = replace(
+            told,
+            device=device if gpus else Device.cpu,
+            threads=threads or max(1, cores * max(1, len(held)) // max(1, embedding)),
+            window_segments=window_segments or (settings.CUDA_WINDOW_SEGMENTS if held else settings.WINDOW_SEGMENTS),
+        )
         raise typer.Exit(Supervisor(places, told).run())
 
 

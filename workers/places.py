@@ -1,11 +1,21 @@
 """Where a worker's processes run: which GPUs of this machine it may have, and which process is on which."""
 
 import logging
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.choices import Device, Role
 from workers.devices import LONGEST_PAUSE_S, Gpu, probe
+
+#: An interpreter's lock is held for about 0.6 ms an image, and two cores decode one in 0.7 ms: so many cores a process
+#: keep busy, and eight processes 13,000 images/s, more than a GPU is known to encode.
+_CORES, _MOST_PROCESSES = 2, 8
+#: MB on the GPU that a process takes for CUDA itself, and for a model like MobileNet at work.
+_CONTEXT_MB, _MODEL_MB = 512, 1536
+#: A reducer takes about 0.2 ms an image, so that one could not follow a GPU.
+_CUDA_REDUCERS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +35,42 @@ class Place:
     def variables(self) -> dict[str, str]:
         """What its environment has besides the worker's settings."""
         return {"CUDA_VISIBLE_DEVICES": self.gpu.uuid} if self.gpu is not None else {}
+
+
+def cores_per_slot(gpus: Sequence[Gpu], slots_per_device: int) -> int:
+    """Cores for the processes of one slot: this machine's GPUs share them; without GPUs all of them."""
+    return max(1, len(os.sched_getaffinity(0)) // (len(gpus) * slots_per_device or 1))
+
+
+def place_processes(
+    role: Role, gpus: Sequence[Gpu], cores: int, processes: int | None, slots_per_device: int, gpu_memory_mb: int | None
+) -> list[Place]:
+    """The processes of a worker.
+
+    Args:
+        gpus: one for each slot that the worker has; none: the CPU embeds.
+        cores: see `cores_per_slot`.
+        processes: as asked for, on the CPU or for each slot.
+        gpu_memory_mb: limit of one process' arena on CUDA, if there is one.
+    """
+    places = []
+    if role is not Role.reduce and not gpus:
+        places += [Place(Role.embed)] * (processes or cores)
+    for gpu in gpus if role is not Role.reduce else ():
+        places += [Place(Role.embed, gpu)] * (processes or _feeding(gpu, cores, slots_per_device, gpu_memory_mb))
+    if role is not Role.embed:
+        places += [Place(Role.reduce)] * (_CUDA_REDUCERS if role is Role.all and gpus else 1)
+    return places
+
+
+def _feeding(gpu: Gpu, cores: int, slots_per_device: int, gpu_memory_mb: int | None) -> int:
+    """How many processes feed one slot of a GPU: as cores and its memory allow, and as it can use."""
+    if gpu.exclusive:
+        return 1
+    share_mb = gpu.total_mb // slots_per_device
+    free_mb = share_mb if gpu.free_mb is None else min(share_mb, gpu.free_mb)
+    fitting = free_mb // (_CONTEXT_MB + (gpu_memory_mb or _MODEL_MB))
+    return max(1, min(cores // _CORES, fitting, _MOST_PROCESSES))
 
 
 def gpus_for(device: Device) -> tuple[Gpu, ...]:

@@ -19,6 +19,7 @@ from pipeline.queue.claims import Claims
 from pipeline.queue.connection import broker_faults, connect
 from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, embed_queue, reduce_queue
 from pipeline.queue.worker import run_worker
+from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from pipeline.worker_settings import WorkerSettings
@@ -62,7 +63,7 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
         UsageError: there is no such device, or this machine cannot run the model. ModelError: nor can any other.
     """
     client = connect(settings.redis_url)
-    folder, threads = settings.folder, settings.threads or 1
+    folder, threads, window = settings.folder, settings.threads or 1, settings.window_segments or WINDOW_SEGMENTS
     ready = Readiness(settings.state_dir)
     gallery = wait_for_gallery(folder, client, ready)
     with broker_faults():
@@ -120,9 +121,9 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
         )
         queue = embed_queue(gallery.gallery_id)
     else:
-        register(app, REDUCE_TASK, Reducer(app, folder, client, settings.window_segments))
+        register(app, REDUCE_TASK, Reducer(app, folder, client, window))
         queue = reduce_queue(gallery.gallery_id)
-        watchdog = Watchdog(app, client, folder, settings.window_segments, settings.stall_timeout_s)
+        watchdog = Watchdog(app, client, folder, window, settings.stall_timeout_s)
 
     def started() -> None:
         heartbeat.start()

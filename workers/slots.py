@@ -1,19 +1,22 @@
-"""GPU slots: workers that all start alike spread over the devices of their machine.
+"""GPU slots: workers that all start alike spread over the devices of their machine, or one takes them all.
 
-Every replica of a compose service sees the same devices, in the same order (docker/compose#11863), and
-would take the first. So each worker leases a slot of one device in Redis and shows only that device to its
-processes. A slot is named by the device's UUID, not by host and number: containers have host names of their
-own, and several machines share one Redis.
+Every replica of a compose service sees the same devices, in the same order (docker/compose#11863), and would take the
+first. So each worker leases slots in Redis and shows each of its processes one device. A slot is named by the device's
+UUID, not by host and number: containers have host names of their own, and several machines share one Redis.
+
+`python -m workers.slots` prints how many slots this machine has.
 """
 
 import logging
 import os
 import signal
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 
 import redis
 from redis.lock import Lock
@@ -22,7 +25,9 @@ from pipeline.errors import BrokerUnavailable
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import slot_key
 from pipeline.queue.leases import lease, renewed
-from workers.devices import Gpu
+from pipeline.settings import SLOTS_PER_DEVICE
+from pipeline.worker_settings import read_variables
+from workers.devices import Gpu, probe
 
 logger = logging.getLogger(__name__)
 
@@ -33,77 +38,102 @@ _LOOK_S = 2.0
 
 
 @contextmanager
-def one_device(redis_url: str, gpus: Sequence[Gpu], slots_per_device: int) -> Iterator[Gpu]:
-    """Lease one of some devices for a worker's processes for as long as the block takes.
+def leased_gpus(redis_url: str, gpus: Sequence[Gpu], slots_per_device: int, most: int | None) -> Iterator[list[Gpu]]:
+    """Lease slots of some GPUs for a worker's processes for as long as the block takes; see `device_slots`.
 
-    Args:
-        gpus: at least one.
-
-    Raises:
-        UsageError, BrokerUnavailable: see `device_slot`, `connect`.
+    Yields:
+        One GPU for each slot. All as they are, where `CUDA_VISIBLE_DEVICES` says already which are to be used.
     """
+    if not gpus or "CUDA_VISIBLE_DEVICES" in os.environ:
+        yield list(gpus)
+        return
+    by_uuid = {gpu.uuid: gpu for gpu in gpus}
     with (
         closing(connect(redis_url)) as client,
-        device_slot(client, [gpu.uuid for gpu in gpus], slots_per_device) as device,
+        device_slots(client, list(by_uuid), slots_per_device, most) as devices,
     ):
-        yield next(gpu for gpu in gpus if gpu.uuid == device)
+        yield [by_uuid[device] for device in devices]
 
 
 @contextmanager
-def device_slot(client: redis.Redis, devices: list[str], slots_per_device: int) -> Iterator[str]:
-    """Hold a slot on the device with the fewest workers for as long as the block takes; wait while all are taken.
+def device_slots(
+    client: redis.Redis, devices: list[str], slots_per_device: int, most: int | None = None
+) -> Iterator[list[str]]:
+    """Hold the free slots of some devices for as long as the block takes; wait for one while all are taken.
 
-    The lease is renewed by a thread. Where it was lost (this process stood still, or Redis was away) it is
-    taken again; where another worker has it by then, this process gets a SIGTERM, ends in order and can be
-    started again for another slot.
+    Each time the device with the fewest workers gives one. The leases are renewed by threads. Where one was lost (this
+    process stood still, or Redis was away) it is taken again; where another worker has it by then, this process gets a
+    SIGTERM, ends in order and can be started again for other slots.
 
     Args:
         devices: UUIDs, at least one.
+        most: how many slots to take; None: all that are free.
 
     Yields:
-        The device's UUID.
+        A device's UUID for each slot.
 
     Raises:
         BrokerUnavailable: Redis went away.
     """
-    try:
-        slot, device = _take(client, devices, slots_per_device)
-    except redis.RedisError as error:
-        raise BrokerUnavailable(f"Redis went away during the search for a GPU slot: {error}") from None
-    logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": slot.name})
-    try:
-        with renewed(slot, lambda: _regained(slot)):
-            yield device
-    finally:
-        with suppress(redis.RedisError):
-            slot.release()
+    held: list[str] = []
+    with ExitStack() as stack:
+        try:
+            taken: tuple[Lock, str] | None = _wait_for_one(client, devices, slots_per_device)
+            while taken is not None:
+                slot, device = taken
+                stack.callback(_give_back, slot)
+                stack.enter_context(renewed(slot, partial(_regained, slot)))
+                logger.info("device leased", extra={"event": "slot_taken", "device": device, "slot": slot.name})
+                held.append(device)
+                full = most is not None and len(held) >= most
+                taken = None if full else _take(client, devices, slots_per_device)
+        except redis.RedisError as error:
+            raise BrokerUnavailable(f"Redis went away during the search for a GPU slot: {error}") from None
+        yield held
+
+
+def _give_back(slot: Lock) -> None:
+    with suppress(redis.RedisError):
+        slot.release()
 
 
 def _slots(client: redis.Redis, device: str, slots_per_device: int) -> list[Lock]:
     return [lease(client, slot_key(device, number), LEASE_S) for number in range(slots_per_device)]
 
 
-def _take(client: redis.Redis, devices: list[str], slots_per_device: int) -> tuple[Lock, str]:
-    slots = {device: _slots(client, device, slots_per_device) for device in devices}
-    # The token is what the key holds: it tells who has the slot.
-    token = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+def _wait_for_one(client: redis.Redis, devices: list[str], slots_per_device: int) -> tuple[Lock, str]:
+    """A slot and its device, once one is free."""
     told = False
-    while True:
-        holders = {device: [client.get(slot.name) for slot in slots[device]] for device in devices}
-        free = [device for device in devices if None in holders[device]]
-        if free:
-            device = min(free, key=lambda name: sum(holder is not None for holder in holders[name]))
-            slot = slots[device][holders[device].index(None)]
-            if slot.acquire(token=token):
-                return slot, device
-            continue  # Another worker was faster; the counts are old.
-        held = sorted(str(holder).rpartition(":")[0] for taken in holders.values() for holder in taken)
-        words = f"all {len(held)} GPU slots are taken ({slots_per_device} per device), by {', '.join(held)}"
+    while (taken := _take(client, devices, slots_per_device)) is None:
         if not told:
+            keys = [slot.name for device in devices for slot in _slots(client, device, slots_per_device)]
+            held = sorted(str(holder).rpartition(":")[0] for holder in client.mget(keys) if holder is not None)
+            words = f"all {len(keys)} GPU slots are taken ({slots_per_device} per device), by {', '.join(held)}"
             words += "; waiting for one (start fewer workers, or set RUIJI_SLOTS_PER_DEVICE)"
             logger.warning("%s", words, extra={"event": "slot_waiting"})
             told = True
         time.sleep(_LOOK_S)
+    if told:
+        # A worker that ends gives its slots back one after the other; the next takes them all.
+        time.sleep(_LOOK_S)
+    return taken
+
+
+def _take(client: redis.Redis, devices: list[str], slots_per_device: int) -> tuple[Lock, str] | None:
+    """A free slot of the device with the fewest workers, and that device; None while all are taken."""
+    slots = {device: _slots(client, device, slots_per_device) for device in devices}
+    # The token is what the key holds: it tells who has the slot.
+    token = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+    while True:
+        holders = {device: [client.get(slot.name) for slot in slots[device]] for device in devices}
+        free = [device for device in devices if None in holders[device]]
+        if not free:
+            return None
+        device = min(free, key=lambda name: sum(holder is not None for holder in holders[name]))
+        slot = slots[device][holders[device].index(None)]
+        if slot.acquire(token=token):
+            return slot, device
+        # Another worker was faster; the counts are old.
 
 
 def _regained(slot: Lock) -> bool:
@@ -113,3 +143,16 @@ def _regained(slot: Lock) -> bool:
     logger.error("another worker took this one's GPU slot", extra={"event": "slot_lost"})
     os.kill(os.getpid(), signal.SIGTERM)
     return False
+
+
+def _main() -> None:
+    found = probe()
+    if not found.usable:
+        print(f"error: {found.fault()}", file=sys.stderr)
+        raise SystemExit(found.fault().exit_code)
+    slots_per_device = read_variables(os.environ, ("slots_per_device",)).get("slots_per_device", SLOTS_PER_DEVICE)
+    print(len(found.usable) * slots_per_device)
+
+
+if __name__ == "__main__":
+    _main()

@@ -119,6 +119,8 @@ elif arguments[0] == "ps" and runs:
         print(folder)
 elif arguments[:2] == ["compose", "up"] and "DAMAGED" in os.environ:
     sys.exit(1)
+elif "workers.slots" in arguments:
+    print(os.environ["SLOTS"])
 elif arguments[:2] == ["compose", "ps"]:
     print("redis unhealthy\\nworker \\nreducer ")
 elif arguments[:2] == ["compose", "logs"]:
@@ -200,6 +202,26 @@ def test_settings_in_quotes_are_those_that_compose_reads_and_the_certificate_has
     note = (engine.folder / ".up" / "with").read_text()
     assert "export REDIS_PORT='7000'" in note and "docker-compose.hosts.yml" in note
     assert "is not for 192.0.2.8" in engine.make("up", "REDIS_HOST=192.0.2.8", code=2).stderr
+
+
+def test_with_gpus_as_many_workers_start_as_there_are_slots(engine: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOTS", "3")
+    engine.make("up", "GPU=1")
+    engine.make("up", "GPU=1", "WORKERS=1")
+    engine.make("up")
+    scaled = [command.rpartition("worker=")[2] for command in asked(engine) if command.startswith("compose up")]
+    assert scaled == ["3", "1", "2"]
+    # Where no GPU can be used, that is said, and nothing starts.
+    monkeypatch.delenv("SLOTS")
+    engine.make("up", "GPU=1", code=2)
+    assert len([command for command in asked(engine) if command.startswith("compose up")]) == 3
+
+
+def test_without_an_engine_gpus_are_asked_for_by_name(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine whose GPU does not work would embed on its CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refused = stack.make("up", "GPU=1", code=2).stderr
+    assert "no GPU can be used" in refused
 
 
 def test_a_damaged_queue_is_shown_with_the_way_out(engine: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

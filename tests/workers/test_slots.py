@@ -1,9 +1,13 @@
 """GPU slots, with pretended devices: a real Redis, real workers, and a driver that names devices."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +18,7 @@ from pipeline.queue.connection import connect
 from tests.conftest import ROOT
 from tests.cuda.pretended import BUSY, H200, PretendedCuda, uuid
 from tests.factories import Ruiji, wait_until
-from workers.slots import LEASE_S, device_slot
+from workers.slots import LEASE_S, device_slots
 
 DEVICES = [uuid("a"), uuid("b")]
 
@@ -38,16 +42,24 @@ def shown_devices() -> Counter[str]:
     """What the embed processes of this test's workers see, by device."""
     seen: Counter[str] = Counter()
     for process in psutil.Process().children(recursive=True):
-        try:
-            if "worker-process" in process.cmdline():
-                seen[process.environ()["CUDA_VISIBLE_DEVICES"]] += 1
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            if {"worker-process", "embed"} <= set(process.cmdline()):
+                seen[process.environ().get("CUDA_VISIBLE_DEVICES", "all")] += 1
     return seen
 
 
+def reducers(worker: int) -> int:
+    """How many of a worker's processes reduce."""
+    count = 0
+    for process in psutil.Process(worker).children():
+        with suppress(psutil.Error):
+            count += {"worker-process", "reduce"} <= set(process.cmdline())
+    return count
+
+
 def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, client: redis.Redis) -> None:
-    workers = [gpu_worker.start("worker", "--role", "embed", "--slots-per-device", "2") for _ in range(4)]
+    alike = ("worker", "--role", "embed", "--slots", "1", "--processes", "1", "--slots-per-device", "2")
+    workers = [gpu_worker.start(*alike) for _ in range(4)]
     wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 2), what="two workers on each device")
     assert all(0 < client.pttl(key) <= LEASE_S * 1000 for key in client.keys("ruiji:slot:*"))
     for worker in workers:
@@ -59,9 +71,10 @@ def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, cli
 def test_a_worker_waits_for_a_slot_and_takes_a_dead_ones_when_its_lease_runs_out(
     gpu_worker: Ruiji, client: redis.Redis, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = (gpu_worker.start("worker", "--role", "embed") for _ in range(2))
+    alike = ("worker", "--role", "embed", "--slots", "1", "--processes", "1")
+    first, second = (gpu_worker.start(*alike) for _ in range(2))
     wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 1), what="a worker on each device")
-    third = gpu_worker.start("worker", "--role", "embed")
+    third = gpu_worker.start(*alike)
     said: list[str] = []
 
     def waits() -> bool:
@@ -86,7 +99,7 @@ def test_a_lost_lease_is_taken_again_or_the_worker_ends(client: redis.Redis, mon
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
-        with device_slot(client, ["GPU-aaaa"], 1):
+        with device_slots(client, ["GPU-aaaa"], 1):
             client.flushall()
             wait_until(lambda: client.get("ruiji:slot:GPU-aaaa:0"), timeout_s=5, what="the lease, taken again")
             assert not told
@@ -102,12 +115,13 @@ def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis, monkey
     taken: list[str] = []
 
     def fifth() -> None:
-        with device_slot(client, DEVICES, 2) as device:
-            taken.append(device)
+        with device_slots(client, DEVICES, 2, 1) as devices:
+            taken.extend(devices)
 
-    with device_slot(client, DEVICES, 2) as first, device_slot(client, DEVICES, 2) as second:
-        assert [first, second] == DEVICES
-        with device_slot(client, DEVICES, 2), device_slot(client, DEVICES, 2):
+    with device_slots(client, DEVICES, 2, 1) as first, device_slots(client, DEVICES, 2, 1) as second:
+        assert [*first, *second] == DEVICES
+        with device_slots(client, DEVICES, 2) as rest:
+            assert rest == DEVICES, "all that are free"
             thread = threading.Thread(target=fifth)
             thread.start()
             time.sleep(0.5)
@@ -115,3 +129,41 @@ def test_the_device_with_the_fewest_workers_is_taken(client: redis.Redis, monkey
             client.delete(f"ruiji:slot:{DEVICES[1]}:0")
             thread.join(30)
             assert taken == [DEVICES[1]]
+
+
+def test_one_worker_takes_all_gpus_and_the_next_gets_all_that_it_gives_back(
+    gpu_worker: Ruiji, client: redis.Redis, tmp_path: Path
+) -> None:
+    alike = ("worker", "--processes", "2")
+    first = gpu_worker.start(*alike)
+    wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 2), what="two processes on each device")
+    wait_until(lambda: reducers(first.pid) == 2, what="two reducers, for one could not follow")
+    said = tmp_path / "said.txt"
+    second = gpu_worker.start(*alike, errors=said)
+    wait_until(lambda: "slot_waiting" in said.read_text(), what="the second worker's word that it waits")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 0
+    wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 2), what="two processes of the second on each")
+    assert said.read_text().count("slot_taken") == 2
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=60) == 0
+    assert client.keys("ruiji:slot:*") == []
+
+
+def test_a_machine_tells_how_many_slots_it_has(gpu_worker: Ruiji, tmp_path: Path) -> None:
+    def told(**environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-P", "-m", "workers.slots"]
+        environment = {**os.environ, **gpu_worker.environment, **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert told(RUIJI_SLOTS_PER_DEVICE="").stdout == "2\n"
+    assert told(RUIJI_SLOTS_PER_DEVICE="3").stdout == "6\n"
+    none = told(CUDA_VISIBLE_DEVICES="")
+    assert (none.returncode, none.stdout) == (2, "") and "no GPU can be used" in none.stderr
+
+
+def test_who_chose_devices_shares_them_with_nobody(gpu_worker: Ruiji, client: redis.Redis) -> None:
+    gpu_worker.environment["CUDA_VISIBLE_DEVICES"] = ",".join(DEVICES)
+    gpu_worker.start("worker", "--role", "embed", "--processes", "1")
+    wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 1), what="a process on each device")
+    assert client.keys("ruiji:slot:*") == []
