@@ -259,8 +259,9 @@ def near_duplicates(
 
     Compares each pair once; the result is exact. In a group every pair is at or above the threshold. A pair that is in
     no group is shown as "see also" of the groups that it connects. The similarity of each member is that to the group's
-    first, which comes first in the object list, or is the one that --keep chooses. What was compared is kept: a search
-    that is interrupted goes on. What is decided (ruiji duplicates decide) is left out.
+    first, which comes first in the object list, or is the one that --keep chooses; identical_to names the first member
+    whose file has the very same bytes. What was compared is kept: a search that is interrupted goes on. What is decided
+    (ruiji duplicates decide) is left out.
     """
     from pipeline.progress import show_steps
     from search.duplicates.keep import parse_rules
@@ -325,14 +326,13 @@ def info(
     Objects, shards, length, fingerprint, size, failed objects, rows that cannot be ranked, and rows with a digest of
     their file.
     """
-    from search.gallery.opening import describe_gallery, find_gallery
+    from search.gallery.opening import describe_gallery, find_gallery, open_gallery
+    from search.requests.selection import say_undigested
 
-    facts = describe_gallery(find_gallery(feature_dir, model_path))
-    if (unknown := int(facts["objects"] or 0) - int(facts["digests"] or 0)) > 0:
-        note(
-            f"{unknown} objects are of a ruiji that kept no digests of their files, so identical files cannot be told "
-            "among them"
-        )
+    folder = find_gallery(feature_dir, model_path)
+    gallery = open_gallery(folder)
+    say_undigested(gallery, note)
+    facts = describe_gallery(folder, gallery)
     if as_json:
         print(to_json(facts), file=exact_stdout())
         return

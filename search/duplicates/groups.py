@@ -39,6 +39,9 @@ class Member:
         path: relative to the media folder; None where the gallery does not know paths.
         similarity: to the first member.
         facts: about its file; None unless a file was chosen to be kept, or if it is not there.
+        digest: of its file, as `Gallery.digest` has it.
+        identical_to: id of the first member whose file has the same bytes; None for that member itself, for one whose
+            bytes no other has, and where the digest is not known.
     """
 
     row: int
@@ -46,6 +49,8 @@ class Member:
     path: str | None
     similarity: float
     facts: FileFacts | None = None
+    digest: bytes | None = None
+    identical_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,8 +239,13 @@ def members_of(gallery: Gallery, rows: Rows) -> Iterator[Member]:
     """Rows as members of a group, in the order given: the first is the one that similarities are to."""
     query = gallery.take(rows[:1])
     ids = gallery.object_ids(rows).tolist()
+    first_with: dict[bytes, str] = {}
     for start in range(0, len(rows), DECIDED_AT_ONCE):
         some = rows[start : start + DECIDED_AT_ONCE]
         similarities = exact_pair_similarities(query, gallery.take(some)).tolist()
         for row, object_id, similarity in zip(some.tolist(), ids[start : start + len(some)], similarities, strict=True):
-            yield Member(row, object_id, gallery.path(row), similarity)
+            digest = gallery.digest(row)
+            same = None if digest is None else first_with.get(digest)
+            if digest is not None and same is None:
+                first_with[digest] = object_id
+            yield Member(row, object_id, gallery.path(row), similarity, digest=digest, identical_to=same)

@@ -47,14 +47,13 @@ def is_gallery(folder: Path) -> bool:
     return folder.is_dir() and (layout.gallery_file(folder).is_file() or bool(feature_shards(folder)))
 
 
-def describe_gallery(folder: Path) -> dict[str, str | int | None]:
-    """The facts of a gallery, by name, in a stable order; sizes in bytes.
+def describe_gallery(folder: Path, gallery: Gallery) -> dict[str, str | int | None]:
+    """The facts of a gallery that was opened, by name, in a stable order; sizes in bytes.
 
     Raises:
-        UsageError, GalleryMismatch, ShardCorrupt: as `open_gallery`.
+        GalleryMismatch: a record or `gallery.json` is damaged.
     """
     info = read_gallery(folder)
-    gallery = open_gallery(folder)
     zero, nonfinite = gallery.unusable_rows
     records = [] if info is None else [read_record(folder, int(shard.name)) for shard in gallery.shards]
     return {

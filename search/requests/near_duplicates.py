@@ -19,7 +19,7 @@ from search.gallery.shards import Gallery
 from search.options import THRESHOLD, Linkage
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
-from search.requests.selection import Progress, Say, Selection, say_unusable
+from search.requests.selection import Progress, Say, Selection, say_undigested, say_unusable
 
 if TYPE_CHECKING:
     from search.views.sheet import SheetLine
@@ -99,6 +99,7 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     conditions, annotations = selection.read_filters()
     gallery = apply_conditions(selection.open(say), conditions, annotations)
     say_unusable(gallery, say)
+    say_undigested(gallery, say)
     file = request.decisions or layout.decisions_file(selection.folder)
     decided = decided_in(gallery, read_decisions(file))
     if request.decided:

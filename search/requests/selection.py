@@ -112,3 +112,9 @@ def say_unusable(gallery: Gallery, say: Say) -> None:
         )
     if gallery.searched_rows == zero + nonfinite:
         say("the gallery has no object that can be ranked")
+
+
+def say_undigested(gallery: Gallery, say: Say) -> None:
+    """Say of how many objects it is not known whether their files are identical."""
+    if unknown := gallery.rows - gallery.digested_rows:
+        say(f"{unknown} objects have no digest of their file, so identical files are not told apart among them")

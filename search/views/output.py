@@ -18,7 +18,7 @@ Row: TypeAlias = dict[str, "int | float | str | None"]
 #: Columns of a CSV about groups of which one member is to be kept, and about decisions.
 CHOSEN, DECIDED = ("decision", "bytes", "width", "height", "reason"), ("decision", "time")
 
-_LEFT = {"object_id", "path", "label"}
+_LEFT = {"object_id", "path", "identical_to", "label"}
 
 
 def printable(text: str) -> str:
@@ -86,13 +86,13 @@ def write_groups(
     elif form is GroupFormat.jsonl:
         _write_json_lines(_group_object(group) for group in groups)
     elif form is GroupFormat.csv:
-        columns = ("group", "object_id", "path", "similarity", "least_similarity", *more)
+        columns = ("group", "object_id", "path", "similarity", "least_similarity", "identical_to", "sha256", *more)
         _write_csv(columns, (row for group in groups for row in _csv_rows(group, columns)))
     elif form is GroupFormat.table:
         for place, group in enumerate(groups):
             print(f"{chr(10) if place else ''}{_heading(group)}")
             rows = _group_rows(group)
-            for line in _table(tuple(rows[0]), rows):
+            for line in _table(_table_columns(rows), rows):
                 print(line)
             if group.reason is not None:
                 print(shown(f"keep {group.members[0].object_id}: {group.reason}"))
@@ -118,6 +118,8 @@ def _group_rows(group: "Group") -> list[Row]:
     rows: list[Row] = []
     for member in group.members:
         row: Row = {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
+        row["identical_to"] = member.identical_to
+        row["sha256"] = None if member.digest is None else member.digest.hex()
         if group.reason is not None:
             facts = member.facts
             row["bytes"] = None if facts is None else facts.bytes
@@ -125,6 +127,12 @@ def _group_rows(group: "Group") -> list[Row]:
             row["height"] = None if facts is None else facts.height
         rows.append(row)
     return rows
+
+
+def _table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What people read of a group's members."""
+    identical = any(row["identical_to"] is not None for row in rows)
+    return tuple(name for name in rows[0] if name != "sha256" and (identical or name != "identical_to"))
 
 
 def _csv_rows(group: "Group", columns: Sequence[str]) -> Iterator[Row]:

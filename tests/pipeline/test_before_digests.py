@@ -73,7 +73,7 @@ def lose(folder: Path, shard: int) -> None:
 def test_it_is_searched_and_says_that_it_has_no_digests(old: Path) -> None:
     gallery = open_gallery(old)
     assert (gallery.rows, gallery.digested_rows, gallery.digest(0)) == (10, 0, None)
-    assert describe_gallery(old)["digests"] == 0
+    assert describe_gallery(old, gallery)["digests"] == 0
     assert [finding for finding in verify(old) if finding.broken] == []
 
 
@@ -82,7 +82,7 @@ def test_gallery_info_says_so(old: Path) -> None:
     register(app)
     told = CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(old)])
     assert "\ndigests         0\n" in told.stdout
-    assert "10 objects are of a ruiji that kept no digests" in told.stderr
+    assert "10 objects have no digest of their file" in told.stderr
 
 
 def test_the_plan_that_was_open_is_finished_as_it_was_begun(tmp_path: Path, old: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.errors import GalleryMismatch, QueryError, RuijiError, UsageError
 from pipeline.model import Model, load_model
 from pipeline.settings import MAX_PIXELS
 from search.cli import register
+from search.gallery.opening import open_gallery
 from search.queries import embed_images, load_encoder
 from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.pipeline.test_npy import HOSTILE
@@ -645,7 +646,10 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
         MAX_PIXELS,
     )
     copies = np.concatenate([features.features[:1] * 1.0001, features.features])
-    write_shard(own_world.folder, 9, copies, ["c/0.png", "c/1.png", "c/2.png"], own_world.model.fingerprint)
+    digests = np.random.default_rng(1).integers(0, 256, (3, 32), dtype=np.uint8)
+    digests[1] = list(open_gallery(own_world.folder).digest(0) or b"")
+    added = ["c/0.png", "c/1.png", "c/2.png"]
+    write_shard(own_world.folder, 9, copies, added, own_world.model.fingerprint, digests=digests)
 
     def found(form: str, *more: str | Path) -> Result:
         result = own_world.run("near-duplicates", "--threshold", "0.9999", "--format", form, *more)
@@ -658,13 +662,28 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
         [own_world.paths[1], "c/2.png"],
     ]
     assert [group["pairs"] for group in groups] == [3, 1]
+    # A file with the same bytes is told from one that only looks the same.
+    first = groups[0]["members"][0]["object_id"]
+    assert [[member["identical_to"] for member in group["members"]] for group in groups] == [
+        [None, None, first],
+        [None, None],
+    ]
+    assert [member["sha256"] for member in groups[0]["members"]][1:] == [
+        digests[0].tobytes().hex(),
+        digests[1].tobytes().hex(),
+    ]
     assert [json.loads(line) for line in found("jsonl").stdout.splitlines()] == groups
     assert found("paths").stdout == f"{own_world.paths[0]}\nc/0.png\nc/1.png\n\n{own_world.paths[1]}\nc/2.png\n"
     # xargs -0 would take an empty record for a path.
     members = [own_world.paths[0], "c/0.png", "c/1.png", own_world.paths[1], "c/2.png"]
     assert found("paths", "-0").stdout == "".join(f"{path}\0" for path in members)
-    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity,least_similarity"
-    assert "group 1: 3 objects, 3 pairs" in found("table").stdout
+    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity,least_similarity,identical_to,sha256"
+    assert found("csv").stdout.splitlines()[3].endswith(f",{first},{digests[1].tobytes().hex()}")
+    table = found("table")
+    assert "group 1: 3 objects, 3 pairs" in table.stdout
+    columns = [line.split() for line in table.stdout.splitlines() if line.startswith("object_id")]
+    assert columns == [["object_id", "path", "similarity", "identical_to"], ["object_id", "path", "similarity"]]
+    assert "digest" not in table.stderr
     sheet = tmp_path / "groups.png"
     assert "(3 pictures could not be opened)" in found("json", "--sheet", sheet, "--media-dir", own_world.media).stderr
     none = own_world.run("near-duplicates", "--where", f"path={own_world.paths[5]}", "--fail-if-empty")
