@@ -32,6 +32,8 @@ _NO_DEVICE = 100
 #: Attributes of a device, and a value of the second: no process may use it.
 _COMPUTE_MODE, _MAJOR, _MINOR, _PROHIBITED = 20, 75, 76, 2
 _EXCLUSIVE = 3
+#: A flag of a device's context: who waits for the device sleeps.
+_BLOCKING_SYNC = 4
 #: Exit code of a worker process whose GPU failed, or could not be had, before the process had done an image. Only its
 #: supervisor sees it.
 DEVICE_FAILED = 75
@@ -147,6 +149,22 @@ def look(memory: bool = False) -> Gpus:
 def _shown(error: _CudaError) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return f" (CUDA_VISIBLE_DEVICES is {visible!r})" if error.result == _NO_DEVICE and visible is not None else ""
+
+
+def sleep_while_waiting() -> None:
+    """Let this process sleep while it waits for its first device; else CUDA may spin on a core until a batch is done.
+
+    To be called after `look` found a device, and before anything is computed there.
+
+    Raises:
+        DeviceFault: the driver refuses.
+    """
+    driver, device = _driver(), ctypes.c_int()
+    try:
+        _check(driver, driver.cuDeviceGet(ctypes.byref(device), 0))
+        _check(driver, driver.cuDevicePrimaryCtxSetFlags_v2(device, _BLOCKING_SYNC))
+    except _CudaError as error:
+        raise DeviceFault(f"the NVIDIA driver says {error}") from None
 
 
 @functools.cache

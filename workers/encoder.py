@@ -281,6 +281,7 @@ def _on_cuda(model: Model, device: Device, run_images: int, gpu_memory_mb: int |
 
 
 def _cuda_session(model: Model, run_images: int, gpu_memory_mb: int | None) -> BoundSession:
+    devices.sleep_while_waiting()
     # Finds the CUDA libraries that came with torch.
     ort.preload_dlls()
     session = _session(model, 1, _cuda_options(gpu_memory_mb))
@@ -306,9 +307,11 @@ def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
     options = {
         # The arena grows by what is asked for, not to the next power of two: batches have one size.
         "arena_extend_strategy": "kSameAsRequested",
-        # Tried out once, at the run that warms up, for the one shape that follows.
+        # No kernel is tried out: the word chooses cuDNN's heuristic B, and `HEURISTIC` chooses A. Which is faster, nobody
+        # has measured yet.
         "cudnn_conv_algo_search": "EXHAUSTIVE",
-        # TensorFloat-32 has 10 bits of mantissa; features of CPU and GPU workers stand in one gallery.
+        # TensorFloat-32 has 10 bits of mantissa; features of CPU and GPU workers stand in one gallery. If cuDNN has no
+        # other kernel, ONNX Runtime takes it all the same: a test on golden features and `ruiji doctor` would show it.
         "use_tf32": "0",
     }
     return options | ({"gpu_mem_limit": str(gpu_memory_mb << 20)} if gpu_memory_mb else {})

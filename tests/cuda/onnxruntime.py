@@ -1,8 +1,9 @@
 """ONNX Runtime with a pretended CUDA provider, which computes on the CPU and fails when it is told to.
 
-In a folder on `PYTHONPATH` this file stands before the real package, and loads it. `$PRETENDED_CUDA` is a folder: what
-stands in its file `create` is raised when a session is made for CUDA, what stands in `run` when such a session runs,
-and with a file `absent` such a session runs on the CPU without a word, as where a library is missing.
+In a folder on `PYTHONPATH` this file stands before the real package, and loads it. `$PRETENDED_CUDA` is a folder. What
+stands in its file `create` is raised when a session is made for CUDA, what stands in `run` when such a session runs.
+With a file `absent` such a session runs on the CPU without a word, as where a library is missing. In the file `calls`
+stands when a session was made.
 """
 
 import importlib
@@ -42,6 +43,8 @@ def pretend(ort: Any) -> None:
             self.on_cuda = "CUDAExecutionProvider" in wanted and not told("absent")
             if self.on_cuda:
                 assert rest.get("enable_fallback") == 0, "it would go on on the CPU, and tell only stdout"
+                with (Path(os.environ["PRETENDED_CUDA"]) / "calls").open("a") as file:
+                    file.write("session\n")
                 fail("create")
             super().__init__(model, sess_options=sess_options, providers=["CPUExecutionProvider"], **rest)
 
