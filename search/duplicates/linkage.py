@@ -207,10 +207,9 @@ class _Connected:
         self._pairs: Rows = np.zeros(count, np.int64)
         #: Minus infinity where masks have pairs, and do not tell.
         self._least = np.where(units.compared_within(units.of) > 0, 1.0, np.inf)
-        words = -(-count // 64)
-        self._present = np.zeros((words, 64), bool)
-        self._present.reshape(-1)[:count] = units.weights > 0
-        self._present_bits = np.packbits(self._present, axis=1, bitorder="little").view(np.uint64)[:, 0]
+        present = np.zeros(-(-count // 64) * 64, bool)
+        present[:count] = units.weights > 0
+        self._present = np.packbits(present, bitorder="little").view(np.uint64)
 
     def add(self, pairs: Pairs) -> None:
         """Pairs with their similarities."""
@@ -226,7 +225,7 @@ class _Connected:
             some, others = masks.pairs()
             self.add(Pairs(some, others, np.full(len(some), -np.inf)))
             return
-        bits = np.where(self._units.weights[masks.rows] > 0, masks.bits & self._present_bits[masks.words], 0)
+        bits = np.where(self._units.weights[masks.rows] > 0, masks.bits & self._present[masks.words], 0)
         masks = Masks(masks.rows, masks.words, bits.astype(np.uint64)).only(bits > 0)
         self._least[masks.rows] = -np.inf
         if self._units.weights.max(initial=0) == 1:
@@ -236,18 +235,18 @@ class _Connected:
             weights = (self._units.weights[np.minimum(rows, len(self._first) - 1)] * meant).sum(axis=1)
             np.add.at(self._pairs, masks.rows, weights * self._units.weights[masks.rows])
         while len(masks):
-            roots = np.zeros(self._present.size, np.int64)
-            roots[: len(self._first)] = self._roots(np.arange(len(self._first)))
-            by_word = roots.reshape(-1, 64)
-            lowest = np.where(self._present, by_word, len(roots)).min(axis=1)
-            one = lowest == np.where(self._present, by_word, -1).max(axis=1)
-            # Words of which all rows are connected already need no look at their bits.
-            own = roots[masks.rows]
-            masks = masks.only(~(one[masks.words] & (lowest[masks.words] == own)))
-            rows, meant = masks.table()
-            apart = meant & (by_word[masks.words] != roots[masks.rows][:, np.newaxis])
-            masks, rows, apart = masks.only(apart.any(axis=1)), rows[apart.any(axis=1)], apart[apart.any(axis=1)]
-            self._join(rows[np.arange(len(rows)), apart.argmax(axis=1)], masks.rows)
+            words, place = np.unique(masks.words, return_inverse=True)
+            roots = self._roots(np.minimum(words[:, np.newaxis] * 64 + np.arange(64), len(self._first) - 1))
+            # For each word and root the bits of the rows that have this root.
+            keys, of = np.unique(roots * len(words) + np.arange(len(words))[:, np.newaxis], return_inverse=True)
+            connected = np.zeros(len(keys), np.uint64)
+            np.bitwise_or.at(connected, of.reshape(roots.shape), np.uint64(1) << np.arange(64, dtype=np.uint64))
+            own = self._roots(masks.rows) * len(words) + place
+            at = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
+            apart = masks.bits & ~np.where(keys[at] == own, connected[at], np.uint64(0))
+            masks, apart = masks.only(apart > 0), apart[apart > 0]
+            lowest = np.bitwise_count((apart & -apart) - np.uint64(1)).astype(np.int64)
+            self._join(masks.words * 64 + lowest, masks.rows)
 
     def labels(self) -> Rows:
         """For each row the smallest one that its unit is connected with, int64[n]; -1 for rows that take no part."""

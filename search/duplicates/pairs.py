@@ -21,6 +21,8 @@ from search.ranking.exact import exact_pair_similarities, exact_pair_table
 
 #: Pairs that are decided at once, so that float64 copies stay small (1024 x 1280, six times: 63 MB).
 DECIDED_AT_ONCE = 1024
+#: From every 64th pair on a table is kept as it is, unless it has few: its bits then take no more than a list.
+_LISTED, _FEW = 64, 1024
 #: Rows of a dense tile that are looked at at once: a million pairs.
 _DENSE_ROWS = 512
 
@@ -195,7 +197,7 @@ def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[
             first = found.first + start
             rows = side.rows[first : first + len(cosines)]
             near = _reached(gallery, rows, tile.rows, cosines, margin, threshold)
-            if is_dense(int(np.count_nonzero(near)), near.size):
+            if (count := np.count_nonzero(near)) > _FEW and count * _LISTED > near.size:
                 yield NearTable(tile.rows, rows, near)
             else:
                 i, j = np.nonzero(near)
@@ -215,8 +217,9 @@ def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margi
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
         similarities = exact_pair_table(gallery.take(rows), gallery.take(others), open_pairs)
         return reached | (similarities >= threshold)
-    i, j = np.nonzero(open_pairs)
-    reached[i, j] = pair_similarities(gallery, rows[i], others[j]) >= threshold
+    if open_pairs.any():
+        i, j = np.nonzero(open_pairs)
+        reached[i, j] = pair_similarities(gallery, rows[i], others[j]) >= threshold
     return reached
 
 

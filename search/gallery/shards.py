@@ -23,6 +23,8 @@ from search.gallery.paging import advise, row_in_memory
 RESTORE = "restore the shard, or delete all its files and run ruiji enqueue again"
 #: Read ahead of a scan: enough to keep a disk busy while a block is computed.
 _AHEAD_BYTES = 64 << 20
+#: Rows of a shard that are read together.
+_MANY = 16
 #: Rows that are looked at to tell whether many are in memory.
 _LOOKED_AT = 16
 
@@ -262,7 +264,11 @@ class Gallery:
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The features of some gallery rows, float32[c, d], in the order given."""
         taken = np.empty((len(rows), self.length), dtype=np.float32)
-        # Few rows of many shards are the rule: one by one is quicker than sorting them by shard.
+        if len(rows) > _MANY * len(self.shards):
+            for shard, positions, of_shard in self._split(rows):
+                taken[positions] = shard.features[of_shard]
+            return taken
+        # Few rows of many shards are quicker one by one than sorted by shard.
         for position, (shard, local) in enumerate(map(self._locate, rows.tolist())):
             taken[position] = shard.features[local]
         return taken

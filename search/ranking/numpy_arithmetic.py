@@ -43,12 +43,12 @@ class NumpyArithmetic:
         # One quick pass, where a comparison and a look at it take three. What is no number is not below.
         if cosines.max(initial=-np.inf) < np.float32(least):
             return
-        # Flat: numpy looks through one dimension many times faster than through two. What is no number is looked at.
-        near = np.flatnonzero(~(cosines < np.float32(least)))
-        if is_dense(len(near), cosines.size):
+        near = ~(cosines < np.float32(least))
+        if is_dense(int(np.count_nonzero(near)), cosines.size):
             yield Dense(0, cosines)
         else:
-            i, j = np.divmod(near, max(1, cosines.shape[1]))
+            # Flat: numpy looks through one dimension many times faster than through two.
+            i, j = np.divmod(np.flatnonzero(near), max(1, cosines.shape[1]))
             yield Pairs(i, j, cosines[i, j].astype(np.float64))
 
     def products(self, units: Float64) -> Products:

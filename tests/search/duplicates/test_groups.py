@@ -107,6 +107,7 @@ def test_a_dense_tile_gives_the_same_groups(kind: str, listed: int, monkeypatch:
     gallery = in_memory(features, ids, cuts=(1, 50, 50, 77))
     monkeypatch.setattr("search.ranking.arithmetic._LISTED", listed)
     monkeypatch.setattr("search.duplicates.pairs._DENSE_ROWS", 19)
+    monkeypatch.setattr("search.duplicates.pairs._FEW", 0)
     for threshold in (0.3, 0.95, 1.0):
         want = expected(features, ids, threshold)
         for panel_rows, tile_rows in ((64, 33), (1000, 1000), (101, 7)):

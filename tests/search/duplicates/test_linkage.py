@@ -114,6 +114,7 @@ def test_groups_and_what_lies_between_them_are_those_of_a_brute_force(
     gallery, threshold, rules = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("search.ranking.arithmetic._LISTED", 1 << 40 if dense else 0)
+        patch.setattr("search.duplicates.pairs._FEW", 0)
         groups = list(find_groups(gallery, threshold, rules, panel_rows=7, tile_rows=4))
     clusters, between = brute_force(gallery, threshold, rules)
     features = np.concatenate([shard.features for shard in gallery.shards])

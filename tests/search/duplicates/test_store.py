@@ -79,6 +79,7 @@ def test_a_higher_threshold_uses_the_files_of_a_lower_one(folder: Path, monkeypa
 def test_masks_say_nothing_of_a_higher_threshold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     higher = groups_of(folder, 0.99)
     monkeypatch.setattr("search.ranking.arithmetic._LISTED", 1 << 40)
+    monkeypatch.setattr("search.duplicates.pairs._FEW", 0)
     lower = groups_of(folder, 0.9)
     assert compared(folder, monkeypatch, 0.99) == (higher, 3)
     assert compared(folder, monkeypatch, 0.9) == (lower, 0)
