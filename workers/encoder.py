@@ -307,8 +307,8 @@ def _cuda_options(gpu_memory_mb: int | None) -> dict[str, str]:
     options = {
         # The arena grows by what is asked for, not to the next power of two: batches have one size.
         "arena_extend_strategy": "kSameAsRequested",
-        # No kernel is tried out: the word chooses cuDNN's heuristic B, and `HEURISTIC` chooses A. Which is faster, nobody
-        # has measured yet.
+        # No kernel is tried out: the word chooses cuDNN's heuristic B, and `HEURISTIC` chooses A.
+        # Which is faster was not measured yet.
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         # TensorFloat-32 has 10 bits of mantissa; features of CPU and GPU workers stand in one gallery. If cuDNN has no
         # other kernel, ONNX Runtime takes it all the same: a test on golden features and `ruiji doctor` would show it.
