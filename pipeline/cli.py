@@ -266,9 +266,10 @@ def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
         streams.note(f"nothing to do: {nothing.format(done.objects)}")
         return
     verb = "continues" if done.resumed else "opened"
+    tasks = "another process is publishing its tasks" if done.elsewhere else f"{done.published} tasks published now"
     streams.note(
         f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
-        f"{len(done.plan.segments)} shards, {done.published} tasks published now"
+        f"{len(done.plan.segments)} shards, {tasks}"
     )
 
 

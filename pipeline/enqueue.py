@@ -18,6 +18,7 @@ from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_lis
 from pipeline.plans.probes import find_probes, note_probes
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import broker_faults, connect
+from pipeline.queue.leases import LeaseTaken
 from pipeline.segments import Segments
 from pipeline.settings import VISIBILITY_TIMEOUT_S, WINDOW_SEGMENTS
 from pipeline.store import machine_faults
@@ -64,6 +65,7 @@ class Enqueued:
         plan: the open plan, or None if nothing is to do.
         resumed: whether it was open before.
         published: tasks sent now; further segments follow by themselves.
+        elsewhere: another process is sending the plan's tasks, and took longer than this one waited.
         objects: on the list.
         notes: how the list was changed, for people.
     """
@@ -73,6 +75,7 @@ class Enqueued:
     published: int
     objects: int
     notes: tuple[str, ...]
+    elsewhere: bool = False
 
 
 def enqueue(
@@ -135,12 +138,15 @@ def enqueue(
                     # Where none can be read, the workers wait for the media folder as they did.
                     with suppress(RuijiError):
                         note_probes(plan, find_probes(work.media_dir, objects))
-    published = 0
+    published, elsewhere = 0, False
     if plan is not None and client is not None and redis_url is not None:
         app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
         with broker_faults():
-            published = Segments(app, client, plan).fill_window(window_segments)
-    return Enqueued(plan, resumed, published, objects.lines, objects.notes)
+            try:
+                published = Segments(app, client, plan).fill_window(window_segments)
+            except LeaseTaken:
+                elsewhere = True  # If that process dies, a watchdog goes on where it stopped.
+    return Enqueued(plan, resumed, published, objects.lines, objects.notes, elsewhere)
 
 
 def retry(

@@ -16,6 +16,10 @@ from redis.lock import Lock
 _RENEWALS = 3
 
 
+class LeaseTaken(LockError):
+    """Somebody else held a lease for as long as it was waited for, and so is alive and at the work."""
+
+
 def lease(client: redis.Redis, key: str, timeout_s: float, wait_s: float = 0) -> Lock:
     """A lease that is still to be had.
 
@@ -33,10 +37,16 @@ def holding(lease: Lock) -> Iterator[None]:
     A process that was stopped for longer than the lease may find it gone: `lease.reacquire` raises then.
 
     Raises:
-        LockError: somebody else holds it, or it was lost meanwhile.
+        LeaseTaken: somebody else holds it.
+        LockError: it was lost meanwhile.
     """
-    with lease, renewed(lease):
-        yield
+    if not lease.acquire():
+        raise LeaseTaken(f"another process has held {lease.name} all the time")
+    try:
+        with renewed(lease):
+            yield
+    finally:
+        lease.release()
 
 
 @contextmanager

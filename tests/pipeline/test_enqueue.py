@@ -13,6 +13,9 @@ from pipeline.follow import Look, look
 from pipeline.plans.closing import cancel
 from pipeline.plans.planning import PlanSettings
 from pipeline.plans.published import published_shards
+from pipeline.queue.connection import connect
+from pipeline.queue.keys import lease_key
+from pipeline.queue.leases import holding, lease
 from pipeline.segments import finish_plan, reduce_segment
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail
@@ -64,6 +67,19 @@ def test_a_list_is_enqueued_carried_on_and_cancelled_without_redis(work: Extract
     assert closed is not None and closed.plan_id == first.plan.plan_id
     assert cancel(work.folder) is None
     assert status(work, tmp_path).status.plan is None
+
+
+def test_what_another_process_is_publishing_all_the_time_is_left_to_it(
+    work: Extraction, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = enqueue(work, None).plan
+    assert plan is not None
+    monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
+    with holding(lease(connect(redis_url), lease_key(plan.gallery_id, "arm"), 0.3)):
+        done = enqueue(work, redis_url)
+    assert (done.elsewhere, done.published, done.resumed) == (True, 0, True)
+    done = enqueue(work, redis_url)
+    assert (done.elsewhere, done.published) == (False, 6)
 
 
 def test_failed_objects_are_planned_again_by_their_reason(work: Extraction, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import redis
 from redis.exceptions import LockError
 
-from pipeline.queue.leases import holding, lease, renewed
+from pipeline.queue.leases import LeaseTaken, holding, lease, renewed
 from tests.factories import wait_until
 
 KEY = "ruiji:g:lease:arm"
@@ -16,8 +16,9 @@ def test_a_lease_lasts_as_long_as_its_block_and_no_longer(client: redis.Redis) -
     with holding(lease(client, KEY, 0.3)):
         time.sleep(1)
         assert client.exists(KEY), "it is renewed"
-        with pytest.raises(LockError), holding(lease(client, KEY, 0.3)):
+        with pytest.raises(LeaseTaken), holding(lease(client, KEY, 0.3)):
             pytest.fail("it was had twice")
+        assert client.exists(KEY), "who did not get it does not end it"
     assert not client.exists(KEY)
 
 
