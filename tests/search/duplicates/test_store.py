@@ -175,10 +175,10 @@ from search.gallery.opening import open_gallery
 find = store.find_pairs
 def slow(*given):
     for one in find(*given):
-        time.sleep(0.02)
+        time.sleep(0.08)
         yield one
 store.find_pairs = slow
-list(find_groups(open_gallery(Path(sys.argv[1])), 0.95, panel_rows=50, tile_rows=8))
+list(find_groups(open_gallery(Path(sys.argv[1])), 0.95, panel_rows=50, tile_rows=32))
 """
 
 
