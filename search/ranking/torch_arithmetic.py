@@ -445,15 +445,17 @@ def _chosen(mask: torch.Tensor) -> tuple[Rows, Rows]:
 
 def _near(cosines: torch.Tensor, least: float) -> tuple[Rows, Rows] | None:
     """The rows and columns of cosines that are not below `least`; None if there are so many that all are wanted."""
-    # Mostly there is none, and then this is the only look. A value that is none makes the highest none.
+    # Often there is none, and then this is the only look. A value that is none makes the highest none.
     if float(cosines.max()) < least:
         return _NO_PLACES
     # Of one dimension: beside a bfloat16 a number of none would be rounded to one.
     cut = torch.tensor([least], device=cosines.device)
-    if (found := _by_groups(cosines, cut)) is None:
-        near = ~(cosines < cut)
-        return None if is_dense(int(near.sum()), near.numel()) else _chosen(near)
-    return None if is_dense(len(found[0]), cosines.numel()) else found
+    rows, _ = _chosen(~(cosines.amax(1, keepdim=True) < cut))
+    near = ~(cosines[torch.from_numpy(rows).to(cosines.device)] < cut)
+    if is_dense(int(near.sum()), cosines.numel()):
+        return None
+    members, columns = _chosen(near)
+    return rows[members], columns
 
 
 def _reaching(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows]:
@@ -475,7 +477,7 @@ def _by_groups(values: torch.Tensor, least: torch.Tensor) -> tuple[Rows, Rows] |
         return None
     rows = groups[:, np.newaxis] * _GROUP_ROWS + np.arange(_GROUP_ROWS)
     some, others = torch.from_numpy(rows).to(values.device), torch.from_numpy(columns).to(values.device)[:, None]
-    members, inside = _chosen(~(values[some, others] < least.expand(width)[others]))
+    members, inside = _chosen(~(values[some, others] < least[others]))
     rest, rest_columns = _chosen(~(values[whole:] < least))
     places = np.sort(rows[members, inside] * width + columns[members])
     return np.divmod(np.concatenate([places, (whole + rest) * width + rest_columns]), width)
