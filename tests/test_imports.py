@@ -55,10 +55,12 @@ def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[
             assert not {name.partition(".")[0] for name in imported(module)} & forbidden, module
 
 
-def test_torch_is_imported_by_what_exports_networks_alone() -> None:
+def test_torch_is_imported_by_what_exports_and_checks_networks_alone() -> None:
     assert {module for module in modules() if module.startswith("workers") and uses(module, "torch")} == {
-        "workers.models.torch_export"
+        "workers.models.torch_export",
+        "workers.models.check",
     }
+    assert not {name for name in imported("workers.models.check", late=False) if name.startswith("torch")}
     for module in modules():
         assert "workers.models.torch_export" not in imported(module, late=False), module
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import load_model
 from tests.factories import Ruiji, only_line
 
@@ -136,6 +136,22 @@ TIMM = """
         "input_size": (3, SIZE, SIZE), "interpolation": "bicubic", "mean": MEAN, "std": STD, "crop_pct": 0.5,
         "crop_mode": "center",
     }
+
+    def create_transform(is_training, input_size, mean, std, **_):
+        import numpy as np
+
+        def prepare(image):
+            side = SIZE * (1 if os.environ.get("OTHER_CROP") else 2)
+            width, height = image.size
+            scale = side / min(width, height)
+            image = image.resize((int(width * scale), int(height * scale)), 3)
+            left, top = round((image.width - SIZE) / 2), round((image.height - SIZE) / 2)
+            values = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)), np.float32) / 255
+            return ((values - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)
+
+        return prepare
+
+    data.create_transform = create_transform
     models.is_model_pretrained = lambda name: name == "small.ours"
     list_models = lambda pretrained: ["small.ours"]
 
@@ -277,3 +293,18 @@ def test_a_library_that_is_missing_is_named_with_the_command(ruiji: Ruiji, given
     ruiji.environment = {"RUIJI_MODELS": str(ruiji.media.parent / "models")}
     refused = only_line(ruiji("model", "add", given, code=2).stderr)
     assert f"run: pip install torch {package} onnxscript" in refused
+
+
+def test_an_export_is_checked_against_its_librarys_own_pipeline(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = add_model("timm:small.ours", tmp_path / "models", check=True)
+    assert added.checked is not None and added.checked.library == "timm 9.9" and added.checked.pictures == 4
+    assert added.checked.pixels < 0.001 and min(added.checked.same_pixels, added.checked.whole) > 0.99999
+    assert facts_of(added.path)["check"] == added.checked.values
+    monkeypatch.setenv("OTHER_CROP", "1")
+    with pytest.raises(ModelError, match=r"does not compute what its library does: as timm 9\.9"):
+        add_model("timm:small.ours", tmp_path / "models", "other", check=True)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["small.ours"]
+    with pytest.raises(UsageError, match="--contract article replaces it"):
+        add_model("timm:small.ours", tmp_path / "models", "third", check=True, article=True)

@@ -71,6 +71,17 @@ def test_a_repository_is_added_as_its_folder_is(theirs: Path, add: Add, tmp_path
     assert not (tmp_path / "unpickled").exists() and not (tmp_path / "executed").exists()
 
 
+def test_a_check_asks_for_the_networks_own_weights(theirs: Path, add: Add, tmp_path: Path) -> None:
+    (theirs / "model.safetensors").write_bytes(b"x" * 2000)
+    (theirs / "deep").mkdir()
+    (theirs / "deep" / "other.safetensors").write_bytes(b"x")
+    hub = Hub.of_folder(theirs)
+    add(hub, "hf:org/model")
+    assert hub.downloaded("model.safetensors") == 0
+    add(hub, "hf:org/model", "--check", "--name", "other", code=None)
+    assert hub.downloaded("model.safetensors") == 1 and hub.downloaded("other.safetensors") == 0
+
+
 def test_a_download_that_is_cut_off_goes_on_where_it_was(theirs: Path, add: Add, tmp_path: Path) -> None:
     # The library takes 10 MB at a time, and keeps what is whole of that.
     large, piece = theirs / "model.onnx", 10 << 20

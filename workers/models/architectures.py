@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.spec import ARTICLE_INPUT, ARTICLE_OUTPUT
+from workers.models.check import open_clip_pipeline, timm_pipeline
 from workers.models.source import Source
 
 #: What a source begins with, and what has to be installed for it.
@@ -49,9 +51,15 @@ def exported_source(given: str, models: Path, article: bool = False) -> Iterator
         with _named_errors(given):
             # First, so that what is missing is named before anything is downloaded.
             versions = {package: version(package) for package in PREFIXES[f"{library}:"].split()}
-            facts = _timm(given, folder, article) if library == "timm" else _open_clip(given, folder)
+            network, facts = _timm(given) if library == "timm" else _open_clip(given)
+            if library == "timm":
+                export_timm(network, folder, article)
+            else:
+                export_open_clip(network, folder)
         facts |= {"source": given + (" --contract article" if article else ""), "versions": versions}
-        yield Source(folder / "model.onnx", given.partition(":")[2].replace("/", "-"), given, facts)
+        name = given.partition(":")[2].replace("/", "-")
+        pipeline = partial(timm_pipeline if library == "timm" else open_clip_pipeline, network)
+        yield Source(folder / "model.onnx", name, given, facts, pipeline)
 
 
 def export_timm(network: Any, folder: Path, article: bool = False) -> None:
@@ -95,19 +103,18 @@ def export_open_clip(network: Any, folder: Path) -> None:
     export(network.visual, (3, height, width), folder / "model.onnx", ("pixel_values", "image_embeds"))
 
 
-def _timm(given: str, folder: Path, article: bool) -> dict[str, Any]:
+def _timm(given: str) -> tuple[Any, dict[str, Any]]:
     import timm
 
     name = given.removeprefix("timm:")
     if not timm.models.is_model_pretrained(name):
         raise UsageError(f"timm has no weights of the name {name!r}{_nearest(name, timm.list_models(pretrained=True))}")
-    network = timm.create_model(name, pretrained=True, num_classes=0)
-    export_timm(network, folder, article)
+    network = timm.create_model(name, pretrained=True, num_classes=0).eval()
     stated = network.pretrained_cfg
-    return {"weights": stated.get("hf_hub_id") or stated.get("url"), "license": stated.get("license")}
+    return network, {"weights": stated.get("hf_hub_id") or stated.get("url"), "license": stated.get("license")}
 
 
-def _open_clip(given: str, folder: Path) -> dict[str, Any]:
+def _open_clip(given: str) -> tuple[Any, dict[str, Any]]:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -125,8 +132,8 @@ def _open_clip(given: str, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"the weights {tag} were trained with another activation than {name} has; try open_clip:{other}/{tag}"
         )
-    export_open_clip(open_clip.create_model(name, pretrained=tag, require_pretrained=True).eval(), folder)
-    return {"weights": stated.get("hf_hub") or stated.get("url")}
+    network = open_clip.create_model(name, pretrained=tag, require_pretrained=True).eval()
+    return network, {"weights": stated.get("hf_hub") or stated.get("url")}
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -56,6 +56,10 @@ def add(
         Contract | None,
         typer.Option(help="With timm:NAME: a graph that takes RGB in [0, 1] as it is stretched, as the article's do."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Also compare it with transformers, timm or open_clip, whichever it comes from."),
+    ] = False,
     models_dir: settings.ModelsDir = None,
 ) -> None:
     """Copy a model, write its .toml, and prove that it runs.
@@ -66,8 +70,11 @@ def add(
     from workers.models.library import add_model
 
     wanted = _given({"name": output, "pooling": pooling, "skip_tokens": skip_tokens})
-    added = add_model(source, settings.models_dir(models_dir), name, wanted, article=contract is not None)
+    models = settings.models_dir(models_dir)
+    added = add_model(source, models, name, wanted, article=contract is not None, check=check)
     _show(layout.toml_file(added.path))
+    if added.checked is not None:
+        streams.note(added.checked)
     streams.note(
         f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}"
     )

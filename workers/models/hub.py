@@ -60,12 +60,13 @@ class _Files:
 
 
 @contextmanager
-def hub_source(given: str, models: Path) -> Iterator[Source]:
+def hub_source(given: str, models: Path, network: bool = False) -> Iterator[Source]:
     """Download what a model needs.
 
     Args:
         given: `hf:ORG/REPO[@REVISION][:FILE]`.
         models: the library's folder; downloads are kept in it until the caller is through without an error.
+        network: also the weights of the network itself, as safetensors.
 
     Raises:
         UsageError: huggingface_hub is missing, or there is no such repository, revision or file.
@@ -83,7 +84,7 @@ def hub_source(given: str, models: Path) -> Iterator[Source]:
         graph = file or only_graph(files.names, source, ":")
         if graph not in files.names:
             raise UsageError(f"{source} has no file {graph}")
-        path = _taken(files, graph)
+        path = _taken(files, graph, network)
     facts = {"source": source, "graph": graph, "revision": files.commit}
     yield Source(path, repository.partition("/")[2], f"{source}:{graph}", facts)
     shutil.rmtree(files.folder, ignore_errors=True)
@@ -103,7 +104,7 @@ def _listed(repository: str, revision: str | None, models: Path) -> _Files:
     return _Files(repository, commit, stated, models / f".download-{repository.replace('/', '--')}-{commit}")
 
 
-def _taken(files: _Files, graph: str) -> Path:
+def _taken(files: _Files, graph: str, network: bool) -> Path:
     """The graph with its external weights and all that says how its pictures are prepared."""
     folders = convention_folders(Path(graph))
     for folder in folders:
@@ -118,6 +119,10 @@ def _taken(files: _Files, graph: str) -> Path:
         # Whatever else it names is refused where it is copied.
         if (beside := (folders[0] / name).as_posix()) in files.names:
             files.take(beside)
+    if network:
+        for name in sorted(files.names):
+            if Path(name).parent in folders and name.endswith((".safetensors", ".safetensors.index.json")):
+                files.take(name)
     return path
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.onnx_graph import external_files, graph_tensors, load_graph
 from pipeline.spec import PIXELS, resolve
 from workers.encoder import Encoder
 from workers.models import architectures
+from workers.models.check import Comparison, check_model, folder_pipeline
 from workers.models.conventions import CONVENTIONS, Said, find_convention
 from workers.models.hub import PREFIX, hub_source
 from workers.models.source import Source, local_source
@@ -42,12 +43,14 @@ class Added:
         path: of its ONNX file.
         source: where it was added from.
         license: as its source states it; None if it states none.
+        checked: how near it is to its library, if it was compared now.
     """
 
     name: str
     path: Path
     source: str
     license: str | None
+    checked: Comparison | None = None
 
 
 def add_model(
@@ -57,6 +60,7 @@ def add_model(
     output: dict[str, Any] | None = None,
     *,
     article: bool = False,
+    check: bool = False,
 ) -> Added:
     """Copy a model with its external weights, write its `.toml` from the convention beside it, and prove it.
 
@@ -69,6 +73,7 @@ def add_model(
         name: by default that of the source's folder.
         output: keys of `[output]` that the caller gives, which no convention says.
         article: export a network of timm with the article's contract.
+        check: compare the model with its own library's pipeline.
 
     Raises:
         ModelError: there is no model, its convention cannot be followed, or it does not run as it promises.
@@ -77,23 +82,25 @@ def add_model(
     """
     if name is not None:
         _require_name(name)
+    if article and check:
+        raise UsageError("--check compares with timm's own preprocessing, and --contract article replaces it")
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _opened(str(given), models, article) as source:
-            return _add(source, models, name or source.name, output or {})
+        with _opened(str(given), models, article, check) as source:
+            return _add(source, models, name or source.name, output or {}, check)
     except OSError as error:
         raise RuijiError(f"cannot write the model {given} to {models}: {error.strerror}") from error
 
 
-def _opened(given: str, models: Path, article: bool) -> AbstractContextManager[Source]:
+def _opened(given: str, models: Path, article: bool, check: bool) -> AbstractContextManager[Source]:
     if article and not given.startswith("timm:"):
         raise UsageError(f"--contract article is for timm:NAME, not for {given}")
     if given.startswith(tuple(architectures.PREFIXES)):
         return architectures.exported_source(given, models, article)
-    return hub_source(given, models) if given.startswith(PREFIX) else nullcontext(local_source(Path(given)))
+    return hub_source(given, models, check) if given.startswith(PREFIX) else nullcontext(local_source(Path(given)))
 
 
-def _add(source: Source, models: Path, name: str, output: dict[str, Any]) -> Added:
+def _add(source: Source, models: Path, name: str, output: dict[str, Any], check: bool) -> Added:
     _require_name(name)
     declared = layout.toml_file(source.graph)
     said = None if declared.is_file() else find_convention(source.folders)
@@ -109,7 +116,9 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any]) -> Add
         folder = Path(scratch) / name
         folder.mkdir()
         try:
-            prove(_copied(source, folder, said, output))
+            model = _copied(source, folder, said, output)
+            prove(model)
+            checked = _checked(model, source) if check else None
         except ModelError as error:
             # The copy is gone when this is read.
             copy = layout.added_model_file(folder.parent, name)
@@ -121,13 +130,15 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any]) -> Add
             "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
         }
+        if checked is not None:
+            facts["check"] = checked.values
         (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
         target = models / name
         if target.exists():
             _require_same(target, facts)
         else:
             os.rename(folder, target)
-    return _read(target)
+    return replace(_read(target), checked=checked)
 
 
 def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
@@ -185,6 +196,11 @@ def prove(model: Model) -> None:
         raise ModelError(
             f"{model.path} gives the same picture another feature the second time; was it exported with dropout?"
         )
+
+
+def _checked(model: Model, source: Source) -> Comparison:
+    pipeline = source.pipeline() if source.pipeline else folder_pipeline(source.folders, model.spec)
+    return check_model(model, pipeline)
 
 
 def _require_name(name: str) -> None:

@@ -1,13 +1,16 @@
 """A model as it lies on this disk before it is added: its graph, and what is known of where it comes from."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
 from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from workers.models.check import Pipeline
 
 #: Graphs that embed words, as immich, optimum and transformers.js name them.
 _WORDS = re.compile(r"(^|/)(textual/|text_)")
@@ -24,12 +27,14 @@ class Source:
         name: what it is called if nobody gives it a name.
         shown: the graph, as messages call it.
         facts: what `source.json` says of where it is from; `source` is among them.
+        pipeline: of the library that the graph was exported from; None: what lies beside the graph says which it is.
     """
 
     graph: Path
     name: str
     shown: str
     facts: dict[str, Any] = field(default_factory=dict)
+    pipeline: "Callable[[], Pipeline] | None" = None
 
     @property
     def folders(self) -> list[Path]:
