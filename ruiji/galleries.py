@@ -23,6 +23,7 @@ from search.duplicates.cleanup import open_groups
 from search.duplicates.decided import decided_in
 from search.duplicates.decisions import read_decisions
 from search.duplicates.linkage import Rules
+from search.duplicates.sides import Compared
 from search.filters import Condition, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
@@ -246,6 +247,8 @@ class Gallery:
         progress: Callable[[int, int], None] | None = None,
         *,
         linkage: str = Linkage.complete,
+        against: Sequence[str] = (),
+        not_within_folder: bool = False,
         decisions: "str | os.PathLike[str] | None" = None,
     ) -> NearDuplicates:
         """Find all groups of near-identical objects.
@@ -254,21 +257,26 @@ class Gallery:
             threshold: the least similarity of a pair, above 0, at most 1.
             linkage: with `complete` every pair of a group reaches the threshold; with `single` a group is everything
                 that is connected by such pairs.
+            against: conditions, as `only` takes them: objects that meet them are only compared with those that do not,
+                and come first in each group.
+            not_within_folder: compare only objects of different folders.
             progress: called with how many pairs are compared, and how many there are.
             decisions: a decisions file, as `ruiji duplicates decide` writes it: what is decided or skipped is left out.
 
         Raises:
             GalleryMismatch: the decisions file is damaged, or a newer ruiji wrote it.
-            UsageError: the threshold is out of its bounds, or more than 20,000 objects are connected and not all pairs
-                of them reach it.
+            UsageError: the threshold is out of its bounds, a condition cannot be read or leaves nothing to compare, or
+                more than 20,000 objects are connected and not all pairs of them reach the threshold.
         """
         shards = self._shards
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
         if linkage not in set(Linkage):
             raise UsageError(f"there is no linkage {linkage!r}: name one of {', '.join(Linkage)}")
-        rules, step = Rules(Linkage(linkage)), progress or (lambda done, total: None)
+        compared = Compared(shards, against, self._annotations, not_within_folder)
+        rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
-        return NearDuplicates(tuple(open_groups(shards, decided, threshold, rules, arithmetic, step)))
+        groups = open_groups(shards, decided, threshold, rules, arithmetic, step)
+        return NearDuplicates(tuple(compared.reference_first(groups)))
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.

@@ -147,6 +147,7 @@ _SEARCH_EXAMPLES = [
 ]
 _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --threshold 0.95 --sheet groups.jpg",
+    "ruiji near-duplicates --against path=archive/ --format csv",
     "ruiji near-duplicates --keep pixels,bytes",
     "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
 ]
@@ -240,6 +241,18 @@ def near_duplicates(
             "connected by such pairs.",
         ),
     ] = Linkage.complete,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="CONDITION",
+            help="Compare only these objects with the others, for instance path=ARCHIVE/ with what is new; conditions "
+            "as of --where. One of them comes first in each group.",
+        ),
+    ] = None,
+    not_within_folder: Annotated[
+        bool, typer.Option("--not-within-folder", help="Do not compare objects of the same folder.")
+    ] = False,
     labels: Labels = None,
     where: Where = None,
     device: SearchDevice = Device.auto,
@@ -274,6 +287,8 @@ def near_duplicates(
         selection=_selection(feature_dir, model_path, labels, where, include_stale, paths_wanted),
         threshold=threshold,
         linkage=linkage,
+        against=tuple(against or ()),
+        not_within_folder=not_within_folder,
         media_dir=media_dir,
         device=device,
         sheet=sheet,

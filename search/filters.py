@@ -35,8 +35,11 @@ class Condition:
         return same != self.negated
 
 
-def parse_conditions(texts: Sequence[str]) -> list[Condition]:
+def parse_conditions(texts: Sequence[str], option: str = "--where") -> list[Condition]:
     """Read conditions, `COLUMN=VALUE` or `COLUMN!=VALUE`.
+
+    Args:
+        option: what they were given as.
 
     Raises:
         UsageError: one is neither.
@@ -45,7 +48,7 @@ def parse_conditions(texts: Sequence[str]) -> list[Condition]:
     for text in texts:
         match = _CONDITION.fullmatch(text)
         if match is None:
-            raise UsageError(f"--where {text}: write COLUMN=VALUE, COLUMN!=VALUE or path=PREFIX")
+            raise UsageError(f"{option} {text}: write COLUMN=VALUE, COLUMN!=VALUE or path=PREFIX")
         conditions.append(Condition(match["column"].strip(), match["value"], bool(match["negated"])))
     return conditions
 
@@ -56,15 +59,27 @@ def apply_conditions(gallery: Gallery, conditions: Sequence[Condition], annotati
     Raises:
         UsageError: a column is asked for that is not there, or paths in a gallery that does not know them.
     """
-    if not conditions:
-        return gallery
+    return gallery.only(meant(gallery, conditions, annotations)) if conditions else gallery
+
+
+def meant(
+    gallery: Gallery, conditions: Sequence[Condition], annotations: Annotations | None, option: str = "--where"
+) -> list[NDArray[np.bool_]]:
+    """For each shard the objects that are meant, bool[rows].
+
+    Args:
+        option: what the conditions were given as.
+
+    Raises:
+        UsageError: as `apply_conditions`.
+    """
     for condition in conditions:
         if condition.column == PATH:
             if gallery.fingerprint is None:
-                raise UsageError("--where path=…: this gallery has no gallery.json and does not know paths")
+                raise UsageError(f"{option} path=…: this gallery has no gallery.json and does not know paths")
         elif annotations is None:
             raise UsageError(
-                f"--where {condition.column}=… asks for a column of an annotation CSV: give one with --labels"
+                f"{option} {condition.column}=… asks for a column of an annotation CSV: give one with --labels"
             )
         elif condition.column not in annotations.columns:
             raise UsageError(
@@ -72,7 +87,7 @@ def apply_conditions(gallery: Gallery, conditions: Sequence[Condition], annotati
             )
     if all(condition.column == PATH for condition in conditions):
         annotations = None  # What it says of a row is nobody's question, and may be ambiguous.
-    return gallery.only([_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))])
+    return [_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))]
 
 
 def _wanted(

@@ -8,6 +8,7 @@ counting, and only the rest is put in order. Single linkage joins two groups at 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -96,8 +97,9 @@ def form_groups(gallery: Gallery, store: PairStore, rules: Rules, scratch: Path)
     atoms = _Units(_atoms(classes, rules.different), rules.sides)
     ordered[label[atoms.of != classes.of]] = True
     if rules.linkage is Linkage.complete:
-        # A mask knows no similarities, and so not the least of those that are compared.
-        ordered |= (counted < expected) | (bool(rules.sides) & np.isnan(least))
+        # A mask knows no similarities, and so not the least of those that are compared, where not all are.
+        every = _pairs_among(np.bincount(label[label >= 0], minlength=len(label)))
+        ordered |= (counted < expected) | ((expected < every) & np.isnan(least))
     else:
         least[counted < expected] = np.nan
     between = _between([])
@@ -139,6 +141,15 @@ class _Units:
         self.weights: Rows = np.bincount(of[rows], minlength=len(of)).astype(np.int64)
         self._rows = rows[np.argsort(of[rows], kind="stable")]
         self._starts = np.cumsum(self.weights) - self.weights
+
+    @cached_property
+    def free(self) -> Mask:
+        """Units of which every row is compared with every row of another unit, bool[n]."""
+        free = np.ones(len(self.of), bool)
+        for side in self.sides:
+            _, place, counts = np.unique(side[self._rows], return_inverse=True, return_counts=True)
+            free[self.of[self._rows[counts[place] > 1]]] = False
+        return free
 
     def rows_of(self, unit: int) -> Rows:
         """The rows of a unit, ascending."""
@@ -207,9 +218,8 @@ class _Connected:
         self._pairs: Rows = np.zeros(count, np.int64)
         #: Minus infinity where masks have pairs, and do not tell.
         self._least = np.where(units.compared_within(units.of) > 0, 1.0, np.inf)
-        present = np.zeros(-(-count // 64) * 64, bool)
-        present[:count] = units.weights > 0
-        self._present = np.packbits(present, bitorder="little").view(np.uint64)
+        #: Bits of the units that have rows, and of those that share a side with others.
+        self._present, self._sharing = _as_bits(units.weights > 0), _as_bits(~units.free)
 
     def add(self, pairs: Pairs) -> None:
         """Pairs with their similarities."""
@@ -221,10 +231,12 @@ class _Connected:
 
     def add_masks(self, masks: Masks) -> None:
         """Pairs as bits."""
-        if self._units.sides:
-            some, others = masks.pairs()
+        # Where both rows share a side with others, each pair is looked at.
+        listed = ~self._units.free[masks.rows] & (masks.bits & self._sharing[masks.words] > 0)
+        if listed.any():
+            some, others = masks.only(listed).pairs()
             self.add(Pairs(some, others, np.full(len(some), -np.inf)))
-            return
+            masks = masks.only(~listed)
         bits = np.where(self._units.weights[masks.rows] > 0, masks.bits & self._present[masks.words], 0)
         masks = Masks(masks.rows, masks.words, bits.astype(np.uint64)).only(bits > 0)
         self._least[masks.rows] = -np.inf
@@ -282,6 +294,12 @@ class _Connected:
             roots = above
         self._first[rows] = roots
         return roots
+
+
+def _as_bits(units: Mask) -> NDArray[np.uint64]:
+    whole = np.zeros(-(-len(units) // 64) * 64, bool)
+    whole[: len(units)] = units
+    return np.packbits(whole, bitorder="little").view(np.uint64)
 
 
 def _known_different(label: Rows, different: frozenset[tuple[int, int]]) -> Mask:

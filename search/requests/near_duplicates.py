@@ -14,6 +14,7 @@ from search.duplicates.files import Files
 from search.duplicates.groups import Group, Groups
 from search.duplicates.keep import Rule
 from search.duplicates.linkage import Rules
+from search.duplicates.sides import Compared
 from search.filters import apply_conditions
 from search.gallery.shards import Gallery
 from search.options import THRESHOLD, Linkage
@@ -22,6 +23,7 @@ from search.requests.pictures import check_picture_targets, check_pictures, grou
 from search.requests.selection import Progress, Say, Selection, say_undigested, say_unusable
 
 if TYPE_CHECKING:
+    from search.labels import Annotations
     from search.views.sheet import SheetLine
 
 
@@ -40,6 +42,8 @@ class NearDuplicatesRequest:
         decisions: the file of what was decided; None: beside the gallery.
         decided: look for what is decided, instead of for what is open.
         skipped: also groups that were skipped.
+        against: conditions as of `--where`; objects that meet them are only compared with those that do not.
+        not_within_folder: compare only objects of different folders.
         keep: rules that choose which file of a group is kept; none: none is chosen.
 
     Raises:
@@ -56,9 +60,15 @@ class NearDuplicatesRequest:
     decisions: Path | None = None
     decided: bool = False
     skipped: bool = False
+    against: tuple[str, ...] = ()
+    not_within_folder: bool = False
     keep: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.decided and (self.against or self.not_within_folder):
+            raise UsageError(
+                "--decided shows what is decided; --against and --not-within-folder say what is compared of the rest"
+            )
         if self.keep and self.media_dir is None:
             raise UsageError("--keep compares the files themselves: say where they are with --media-dir")
         if self.decided and (self.keep or self.skipped):
@@ -105,7 +115,7 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     if request.decided:
         groups: Groups | tuple[Group, ...] = tuple(decided_groups(gallery, decided))
     else:
-        groups = _open(request, gallery, decided, say, progress)
+        groups = _open(request, gallery, annotations, decided, say, progress)
         if decided.decisions:
             say(f"left out what is decided in {file}; --decided shows it")
     lines: list[SheetLine] = []
@@ -114,18 +124,26 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     return NearDuplicatesResult(groups, tuple(lines))
 
 
-def _open(request: NearDuplicatesRequest, gallery: Gallery, decided: Decided, say: Say, progress: Progress) -> Groups:
+def _open(
+    request: NearDuplicatesRequest,
+    gallery: Gallery,
+    annotations: "Annotations | None",
+    decided: Decided,
+    say: Say,
+    progress: Progress,
+) -> Groups:
+    compared = Compared(gallery, request.against, annotations, request.not_within_folder)
     planner = Planner(request.device)
     # Every row is a query here.
     way = planner.way(gallery, Purpose.pairs, gallery.rows)
     if request.explain:
         say(f"plan: {way}")
     with progress("pairs") as step:
-        rules = Rules(request.linkage)
+        rules = Rules(request.linkage, sides=compared.sides)
         arithmetic = planner.arithmetic(way)
         groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped)
     if not request.keep or request.media_dir is None:
-        return groups
+        return compared.reference_first(groups)
     if gallery.fingerprint is None:
         raise UsageError("--keep: this gallery has no gallery.json and does not know paths, only object ids")
     return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep)

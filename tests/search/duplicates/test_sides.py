@@ -1,46 +1,87 @@
-"""Rows as sides of tiles: made ready once if they may stay, and for each panel if none may; the same groups."""
+"""New objects against a reference, and objects of different folders."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
+import ruiji
+from pipeline.errors import UsageError
+from pipeline.model import load_model
+from pipeline.progress import show_steps
+from search.requests.near_duplicates import NearDuplicatesRequest, near_duplicates
+from search.requests.selection import Selection
+from tests.factories import tiny_model
+from tests.search.galleries import write_article_shard, write_gallery
 
-from search.arrays import Float32  # noqa: E402
-from search.duplicates.groups import find_groups  # noqa: E402
-from search.options import Precision  # noqa: E402
-from search.ranking.arithmetic import Tiles  # noqa: E402
-from search.ranking.bounds import Margin  # noqa: E402
-from search.ranking.torch_arithmetic import TorchArithmetic  # noqa: E402
-from tests.search.galleries import in_memory  # noqa: E402
-from tests.search.ranking.test_rank import features_of  # noqa: E402
-
-
-class Counted(TorchArithmetic):
-    """What a GPU does, on torch's CPU, with the number of rows that were made ready for it."""
-
-    prepared = 0
-
-    def prepare(self, units: Float32) -> tuple[object, Margin]:
-        self.prepared += len(units)
-        return super().prepare(units)
+#: One direction in four places, then another in two.
+PATHS = ["archive/a.jpg", "archive/b.jpg", "archive/c.jpg", "new/a.jpg", "new/b.jpg", "new/x/c.jpg"]
 
 
-@pytest.mark.parametrize("kind", ["random", "near_duplicates", "clustered"])
-@pytest.mark.parametrize(
-    ("kept", "panels", "prepared"), [(250, 50, 250), (1000, 100, 250), (0, 125, 375), (0, 50, 750), (100, 50, 400)]
-)
-def test_each_row_is_made_ready_once_if_it_may_stay(kind: str, kept: int, panels: int, prepared: int) -> None:
-    features = features_of(kind, 250, 32)
-    gallery = in_memory(features)
-    want = [(group.members, group.pairs) for group in find_groups(gallery, 0.95)]
-    arithmetic = Counted("cpu", Precision.bfloat16, products_at_once=1000, tiles=Tiles(25, panels, kept))
-    assert [(group.members, group.pairs) for group in find_groups(gallery, 0.95, arithmetic=arithmetic)] == want
-    assert arithmetic.prepared == prepared
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = np.zeros((6, 12), np.float32)
+    rows[:, 0] = 1
+    # Not equal, but near: a difference that a cosine shows.
+    rows[:, 1] = np.arange(6) / 100
+    rows[[1, 4], 0], rows[[1, 4], 2] = 0, 1
+    write_gallery(tmp_path / "tiny", load_model(tiny_model(tmp_path / "tiny.onnx")), rows, PATHS, 4)
+    return tmp_path / "tiny"
 
 
-def test_no_row_is_read_for_a_panel_without_rows() -> None:
-    features = features_of("random", 100, 32)
-    features[40:60] = np.nan
-    arithmetic = Counted("cpu", Precision.bfloat16, tiles=Tiles(10, 20, 100))
-    assert len(find_groups(in_memory(features), 0.999999, arithmetic=arithmetic)) == 0
-    assert arithmetic.prepared == 80
+def found(folder: Path, *against: str, apart: bool = False) -> list[list[str]]:
+    gallery = ruiji.open_gallery(folder)
+    groups = gallery.near_duplicates(0.99, against=against, not_within_folder=apart)
+    return [[member.path or "" for member in group.members] for group in groups]
+
+
+def test_all_are_compared_if_nothing_is_said(folder: Path) -> None:
+    a, b, c, new_a, new_b, new_c = PATHS
+    assert found(folder) == [[a, c, new_a, new_c], [b, new_b]]
+
+
+def test_against_compares_only_new_objects_with_the_reference_which_comes_first(folder: Path) -> None:
+    a, b, c, new_a, new_b, new_c = PATHS
+    assert found(folder, "path=archive/") == [[a, c, new_a, new_c], [b, new_b]]
+    assert found(folder, "path=new/x/") == [[new_c, a, c, new_a]]
+    assert found(folder, "path=archive/b") == [[b, new_b]]
+    (group, _) = ruiji.open_gallery(folder).near_duplicates(0.99, against=["path=new/"])
+    assert [member.path for member in group.members] == [new_a, new_c, a, c]
+    assert group.members[0].similarity == 1.0
+    # Each of the two new ones with each of the two in the archive.
+    assert group.pairs == 4
+
+
+def test_objects_of_one_folder_are_not_compared(folder: Path) -> None:
+    a, b, c, new_a, new_b, new_c = PATHS
+    (first, second) = ruiji.open_gallery(folder).near_duplicates(0.99, not_within_folder=True)
+    assert [[member.path for member in group.members] for group in (first, second)] == [
+        [a, c, new_a, new_c],
+        [b, new_b],
+    ]
+    assert (first.pairs, second.pairs) == (5, 1)
+    assert found(folder, "path=archive/", apart=True) == [[a, c, new_a, new_c], [b, new_b]]
+
+
+@pytest.mark.parametrize("against", ["path=", "path=nowhere/"])
+def test_a_reference_that_is_all_or_nothing_is_refused(folder: Path, against: str) -> None:
+    with pytest.raises(UsageError, match="nothing to compare"):
+        found(folder, against)
+
+
+def test_a_condition_that_cannot_be_read_is_named_by_its_option(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--against archive: write"):
+        found(folder, "archive")
+    with pytest.raises(UsageError, match="--against kind=… asks for a column"):
+        found(folder, "kind=old")
+
+
+def test_a_gallery_without_paths_has_no_folders(tmp_path: Path) -> None:
+    write_article_shard(tmp_path / "g", 0, np.ones((3, 4), np.float32), ["a", "b", "c"])
+    selection = Selection(feature_dir=tmp_path / "g")
+    for request in (
+        NearDuplicatesRequest(selection=selection, not_within_folder=True),
+        NearDuplicatesRequest(selection=selection, against=("path=new/",)),
+    ):
+        with pytest.raises(UsageError, match="does not know paths"):
+            near_duplicates(request, lambda line: None, show_steps)
