@@ -52,6 +52,10 @@ class QueryError(UsageError):
     """A query cannot be searched with: not an image, or of another length than the gallery."""
 
 
+class UnknownObject(QueryError):
+    """The gallery has no object of this id."""
+
+
 class GalleryMismatch(RuijiError):
     """The feature folder belongs to another model, or its parts contradict each other."""
 

@@ -19,11 +19,12 @@ from pipeline.errors import (
     QueryError,
     RuijiError,
     ShardCorrupt,
+    UnknownObject,
     UsageError,
 )
 from ruiji.embedding import Embedder
 from ruiji.galleries import Gallery, RuijiWarning, open_gallery
-from ruiji.results import NearDuplicates, QueryResult, SearchResults
+from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from ruiji.runs import status
 from search.duplicates.groups import Group, Member
 from search.ranking.rank import Hit
@@ -33,6 +34,7 @@ __all__ = [
     "Embedder",
     "Gallery",
     "GalleryMismatch",
+    "GalleryObject",
     "Group",
     "Hit",
     "ImageError",
@@ -46,6 +48,7 @@ __all__ = [
     "RuijiWarning",
     "SearchResults",
     "ShardCorrupt",
+    "UnknownObject",
     "UsageError",
     "open_gallery",
     "status",

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.choices import Device
-from pipeline.errors import ImageError, QueryError, UsageError
+from pipeline.errors import ImageError, QueryError, UnknownObject, UsageError
 from pipeline.settings import MAX_PIXELS, model_file
 from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
-from ruiji.results import NearDuplicates, QueryResult, SearchResults
+from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
 from search.duplicates.cleanup import open_groups
@@ -30,7 +30,7 @@ from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
 from search.options import THRESHOLD, TOP_K, Linkage, Metric
-from search.queries import Query, embed_pictures, load_encoder, query_model
+from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
 from search.requests.selection import provenance_warnings, version_warnings
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from pipeline.model import Model
+    from pipeline.spec import ModelSpec
     from workers.encoder import Encoder
 
 
@@ -241,6 +242,40 @@ class Gallery:
         """
         return _features(self._shards, list(object_ids))
 
+    def find(self, object_id: str) -> GalleryObject:
+        """One object; its first row, if shards repeat its id.
+
+        Raises:
+            UnknownObject: there is no such object.
+        """
+        shards = self._shards
+        rows = shards.rows_of([object_id])[object_id]
+        if not rows:
+            raise _unknown(object_id)
+        return GalleryObject(rows[0], object_id, shards.path(rows[0]))
+
+    def objects(self, first: int = 0, count: int | None = None) -> list[GalleryObject]:
+        """The objects of some gallery rows, in their order; those that are not searched are left out.
+
+        Args:
+            first: row to begin with.
+            count: so many rows, those that are left out among them; None: all that follow.
+        """
+        found = []
+        for shard, start in zip(self._shards.shards, self._shards.firsts, strict=True):
+            end = len(shard.features) if count is None else min(len(shard.features), first + count - start)
+            local = slice(max(0, first - start), max(0, end))
+            for row, object_id in enumerate(shard.ids(local), local.start):
+                if shard.left_out is None or not shard.left_out[row]:
+                    path = None if shard.paths is None else shard.paths[row]
+                    found.append(GalleryObject(start + row, object_id, path))
+        return found
+
+    @property
+    def rows(self) -> int:
+        """Gallery rows, those among them that are not searched."""
+        return self._shards.rows
+
     def near_duplicates(
         self,
         threshold: float = THRESHOLD,
@@ -293,6 +328,40 @@ class Gallery:
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
         return embed_all(pictures, *self._model(self._shards), self._max_pixels)
+
+    @property
+    def spec(self) -> "ModelSpec":
+        """How pictures are prepared for the gallery's model.
+
+        Raises:
+            UsageError: the gallery was opened without its model.
+            GalleryMismatch, ModelError: the model is another than the gallery's, or cannot be used.
+        """
+        return self._model(self._shards)[0].spec
+
+    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+        """Encode pictures that are decoded already, by `workers.decode` and for `spec`; the rest of `embed`.
+
+        Args:
+            pixels: uint8[b, h, w, c].
+
+        Returns:
+            float32[b, d], raw model output.
+
+        Raises:
+            UsageError: the gallery was opened without its model.
+            GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
+        """
+        return encode_pixels(pixels, self._model(self._shards)[1])
+
+    def way(self, queries: int = 1, metric: str = Metric.cosine) -> str:
+        """Which way so many queries take through the gallery, and why: for people.
+
+        Raises:
+            UsageError: there is no such metric, or CUDA was asked for and does not work.
+        """
+        wanted = _criteria(1, metric, None).metric
+        return str(self._planner.way(self._shards, Purpose.hits, queries, wanted))
 
     def warm_up(self) -> None:
         """Make ready, in a process that stays, whatever makes later searches quicker.
@@ -420,8 +489,12 @@ def _features(shards: Shards, object_ids: Sequence[str]) -> Float32:
     rows = shards.rows_of(object_ids)
     for object_id in object_ids:
         if not rows[object_id]:
-            raise QueryError(f"the gallery has no object {object_id}")
+            raise _unknown(object_id)
     return shards.take(np.array([rows[object_id][0] for object_id in object_ids], np.int64))
+
+
+def _unknown(object_id: str) -> UnknownObject:
+    return UnknownObject(f"the gallery has no object {object_id}")
 
 
 def _criteria(top_k: int, metric: str, min_similarity: float | None, exclude_self: bool | None = None) -> Criteria:

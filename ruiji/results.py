@@ -47,6 +47,20 @@ class _Table(ABC):
 
 
 @dataclass(frozen=True)
+class GalleryObject:
+    """One object of a gallery.
+
+    Attributes:
+        row: its gallery row.
+        path: relative to the media folder; None where the gallery does not know paths.
+    """
+
+    row: int
+    object_id: str
+    path: str | None
+
+
+@dataclass(frozen=True)
 class QueryResult:
     """One query's answer.
 

@@ -327,11 +327,20 @@ def embed_pictures(
         batch = [pixels for pixels in decoded if not isinstance(pixels, ImageError)]
         features: Iterator[NDArray[np.float32]] = iter(())
         if batch:
-            ready = encoder.result()
-            with ready.turn:
-                features = iter(ready.encode(np.stack(batch)))
+            features = iter(encode_pixels(np.stack(batch), encoder))
         for pixels in decoded:
             yield pixels if isinstance(pixels, ImageError) else next(features)
+
+
+def encode_pixels(pixels: NDArray[np.uint8], encoder: "Future[Encoder]") -> NDArray[np.float32]:
+    """The raw features, float32[b, d], of pictures that are decoded already, uint8[b, h, w, c].
+
+    Raises:
+        ModelError, UsageError, MachineFault: as the encoder raises them.
+    """
+    ready = encoder.result()
+    with ready.turn:
+        return ready.encode(pixels)
 
 
 def _pixels(picture: "Picture", model: Model, max_pixels: int) -> NDArray[np.uint8] | ImageError:
@@ -387,8 +396,11 @@ def read_header(file: BinaryIO) -> tuple[str, int, int] | None:
         return None
 
 
-def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
+def open_picture(image: Path, max_pixels: int, size: int, inside: str | None = None) -> "Image | None":
     """A picture `as_seen`, RGB; decoded no larger than needed for `size` pixels a side where it can.
+
+    Args:
+        inside: a folder, resolved, which the file must lie in once all links are followed.
 
     Returns:
         None where the file is missing, no image, or has more than `max_pixels` pixels.
@@ -398,7 +410,7 @@ def open_picture(image: Path, max_pixels: int, size: int) -> "Image | None":
     from workers.decode.images import FORMATS, as_seen, check_size, open_image
 
     try:
-        with open_image(image) as file, Image.open(file, formats=FORMATS) as picture:
+        with open_image(image, inside) as file, Image.open(file, formats=FORMATS) as picture:
             check_size(picture, max_pixels)
             picture.draft("RGB", (size, size))
             return as_seen(picture, max_pixels).convert("RGB")

@@ -31,15 +31,25 @@ def find_gallery(feature_dir: Path, model: Path | None, option: str = "--model N
     """
     if model is not None:
         return layout.gallery_folder(feature_dir, model)
-    if is_gallery(feature_dir):
-        return feature_dir
-    found = sorted(path for path in feature_dir.glob("*/") if is_gallery(path))
-    if not found:
-        raise UsageError(f"no gallery in {feature_dir}: run ruiji run first, or check --feature-dir")
+    found = find_galleries(feature_dir)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UsageError(f"{feature_dir} has several galleries: {names}. Name one with {option}")
     return found[0]
+
+
+def find_galleries(feature_dir: Path) -> list[Path]:
+    """The folders of all galleries, sorted: `feature_dir` itself if it is one, else those in it; at least one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if is_gallery(feature_dir):
+        return [feature_dir]
+    found = sorted(path for path in feature_dir.glob("*/") if is_gallery(path))
+    if not found:
+        raise UsageError(f"no gallery in {feature_dir}: run ruiji run first, or check --feature-dir")
+    return found
 
 
 def is_gallery(folder: Path) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline.errors import UsageError
 from pipeline.streams import shown
 from pipeline.targets import writing
-from search.queries import open_picture
 from search.views.sheet import SheetHit, SheetLine
+from search.views.thumbnail import make_thumbnail
 
 #: A picture's longer side, in pixels: sharp at twice the size that it is shown in.
 _SIDE = 320
@@ -137,16 +137,11 @@ def _figure(shown_by: str | None, kind: str, fact: str, name: str) -> str:
 
 
 def _thumbnail(path: Path, max_pixels: int) -> tuple[str, bool] | None:
-    """A picture as a URL, and whether it is small: digits and icons are shown pixel by pixel, so nothing is lost."""
-    picture = open_picture(path, max_pixels, _SIDE)
-    if picture is None:
+    """A picture as a URL, and whether it is small: digits and icons are shown pixel by pixel."""
+    made = make_thumbnail(path, _SIDE, max_pixels)
+    if made is None:
         return None
-    small = max(picture.size) <= _SIDE // 4
-    picture.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if small else "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small
+    return f"data:image/{made.kind};base64,{base64.b64encode(made.data).decode()}", made.small
 
 
 def _text(value: str) -> str:

@@ -22,6 +22,7 @@ from search.ranking.planner import Purpose, look_at_machine
 from search.requests.index import index
 from tests.factories import pictures, tiny_model
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
+from workers.decode.images import load_pixels
 
 COUNT, SHARD_ROWS = 12, 5
 
@@ -159,6 +160,35 @@ def test_embedding_gives_the_bits_of_the_gallery_or_names_each_failure(world: Wo
         assert embed([]).shape == (0, 12)
         with pytest.raises(ruiji.ImageError, match=r"1 of 2 pictures cannot be embedded: gone\.png: there is no"):
             embed([images[0], "gone.png"])
+
+
+def test_pixels_that_are_decoded_already_are_encoded_to_the_same_bits(world: World) -> None:
+    gallery = world.open()
+    pixels = load_pixels(world.media / world.paths[4], gallery.spec, 10**6)
+    assert np.array_equal(gallery.encode(pixels[np.newaxis]), world.features[4:5])
+    with pytest.raises(ruiji.UsageError, match="pictures need the model"):
+        _ = ruiji.open_gallery(world.folder).spec
+
+
+def test_objects_are_listed_by_row_and_found_by_id(world: World) -> None:
+    gallery = world.open()
+    listed = gallery.objects()
+    assert [(one.row, one.object_id, one.path) for one in listed] == [
+        (row, world.ids[row], world.paths[row]) for row in range(COUNT)
+    ]
+    for first, count in ((0, 1), (3, 5), (COUNT - 2, 10), (COUNT, 3), (0, 0)):
+        assert gallery.objects(first, count) == listed[first : first + count]
+    assert gallery.find(world.ids[5]) == listed[5] and gallery.rows == COUNT
+    with pytest.raises(ruiji.UnknownObject, match="no object nothing"):
+        gallery.find("nothing")
+    some = gallery.only(f"path={world.paths[3]}")
+    assert some.objects() == [listed[3]] and some.rows == COUNT
+
+
+def test_a_gallery_says_which_way_a_query_takes(world: World) -> None:
+    assert world.open().way(metric="euclidean").startswith("numpy on cpu, float32")
+    with pytest.raises(ruiji.UsageError, match="no metric 'dot'"):
+        world.open().way(metric="dot")
 
 
 def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:

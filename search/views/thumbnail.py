@@ -1,0 +1,40 @@
+"""Small pictures for people: JPEG, or PNG of what is small itself, so that nothing of it is lost."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from search.queries import open_picture
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture, made small.
+
+    Attributes:
+        kind: `jpeg` or `png`.
+        small: whether the picture is so small itself that its pixels are shown as they are: a digit, an icon.
+    """
+
+    data: bytes
+    kind: str
+    small: bool
+
+
+def make_thumbnail(image: Path, side: int, max_pixels: int, inside: str | None = None) -> Thumbnail | None:
+    """A picture of at most `side` pixels a side.
+
+    Args:
+        max_pixels, inside: as `open_picture` takes them.
+
+    Returns:
+        None where the file is missing, no image, or has too many pixels.
+    """
+    picture = open_picture(image, max_pixels, side, inside)
+    if picture is None:
+        return None
+    small = max(picture.size) <= side // 4
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if small else "JPEG", quality=85)
+    return Thumbnail(buffer.getvalue(), "png" if small else "jpeg", small)
