@@ -16,6 +16,7 @@ from pipeline import layout
 from pipeline.cache import ShardCache
 from pipeline.errors import ShardCorrupt
 from search.gallery.codes import Codes, ShardCodes, codes_kept
+from search.gallery.ids import IdIndex
 from search.gallery.norms import norms_of
 from search.gallery.paging import advise, row_in_memory
 
@@ -25,6 +26,10 @@ RESTORE = "restore the shard, or delete all its files and run ruiji enqueue agai
 _AHEAD_BYTES = 64 << 20
 #: Rows of a shard that are read together.
 _MANY = 16
+#: If so many rows come on each id that is looked for, an index is quicker than to look through all ids.
+_ASKED_AT_ONCE = 100
+#: How often a command looks for ids, which an index would not be worth making for.
+_ASKED_BY_A_COMMAND = 2
 #: Rows that are looked at to tell whether many are in memory.
 _LOOKED_AT = 16
 
@@ -94,6 +99,30 @@ class Shard:
     def _shape(self) -> tuple[int, int]:
         rows, length = self.features.shape
         return rows, length
+
+    def rows_of(self, asked: NDArray[np.str_]) -> NDArray[np.int64]:
+        """Its rows that have one of some ids, ascending.
+
+        Args:
+            asked: sorted, none twice.
+        """
+        if not len(asked):
+            return np.empty(0, np.int64)
+        if next(self._times_asked) >= _ASKED_BY_A_COMMAND and len(asked) < len(self.object_ids) // _ASKED_AT_ONCE:
+            return self._id_index.rows_of(asked)
+        if len(asked) == 1:
+            return np.flatnonzero(self.object_ids == asked[0])
+        nearest = np.minimum(np.searchsorted(asked, self.object_ids), len(asked) - 1)
+        return np.flatnonzero(asked[nearest] == self.object_ids)
+
+    @cached_property
+    def _times_asked(self) -> "itertools.count[int]":
+        return itertools.count()
+
+    @cached_property
+    def _id_index(self) -> IdIndex:
+        """Made for a process that stays; it takes as long as to look through all ids a few times."""
+        return IdIndex(self.object_ids)
 
     def ids(self, rows: slice = slice(None)) -> list[str]:
         """The object ids of some of its rows, or of all.
@@ -298,16 +327,13 @@ class Gallery:
     def rows_of(self, object_ids: Iterable[str]) -> dict[str, list[int]]:
         """Every gallery row with one of these ids, ascending, by id; more than one only where shards repeat an id.
 
-        The ids of all rows are looked through once, however many are asked for.
+        The ids of all rows are looked through once, however many are asked for,
+        and not at all if that was often asked.
         """
         found: dict[str, list[int]] = {object_id: [] for object_id in object_ids}
         asked = np.array(sorted(found), dtype=np.str_)
         for shard, first in zip(self.shards, self.firsts, strict=True):
-            if len(asked) > 1:
-                nearest = np.minimum(np.searchsorted(asked, shard.object_ids), len(asked) - 1)
-                local = np.flatnonzero(asked[nearest] == shard.object_ids)
-            else:
-                local = np.flatnonzero(shard.object_ids == asked[0]) if len(asked) else np.empty(0, np.int64)
+            local = shard.rows_of(asked)
             for row, object_id in zip(local.tolist(), shard.object_ids[local].tolist(), strict=True):
                 found[object_id].append(first + row)
         return found

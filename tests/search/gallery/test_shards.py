@@ -282,6 +282,14 @@ def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, 
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_ids_that_are_looked_for_often_are_found_as_in_the_first_look() -> None:
+    ids = [f"{row % 700:x}.jpg" for row in range(1000)] + ["", "caf\udce9", "日本.png"]
+    gallery = in_memory(np.zeros((len(ids), 2), np.float32), ids, cuts=(400, 401, 1000))
+    for asked in (["0.jpg"], ["1f.jpg", "2.jpg", "none"], ["caf\udce9", "日本.png"], [""], ["0.jpg" + "x" * 90], []):
+        want = {name: [row for row, own in enumerate(ids) if own == name] for name in asked}
+        assert [gallery.rows_of(asked) for _ in range(4)] == [want] * 4
+
+
 def test_rows_of_many_ids_are_found_in_one_look() -> None:
     ids = [f"{row % 90_000:040d}.jpg" for row in range(100_000)]
     gallery = in_memory(np.zeros((100_000, 2), np.float32), ids, cuts=tuple(range(10_000, 100_000, 10_000)))

@@ -1,0 +1,35 @@
+"""Finding rows by their object id, in an index of 16 bytes a row."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class IdIndex:
+    """The rows of a shard by a hash of their ids; what it finds is compared with the ids themselves."""
+
+    def __init__(self, object_ids: NDArray[np.str_]) -> None:
+        self._ids = object_ids
+        hashes = _hashes(object_ids)
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._rows]
+
+    def rows_of(self, asked: NDArray[np.str_]) -> NDArray[np.int64]:
+        """The rows that have one of some ids, ascending."""
+        # What is longer than any id of the shard is cut, and then not equal to what was asked.
+        hashes = _hashes(asked.astype(self._ids.dtype))
+        starts, ends = np.searchsorted(self._hashes, hashes), np.searchsorted(self._hashes, hashes, side="right")
+        found = [
+            row
+            for object_id, start, end in zip(asked.tolist(), starts.tolist(), ends.tolist(), strict=True)
+            for row in self._rows[start:end].tolist()
+            if self._ids[row] == object_id
+        ]
+        return np.array(sorted(found), np.int64)
+
+
+def _hashes(object_ids: NDArray[np.str_]) -> NDArray[np.uint64]:
+    """uint64[n]: the characters of each id, times fixed odd numbers, summed modulo 2^64."""
+    characters = np.ascontiguousarray(object_ids).view(np.uint32).reshape(len(object_ids), -1)
+    factors = np.random.default_rng(0).integers(1 << 63, size=characters.shape[1], dtype=np.uint64) | np.uint64(1)
+    hashes: NDArray[np.uint64] = np.einsum("ij,j->i", characters, factors, dtype=np.uint64, casting="unsafe")
+    return hashes
