@@ -57,7 +57,7 @@ def _run() -> tuple[int, str]:
     try:
         settings.load_dotenv()
         # By name, because the arrows between the packages point the other way.
-        for package in ("workers.cli", "search.cli"):
+        for package in ("workers.cli", "search.cli", "serve.cli"):
             importlib.import_module(package).register(app)
         code = app(prog_name="ruiji", standalone_mode=False) or 0
         sys.stdout.flush()

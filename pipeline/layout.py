@@ -214,6 +214,24 @@ def is_cache_file(name: str) -> bool:
     return _CACHE_FILE.fullmatch(name) is not None or panel_of(name) is not None
 
 
+#: Small pictures that `ruiji serve` keeps, in G/cache.
+THUMBNAILS_FOLDER: Final = "thumbnails"
+
+
+def thumbnails_folder(folder: Path) -> Path:
+    """The small pictures of a gallery's objects."""
+    return cache_folder(folder) / THUMBNAILS_FOLDER
+
+
+def thumbnail_file(thumbnails: Path, digest: str) -> Path:
+    """One small picture.
+
+    Args:
+        digest: of all that it was made of.
+    """
+    return thumbnails / digest[:2] / digest
+
+
 # G/run: what is to do and how it goes on.
 
 

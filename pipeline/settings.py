@@ -110,6 +110,15 @@ RedisPasswordFile = Annotated[
         help="File with the password, for a --redis-url without one.",
     ),
 ]
+WebTokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--web-token-file",
+        envvar="RUIJI_WEB_TOKEN_FILE",
+        metavar="FILE",
+        help="File with the token that every request to the service needs.  [default: on loopback none is needed]",
+    ),
+]
 ShardRows = Annotated[
     int,
     typer.Option(

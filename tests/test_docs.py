@@ -11,6 +11,7 @@ import typer
 from pipeline import cli
 from pipeline.arguments import Commands
 from search import cli as search_cli
+from serve import cli as serve_cli
 from workers import cli as workers_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ CODE = re.compile(r"`([^`\n]+)`|^    (.+)$", re.MULTILINE)
 def tree() -> dict[str, Any]:
     """Each command and group by its name, "" the root; sub-commands with their group's name before theirs."""
     root = Commands()
-    for module in (workers_cli, search_cli):
+    for module in (workers_cli, search_cli, serve_cli):
         module.register(root)
     found: dict[str, Any] = {}
 
@@ -134,7 +135,7 @@ def test_help_lists_each_command_in_one_whole_sentence(tree: dict[str, Any]) -> 
 
 def test_variables_exist(commands: dict[str, set[str]]) -> None:
     known: set[str] = set()
-    for module in ("pipeline", "search", "workers", "deploy"):
+    for module in ("pipeline", "search", "serve", "workers", "deploy"):
         for source in (ROOT / module).rglob("*"):
             if source.suffix in {".py", ".sh"}:
                 known.update(re.findall(r"RUIJI_[A-Z_]+[A-Z]", source.read_text()))

@@ -14,11 +14,12 @@ import typer
 from pipeline import cli
 from pipeline.arguments import Commands
 from search import cli as search_cli
+from serve import cli as serve_cli
 from workers import cli as workers_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Commands that no container runs, or that get what they need from `ruiji worker`.
-NOT_IN_COMPOSE = {"redis", "run", "worker-process"}
+NOT_IN_COMPOSE = {"redis", "run", "serve", "worker-process"}
 #: What only a process that embeds needs: compose's reducers and commands get no device.
 EMBEDDING = {
     *("RUIJI_DEVICE", "RUIJI_PROCESSES", "RUIJI_THREADS", "RUIJI_BATCH_IMAGES", "RUIJI_GPU_MEMORY_MB"),
@@ -34,7 +35,7 @@ def test_the_example_environment_names_every_variable_and_no_other() -> None:
 
 def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> None:
     root = Commands()
-    for package in (workers_cli, search_cli):
+    for package in (workers_cli, search_cli, serve_cli):
         package.register(root)
     read: dict[str, set[str]] = {}
     for app in (cli.app, root):
@@ -55,7 +56,9 @@ def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> No
 
 def test_the_table_of_events_names_every_event_and_no_other() -> None:
     source = "".join(
-        path.read_text() for package in ("pipeline", "workers", "search") for path in (ROOT / package).rglob("*.py")
+        path.read_text()
+        for package in ("pipeline", "workers", "search", "serve")
+        for path in (ROOT / package).rglob("*.py")
     )
     logged = set(re.findall(r'"event": "(\w+)"', source))
     table = (ROOT / "docs" / "reliability.md").read_text().partition("\n## Events\n")[2].partition("\n## ")[0]

@@ -12,13 +12,16 @@ class Thumbnail:
     """A picture, made small.
 
     Attributes:
-        kind: `jpeg` or `png`.
-        small: whether the picture is so small itself that its pixels are shown as they are: a digit, an icon.
+        kind: `jpeg`, or `png` if the picture is small itself.
     """
 
     data: bytes
     kind: str
-    small: bool
+
+    @property
+    def small(self) -> bool:
+        """Whether the picture is so small itself that its pixels are shown as they are: a digit, an icon."""
+        return self.kind == "png"
 
 
 def make_thumbnail(image: Path, side: int, max_pixels: int, inside: str | None = None) -> Thumbnail | None:
@@ -33,8 +36,8 @@ def make_thumbnail(image: Path, side: int, max_pixels: int, inside: str | None =
     picture = open_picture(image, max_pixels, side, inside)
     if picture is None:
         return None
-    small = max(picture.size) <= side // 4
+    kind = "png" if max(picture.size) <= side // 4 else "jpeg"
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if small else "JPEG", quality=85)
-    return Thumbnail(buffer.getvalue(), "png" if small else "jpeg", small)
+    picture.save(buffer, kind, quality=85)
+    return Thumbnail(buffer.getvalue(), kind)

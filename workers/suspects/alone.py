@@ -110,7 +110,7 @@ def _fill(view: memoryview, stream: IO[bytes]) -> None:
         view = view[len(data) :]
 
 
-def _limit_memory(megabytes: int) -> None:
+def limit_memory(megabytes: int) -> None:
     """Let this process take so much more memory than it has now; beyond that `MemoryError` comes."""
     import resource
 
@@ -132,7 +132,7 @@ def _main() -> None:
     _read_through(path)
     out.write(b"read\n")
     out.flush()
-    _limit_memory(limits.max_image_mb)
+    limit_memory(limits.max_image_mb)
     altered: list[str] = []
     try:
         with open_image(path) as file:

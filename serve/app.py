@@ -1,0 +1,82 @@
+"""The application: its routes behind their guard, and how errors are answered."""
+
+import logging
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Lifespan
+
+from pipeline.errors import ImageError, ModelError, QueryError, RuijiError, UnknownObject, UsageError
+from pipeline.versions import installed_versions
+from serve import pages, routes
+from serve.access import Access, Guard
+from serve.galleries import NoGallery
+from serve.metrics import Measured
+from serve.replies import error_response
+from serve.searches import Busy
+from serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+#: The first that fits counts; whatever else is raised on purpose is the machine's fault, or the gallery's.
+_STATUS: tuple[tuple[type[RuijiError], int], ...] = (
+    (UnknownObject, 404),
+    (NoGallery, 404),
+    (Busy, 429),
+    (ImageError, 422),
+    (QueryError, 422),
+    (ModelError, 503),
+    (UsageError, 409),
+)
+
+
+def make_app(service: Service, access: Access, cookie: str, lifespan: Lifespan[FastAPI]) -> ASGIApp:
+    """The application of a service.
+
+    Args:
+        cookie: the name of the session's cookie.
+        lifespan: what runs as long as it answers.
+    """
+    app = FastAPI(
+        title="ruiji",
+        version=installed_versions()["ruiji"],
+        description="Look-alikes and near-duplicates in a gallery of pictures.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.state.access, app.state.cookie = access, cookie
+    app.include_router(routes.router)
+    app.include_router(pages.router)
+    app.exception_handler(RuijiError)(_ruiji_error)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(Exception)(_bug)
+    return Measured(Guard(app, access, cookie), service.metrics)
+
+
+async def _ruiji_error(request: Request, error: Exception) -> Response:
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 503)
+    return error_response(status, str(error), {"retry-after": "1"} if status == 429 else {})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    unknown = error.status_code == 404 and error.detail == "Not Found"
+    said = f"there is no route {request.url.path}; /openapi.json has all" if unknown else error.detail
+    return error_response(error.status_code, said, error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    said = [f"{' '.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in error.errors()]
+    return error_response(422, "; ".join(said))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    # Starlette raises it again once this is answered; uvicorn writes the traceback.
+    return error_response(500, "ruiji failed; its log says how")

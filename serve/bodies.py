@@ -1,0 +1,159 @@
+"""What is asked and answered, as the OpenAPI document describes it."""
+
+from enum import IntEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from search.options import TOP_K, Metric
+
+#: Hits of one search at most.
+MOST_HITS = 1000
+#: Entries of one page of a list at most.
+MOST_LISTED = 1000
+
+
+class Side(IntEnum):
+    """The longer side of a small picture, in pixels: for a list, a grid, and one picture."""
+
+    small = 128
+    medium = 256
+    large = 512
+
+
+class _Asked(BaseModel):
+    # A parameter that is misspelled is refused, not ignored.
+    model_config = ConfigDict(extra="forbid")
+
+
+class Choice(_Asked):
+    """Which gallery is asked; by default the only one, or the model's."""
+
+    gallery: str | None = Field(None, description="Name of the gallery, as /healthz lists them.")
+
+
+class SimilarQuery(Choice):
+    """Which hits of an object are wanted."""
+
+    metric: Metric = Field(Metric.euclidean, description="`cosine` and `angle` have the same order.")
+    k: int = Field(TOP_K, ge=1, le=MOST_HITS, description="Number of hits.")
+    min_similarity: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="Leave out hits below this cosine."
+    )
+
+
+class PictureQuery(SimilarQuery):
+    """Which hits of a picture are wanted."""
+
+    metric: Metric = Field(Metric.cosine, description="`cosine` and `angle` have the same order.")
+
+
+class ListQuery(Choice):
+    """Which part of a list is wanted."""
+
+    first: int = Field(0, ge=0, le=2**53, description="Place to begin with, from 0.")
+    count: int = Field(100, ge=1, le=MOST_LISTED, description="So many at most.")
+
+
+class ThumbnailQuery(Choice):
+    """Which small picture is wanted."""
+
+    size: Side = Field(Side.medium, description="The longer side, in pixels.")
+
+
+class SimilarImage(BaseModel):
+    """One hit."""
+
+    objectId: str  # noqa: N815  The article's key.
+    distance: float = Field(description="Euclidean for that metric, else the angle in radians; lower is closer.")
+    similarity: float = Field(description="The cosine; higher is closer.")
+    rank: int = Field(ge=1)
+    path: str | None = Field(description="Relative to the media folder; null if the gallery does not know paths.")
+
+
+class Similar(BaseModel):
+    """The answer of a search, with the article's keys; hits in order, best first."""
+
+    queryObjectId: str | None = Field(description="null if the query is a picture.")  # noqa: N815  The article's key.
+    similarImages: list[SimilarImage]  # noqa: N815  The article's key.
+    gallery: str
+    metric: Metric
+
+
+class Object(BaseModel):
+    """An object of the gallery."""
+
+    object_id: str
+    path: str | None
+    row: int
+
+
+class Objects(BaseModel):
+    """A part of the gallery, by row."""
+
+    objects: list[Object]
+    rows: int = Field(description="Of the whole gallery, those that are not searched among them.")
+    next: int | None = Field(description="Where the next part begins; null after the last.")
+
+
+class GalleryHealth(BaseModel):
+    """How one gallery stands."""
+
+    name: str
+    objects: int
+    unusable: int = Field(description="Objects that cannot be ranked.")
+    rows: int
+    length: int = Field(description="Of a feature.")
+    fingerprint: str | None
+    pictures: bool = Field(description="Whether it can be searched with a picture: its model is there.")
+    way: dict[Metric, str] = Field(description="Which way one query takes, and why, by metric.")
+    problem: str | None = Field(description="Why its newest shards are not searched.")
+
+
+class Health(BaseModel):
+    """How the service stands."""
+
+    status: str
+    version: str
+    default: str | None = Field(description="The gallery that is asked if none is named.")
+    media: bool = Field(description="Whether there are pictures to show: the media folder was given.")
+    galleries: list[GalleryHealth]
+    refused: dict[str, str] = Field(description="Why a gallery cannot be opened, by name.")
+
+
+class Failure(BaseModel):
+    """A failed object, with the keys of `ruiji failures --format jsonl`."""
+
+    object_id: str
+    path: str
+    reason: str
+    message: str
+    shard: int
+
+
+class Failures(BaseModel):
+    """A part of the failed objects."""
+
+    failures: list[Failure]
+    total: int
+    next: int | None
+
+
+class Run(BaseModel):
+    """How the gallery's run stands."""
+
+    gallery: str
+    status: dict[str, Any] = Field(description="As `ruiji status --json` prints it.")
+    without_redis: str | None = Field(description="Why the disk alone was asked; null if Redis was asked too.")
+
+
+class Login(_Asked):
+    """What the form sends."""
+
+    token: str
+
+
+class Error(BaseModel):
+    """A refusal or a failure: what happened, and what to do."""
+
+    error: str

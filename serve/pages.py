@@ -1,0 +1,76 @@
+"""The page and what it loads, and the form that exchanges the token for a session."""
+
+import time
+from importlib.resources import files
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from pipeline.errors import UsageError
+from serve import bodies
+from serve.access import SESSION_S, Access
+
+_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+#: By route; each is in memory, so that no path of a request reaches the disk.
+_FILES = {"/login": "login.html", "/login.js": "login.js", "/style.css": "style.css"}
+router = APIRouter()
+
+
+def _add(route: str, name: str) -> None:
+    data = (files("serve") / "page" / name).read_bytes()
+    kind = _KINDS[name.rpartition(".")[2]]
+
+    async def page() -> Response:
+        return Response(data, headers={"cache-control": "no-cache"}, media_type=kind)
+
+    router.add_api_route(route, page, methods=["GET"], include_in_schema=False)
+
+
+for _route, _name in _FILES.items():
+    _add(_route, _name)
+
+
+@router.post(
+    "/login",
+    status_code=204,
+    responses={
+        403: {"model": bodies.Error, "description": "The token is wrong, or this is not the service's own page."},
+        409: {"model": bodies.Error, "description": "The service needs no token."},
+        415: {"model": bodies.Error, "description": "The body is not application/json."},
+        421: {"model": bodies.Error, "description": "The service is not called by this host."},
+        422: {"model": bodies.Error, "description": "The body is not what it must be."},
+    },
+)
+async def log_in(request: Request, given: Annotated[bodies.Login, Body()]) -> Response:
+    """Exchange the token for a cookie that scripts cannot read."""
+    access: Access = request.app.state.access
+    if access.token is None:
+        raise UsageError("this service needs no token")
+    if not access.is_token(given.token):
+        raise HTTPException(403, "this is not the token of this service")
+    return _with_cookie(request, access.session(time.time()), SESSION_S)
+
+
+@router.post(
+    "/logout",
+    status_code=204,
+    responses={
+        401: {"model": bodies.Error, "description": "The token is missing or wrong."},
+        403: {"model": bodies.Error, "description": "It does not come from the service's own page."},
+        415: {"model": bodies.Error, "description": "The body is not application/json."},
+        421: {"model": bodies.Error, "description": "The service is not called by this host."},
+    },
+)
+async def log_out(request: Request) -> Response:
+    """Forget the cookie."""
+    return _with_cookie(request, "", 0)
+
+
+def _with_cookie(request: Request, value: str, age_s: int) -> Response:
+    response = Response(status_code=204)
+    # The browser says itself whether it came by TLS, whatever stands between.
+    secure = request.headers.get("origin", "").startswith("https://")
+    response.set_cookie(request.app.state.cookie, value, max_age=age_s, secure=secure, httponly=True, samesite="strict")
+    return response

@@ -1,0 +1,151 @@
+"""Searches that wait for one another, and share a pass over the gallery."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+import ruiji
+from pipeline.errors import RuijiError
+from search.arrays import Float32
+
+#: Searches that may wait. Two cores answer as many in some seconds; nobody waits longer for a page.
+MOST_WAITING = 256
+#: Queries that share a pass; up to so many, a pass costs little more than for one.
+_TOGETHER = 64
+
+
+class Busy(RuijiError):
+    """Too much is waiting already; try again in a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One search.
+
+    Attributes:
+        query: an object id, or a feature, float32[d].
+        top_k, metric, min_similarity: as `ruiji.Gallery` takes them.
+    """
+
+    gallery: ruiji.Gallery
+    query: str | Float32
+    top_k: int
+    metric: str
+    min_similarity: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Searches of one key can share a pass.
+
+        One that wants fewer hits than another has the other's first ones. With a least similarity that holds only for
+        equal numbers, because it leaves out hits of the first k. Numbers that are far apart do not share: nobody pays
+        for a thousand hits who wants ten.
+        """
+        number = self.top_k.bit_length() if self.min_similarity is None else -self.top_k
+        return self.gallery, type(self.query), self.metric, self.min_similarity, number
+
+
+@dataclass(eq=False)
+class _Waiting:
+    wanted: Wanted
+    done: "asyncio.Future[tuple[ruiji.Hit, ...]]"
+
+
+class Searches:
+    """All searches of a service: one pass at a time, and those that came meanwhile take the next one together.
+
+    To be used in one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[_Waiting] = []
+        self._pending = 0
+        self._thread = ThreadPoolExecutor(1, "search")
+        self._turns: asyncio.Task[None] | None = None
+        #: Passes over a gallery so far.
+        self.passes = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many are not answered yet."""
+        return self._pending
+
+    async def hits(self, wanted: Wanted) -> tuple[ruiji.Hit, ...]:
+        """The hits of one search; if this is cancelled before its pass begins, it costs nothing.
+
+        Raises:
+            Busy: too many wait already.
+            UnknownObject: there is no such object.
+            RuijiError: as the search raises it.
+        """
+        if self._pending >= MOST_WAITING:
+            raise Busy(f"{MOST_WAITING} searches are waiting already; try again in a second")
+        self._pending += 1
+        try:
+            if isinstance(wanted.query, str):
+                # Now, so that an unknown one does not spoil the pass that it would share.
+                await asyncio.to_thread(wanted.gallery.find, wanted.query)
+            return await self._in_turn(wanted)
+        finally:
+            self._pending -= 1
+
+    async def _in_turn(self, wanted: Wanted) -> tuple[ruiji.Hit, ...]:
+        one = _Waiting(wanted, asyncio.get_running_loop().create_future())
+        self._waiting.append(one)
+        if self._turns is None:
+            self._turns = asyncio.create_task(self._take_turns())
+        try:
+            return await one.done
+        finally:
+            if one in self._waiting:
+                self._waiting.remove(one)
+
+    async def _take_turns(self) -> None:
+        try:
+            while self._waiting:
+                key = self._waiting[0].wanted.key
+                turn = [one for one in self._waiting if one.wanted.key == key][:_TOGETHER]
+                self._waiting = [one for one in self._waiting if one not in turn]
+                answers = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._answers, [one.wanted for one in turn]
+                )
+                for one, answer in zip(turn, answers, strict=True):
+                    if one.done.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        one.done.set_exception(answer)
+                    else:
+                        one.done.set_result(answer)
+        finally:
+            self._turns = None
+
+    def _answers(self, wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...] | Exception]":
+        """The hits of searches of one key; each one's own error if they fail together."""
+        try:
+            self.passes += 1
+            return list(_search(wanted))
+        except Exception as error:
+            if len(wanted) == 1:
+                return [error]
+        return [answer for one in wanted for answer in self._answers([one])]
+
+    def close(self) -> None:
+        """Wait for the pass that runs."""
+        self._thread.shutdown()
+
+
+def _search(wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...]]":
+    first = wanted[0]
+    most = max(one.top_k for one in wanted)
+    ids = [one.query for one in wanted if isinstance(one.query, str)]
+    features = [one.query for one in wanted if not isinstance(one.query, str)]
+    if ids:
+        found = first.gallery.search_ids(ids, top_k=most, metric=first.metric, min_similarity=first.min_similarity)
+    else:
+        found = first.gallery.search_vectors(
+            np.stack(features), top_k=most, metric=first.metric, min_similarity=first.min_similarity
+        )
+    return [one.hits[: each.top_k] for one, each in zip(found, wanted, strict=True)]

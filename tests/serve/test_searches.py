@@ -1,0 +1,279 @@
+"""Searches over HTTP: the answers of `ruiji.open_gallery`, passes that are shared, and what is not waited for."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import ruiji as ruiji_api
+from pipeline.errors import UnknownObject
+from pipeline.model import load_model
+from serve.searches import MOST_WAITING, Busy, Searches, Wanted
+from tests.factories import Ruiji, picture, wait_until
+from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
+from tests.serve.conftest import COUNT, Answer, Served, start
+
+
+def expected(hits: "tuple[ruiji_api.Hit, ...]") -> list[dict[str, Any]]:
+    return [
+        {
+            "objectId": hit.object_id,
+            "distance": hit.distance,
+            "similarity": hit.similarity,
+            "rank": rank,
+            "path": hit.path,
+        }
+        for rank, hit in enumerate(hits, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def gallery(world: Ruiji) -> ruiji_api.Gallery:
+    return ruiji_api.open_gallery(world.features, world.model)
+
+
+@pytest.fixture(scope="module")
+def ids(gallery: ruiji_api.Gallery) -> list[str]:
+    return [one.object_id for one in gallery.objects()]
+
+
+def test_without_parameters_it_is_the_articles_route(
+    served: Served, gallery: ruiji_api.Gallery, ids: list[str]
+) -> None:
+    body = served.similar(ids[3]).json()
+    assert body["queryObjectId"] == ids[3]
+    features = gallery.features(ids)
+    nearest = [name for name, _ in brute_force(features, ids, features[3], euclidean=True) if name != ids[3]]
+    assert [one["objectId"] for one in body["similarImages"]] == nearest[:10]
+    assert body["similarImages"] == expected(gallery.search_ids(ids[3], metric="euclidean").hits)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "angle", "euclidean"])
+def test_many_at_once_get_the_answers_of_the_search_in_process(
+    served: Served, gallery: ruiji_api.Gallery, ids: list[str], metric: str
+) -> None:
+    wanted = [(name, 1 + place % 12, (None, 0.5)[place % 2]) for place, name in enumerate(ids * 4)]
+
+    def ask(one: tuple[str, int, float | None]) -> Any:
+        name, k, least = one
+        return served.similar(name, f"?metric={metric}&k={k}" + ("" if least is None else f"&min_similarity={least}"))
+
+    passes = served.metric("ruiji_passes_total")
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(ask, wanted))
+    for (name, k, least), answer in zip(wanted, answers, strict=True):
+        found = gallery.search_ids(name, top_k=k, metric=metric, min_similarity=least)
+        assert answer.json()["similarImages"] == expected(found.hits), (name, k, least)
+    assert served.metric("ruiji_passes_total") - passes <= len(wanted)
+
+
+def test_searches_that_wait_share_a_pass_and_one_that_fails_spoils_no_other(
+    gallery: ruiji_api.Gallery, ids: list[str]
+) -> None:
+    async def ask() -> tuple[list[Any], int]:
+        searches = Searches()
+        asked = [Wanted(gallery=gallery, query=name, top_k=5, metric="cosine") for name in [*ids, "nobody"]]
+        vectors = gallery.features(ids)
+        asked += [Wanted(gallery=gallery, query=vector, top_k=4, metric="cosine") for vector in vectors]
+        found = await asyncio.gather(*map(searches.hits, asked), return_exceptions=True)
+        alone = searches.passes
+        await asyncio.gather(*map(searches.hits, asked[: len(ids)]))
+        searches.close()
+        return found, searches.passes - alone
+
+    found, passes = asyncio.run(ask())
+    for name, hits in zip(ids, found, strict=False):
+        assert hits == gallery.search_ids(name, top_k=5).hits
+    assert isinstance(found[len(ids)], UnknownObject)
+    for feature, hits in zip(gallery.features(ids), found[len(ids) + 1 :], strict=True):
+        assert hits == gallery.search_vectors(feature, top_k=4).hits
+    # The first comes alone, because nothing else was there yet.
+    assert passes <= 2
+
+
+def test_beyond_the_bound_a_search_is_refused_and_one_that_is_left_costs_nothing(
+    gallery: ruiji_api.Gallery, ids: list[str]
+) -> None:
+    async def ask() -> tuple[int, int, int]:
+        searches = Searches()
+        wanted = Wanted(gallery=gallery, query=ids[0], top_k=5, metric="cosine")
+        tasks = [asyncio.create_task(searches.hits(wanted)) for _ in range(MOST_WAITING + 7)]
+        await asyncio.sleep(0)
+        busy = sum(task.done() and isinstance(task.exception(), Busy) for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        left = searches.waiting
+        # What comes later is answered as ever.
+        await searches.hits(wanted)
+        searches.close()
+        return busy, left, searches.passes
+
+    busy, left, passes = asyncio.run(ask())
+    assert (busy, left) == (7, 0)
+    # The one pass that had begun, at most, and that of the last search.
+    assert passes <= 2
+
+
+def test_beyond_the_bound_clients_are_told_429(ruiji: Ruiji) -> None:
+    features = np.random.default_rng(0).normal(size=(20_000, 12)).astype(np.float32)
+    write_article_shard(ruiji.gallery, 0, features, [str(row) for row in range(len(features))])
+    ruiji.media.mkdir()
+    served = start(ruiji)
+
+    def ask(number: int) -> Answer:
+        # None shares a pass with another.
+        return served.similar(str(number), f"?k=1000&min_similarity={-number / 1000}")
+
+    with ThreadPoolExecutor(MOST_WAITING + 60) as threads:
+        answers = list(threads.map(ask, range(MOST_WAITING + 60)))
+    statuses = [answer.status for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= MOST_WAITING
+    refused = answers[statuses.index(429)]
+    assert (refused.headers["retry-after"], "try again in a second" in refused.error) == ("1", True)
+    assert served.metric('ruiji_waiting{kind="searches"}') == 0
+
+
+def test_a_client_that_leaves_is_not_searched_for(serve: Callable[..., Served]) -> None:
+    served = serve()
+    first = served.get("/objects?count=1").json()["objects"][0]["object_id"]
+    for _ in range(50):
+        connection = served.raw()
+        connection.sendall(f"GET /similar/{first} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.close()
+    wait_until(lambda: served.metric('ruiji_waiting{kind="searches"}') == 0, what="an empty queue")
+    assert served.similar(first).status == 200
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_a_picture_that_is_sent_finds_what_it_finds_in_process(
+    served: Served, world: Ruiji, gallery: ruiji_api.Gallery, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("a.png", "b.jpg", "c.webp")):
+        data = picture(tmp_path / name, seed, (300, 200)).read_bytes()
+        body = served.search(data, "?k=7").json()
+        assert body["queryObjectId"] is None
+        assert body["similarImages"] == expected(gallery.search(data, top_k=7).hits)
+        body = served.search(data, "?k=3&metric=euclidean&min_similarity=0.2").json()
+        assert body["similarImages"] == expected(
+            gallery.search(data, top_k=3, metric="euclidean", min_similarity=0.2).hits
+        )
+
+
+def test_what_is_asked_wrongly_is_refused_by_name(served: Served, ids: list[str]) -> None:
+    for path, status, said in (
+        ("/similar/nobody", 404, "the gallery has no object nobody"),
+        (f"/similar/{ids[0]}?metric=dot", 422, "metric: "),
+        (f"/similar/{ids[0]}?k=0", 422, "k: "),
+        (f"/similar/{ids[0]}?k=1001", 422, "k: "),
+        (f"/similar/{ids[0]}?min_similarity=nan", 422, "min_similarity: "),
+        (f"/similar/{ids[0]}?top_k=3", 422, "top_k: "),
+        (f"/similar/{ids[0]}?gallery=other", 404, "there is no gallery other; choose one with ?gallery=NAME: tiny"),
+        ("/objects?count=100000", 422, "count: "),
+        ("/nowhere", 404, "/openapi.json"),
+    ):
+        answer = served.get(path)
+        assert (answer.status, said in answer.error) == (status, True), (path, answer.body)
+    assert served.search(b"no picture").error == "it is not an image in a known format"
+    assert served.search(b"").status == 422
+
+
+def test_objects_are_listed_and_found(served: Served, ids: list[str]) -> None:
+    body = served.get("/objects?first=5&count=3").json()
+    assert [one["object_id"] for one in body["objects"]] == ids[5:8]
+    assert (body["rows"], body["next"]) == (COUNT, 8)
+    assert served.get(f"/objects?first={COUNT - 1}").json()["next"] is None
+    assert served.get(f"/objects/{ids[6]}").json() == {
+        "object_id": ids[6],
+        "path": body["objects"][1]["path"],
+        "row": 6,
+    }
+
+
+def test_new_shards_and_galleries_are_taken_up_and_what_cannot_be_is_told(
+    serve: Callable[..., Served], ruiji: Ruiji
+) -> None:
+    served = serve()
+    assert served.get("/healthz").json()["status"] == "ok"
+    model = load_model(ruiji.model)
+    rows = np.random.default_rng(1).normal(size=(4, 12)).astype(np.float32)
+    write_shard(ruiji.gallery, 3, rows, [f"new/{row}.png" for row in range(4)], model.fingerprint)
+    wait_until(lambda: served.get("/objects/2.png").status == 200, what="the new shard")
+    assert served.similar("2.png").json()["similarImages"]
+
+    write_gallery(ruiji.features / "other", model, rows, [f"{row}.jpg" for row in range(4)], 4)
+    wait_until(lambda: len(served.get("/healthz").json()["galleries"]) == 2, what="the new gallery")
+    assert served.similar("1.jpg", "?gallery=other").json()["gallery"] == "other"
+    # The model that was given says which one is meant without a name.
+    assert served.similar("2.png").json()["gallery"] == "tiny"
+    refused = served.search(b"x", "?gallery=other")
+    assert (refused.status, "start the service with --model" in refused.error) == (409, True)
+
+    write_shard(ruiji.gallery, 4, rows[:, :5], [f"odd/{row}.png" for row in range(4)], model.fingerprint)
+    wait_until(lambda: served.get("/healthz").json()["status"] == "degraded", what="the odd shard")
+    problem = next(one["problem"] for one in served.get("/healthz").json()["galleries"] if one["name"] == "tiny")
+    assert "shard 0004" in problem
+    assert served.similar("2.png").status == 200
+
+
+def test_of_several_galleries_one_must_be_named(ruiji: Ruiji) -> None:
+    rows = np.eye(5, 12, dtype=np.float32)
+    ruiji.media.mkdir()
+    for name in ("one", "two"):
+        write_article_shard(ruiji.features / name, 0, rows, [f"{name}-{row}" for row in range(5)])
+    ruiji.model = ruiji.model.with_name("three.onnx")
+    assert "has no gallery three, only one, two: check --model" in ruiji("serve", code=2).stderr
+    ruiji.model = ruiji.model.with_name("two.onnx")
+    served = start(ruiji)
+    assert served.similar("two-1").status == 200
+    assert served.similar("one-1").status == 404
+    assert served.similar("one-1", "?gallery=one").status == 200
+
+
+def test_it_ends_in_order_with_what_it_has_in_hand(serve: Callable[..., Served]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        served = serve()
+        decoders = served.decoders()
+        assert decoders
+        listener = served.raw()
+        listener.sendall(b"GET /runs/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert listener.recv(100).startswith(b"HTTP/1.1 200")
+        served.process.send_signal(number)
+        assert served.process.wait(60) == 0
+        assert "Traceback" not in served.log.read_text()
+        wait_until(lambda there=decoders: not any(map(psutil.pid_exists, there)), what="the decoders' end")
+        listener.close()
+
+
+def test_names_that_are_not_utf_8_and_paths_as_ids_are_found(ruiji: Ruiji) -> None:
+    names = ["a/b.png", "../../etc/passwd", "caf\udce9.png", "日本 ?#%.png", "x" * 44]
+    write_article_shard(ruiji.gallery, 0, np.eye(5, 12, dtype=np.float32), names)
+    ruiji.media.mkdir()
+    served = start(ruiji)
+    for name in names:
+        body = served.similar(name).json()
+        assert body["queryObjectId"] == name
+        assert {one["objectId"] for one in body["similarImages"]} == {*names} - {name}
+
+
+def test_memory_stays_flat(serve: Callable[..., Served]) -> None:
+    served = serve()
+    ids = [one["object_id"] for one in served.get("/objects").json()["objects"]]
+    memory = psutil.Process(served.process.pid).memory_info
+
+    def ask(count: int) -> None:
+        with ThreadPoolExecutor(4) as threads:
+            for answer in threads.map(lambda n: served.similar(ids[n % len(ids)], f"?k={1 + n % 9}"), range(count)):
+                assert answer.status == 200
+
+    ask(300)
+    before = memory().rss
+    ask(1200)
+    assert memory().rss - before < 20 << 20
