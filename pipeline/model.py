@@ -23,6 +23,7 @@ from pipeline.spec import (
     refuse_pixels,
     resolve,
 )
+from pipeline.text_spec import read_text_spec
 
 #: Part of every fingerprint: raise it when the meaning of a spec's field or of a preprocessing step changes.
 _FINGERPRINT_FORMAT = 1
@@ -49,7 +50,10 @@ class Model:
     @property
     def declared(self) -> bool:
         """Whether somebody said how pictures are prepared: in a .toml, or with the article's two names."""
-        return self.toml is not None or (self.spec.input_name, self.spec.output_name) == (ARTICLE_INPUT, ARTICLE_OUTPUT)
+        if (self.spec.input_name, self.spec.output_name) == (ARTICLE_INPUT, ARTICLE_OUTPUT):
+            return True
+        # What is said of words says nothing of pictures.
+        return self.toml is not None and read_toml(toml_file(self.path)).keys() != {"text"}
 
     @property
     def contract(self) -> dict[str, Any]:
@@ -137,9 +141,17 @@ def describe_model(model: Model) -> list[tuple[str, str]]:
         ("outputs", "; ".join(map(str, outputs))),
         *describe_spec(model.spec),
         ("batch", "any" if model.batch is None else f"fixed at {model.batch}"),
+        ("text tower", _described_words(model.path)),
         ("declared", "yes" if model.declared else "no, so no gallery is made with it; see ruiji model declare --help"),
         ("fingerprint", model.fingerprint),
     ]
+
+
+def _described_words(path: Path) -> str:
+    spec = read_text_spec(path)
+    if spec is None:
+        return "none"
+    return f"{spec.model}, {spec.length} tokens, words cleaned as {spec.reference} does ({spec.clean})"
 
 
 def _toml_digest(path: Path) -> str | None:

@@ -47,6 +47,8 @@ _TOML_KEYS = {
         "pixels",
     },
     "output": {"name", "length", "pooling", "skip_tokens"},
+    # See `pipeline.text_spec`.
+    "text": {"model", "tokenizer", "output", "length", "pad_id", "padding_side", "reference", "clean"},
 }
 
 
@@ -151,7 +153,9 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             continue
         known = _TOML_KEYS.get(section)
         if known is None or not isinstance(values, dict):
-            raise ModelError(f"{path}: unknown section {section!r}; there are [input], [output] and [constants]")
+            raise ModelError(
+                f"{path}: unknown section {section!r}; there are [input], [output], [constants] and [text]"
+            )
         for key in values:
             if key not in known:
                 raise ModelError(f"{path}: unknown key {key!r} in [{section}]; known: {', '.join(sorted(known))}")

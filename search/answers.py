@@ -1,5 +1,6 @@
 """From queries to their hits: the way that the command and the Python API share."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,9 @@ def answer(
     Raises:
         UsageError: CUDA was asked for and does not work, or lines of the annotations contradict each other.
     """
-    exclude = criteria.exclude_self
-    excluding = [query.by_id if exclude is None else exclude for query in queries]
+    own = [_kept_out(query, criteria.exclude_self) for query in queries]
     # The first k without the query's own rows are among the first k and so many more.
-    more = own_rows(gallery, (query for query, out in zip(queries, excluding, strict=True) if out))
+    more = max(map(len, own)) * own_rows(gallery, itertools.chain.from_iterable(own))
     way = planner.way(gallery, Purpose.hits, len(queries), criteria.metric)
     if explain is not None:
         explain(f"plan: {way}")
@@ -75,9 +75,14 @@ def answer(
     ranking = rank(gallery, features, criteria.top_k + more, criteria.metric, scan, way.queries_at_once)
     least = -np.inf if criteria.min_similarity is None else criteria.min_similarity
     answers = []
-    for query, out, hits in zip(queries, excluding, ranking.hits, strict=True):
-        others = [hit for hit in hits if not (out and is_self(query, hit.object_id, hit.path))][: criteria.top_k]
-        kept = tuple(hit for hit in others if hit.similarity >= least)
+    for query, out, hits in zip(queries, own, ranking.hits, strict=True):
+        others = [hit for hit in hits if not any(is_self(part, hit.object_id, hit.path) for part in out)]
+        kept = tuple(hit for hit in others[: criteria.top_k] if hit.similarity >= least)
         known = None if annotations is None else tuple(annotations.label(hit.object_id, hit.path) for hit in kept)
         answers.append(Answer(query, kept, known))
     return answers
+
+
+def _kept_out(query: Query, exclude_self: bool | None) -> list[Query]:
+    """The parts of a query, or itself, that are left out of its hits if the gallery has them."""
+    return [part for part in query.parts or (query,) if (part.by_id if exclude_self is None else exclude_self)]

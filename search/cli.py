@@ -52,6 +52,22 @@ Features = Annotated[
         "--feature", metavar="FILE", help="Search with the features in a .npy file: one, or one per row. Repeatable."
     ),
 ]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", metavar="WORDS", help="Search with words, if the model has a text tower beside it. Repeatable."
+    ),
+]
+Minus = Annotated[
+    list[str] | None,
+    typer.Option("--minus", metavar="WORDS", help="Combine the queries and subtract these words. Repeatable."),
+]
+Combine = Annotated[
+    bool,
+    typer.Option(
+        "--combine", help="Search once, with the sum of all queries (each brought to norm 1), instead of with each."
+    ),
+]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Hits per query.")]
 MinSimilarity = Annotated[
     float | None,
@@ -141,6 +157,8 @@ _SEARCH_EXAMPLES = [
     "ruiji search photo.jpg -k 20",
     "ruiji search FOLDER --format jsonl",
     "ruiji search --id IMG_0042.jpg --sheet hits.jpg",
+    "ruiji search --text 'a red car' --html hits.html",
+    "ruiji search photo.jpg --text 'at night' --combine",
     "ruiji search photo.jpg --labels anno.csv --where label=cat --html hits.html",
     "ruiji search photo.jpg --format paths -0 | xargs -0 cp -t FOUND",
     "find NEW -name '*.jpg' -print0 | ruiji search - --min-similarity 0.9",
@@ -172,6 +190,9 @@ def search(
     media_dir: OptionalMediaDir = None,
     ids: Ids = None,
     features: Features = None,
+    texts: Texts = None,
+    minus: Minus = None,
+    combine: Combine = False,
     top_k: TopK = TOP_K,
     metric: MetricOption = Metric.cosine,
     min_similarity: MinSimilarity = None,
@@ -202,6 +223,9 @@ def search(
         images=tuple(images or ()),
         ids=tuple(ids or ()),
         features=tuple(features or ()),
+        texts=tuple(texts or ()),
+        minus=tuple(minus or ()),
+        combine=combine,
         media_dir=media_dir,
         top_k=top_k,
         metric=metric,

@@ -22,6 +22,7 @@ from pipeline.npy import NpyError, map_npy
 from pipeline.objects import without_mark
 from pipeline.scan import Scan
 from pipeline.streams import note
+from pipeline.text_spec import read_text_spec
 from search.gallery.shards import Gallery
 from search.ranking.exact import unusable
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from workers.encoder import Encoder
+    from workers.words import TextEncoder
 
 #: What is embedded: a file, its bytes, or a Pillow image.
 Picture: TypeAlias = "Path | bytes | Image"
@@ -47,12 +49,14 @@ class Query:
     """One query.
 
     Attributes:
-        name: what results are labelled with: the file or object id as it was given.
-        feature: float32[d], raw model output.
+        name: what results are labelled with: the file, object id or words as they were given.
+        feature: float32[d], raw model output; of a combined query the sum of its parts.
         picture: its image file; None where there is none.
         object_id: of the gallery object that it is; None where it is none, or known by its path only.
         path: relative to the media folder; None where it is not in it.
         by_id: whether it was named as a gallery object.
+        words: what is shown instead of a picture: words that are searched with, or how parts are combined.
+        parts: the queries that it combines; empty if it combines none.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Query:
     object_id: str | None = None
     path: str | None = None
     by_id: bool = False
+    words: str | None = None
+    parts: "tuple[Query, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,51 @@ def image_queries(queries: Queries, gallery: Gallery, media_dir: Path | None) ->
         object_id = image.name if inside and gallery.fingerprint is None else None
         made.append(Query(str(image), feature, image, object_id, path))
     return made
+
+
+def text_encoder(path: Path, length: int) -> "TextEncoder":
+    """The text tower of a model.
+
+    Args:
+        path: of the model, which made the gallery.
+        length: d, of the gallery's features.
+
+    Raises:
+        UsageError: the model has none, or a library is missing.
+        ModelError: it cannot be used.
+    """
+    spec = read_text_spec(path)
+    if spec is None:
+        raise UsageError(
+            f"words cannot be searched with: the model {path} has no text tower. ruiji model add keeps one that lies "
+            "in the model's folder, and docs/models.md says how its .toml names one"
+        )
+    from workers.words import TextEncoder
+
+    return TextEncoder(spec, length)
+
+
+def text_queries(texts: Iterable[str], encoder: "TextEncoder", say: Callable[[str], None]) -> list[Query]:
+    """Words as queries.
+
+    Args:
+        say: called with what is left out of words that are too long.
+
+    Raises:
+        QueryError: nothing of some words is left as a token, or their feature cannot be ranked.
+        ModelError: as the text tower raises it.
+    """
+    queries = []
+    for text in texts:
+        feature, tokens = encoder.encode(text)
+        if not tokens.words:
+            raise QueryError(f"the words {text!r} have nothing that the model's tokenizer knows")
+        if tokens.cut:
+            say(f"warning: only the first {tokens.words} of {tokens.words + tokens.cut} tokens count of {text!r}")
+        if problem := unusable(feature):
+            raise QueryError(f"the words {text!r}: {problem}")
+        queries.append(Query(text, feature, words=text))
+    return queries
 
 
 def is_self(query: Query, object_id: str, path: str | None) -> bool:

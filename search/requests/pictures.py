@@ -90,7 +90,8 @@ def answer_lines(answers: "Sequence[Answer]", annotations: "Annotations | None",
         elif annotations is not None and query.path is not None:
             # From outside the media folder nothing is known of it: that a line has its file name says nothing.
             label = annotations.picture_label(query.path)
-        lines.append(SheetLine(query.picture, tuple(hits), label, printable(Path(query.name).name)))
+        name = printable(query.name if query.words is not None else Path(query.name).name)
+        lines.append(SheetLine(query.picture, tuple(hits), label, name, words=query.words is not None))
     return lines
 
 

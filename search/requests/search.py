@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pipeline.choices import Device
-from pipeline.errors import UsageError
+from pipeline.errors import QueryError, UsageError
 from pipeline.settings import MAX_PIXELS
+from search.combined import combine
 from search.options import TOP_K, Metric
-from search.queries import embed_images, feature_queries, gallery_queries, image_files, image_queries, query_encoder
+from search.queries import (
+    Query,
+    embed_images,
+    feature_queries,
+    gallery_queries,
+    image_files,
+    image_queries,
+    query_encoder,
+    query_model,
+    text_encoder,
+    text_queries,
+)
 from search.requests.pictures import answer_lines, check_picture_targets, check_pictures
 from search.requests.selection import Say, Selection, say_unusable, version_warnings
 
@@ -28,6 +40,9 @@ class SearchRequest:
         images: pictures, folders, lists of pictures (`.txt`, or `.csv` with `img_path`), `-` for a list on stdin.
         ids: objects of the gallery.
         features: `.npy` files, float32[d] or float32[q, d].
+        texts: words, for a model with a text tower.
+        minus: words that are subtracted; the others are then combined.
+        combine: search with the sum of all queries, each brought to norm 1, instead of with each of them.
         media_dir: where the pictures of the gallery are.
         top_k, metric, min_similarity, exclude_self: as in `search.answers.Criteria`.
         device: where pictures are embedded and rows are ranked; changes speed, never the ranking.
@@ -43,6 +58,9 @@ class SearchRequest:
     images: tuple[Path, ...] = ()
     ids: tuple[str, ...] = ()
     features: tuple[Path, ...] = ()
+    texts: tuple[str, ...] = ()
+    minus: tuple[str, ...] = ()
+    combine: bool = False
     media_dir: Path | None = None
     top_k: int = TOP_K
     metric: Metric = Metric.cosine
@@ -55,8 +73,19 @@ class SearchRequest:
     explain: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.images or self.ids or self.features):
-            raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id or --feature")
+        if not (self.images or self.ids or self.features or self.texts):
+            raise UsageError("nothing to search with: give pictures (or folders, lists, -), --id, --feature or --text")
+        if not all(text.strip() for text in (*self.texts, *self.minus)):
+            raise UsageError("--text and --minus need words")
+        if self.combines and self.metric is Metric.euclidean:
+            raise UsageError(
+                "--metric euclidean compares raw features, and combined queries have none: leave out --metric"
+            )
+
+    @property
+    def combines(self) -> bool:
+        """Whether there is one query of all."""
+        return self.combine or bool(self.minus)
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        answers: in the order ids, features, pictures, each as they were given.
+        answers: in the order ids, features, pictures, words, each as they were given; one if they are combined.
         failures: file and reason of each picture that could not be searched with.
         lines: what a sheet or a page shows; empty if none is wanted.
     """
@@ -98,11 +127,20 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
     whole = selection.open(say)
     queries = gallery_queries(whole, list(request.ids), media_dir)
     queries += feature_queries(list(request.features), whole.length)
-    check_pictures(request.sheet, request.html, media_dir, len(queries) + len(files), request.top_k, whole.rows)
-    loading = None
+    count = 1 if request.combines else len(queries) + len(files) + len(request.texts)
+    check_pictures(request.sheet, request.html, media_dir, count, request.top_k, whole.rows)
+    loading, words = None, (*request.texts, *request.minus)
+    said: list[Query] = []
+    if (files or words) and selection.model_path is None:
+        what = "pictures" if files else "words"
+        raise UsageError(f"searching with {what} needs the model that made the gallery: give it as --model")
+    if words:
+        assert selection.model_path is not None
+        # A text tower belongs to a model, so the model has to be the gallery's.
+        query_model(selection.model_path, whole)
+        said = text_queries(words, text_encoder(selection.model_path, whole.length), say)
     if files:
-        if selection.model_path is None:
-            raise UsageError("searching with pictures needs the model that made the gallery: give it as --model")
+        assert selection.model_path is not None
         loading = query_encoder(selection.model_path, whole, request.device, len(files))
     # While the model is loaded, all that comes after it is made ready.
     importlib.import_module("search.views.output")
@@ -121,6 +159,11 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
         for image, reason in failures:
             say(f"{image}: {reason}; left out")
         queries += image_queries(embedded, whole, media_dir)
+        if failures and request.combines:
+            raise QueryError("a query that is to be combined cannot be searched with; leave it out to go on without it")
+    queries += said[: len(request.texts)]
+    if request.combines:
+        queries = [combine(queries, said[len(request.texts) :])]
 
     planner = Planner(request.device)
     criteria = Criteria(

@@ -95,7 +95,8 @@ def write_page(target: Path, title: str, about: str, lines: list[SheetLine], max
         for line in lines:
             write("<section>")
             fact = "query" if line.label is None else f"query · {line.label}"
-            write(_figure(classes.get(line.query) if line.query else None, "query", fact, line.title))
+            shown_by = classes.get(line.query) if line.query else None
+            write(_figure(shown_by, "query", fact, line.title, line.words))
             for rank, hit in enumerate(line.hits, 1):
                 label = "" if hit.label is None else f" · {hit.label}"
                 fact = f"{rank} · {hit.similarity:.4f}{label}"
@@ -110,7 +111,8 @@ def write_page(target: Path, title: str, about: str, lines: list[SheetLine], max
 
 def _places(lines: list[SheetLine]) -> Iterator[Path | None]:
     for line in lines:
-        yield line.query
+        if not line.words:
+            yield line.query
         for hit in line.hits:
             yield hit.picture
 
@@ -121,13 +123,14 @@ def _verdict(line: SheetLine, hit: SheetHit) -> str:
     return "right" if hit.label == line.label else "wrong"
 
 
-def _figure(shown_by: str | None, kind: str, fact: str, name: str) -> str:
+def _figure(shown_by: str | None, kind: str, fact: str, name: str, words: bool = False) -> str:
     """One place for a picture, with its caption.
 
     Args:
         shown_by: the classes of its picture; None where there is none.
+        words: the name stands where a picture would.
     """
-    image = "no picture"
+    image = _text(name) if words else "no picture"
     if shown_by is not None:
         image = f'<i class="{shown_by}" role="img" aria-label="{_text(name)}"></i>'
     return (

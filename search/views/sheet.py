@@ -20,6 +20,8 @@ _TILE = 176
 _GAP = 12
 _BORDER = 4
 _CAPTION = 42
+#: Lines of words in a tile.
+_WORD_LINES = 8
 _MARGIN = 24
 #: Between the query and its hits, with a rule in its middle.
 _DIVIDE = 36
@@ -58,6 +60,7 @@ class SheetLine:
 
     Attributes:
         query: its picture, or None where there is none.
+        words: whether its name is what is searched with, and stands where a picture would.
         label: what the query shows, where labels are known.
         name: written below the query's picture; by default its file's.
     """
@@ -66,6 +69,7 @@ class SheetLine:
     hits: tuple[SheetHit, ...]
     label: str | None = None
     name: str = ""
+    words: bool = False
 
     @property
     def title(self) -> str:
@@ -110,7 +114,10 @@ def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str
     drawn: _Drawn = {}
     for index, line in enumerate(lines):
         top = _MARGIN + index * (_CELL_HEIGHT + _GAP)
-        missing += _picture(sheet, line.query, _MARGIN, top, max_pixels, drawn)
+        if line.words:
+            _write_words(draw, line.name, _MARGIN, top)
+        else:
+            missing += _picture(sheet, line.query, _MARGIN, top, max_pixels, drawn)
         _caption(draw, _MARGIN, top, line.title, role if line.label is None else f"{role} · {line.label}")
         rule = _MARGIN + _TILE + _DIVIDE // 2
         draw.line([(rule, top), (rule, top + _TILE)], fill=_RULE, width=2)
@@ -164,6 +171,21 @@ def _draw_tile(sheet: Image.Image, path: Path | None, left: int, top: int, max_p
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
     return False
+
+
+def _write_words(draw: ImageDraw.ImageDraw, words: str, left: int, top: int) -> None:
+    """Words in a tile, a line for as many as fit beside each other; the last lines of many are left out."""
+    draw.rectangle([left, top, left + _TILE - 1, top + _TILE - 1], fill="#f5f5f7")
+    font, lines = _font(15), [""]
+    for word in shown(words).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= _TILE - 2 * _GAP:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    kept = lines if len(lines) <= _WORD_LINES else [*lines[: _WORD_LINES - 1], "…"]
+    text = "\n".join(_shortened(line, font) for line in kept)
+    draw.multiline_text((left + _TILE // 2, top + _TILE // 2), text, fill=_INK, font=font, anchor="mm", align="center")
 
 
 def _caption(draw: ImageDraw.ImageDraw, left: int, top: int, name: str, fact: str) -> None:
