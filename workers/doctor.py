@@ -185,7 +185,7 @@ def _space(folder: Path, model: Model) -> Check:
 
 def _device(encoder: Encoder, asked: Device) -> Check:
     told = f"{encoder.device} (asked for: {asked})"
-    if asked is Device.cpu:
+    if asked == Device.cpu:
         return Check("ok", "device", told)
     found = probe()
     cards = [

@@ -265,15 +265,15 @@ def _on_cuda(model: Model, device: Device, run_images: int, gpu_memory_mb: int |
     Raises:
         UsageError, ModelError, DeviceFault: as `Encoder`, where `cuda` was asked for.
     """
-    found = devices.look() if device is not Device.cpu else None
-    if found is None or (device is Device.auto and not found.built):
+    found = devices.look() if device != Device.cpu else None
+    if found is None or (device == Device.auto and not found.built):
         return None
     try:
         if not found.usable:
             raise found.fault()
         return _cuda_session(model, run_images, gpu_memory_mb)
     except RuijiError as error:
-        if device is Device.cuda:
+        if device == Device.cuda:
             raise
         # Whatever it is: where the model is at fault, the CPU will say so.
         logger.warning("%s; the CPU runs the model", error, extra={"event": "gpu_refused"})

@@ -89,6 +89,8 @@ def test_a_gpu_runs_batches_of_one_size(cuda: PretendedCuda, model_path: Path) -
     encoder = Encoder(model, Device.auto, batch_images=4)
     assert (encoder.device, encoder.run_images) == ("cuda", 4)
     assert np.allclose(encoder.encode(PIXELS), Encoder(model, Device.cpu).encode(PIXELS), atol=1e-5)
+    # Scripts give the plain word.
+    assert Encoder(model, "cpu").device == "cpu"
 
 
 def test_a_process_sleeps_while_it_waits_for_its_gpu(cuda: PretendedCuda, model_path: Path) -> None:
