@@ -19,8 +19,8 @@ from benchmarks.data import FEATURE_LENGTH, LARGE, MODEL, media_folder, need_sha
 from benchmarks.pipeline import ruiji
 from benchmarks.processes import Watch, adopt_orphans
 from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
-from pipeline.choices import Device
-from pipeline.errors import UsageError
+from pipeline.choices import Device, Role
+from pipeline.errors import RuijiError
 from pipeline.model import load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.spec import ModelSpec
@@ -28,6 +28,7 @@ from pipeline.store import DIGEST_BYTES, Embedded, versions_tag, write_feature
 from pipeline.versions import library_versions
 from workers.decode.images import load_pixels
 from workers.encoder import Encoder
+from workers.places import cores_per_slot, gpus_for, place_processes
 
 #: The article's list, and the time that it may take here; the article took 15 minutes.
 ARTICLE_IMAGES, ARTICLE_TARGET_S = 100_381, 45.0
@@ -139,8 +140,17 @@ def _host_to_device(pixels: NDArray[np.uint8]) -> tuple[float, float]:
     return _timed(repeats * len(pixels), partial(_repeat, copy, repeats))
 
 
-def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
-    """The whole pipeline, with the features it gave against the CPU's."""
+def whole(device: str, media: Path, count: int, allowed: float, processes: int | None) -> list[Figure]:
+    """The whole pipeline, with the features it gave against the CPU's.
+
+    Args:
+        processes: embed processes, for each GPU; None: as many as `ruiji worker` would choose.
+    """
+    gpus = gpus_for(Device(device))
+    places = place_processes(Role.all, gpus, cores_per_slot(gpus, 1), processes, 1, None)
+    embedding = sum(place.role is Role.embed for place in places)
+    # Told, so that a look a moment later cannot choose otherwise.
+    each = str(embedding // max(1, len(gpus)))
     # What this process holds for the stages is not the pipeline's.
     before = _gpu_memory_bytes() if device == "cuda" else None
     memory: list[tuple[float, float]] = []
@@ -150,10 +160,10 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
             memory.append((time.monotonic(), (_gpu_memory_bytes() or before) - before))
 
     listed = object_list(count)
-    with scratch("gpu") as work, ruiji(media, MODEL, work, device=device) as running:
+    with scratch("gpu") as work, ruiji(media, MODEL, work, device=device, processes=each) as running:
         watch = Watch()
         client = running.start_redis()
-        running.start_workers(client, 2)
+        running.start_workers(client, len(places))
         started = time.perf_counter()
         running.enqueue(listed)
         window = watch.follow(running.gallery, count, running.finished, look)
@@ -169,6 +179,7 @@ def whole(device: str, media: Path, count: int, allowed: float) -> list[Figure]:
         Figure("whole pipeline / what its stages allow", "x", (window.images_per_s / allowed,), at_least=0.85),
         Figure("whole pipeline: rate", "images/s", (window.images_per_s,)),
         Figure("whole pipeline: CPU", "ms/image", (window.cpu_ms,)),
+        Figure("whole pipeline: embed processes", "", (embedding,)),
         Figure("features / CPU's features: least cosine", "", (cosine,), at_least=0.9999),
     ]
     if memory:
@@ -192,6 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.add_argument("--images", type=int, help="a run to try it out, whose figures are not saved")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: nothing else will do")
+    parser.add_argument("--processes", type=int, help="embed processes, for each GPU; else as ruiji worker has")
     options = parser.parse_args()
     adopt_orphans()
     try:
@@ -199,13 +211,13 @@ def main() -> int:
         device = Encoder(load_model(MODEL), Device(options.device)).device
         count = options.images or (ARTICLE_IMAGES if device == "cuda" else 4_000)
         media, listed = media_folder(LARGE, count), object_list(count)
-    except UsageError as error:
+    except RuijiError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     warm(media, listed)
     figures, allowed = stages(device, media, listed.read_text().splitlines())
     code = _finish(f"{device}, stages", figures, not options.images)
-    code |= _finish(f"{device}, whole", whole(device, media, count, allowed), not options.images)
+    code |= _finish(f"{device}, whole", whole(device, media, count, allowed, options.processes), not options.images)
     if device == "cpu":
         print(
             "on the CPU. Unmeasured: the encoder's rate on one, host to device, GPU memory, "
