@@ -89,7 +89,7 @@ test-all: .venv/mnist ## All tests that can run here, torch included; see  make 
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
-	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py $(ARGS)
+	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py tests/search/duplicates $(ARGS)
 
 # Their packages come before those of .venv, which serves the rest.
 contract: .venv/dev ## Does the queue fit other releases? (VERSIONS="celery==5.6.* kombu==5.6.*"; else the newest)

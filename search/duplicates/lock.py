@@ -104,17 +104,15 @@ def _take(folder: Path, me: _Holder, quiet_s: float, wait_s: float) -> int:
         gone = last == 0 or (holder is not None and (holder.free or _is_dead(holder)))
         if gone or time.monotonic() - since >= quiet_s:
             number = last + 1
-            # Those that saw an older state link a number that another has passed already.
-            if (
-                write_atomic(layout.writer_lock_file(folder, number), [_bytes(me)], exclusive=True)
-                and _last(folder) == number
-            ):
+            linked = write_atomic(layout.writer_lock_file(folder, number), [_bytes(me)], exclusive=True)
+            # Who saw an older state links a number that others have passed and removed already.
+            if linked and _last(folder) == number:
                 return number
-        elif time.monotonic() - begun >= wait_s:
+        if time.monotonic() - begun >= wait_s:
             who = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
             raise MachineFault(f"{who} has been writing for {wait_s:.0f} s and holds {folder}; try again")
-        else:
-            time.sleep(_LOOK_S)
+        # Also after a number that was taken: on a network folder, others see it only after a while.
+        time.sleep(_LOOK_S)
 
 
 def _last(folder: Path) -> int:

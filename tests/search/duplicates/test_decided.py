@@ -4,11 +4,14 @@ import itertools
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from pipeline.choices import ObjectIds
-from search.duplicates.decided import Decided
+from search.duplicates.contents import rows_with
+from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import DecidedObject, Decision, Verdict
+from tests.search.galleries import in_memory
 
 
 def one(name: str, content: str | None = "", alone: bool = False) -> DecidedObject:
@@ -179,3 +182,23 @@ def test_a_decision_about_thousands_of_objects_is_no_list_of_pairs() -> None:
     pairs, side = known(lines, *many, one("new")).settled_pairs(1001)
     assert len(pairs) == 998 * 2 and side is not None
     assert (side[2:1000] == side[2]).all() and len({*side[:3].tolist(), int(side[1000])}) == 4
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_rows_that_left_the_list_are_nobody(digests: bool) -> None:
+    """A file that was removed and is off the list is not what a decision is about, nor a copy of another."""
+    gallery = in_memory(np.eye(4, dtype=np.float32), ["a", "b", "copy", "c"], cuts=(2,))
+    contents = np.repeat(np.array([[1], [2], [2], [3]], np.uint8), 32, axis=1)
+    shards = [
+        replace(shard, stale=np.array([False, True]), digests=contents[first : first + 2] if digests else None)
+        for shard, first in zip(gallery.shards, gallery.firsts, strict=True)
+    ]
+    gallery = replace(gallery, shards=tuple(shards))
+    objects = [
+        DecidedObject(id=name, sha256=(bytes([byte]) * 32).hex()) for name, byte in (("a", 1), ("b", 2), ("c", 3))
+    ]
+    decided = decided_in(gallery, [decide("different", *objects)])
+    # The copy has the bytes of b; b and c have no row any more.
+    assert {key for key in decided.objects if key >= 0} == ({0, 2} if digests else {0})
+    assert decided.settled(0, 2) == digests
+    assert rows_with(gallery, {bytes([2]) * 32}) == {bytes([2]) * 32: [2] if digests else []}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions, read_decisions
@@ -160,6 +161,23 @@ def test_bytes_that_are_not_there_when_they_are_read_back_are_no_success(
     monkeypatch.setattr(os, "fsync", overwritten)
     with pytest.raises(MachineFault, match="another process wrote"):
         append_decisions(file, [different("mine")])
+
+
+def test_a_writer_that_was_taken_for_dead_before_it_wrote_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "decisions.jsonl"
+    append_decisions(file, LINES)
+    real = os.pread
+
+    def slept(descriptor: int, length: int, offset: int) -> bytes:
+        layout.writer_lock_file(layout.writer_lock_folder(file), 99).write_bytes(b"")
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", slept)
+    with pytest.raises(MachineFault, match="slept"):
+        append_decisions(file, [different("mine")])
+    assert file.read_bytes() == BYTES
 
 
 def test_writers_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
