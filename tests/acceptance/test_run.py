@@ -1,6 +1,7 @@
 """`ruiji run` and its parts as a user types them, in processes of their own, on real files."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,10 @@ def test_run_makes_shards_in_list_order_and_a_second_run_embeds_nothing(ruiji: R
     assert [len(part) for part in ids] == [10, 10, 5]
     assert [object_id for part in ids for object_id in part] == [path.rsplit("/")[-1] for path in paths]
     assert np.load(ruiji.gallery / "0002.features.npy", allow_pickle=False).shape == (5, 12)
+    digests = np.concatenate([np.load(ruiji.gallery / f"000{n}.digests.npy", allow_pickle=False) for n in range(3)])
+    assert [row.tobytes() for row in digests] == [
+        hashlib.sha256((ruiji.media / path).read_bytes()).digest() for path in paths
+    ]
     assert not list(ruiji.gallery.glob("??")), "the per-image files and their folders are gone"
 
     before = ruiji.shard_digests()

@@ -77,11 +77,13 @@ def test_it_is_searched_and_says_that_it_has_no_digests(old: Path) -> None:
     assert [finding for finding in verify(old) if finding.broken] == []
 
 
-def test_gallery_info_says_so(old: Path) -> None:
+@pytest.mark.parametrize("command", [["gallery", "info"], ["near-duplicates"]], ids=" ".join)
+def test_whoever_asks_for_identical_files_is_told_so(old: Path, command: list[str]) -> None:
     app = Commands()
     register(app)
-    told = CliRunner().invoke(app, ["gallery", "info", "--feature-dir", str(old)])
-    assert "\ndigests         0\n" in told.stdout
+    told = CliRunner().invoke(app, [*command, "--feature-dir", str(old)])
+    assert told.exit_code == 0
+    assert command == ["near-duplicates"] or "\ndigests         0\n" in told.stdout
     assert "10 objects have no digest of their file" in told.stderr
 
 

@@ -14,7 +14,9 @@ FOUND = ruiji.SearchResults(
         ruiji.QueryResult("r", HITS[:1]),
     )
 )
-GROUPS = ruiji.NearDuplicates((ruiji.Group(1, (ruiji.Member(0, "a", "x/a", 1.0), ruiji.Member(4, "b", "x/b", 0.99)), 1),))
+GROUPS = ruiji.NearDuplicates(
+    (ruiji.Group(1, (ruiji.Member(0, "a", "x/a", 1.0), ruiji.Member(4, "b", "x/b", 0.99)), 1),)
+)
 HIT_ROWS = [
     {"query": "q.jpg", "rank": 1, "object_id": "a.jpg", "path": "x/a.jpg", "similarity": 1.0, "distance": 0.0},
     {"query": "q.jpg", "rank": 2, "object_id": "b.jpg", "path": None, "similarity": 0.1 + 0.2, "distance": 1.25},
