@@ -24,8 +24,8 @@ from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, plan_id_of, segment_digest
-from pipeline.plans.planning import lost_segments, plan_repair, set_aside
 from pipeline.plans.published import published_shards
+from pipeline.plans.repair import lost_segments, plan_repair, set_aside
 from pipeline.reduce import nested_folders
 from pipeline.store import (
     DIGEST_BYTES,

@@ -4,10 +4,12 @@ A plan is open from the commit of its generation until `run/done/<plan id>/plan.
 shards that the plan has published; `pipeline.plans.published` says what that means for records that come later.
 """
 
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import GalleryMismatch, MachineFault
 from pipeline.plans.generations import current, is_plan_id
-from pipeline.plans.plan import Limits, Origin, Plan, Segment
+from pipeline.plans.plan import Limits, Origin, Plan, Segment, plan_id_of, segment_digest
 from pipeline.store import RECORD_FORMAT, read_json, sync_folder, write_atomic
 
 #: Version of a plan's file. Since 3 it says which format its records have; before that they had 1.
@@ -132,6 +134,26 @@ def write_closed(closed: ClosedPlan) -> None:
     write_atomic(layout.plan_file(place), [_to_json(closed.plan, **lists)], exclusive=True, sync=True)
     sync_folder(place)
     sync_folder(place.parent)
+
+
+def name_plan(draft: Plan, todo: Path) -> Plan:
+    """A plan with its id, a digest of the work; segments that no plan has reserved before become its own.
+
+    Args:
+        todo: its todo list, written.
+    """
+    with todo.open("rb") as file:
+        segments = tuple(
+            replace(segment, digest=segment_digest(itertools.islice(file, segment.lines))) for segment in draft.segments
+        )
+        file.seek(0)
+        todo_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for again in itertools.count():
+        plan_id = plan_id_of(draft, todo_digest, again)
+        if not is_closed(draft.folder, plan_id):
+            break
+    segments = tuple(replace(segment, plan=segment.plan or plan_id) for segment in segments)
+    return replace(draft, plan_id=plan_id, segments=segments)
 
 
 def write_plan(made: Path, plan: Plan) -> None:

@@ -3,12 +3,10 @@
 Works by merging files sorted by id, so that 10^7 objects pass in bounded memory.
 """
 
-import hashlib
 import itertools
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,16 +14,17 @@ import numpy as np
 
 from pipeline import layout
 from pipeline.choices import Reason
-from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError, UsageError
+from pipeline.errors import PlanMismatch, RuijiError
 from pipeline.gallery import GalleryInfo, keep_gallery
 from pipeline.objects import IdScheme, ObjectList, count_lines, read_lines, sort_lines
-from pipeline.plans.files import closed_plans, is_closed, open_plan, write_plan
-from pipeline.plans.generations import ListState, Marks, commit, current, making, marks_digest, read_marks, write_marks
-from pipeline.plans.plan import Limits, Origin, Plan, Segment, plan_id_of, segment_digest
+from pipeline.plans.files import name_plan, open_plan, write_plan
+from pipeline.plans.generations import ListState, commit, current, making, marks_digest, write_marks
+from pipeline.plans.plan import Limits, Plan, Segment
 from pipeline.plans.probes import find_probes
-from pipeline.plans.published import Published, published_shards
+from pipeline.plans.published import Published
+from pipeline.plans.repair import copy_lost, lost_segments, origins_of
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS
-from pipeline.store import RECORD_FORMAT, read_record, recorded_shards, sync_folder
+from pipeline.store import read_record
 from pipeline.versions import library_versions
 
 #: What an entry has in place of a row: the object failed; it is made again with its lost shard.
@@ -75,14 +74,6 @@ class _Entry:
     def from_line(cls, line: str) -> "_Entry":
         object_id, shard, row, reason = line.split("\t")
         return cls(object_id, int(shard), int(row), reason)
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """A segment whose published shard is gone, and the closed plan that made it first."""
-
-    segment: Segment
-    plan: Plan
 
 
 def plan_list(
@@ -149,7 +140,7 @@ def _make(
         scratch = Path(name)
         lost, given_up, next_shard = lost_segments(folder)
         lost_lines = scratch / "lost"
-        segments = _copy_lost(lost, lost_lines)
+        segments = copy_lost(lost, lost_lines)
         done = _done_by_id(folder, scheme, segments, lost_lines, scratch)
         fresh, state = _compare(folder, made, objects, done, scratch, retry)
         if retry is not None:
@@ -181,169 +172,12 @@ def _make(
         versions=library_versions(),
         segments=tuple(segments),
         generation=generation,
-        origins=_origins(lost if retry is None else []),
+        origins=origins_of(lost if retry is None else []),
         given_up=tuple(given_up),
     )
-    plan = _named(draft, todo)
+    plan = name_plan(draft, todo)
     write_plan(made, plan)
     return plan, state
-
-
-def plan_repair(folder: Path, broken: Collection[int] = ()) -> Plan | None:
-    """Commit a plan of the lost shards alone, each under the limits of the plan that made it.
-
-    Needs neither the list nor Redis: a running reducer's watchdog finds the open plan on the disk.
-
-    Args:
-        broken: published shards that are to be made again too; they are set aside just before the commit.
-
-    Returns:
-        The open plan (another process may have committed it first), or None if no shard can be made again.
-
-    Raises:
-        UsageError: a lost shard had rows that are not on the list, which only an enqueue with the list can tell.
-    """
-    while True:
-        before = current(folder)
-        if (plan := open_plan(folder)) is not None:
-            return plan
-        lost, _, _ = lost_segments(folder, broken)
-        if not lost:
-            return None
-        now, marks = read_marks(folder)
-        if now.number != before.number:
-            continue
-        off_list = {
-            entry.segment.shard: marks.ids.get(entry.segment.shard) or _off_list(folder, entry, marks)
-            for entry in lost
-            if entry.segment.shard in marks.ids or entry.segment.shard in marks.bits
-        }
-        with making(folder) as made:
-            segments = _copy_lost(lost, layout.todo_file(made))
-            state = before.objects or ListState(lost[0].plan.list_digest, lost[0].plan.list_lines, 0, 0)
-            bits = {shard: marked for shard, marked in marks.bits.items() if shard not in off_list}
-            ids = {shard: sorted(marked) for shard, marked in {**marks.ids, **off_list}.items()}
-            rows = sum(int.from_bytes(marked).bit_count() for marked in bits.values())
-            state = write_marks(made, bits, ids, list(marks.failed), state.digest, state.lines, rows)
-            draft = replace(
-                lost[0].plan,
-                plan_id="",
-                list_digest=state.digest,
-                list_lines=state.lines,
-                versions=library_versions(),
-                segments=tuple(segments),
-                generation=before.number + 1,
-                origins=_origins(lost),
-                given_up=(),
-                record_format=RECORD_FORMAT,
-            )
-            plan = _named(draft, layout.todo_file(made))
-            write_plan(made, plan)
-            for shard in broken:
-                set_aside(folder, shard)
-            if commit(before, made, plan.plan_id, state):
-                return plan
-            broken = ()
-
-
-def _off_list(folder: Path, lost: _Lost, marks: Marks) -> frozenset[str]:
-    """Which objects of a shard's marked rows are not on the list, told by its record and todo list."""
-    shard = lost.segment.shard
-    try:
-        failed = {failure.path for failure in read_record(folder, shard).failed}
-    except (FileNotFoundError, GalleryMismatch):
-        raise UsageError(
-            f"shard {shard:04d} has no readable record, so it is not known which of its objects left the object list: "
-            f"delete {layout.record_file(folder, shard).name} if it exists, then run ruiji enqueue (or ruiji run) "
-            "with the list, which makes the shard again"
-        ) from None
-    paths = [path for path in lost.plan.paths(lost.segment) if path not in failed]
-    marked = np.unpackbits(np.frombuffer(marks.bits[shard], dtype=np.uint8))
-    return frozenset(lost.plan.scheme.object_id(path) for path, off in zip(paths, marked, strict=False) if off)
-
-
-def set_aside(folder: Path, shard: int) -> None:
-    """Move a broken shard's files away, its record first; from then on it is lost, and made again by the next plan.
-
-    Raises:
-        UsageError: they are being moved by another repair, or an earlier one left its copy.
-    """
-    target = layout.broken_shard_folder(folder, shard)
-    target.parent.mkdir(exist_ok=True)
-    try:
-        # One of several repairs; nothing is put back, since a reducer may be writing under these names by then.
-        target.mkdir()
-    except FileExistsError:
-        raise UsageError(
-            f"{target} exists: another repair is running, or an earlier one left it. If none is running, move it away "
-            "and run ruiji verify --repair again"
-        ) from None
-    for ending in (layout.RECORD, *layout.SHARD_ENDINGS):
-        with suppress(FileNotFoundError):
-            layout.shard_file(folder, shard, ending).rename(layout.shard_file(target, shard, ending))
-    sync_folder(folder)
-
-
-def _origins(lost: list[_Lost]) -> dict[str, Origin]:
-    return {
-        entry.plan.plan_id: Origin(entry.plan.limits, tuple(sorted(entry.plan.versions)), entry.plan.record_format)
-        for entry in lost
-    }
-
-
-def _named(draft: Plan, todo: Path) -> Plan:
-    """The plan with its id, a digest of the work; segments that no plan has reserved before become its own."""
-    with todo.open("rb") as file:
-        segments = tuple(
-            replace(segment, digest=segment_digest(itertools.islice(file, segment.lines))) for segment in draft.segments
-        )
-        file.seek(0)
-        todo_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    for again in itertools.count():
-        plan_id = plan_id_of(draft, todo_digest, again)
-        if not is_closed(draft.folder, plan_id):
-            break
-    segments = tuple(replace(segment, plan=segment.plan or plan_id) for segment in segments)
-    return replace(draft, plan_id=plan_id, segments=segments)
-
-
-def lost_segments(folder: Path, broken: Collection[int] = ()) -> tuple[list[_Lost], list[int], int]:
-    """Published shards that are gone, as segments by shard number; and the first number never reserved.
-
-    Args:
-        broken: shards that count as gone.
-
-    Returns:
-        Those that can be made again; the numbers of those that cannot, because their todo list is damaged; the number.
-    """
-    recorded = set(published_shards(folder)) - set(broken)
-    next_shard = max(recorded_shards(folder), default=-1) + 1
-    lost: dict[int, _Lost] = {}
-    given_up: set[int] = set()
-    gone: set[int] = set()
-    for closed in closed_plans(folder):
-        plan = closed.plan
-        gone |= set(plan.given_up)
-        for segment in plan.segments:
-            next_shard = max(next_shard, segment.shard + 1)
-            if segment.shard in closed.published and segment.shard not in recorded and segment.plan == plan.plan_id:
-                try:
-                    plan.paths(segment)
-                    lost[segment.shard] = _Lost(segment, plan)
-                except GalleryMismatch:
-                    given_up.add(segment.shard)
-    return [lost[shard] for shard in sorted(lost) if shard not in gone], sorted(given_up | gone), next_shard
-
-
-def _copy_lost(lost: list[_Lost], todo: Path) -> list[Segment]:
-    segments: list[Segment] = []
-    first = 0
-    with todo.open("wb") as out:
-        for index, entry in enumerate(lost):
-            segments.append(replace(entry.segment, index=index, first=first, offset=out.tell()))
-            out.write("".join(f"{path}\n" for path in entry.plan.paths(entry.segment)).encode())
-            first += entry.segment.lines
-    return segments
 
 
 def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], lost_lines: Path, scratch: Path) -> Path:

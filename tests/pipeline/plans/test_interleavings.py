@@ -4,6 +4,7 @@ Each actor is stopped before each of its steps, or killed there, while others do
 and every object must count once. That this finds faults is shown by putting each fault back.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -18,7 +19,7 @@ from pipeline import segments
 from pipeline import verify as verify_module
 from pipeline.errors import RuijiError
 from pipeline.objects import ObjectList
-from pipeline.plans import files, generations, planning
+from pipeline.plans import files, generations, planning, repair
 from pipeline.plans import plan as plan_module
 from pipeline.plans import published as published_module
 from pipeline.plans.files import open_plan, write_plan
@@ -281,16 +282,12 @@ def _copy(prepared: World, root: Path) -> World:
     return world
 
 
-class _library_versions:
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __enter__(self) -> None:
-        self._before = planning.library_versions
-        planning.library_versions = lambda: dict(self._world.versions)  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        planning.library_versions = self._before
+@contextlib.contextmanager
+def _library_versions(world: World) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (planning, repair):
+            patch.setattr(module, "library_versions", lambda: dict(world.versions))
+        yield
 
 
 def _cases() -> list[tuple[str, str, str, bool]]:

@@ -15,7 +15,8 @@ from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.generations import current, read_marks
 from pipeline.plans.plan import segment_digest
-from pipeline.plans.planning import PlanSettings, check_matches, plan_list, plan_repair
+from pipeline.plans.planning import PlanSettings, check_matches, plan_list
+from pipeline.plans.repair import plan_repair
 from pipeline.segments import reduce_segment
 from tests.factories import picture, pictures
 from tests.pipeline.galleries import SCHEME, embed, fail, files, is_done, new_plan, plan_for
