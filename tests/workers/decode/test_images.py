@@ -1,5 +1,6 @@
 """From files to pixels: bit-identical to the article's steps, and a reason for every bad file."""
 
+import hashlib
 import io
 import os
 import resource
@@ -18,7 +19,7 @@ from pipeline.errors import ImageError
 from pipeline.model import load_model
 from pipeline.spec import ModelSpec
 from tests.factories import picture, tiny_model
-from workers.decode.images import decode, load_pixels, open_image
+from workers.decode.images import decode, decode_whole, load_pixels, open_image
 from workers.encoder import to_input
 
 LIMIT = 89_478_485
@@ -50,6 +51,24 @@ def test_preprocessing_is_bit_identical_to_the_articles(tmp_path: Path, ending: 
     # The second way differs for wide samples only, these being opaque.
     second = load_pixels(tmp_path / f"x.{ending}", replace(SPEC, pixels=2), LIMIT)
     assert mode == "I;16" or (to_input(second[np.newaxis], SPEC)[0] == ours[0]).all()
+
+
+@pytest.mark.parametrize("pixels", [1, 2])
+@pytest.mark.parametrize("whole", [True, False], ids=["in memory", "by the decoder"])
+@pytest.mark.parametrize("ending", ["avif", "bmp", "gif", "ico", "jp2", "jpg", "png", "ppm", "tga", "tiff", "webp"])
+def test_the_digest_is_of_the_whole_file_whatever_the_decoder_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, whole: bool, pixels: int
+) -> None:
+    if not whole:
+        monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+    path = picture(tmp_path / f"x.{ending}", 3, (67, 45))
+    with path.open("ab") as more:
+        more.write(b"what no decoder looks at")
+    spec = replace(SPEC, pixels=pixels)
+    with open_image(path) as file:
+        decoded = decode_whole(file, spec, LIMIT)
+    assert decoded.digest == hashlib.sha256(path.read_bytes()).digest()
+    assert (decoded.pixels == load_pixels(path, spec, LIMIT)).all()
 
 
 def test_real_photos_come_out_bit_identical(shared_data: Path) -> None:
