@@ -17,7 +17,7 @@ from pipeline.model import load_model
 from serve.searches import MOST_WAITING, Busy, Searches, Wanted
 from tests.factories import Ruiji, picture, wait_until
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
-from tests.serve.conftest import COUNT, Answer, Served, start
+from tests.serve.conftest import COUNT, Served, start
 
 
 def expected(hits: "tuple[ruiji_api.Hit, ...]") -> list[dict[str, Any]]:
@@ -121,36 +121,42 @@ def test_beyond_the_bound_a_search_is_refused_and_one_that_is_left_costs_nothing
     assert passes <= 2
 
 
-def test_beyond_the_bound_clients_are_told_429(ruiji: Ruiji) -> None:
+@pytest.fixture
+def slow(ruiji: Ruiji) -> Served:
+    """A service on a gallery whose searches take a while if they ask for as much as they can."""
     features = np.random.default_rng(0).normal(size=(20_000, 12)).astype(np.float32)
     write_article_shard(ruiji.gallery, 0, features, [str(row) for row in range(len(features))])
     ruiji.media.mkdir()
-    served = start(ruiji)
+    return start(ruiji)
 
-    def ask(number: int) -> Answer:
-        # None shares a pass with another.
-        return served.similar(str(number), f"?k=1000&min_similarity={-number / 1000}")
 
+def alone(number: int) -> str:
+    """A search that shares its pass with no other."""
+    return f"/similar/{number}?k=400&min_similarity={-number / 1000}"
+
+
+def test_beyond_the_bound_clients_are_told_429(slow: Served) -> None:
     with ThreadPoolExecutor(MOST_WAITING + 60) as threads:
-        answers = list(threads.map(ask, range(MOST_WAITING + 60)))
+        answers = list(threads.map(slow.get, map(alone, range(MOST_WAITING + 60))))
     statuses = [answer.status for answer in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= MOST_WAITING
     refused = answers[statuses.index(429)]
     assert (refused.headers["retry-after"], "try again in a second" in refused.error) == ("1", True)
-    assert served.metric('ruiji_waiting{kind="searches"}') == 0
+    assert slow.metric('ruiji_waiting{kind="searches"}') == 0
 
 
-def test_a_client_that_leaves_is_not_searched_for(serve: Callable[..., Served]) -> None:
-    served = serve()
-    first = served.get("/objects?count=1").json()["objects"][0]["object_id"]
-    for _ in range(50):
-        connection = served.raw()
-        connection.sendall(f"GET /similar/{first} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+def test_a_client_that_leaves_is_not_searched_for(slow: Served) -> None:
+    assert slow.get(alone(0)).status == 200
+    connections = [slow.raw() for _ in range(200)]
+    for number, connection in enumerate(connections):
+        connection.sendall(f"GET {alone(number)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    for connection in connections:
         connection.close()
-    wait_until(lambda: served.metric('ruiji_waiting{kind="searches"}') == 0, what="an empty queue")
-    assert served.similar(first).status == 200
-    assert "Traceback" not in served.log.read_text()
+    wait_until(lambda: slow.metric('ruiji_waiting{kind="searches"}') == 0, what="an empty queue")
+    assert slow.metric("ruiji_passes_total") < 150
+    assert slow.get(alone(1)).status == 200
+    assert "Traceback" not in slow.log.read_text()
 
 
 def test_a_picture_that_is_sent_finds_what_it_finds_in_process(
