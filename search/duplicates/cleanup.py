@@ -39,16 +39,26 @@ def open_groups(
     return groups if skipped or not decided.objects else groups.without(decided.skipped)
 
 
-def with_choices(gallery: Gallery, groups: Groups, files: Files, rules: Sequence[Rule]) -> Groups:
+def with_choices(
+    gallery: Gallery, groups: Groups, files: Files, rules: Sequence[Rule], say: Callable[[str], None]
+) -> Groups:
     """The same groups, the file that the rules keep first in each, and all similarities to it.
+
+    A group of which no file is there is left out, and counted at the end.
 
     Args:
         gallery: knows paths.
         files: of its rows.
+        say: called with what was left out.
     """
+    gone = 0
 
-    def chosen(group: Group) -> Group:
+    def chosen(group: Group) -> Group | None:
+        nonlocal gone
         facts = [files.facts(member.row) for member in group.members]
+        if not any(facts):
+            gone += 1
+            return None
         paths = [member.path or member.object_id for member in group.members]
         choice = choose(list(map(Candidate, paths, facts)), rules)
         order = [choice.kept, *(place for place in range(len(facts)) if place != choice.kept)]
@@ -56,7 +66,12 @@ def with_choices(gallery: Gallery, groups: Groups, files: Files, rules: Sequence
         known = [replace(member, facts=facts[place]) for member, place in zip(members, order, strict=True)]
         return replace(group, members=tuple(known), reason=choice.reason)
 
-    return groups.changed(chosen, files.keep)
+    def at_end() -> None:
+        files.keep()
+        if gone:
+            say(f"left out {gone} groups of which no file is there; ruiji run takes removed files off the list")
+
+    return groups.changed(chosen, at_end)
 
 
 def decided_groups(gallery: Gallery, decided: Decided) -> Iterator[Group]:

@@ -111,7 +111,7 @@ class Groups:
         self._rows = grouped[np.argsort(label[grouped], kind="stable")]
         self._firsts, starts = np.unique(label[self._rows], return_index=True)
         self._bounds: list[int] = [*starts.tolist(), len(self._rows)]
-        self._change: Callable[[Group], Group] = lambda group: group
+        self._change: Callable[[Group], Group | None] = lambda group: group
         self._at_end: Callable[[], None] = lambda: None
 
     def without(self, hidden: Callable[[Sequence[int]], bool]) -> "Groups":
@@ -131,10 +131,11 @@ class Groups:
         other._bounds = [0, *itertools.accumulate(len(rows[place]) for place in shown)]
         return other
 
-    def changed(self, change: Callable[[Group], Group], at_end: Callable[[], None]) -> "Groups":
+    def changed(self, change: Callable[[Group], Group | None], at_end: Callable[[], None]) -> "Groups":
         """The same groups, each changed once it is made.
 
         Args:
+            change: returns what a group becomes; None: it is left out.
             at_end: called after the last one.
         """
         other = copy.copy(self)
@@ -155,7 +156,9 @@ class Groups:
             members = tuple(members_of(self._gallery, rows))
             see_also = tuple(self._see_also(first))
             pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
-            yield self._change(Group(place + 1, members, pairs, least, see_also))
+            group = self._change(Group(place + 1, members, pairs, least, see_also))
+            if group is not None:
+                yield group
         self._at_end()
 
     def _least(self, first: int, rows: Rows) -> float | None:

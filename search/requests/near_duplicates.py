@@ -12,7 +12,7 @@ from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import read_decisions
 from search.duplicates.files import Files
 from search.duplicates.groups import Group, Groups
-from search.duplicates.keep import Rule
+from search.duplicates.keep import Rule, RuleKind
 from search.duplicates.linkage import Rules
 from search.duplicates.sides import Compared
 from search.filters import apply_conditions
@@ -72,9 +72,8 @@ class NearDuplicatesRequest:
         if self.keep and self.media_dir is None:
             raise UsageError("--keep compares the files themselves: say where they are with --media-dir")
         if self.decided and (self.keep or self.skipped):
-            raise UsageError(
-                f"--decided shows what is decided; {'--keep' if self.keep else '--skipped'} is of the rest"
-            )
+            option = "--keep" if self.keep else "--skipped"
+            raise UsageError(f"--decided shows what is decided, {option} is about the rest: give one of them")
         if self.threshold == 0:
             raise UsageError("--threshold must be above 0")
 
@@ -110,6 +109,7 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     gallery = apply_conditions(selection.open(say), conditions, annotations)
     say_unusable(gallery, say)
     say_undigested(gallery, say)
+    _check_keep(request, gallery)
     file = request.decisions or layout.decisions_file(selection.folder)
     decided = decided_in(gallery, read_decisions(file))
     if request.decided:
@@ -122,6 +122,18 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     if request.sheet is not None and media_dir is not None:
         lines = group_lines(groups, annotations, media_dir)
     return NearDuplicatesResult(groups, tuple(lines))
+
+
+def _check_keep(request: NearDuplicatesRequest, gallery: Gallery) -> None:
+    if not request.keep:
+        return
+    if gallery.fingerprint is None:
+        raise UsageError("--keep: this gallery has no gallery.json and does not know paths, only object ids")
+    if request.media_dir is None or not request.media_dir.is_dir():
+        raise UsageError(f"--keep: there is no media folder {request.media_dir}; mount it, or check --media-dir")
+    for rule in request.keep:
+        if rule.kind is RuleKind.path and not _has_path_below(gallery, rule.prefix):
+            raise UsageError(f"--keep path={rule.prefix}: no path of the gallery begins with it")
 
 
 def _open(
@@ -144,6 +156,8 @@ def _open(
         groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped)
     if not request.keep or request.media_dir is None:
         return compared.reference_first(groups)
-    if gallery.fingerprint is None:
-        raise UsageError("--keep: this gallery has no gallery.json and does not know paths, only object ids")
-    return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep)
+    return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep, say)
+
+
+def _has_path_below(gallery: Gallery, prefix: str) -> bool:
+    return any(path.startswith(prefix) for shard in gallery.shards for path in shard.paths or ())

@@ -136,6 +136,7 @@ def test_similar_is_not_duplicate_immich_31487(home: Home) -> None:
 
 
 def test_keep_the_best_by_resolution_then_by_size_czkawka_783_1753_1992_immich_15013(home: Home) -> None:
+    """And it is chosen before anybody looks (immich PR 8228), with the reason beside it."""
     picture(home.media / "pixels.png", size=(40, 30))
     picture(home.media / "more.png", size=(40, 30))
     picture(home.media / "small.png", size=(8, 6))
@@ -176,7 +177,7 @@ def test_the_page_does_not_die_on_large_results_immich_14562(home: Home) -> None
     base = rng.standard_normal((many // 2, 12)).astype(np.float32)
     rows = {f"{row}-{copy}.jpg": base[row] for row in range(many // 2) for copy in "ab"}
     home.add(rows)
-    chosen = home.run("near-duplicates", "--threshold", "0.9999", "--keep", "path=x,bytes", "--format", "jsonl").stdout
+    chosen = home.run("near-duplicates", "--threshold", "0.9999", "--keep", "bytes", "--format", "jsonl").stdout
     assert len(chosen.splitlines()) == many // 2
     home.run("duplicates", "decide", stdin=chosen)
     assert home.found("--threshold", "0.9999") == []
@@ -215,13 +216,30 @@ def test_what_is_decided_is_shown_and_undone(pair: Home) -> None:
 
 
 def test_options_that_contradict_each_other_are_refused(pair: Home) -> None:
-    for options in (["--decided", "--keep", "bytes"], ["--decided", "--skipped"], ["--keep", "size"]):
+    for options in (
+        ["--decided", "--keep", "bytes"],
+        ["--decided", "--skipped"],
+        ["--keep", "size"],
+        ["--keep", "path=original/"],
+    ):
         with pytest.raises(UsageError):
             pair.run("near-duplicates", *options)
     app = Commands()
     register(app)
     given = ["near-duplicates", "--feature-dir", str(pair.features), "--keep", "bytes"]
     assert "--media-dir" in str(CliRunner().invoke(app, given).exception)
+
+
+def test_nothing_is_kept_of_files_that_are_not_there(pair: Home) -> None:
+    (pair.media / "a.jpg").unlink()
+    (group,) = pair.groups("--keep", "path=a,bytes")
+    assert (group["keep"], group["reason"]) == ("b.jpg", "is there")
+    (pair.media / "b.jpg").unlink()
+    told = pair.run("near-duplicates", "--keep", "bytes")
+    assert told.stdout == "" and "left out 1 groups of which no file is there" in told.stderr
+    pair.media.rename(pair.media.with_name("unmounted"))
+    with pytest.raises(UsageError, match="no media folder"):
+        pair.run("near-duplicates", "--keep", "bytes")
 
 
 def test_another_decisions_file_counts_if_it_is_named(pair: Home, tmp_path: Path) -> None:
