@@ -6,6 +6,7 @@ import string
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,19 +145,35 @@ class TextEncoder:
         return wanted
 
 
-def _tokenizer(spec: TextSpec) -> "Tokenizer":
+def token_number(tokenizer: Path, token: str) -> int | None:
+    """The number of a token in a `tokenizer.json`; None if it has no such token.
+
+    Raises:
+        UsageError, ModelError: as `Words`.
+    """
+    number: int | None = _read(tokenizer).token_to_id(token)
+    return number
+
+
+def _read(path: Path) -> "Tokenizer":
     try:
-        from tokenizers import Tokenizer, normalizers
+        from tokenizers import Tokenizer
     except ImportError:
         raise _missing("tokenizers") from None
     try:
-        tokenizer = Tokenizer.from_file(str(spec.tokenizer))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises plain Exceptions.
-        raise ModelError(f"{spec.tokenizer} is not a tokenizer of the library tokenizers: {_line(error)}") from None
+        raise ModelError(f"{path} is not a tokenizer of the library tokenizers: {_line(error)}") from None
+
+
+def _tokenizer(spec: TextSpec) -> "Tokenizer":
+    tokenizer = _read(spec.tokenizer)
     padding = tokenizer.id_to_token(spec.pad_id)
     if padding is None:
         raise ModelError(f"{spec.tokenizer} has no token with the number {spec.pad_id}, the pad_id of [text]")
     if (spec.reference, spec.clean) == ("huggingface", "lower"):
+        from tokenizers import normalizers
+
         # As the library lowers: a letter at a time, before whatever else is normalised.
         steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
         tokenizer.normalizer = normalizers.Sequence(steps)

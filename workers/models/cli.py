@@ -75,8 +75,11 @@ def add(
     _show(layout.toml_file(added.path))
     if added.checked is not None:
         streams.note(added.checked)
+    if added.no_words is not None:
+        streams.note(f"without its text tower, so it cannot be searched with words: {added.no_words}")
+    words = ", and ruiji search takes --text" if added.has_words else ""
     streams.note(
-        f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}"
+        f"added {added.name}, licence: {added.license or 'not stated'}; every command takes --model {added.name}{words}"
     )
 
 

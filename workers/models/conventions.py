@@ -98,6 +98,19 @@ class _Keys:
                 raise self.refuse(f"{key} is {value!r}, which ruiji does not know how to follow")
 
 
+def toml_section(name: str, values: dict[str, Said]) -> list[str]:
+    """The lines of one section of a `<model>.toml`, with the origin of each value."""
+    # JSON's strings, numbers and lists are TOML's.
+    written = {key: f"{key} = {json.dumps(value.value)}" for key, value in values.items()}
+    width = max(map(len, written.values()), default=0)
+    return [f"[{name}]", *(f"{line:<{width}}  # {one_line(values[key].origin)}" for key, line in written.items())]
+
+
+def one_line(text: str) -> str:
+    """What somebody else wrote, without what is not to be printed."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def find_convention(folders: list[Path]) -> dict[str, Said] | None:
     """The keys of `[input]` that the conventions in some folders say; None if there is none.
 
@@ -108,7 +121,7 @@ def find_convention(folders: list[Path]) -> dict[str, Said] | None:
     for folder in folders:
         for name, read in _READERS.items():
             path = folder / name
-            if path.is_file() and (said := read(path, _object(path))) is not None:
+            if path.is_file() and (said := read(path, read_object(path))) is not None:
                 found.append((path, said))
     if not found:
         return None
@@ -121,7 +134,12 @@ def find_convention(folders: list[Path]) -> dict[str, Said] | None:
     return said
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: it cannot be read, or has something else or more.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)

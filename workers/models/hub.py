@@ -19,6 +19,7 @@ from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.onnx_graph import external_files, load_graph
 from workers.models.conventions import CONVENTIONS, find_convention
 from workers.models.source import Source, convention_folders, only_graph
+from workers.models.words import text_files
 
 PREFIX = "hf:"
 _GIVEN = re.compile(r"hf:(?P<repository>[^/@:\s]+/[^/@:\s]+)(?:@(?P<revision>[^:\s]+))?(?::(?P<file>.+))?")
@@ -123,7 +124,18 @@ def _taken(files: _Files, graph: str, network: bool) -> Path:
         for name in sorted(files.names):
             if Path(name).parent in folders and name.endswith((".safetensors", ".safetensors.index.json")):
                 files.take(name)
+    _take_words(files, graph)
     return path
+
+
+def _take_words(files: _Files, graph: str) -> None:
+    """The text tower of a graph, if the repository has one, and what it needs."""
+    for name in text_files(Path(graph), files.names):
+        path = files.take(name)
+        if name.endswith(layout.MODEL_ENDING):
+            for weights in sorted(external_files(load_graph(path))):
+                if (beside := (Path(name).parent / weights).as_posix()) in files.names:
+                    files.take(beside)
 
 
 def _digest(path: Path, stated: Any) -> str:

@@ -19,14 +19,15 @@ from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import Model, load_model
-from pipeline.onnx_graph import external_files, graph_tensors, load_graph
-from pipeline.spec import PIXELS, resolve
+from pipeline.onnx_graph import graph_tensors, load_graph
+from pipeline.spec import PIXELS, read_toml, resolve
 from workers.encoder import Encoder
 from workers.models import architectures
 from workers.models.check import Comparison, check_model, folder_pipeline
-from workers.models.conventions import CONVENTIONS, Said, find_convention
+from workers.models.conventions import CONVENTIONS, Said, find_convention, one_line, toml_section
 from workers.models.hub import PREFIX, hub_source
-from workers.models.source import Source, local_source
+from workers.models.source import Source, copy_graph, local_source
+from workers.models.words import keep_words
 
 #: Outputs that are one vector per image, the one that its library calls an embedding first.
 _EMBEDDINGS = ("image_embeds", "pooler_output", "feature_vector")
@@ -44,6 +45,8 @@ class Added:
         source: where it was added from.
         license: as its source states it; None if it states none.
         checked: how near it is to its library, if it was compared now.
+        has_words: whether a text tower was kept now.
+        no_words: why one that lies in the source was not; None if it has none.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Added:
     source: str
     license: str | None
     checked: Comparison | None = None
+    has_words: bool = False
+    no_words: str | None = None
 
 
 def add_model(
@@ -128,8 +133,12 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any], check:
             "license": _license(source.folders),
             **source.facts,
             "added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "sha256": {path.name: _digest(path) for path in sorted(folder.iterdir())},
         }
+        text, no_words = _kept_words(source, model)
+        facts["sha256"] = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        if text:
+            # Apart: no feature of a picture depends on it.
+            facts["text_sha256"] = text
         if checked is not None:
             facts["check"] = checked.values
         (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
@@ -138,7 +147,22 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any], check:
             _require_same(target, facts)
         else:
             os.rename(folder, target)
-    return replace(_read(target), checked=checked)
+    return replace(_read(target), checked=checked, has_words=bool(text), no_words=no_words)
+
+
+def _kept_words(source: Source, model: Model) -> tuple[dict[str, str], str | None]:
+    """Keep the text tower that the source has: sha256 of its files by their names, and why one is not kept."""
+    folder = model.path.parent
+    pictures = set(folder.iterdir())
+    try:
+        keep_words(source.graph, model, f"the text tower of {source.shown}")
+    except (ModelError, UsageError) as error:
+        if "text" in read_toml(layout.toml_file(model.path)):
+            # Somebody named it, and means it.
+            raise
+        return {}, str(error).replace(f"{folder}{os.sep}", "")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in pictures)
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}, None
 
 
 def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
@@ -210,16 +234,8 @@ def _require_name(name: str) -> None:
 
 def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: dict[str, Any]) -> Model:
     found = source.graph
-    graph = load_graph(found)
     path = folder / (folder.name + layout.MODEL_ENDING)
-    shutil.copyfile(found, path)
-    for name in sorted(external_files(graph)):
-        # A graph of a stranger's names the files that are read beside it.
-        if Path(name).name != name or name in (path.name, layout.toml_file(path).name, layout.MODEL_SOURCE):
-            raise ModelError(f"{source.shown} has weights in {name!r}, which is not a file beside it")
-        if not (found.parent / name).is_file():
-            raise ModelError(f"{source.shown} has weights in {name}, which is not there; copy it beside the model")
-        shutil.copyfile(found.parent / name, folder / name)
+    graph = copy_graph(found, path, source.shown, {layout.toml_file(path).name, layout.MODEL_SOURCE})
     if said is None:
         shutil.copyfile(layout.toml_file(found), layout.toml_file(path))
         return load_model(path)
@@ -237,23 +253,15 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
 def _toml(found: Path, said: dict[str, Said], output: dict[str, Said]) -> str:
     lines = [f"# How pictures are prepared for {found.name}, and where each value comes from; see docs/models.md."]
     for section, values in (("input", said), ("output", output)):
-        lines += ["", f"[{section}]"] if values else []
-        # JSON's strings, numbers and lists are TOML's.
-        written = {key: f"{key} = {json.dumps(value.value)}" for key, value in values.items()}
-        width = max(map(len, written.values()), default=0)
-        lines += [f"{line:<{width}}  # {_comment(values[key].origin)}" for key, line in written.items()]
+        lines += ["", *toml_section(section, values)] if values else []
     return "\n".join(lines) + "\n"
-
-
-def _comment(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _license(folders: list[Path]) -> str | None:
     for folder in folders:
         readme = folder / "README.md"
         if readme.is_file() and (stated := _LICENSE.search(readme.read_text("utf-8", errors="replace")[:100_000])):
-            return _comment(stated[1].strip())[:200]
+            return one_line(stated[1].strip())[:200]
     return None
 
 

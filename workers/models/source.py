@@ -1,6 +1,7 @@
 """A model as it lies on this disk before it is added: its graph, and what is known of where it comes from."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
 from pipeline.errors import ModelError
+from pipeline.onnx_graph import external_files, load_graph
 
 if TYPE_CHECKING:
     from workers.models.check import Pipeline
@@ -62,6 +64,28 @@ def local_source(given: Path) -> Source:
 def convention_folders(graph: Path) -> list[Path]:
     """Where a graph's convention can lie; exporters put the graph into a folder of its own below it."""
     return [graph.parent, *([graph.parent.parent] if graph.parent.name in ("onnx", "visual") else [])]
+
+
+def copy_graph(found: Path, target: Path, shown: str, reserved: Iterable[str] = ()) -> Any:
+    """Copy a graph and its external weights into another folder; returns the graph.
+
+    Args:
+        shown: the graph, as messages call it.
+        reserved: names that no file of weights may have.
+
+    Raises:
+        ModelError: it is no model, or its weights are not files beside it.
+    """
+    graph = load_graph(found)
+    shutil.copyfile(found, target)
+    for name in sorted(external_files(graph)):
+        # A graph of a stranger's names the files that are read beside it.
+        if Path(name).name != name or name in (target.name, *reserved):
+            raise ModelError(f"{shown} has weights in {name!r}, which is not a file beside it")
+        if not (found.parent / name).is_file():
+            raise ModelError(f"{shown} has weights in {name}, which is not there; copy it beside the model")
+        shutil.copyfile(found.parent / name, target.with_name(name))
+    return graph
 
 
 def only_graph(names: Iterable[str], source: str, joint: str) -> str:
