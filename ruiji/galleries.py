@@ -143,6 +143,7 @@ class Gallery:
         top_k: int = TOP_K,
         metric: str = Metric.cosine,
         min_similarity: float | None = None,
+        collapse: float | None = None,
     ) -> SearchResults:
         """Find what looks like a picture, or like each of several.
 
@@ -152,6 +153,8 @@ class Gallery:
             metric: `cosine` and `angle` give one order, and the angle in radians as distance; `euclidean` is between
                 raw features.
             min_similarity: hits below this cosine are left out.
+            collapse: of hits whose cosine with each other reaches this, only the first is given; `hit.others` says how
+                many more it stands for.
 
         Returns:
             One answer for each picture. One of several that cannot be embedded has `error` instead of hits.
@@ -171,7 +174,7 @@ class Gallery:
             else:
                 queries.append(unusable(outcome) or Query(name_of(several[number], number), outcome))
         names = [name_of(picture, number) for number, picture in enumerate(several)]
-        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity))
+        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
 
     def search_ids(
         self,
@@ -180,13 +183,14 @@ class Gallery:
         top_k: int = TOP_K,
         metric: str = Metric.cosine,
         min_similarity: float | None = None,
+        collapse: float | None = None,
         include_self: bool = False,
     ) -> SearchResults:
         """Find what looks like an object of the gallery, or like each of several; no model is needed.
 
         Args:
             include_self: whether an object is among its own hits.
-            top_k, metric, min_similarity: as `search` takes them.
+            top_k, metric, min_similarity, collapse: as `search` takes them.
 
         Raises:
             QueryError: there is no such object, or it cannot be ranked.
@@ -199,7 +203,9 @@ class Gallery:
             if problem := unusable(feature):
                 raise QueryError(f"object {name}: {problem}")
             queries.append(Query(name, feature, None, name, shards.path(rows[name][0]), by_id=True))
-        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, not include_self))
+        return self._answer(
+            shards, names, queries, _criteria(top_k, metric, min_similarity, collapse, not include_self)
+        )
 
     def search_vectors(
         self,
@@ -208,12 +214,13 @@ class Gallery:
         top_k: int = TOP_K,
         metric: str = Metric.cosine,
         min_similarity: float | None = None,
+        collapse: float | None = None,
     ) -> SearchResults:
         """Find what is nearest to a feature, or to each of several; one pass over the gallery serves many.
 
         Args:
             vectors: float[d] or float[q, d], raw model output or anything of its length; taken as float32.
-            top_k, metric, min_similarity: as `search` takes them.
+            top_k, metric, min_similarity, collapse: as `search` takes them.
 
         Raises:
             QueryError: one is of another length than the gallery's features, zero, or not finite.
@@ -232,7 +239,7 @@ class Gallery:
                 raise QueryError(f"vector {number}: {problem}")
             queries.append(Query(str(number), feature))
         names = [str(number) for number in range(len(features))]
-        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity))
+        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
 
     def features(self, object_ids: Sequence[str]) -> Float32:
         """The features of some objects, float32[n, d], raw model output, in the order given.
@@ -360,7 +367,7 @@ class Gallery:
         Raises:
             UsageError: there is no such metric, or CUDA was asked for and does not work.
         """
-        wanted = _criteria(1, metric, None).metric
+        wanted = _criteria(1, metric, None, None).metric
         return str(self._planner.way(self._shards, Purpose.hits, queries, wanted))
 
     def warm_up(self) -> None:
@@ -497,11 +504,21 @@ def _unknown(object_id: str) -> UnknownObject:
     return UnknownObject(f"the gallery has no object {object_id}")
 
 
-def _criteria(top_k: int, metric: str, min_similarity: float | None, exclude_self: bool | None = None) -> Criteria:
+def _criteria(
+    top_k: int, metric: str, min_similarity: float | None, collapse: float | None, exclude_self: bool | None = None
+) -> Criteria:
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {top_k}")
     if metric not in set(Metric):
         raise UsageError(f"there is no metric {metric!r}: name one of {', '.join(Metric)}")
     if min_similarity is not None and not -1 <= min_similarity <= 1:
         raise UsageError(f"min_similarity must be a cosine, from -1 to 1, not {min_similarity}")
-    return Criteria(top_k=top_k, metric=Metric(metric), min_similarity=min_similarity, exclude_self=exclude_self)
+    if collapse is not None and not 0 < collapse <= 1:
+        raise UsageError(f"collapse must be a cosine above 0 and at most 1, not {collapse}")
+    return Criteria(
+        top_k=top_k,
+        metric=Metric(metric),
+        min_similarity=min_similarity,
+        collapse=collapse,
+        exclude_self=exclude_self,
+    )

@@ -3,15 +3,19 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from search.arrays import Rows
+from search.collapse import collapse
 from search.gallery.shards import Gallery
 from search.labels import Annotations
 from search.options import TOP_K, Metric
 from search.queries import Query, is_self, own_rows
+from search.ranking.exact import exact_similarities
 from search.ranking.planner import Planner, Purpose
-from search.ranking.rank import Hit, rank
+from search.ranking.rank import Hit, rank, rows_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,7 @@ class Criteria:
     Attributes:
         top_k: of each query, at least 1.
         min_similarity: hits below this cosine are left out.
+        collapse: of hits whose cosine with each other reaches this, only the first is given; None: all are.
         exclude_self: whether a query that is an object of the gallery is kept out of its own hits; None: out if it was
             named by its id.
     """
@@ -28,6 +33,7 @@ class Criteria:
     top_k: int = TOP_K
     metric: Metric = Metric.cosine
     min_similarity: float | None = None
+    collapse: float | None = None
     exclude_self: bool | None = None
 
 
@@ -70,14 +76,24 @@ def answer(
     way = planner.way(gallery, Purpose.hits, len(queries), criteria.metric)
     if explain is not None:
         explain(f"plan: {way}")
-    features = np.stack([query.feature for query in queries])
     scan = planner.arithmetic(way).scan
-    ranking = rank(gallery, features, criteria.top_k + more, criteria.metric, scan, way.queries_at_once)
-    least = -np.inf if criteria.min_similarity is None else criteria.min_similarity
+
+    def ranked(some: Sequence[Query], depth: int) -> tuple[tuple[Hit, ...], ...]:
+        features = np.stack([query.feature for query in some])
+        return rank(gallery, features, depth, criteria.metric, scan, way.queries_at_once).hits
+
+    def near(rows: Rows) -> list[Rows]:
+        assert criteria.collapse is not None
+        return rows_within(gallery, gallery.take(rows), criteria.collapse, scan, way.queries_at_once)
+
+    depth = criteria.top_k + more
     answers = []
-    for query, out, hits in zip(queries, own, ranking.hits, strict=True):
-        others = [hit for hit in hits if not any(is_self(part, hit.object_id, hit.path) for part in out)]
-        kept = tuple(hit for hit in others[: criteria.top_k] if hit.similarity >= least)
+    for query, out, hits in zip(queries, own, ranked(queries, depth), strict=True):
+        wanted = _Wanted(gallery, query, out, criteria)
+        if criteria.collapse is None:
+            kept = tuple(wanted.similar(wanted.others(hits)[: criteria.top_k]))
+        else:
+            kept = _collapsed(wanted, hits, depth, partial(ranked, [query]), near)
         known = None if annotations is None else tuple(annotations.label(hit.object_id, hit.path) for hit in kept)
         answers.append(Answer(query, kept, known))
     return answers
@@ -86,3 +102,52 @@ def answer(
 def _kept_out(query: Query, exclude_self: bool | None) -> list[Query]:
     """The parts of a query, or itself, that are left out of its hits if the gallery has them."""
     return [part for part in query.parts or (query,) if (part.by_id if exclude_self is None else exclude_self)]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which objects can be hits of a query."""
+
+    gallery: Gallery
+    query: Query
+    excluding: Sequence[Query]
+    criteria: Criteria
+
+    def others(self, hits: Sequence[Hit]) -> list[Hit]:
+        """Without the query's own rows, where these are left out."""
+        return [hit for hit in hits if not self._is_own(hit.object_id, hit.path)]
+
+    def similar(self, hits: Sequence[Hit]) -> list[Hit]:
+        """Without those below the least similarity."""
+        least = self.criteria.min_similarity
+        return [hit for hit in hits if least is None or hit.similarity >= least]
+
+    def count(self, rows: Rows) -> int:
+        """How many of some rows can be hits."""
+        gallery, least = self.gallery, self.criteria.min_similarity
+        if least is not None and len(rows):
+            rows = rows[exact_similarities(self.query.feature, gallery.take(rows)) >= least]
+        if not self.excluding:
+            return len(rows)
+        return sum(not self._is_own(gallery.object_id(row), gallery.path(row)) for row in rows.tolist())
+
+    def _is_own(self, object_id: str, path: str | None) -> bool:
+        return any(is_self(part, object_id, path) for part in self.excluding)
+
+
+def _collapsed(
+    wanted: _Wanted,
+    hits: tuple[Hit, ...],
+    depth: int,
+    ranked: Callable[[int], tuple[tuple[Hit, ...], ...]],
+    near: Callable[[Rows], Sequence[Rows]],
+) -> tuple[Hit, ...]:
+    """The first hits that are not near-identical to one before, from as deep in the ranking as it takes."""
+    known: dict[int, Rows] = {}
+    while True:
+        possible = wanted.similar(wanted.others(hits))
+        kept = collapse(possible, wanted.criteria.top_k, near, wanted.count, known)
+        if len(kept) == wanted.criteria.top_k or len(hits) < depth:
+            return tuple(kept)
+        depth *= 4
+        (hits,) = ranked(depth)

@@ -73,6 +73,16 @@ MinSimilarity = Annotated[
     float | None,
     typer.Option("--min-similarity", min=-1.0, max=1.0, metavar="COSINE", help="Leave out hits below this cosine."),
 ]
+Collapse = Annotated[
+    float | None,
+    typer.Option(
+        "--collapse",
+        min=0.0,
+        max=1.0,
+        metavar="COSINE",
+        help="Of hits that are as similar as this to each other, show only the first, with the number of the others.",
+    ),
+]
 ExcludeSelf = Annotated[
     bool | None,
     typer.Option(
@@ -196,6 +206,7 @@ def search(
     top_k: TopK = TOP_K,
     metric: MetricOption = Metric.cosine,
     min_similarity: MinSimilarity = None,
+    collapse: Collapse = None,
     exclude_self: ExcludeSelf = None,
     labels: Labels = None,
     where: Where = None,
@@ -230,6 +241,7 @@ def search(
         top_k=top_k,
         metric=metric,
         min_similarity=min_similarity,
+        collapse=collapse,
         exclude_self=exclude_self,
         device=device,
         sheet=sheet,

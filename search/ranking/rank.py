@@ -43,6 +43,7 @@ class Hit:
         path: relative to the media folder; None where the gallery does not know paths.
         similarity: cosine, -1 to 1, higher is closer; always given.
         distance: lower is closer; the angle in radians, or Euclidean for that metric.
+        others: how many objects this one stands for, beside itself; None where hits are not collapsed.
     """
 
     row: int
@@ -50,6 +51,7 @@ class Hit:
     path: str | None
     similarity: float
     distance: float
+    others: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,38 @@ def _search(gallery: Gallery, batch: Batch, scan: Scan) -> list[Neighbours]:
         _offer(pools, candidates, cuts)
     gallery.plan_reads(np.concatenate([pool.rows for pool in pools]))
     return [pool.decided() for pool in pools]
+
+
+def rows_within(
+    gallery: Gallery, queries: Float32, least: float, scan: Scan, queries_at_once: int = QUERIES_AT_ONCE
+) -> list[Rows]:
+    """Find every row whose cosine with a query reaches a value, exactly.
+
+    Args:
+        queries: float32[q, d]; none zero, all finite.
+        least: the cosine.
+        scan, queries_at_once: as `rank` takes them.
+
+    Returns:
+        For each query gallery rows, int64, ascending.
+    """
+    found: list[Rows] = []
+    for start in range(0, len(queries), queries_at_once):
+        batch = Batch(queries[start : start + queries_at_once], 1, Metric.cosine)
+        # Cuts that stay let every row through that can reach them.
+        cuts = np.full(len(batch.queries), least)
+        rows: list[list[Rows]] = [[] for _ in cuts]
+        for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
+            for number in np.unique(candidates.queries).tolist():
+                of_query = candidates.queries == number
+                some, reached = candidates.rows[of_query], candidates.lower[of_query] >= least
+                in_doubt = np.flatnonzero(~reached)
+                for first in range(0, len(in_doubt), _DECIDED_AT_ONCE):
+                    places = in_doubt[first : first + _DECIDED_AT_ONCE]
+                    reached[places] = batch.decide(number, gallery.take(some[places])) >= least
+                rows[number].append(some[reached])
+        found += [np.sort(np.concatenate([np.empty(0, np.int64), *one])) for one in rows]
+    return found
 
 
 def check_queries(queries: Float32, length: int) -> None:

@@ -44,14 +44,14 @@ class SearchRequest:
         minus: words that are subtracted; the others are then combined.
         combine: search with the sum of all queries, each brought to norm 1, instead of with each of them.
         media_dir: where the pictures of the gallery are.
-        top_k, metric, min_similarity, exclude_self: as in `search.answers.Criteria`.
+        top_k, metric, min_similarity, collapse, exclude_self: as in `search.answers.Criteria`.
         device: where pictures are embedded and rows are ranked; changes speed, never the ranking.
         sheet, html: what will be drawn; checked before any work.
         max_pixels: pictures with more are not decoded.
         explain: say which way the search takes, and why.
 
     Raises:
-        UsageError: there is nothing to search with.
+        UsageError: there is nothing to search with, or a value is out of its bounds.
     """
 
     selection: Selection
@@ -65,6 +65,7 @@ class SearchRequest:
     top_k: int = TOP_K
     metric: Metric = Metric.cosine
     min_similarity: float | None = None
+    collapse: float | None = None
     exclude_self: bool | None = None
     device: Device = Device.auto
     sheet: Path | None = None
@@ -81,6 +82,8 @@ class SearchRequest:
             raise UsageError(
                 "--metric euclidean compares raw features, and combined queries have none: leave out --metric"
             )
+        if self.collapse is not None and not 0 < self.collapse <= 1:
+            raise UsageError(f"--collapse must be above 0 and at most 1, not {self.collapse}")
 
     @property
     def combines(self) -> bool:
@@ -170,6 +173,7 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
         top_k=request.top_k,
         metric=request.metric,
         min_similarity=request.min_similarity,
+        collapse=request.collapse,
         exclude_self=request.exclude_self,
     )
     answers = answer(gallery, queries, criteria, planner, annotations, say if request.explain else None)

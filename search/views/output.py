@@ -59,6 +59,8 @@ def _hit_rows(answer: "Answer") -> list[Row]:
             "similarity": hit.similarity,
             "distance": hit.distance,
         }
+        if hit.others is not None:
+            row["others"] = hit.others
         if answer.labels is not None:
             row["label"] = answer.labels[rank - 1]
         rows.append(row)

@@ -198,6 +198,7 @@ def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:
         (ruiji.UsageError, "no device 'gpu': name one of auto, cuda, cpu", lambda: world_with("gpu")),
         (ruiji.UsageError, "no metric 'l1'", lambda: gallery.search_vectors(vector, metric="l1")),
         (ruiji.UsageError, "top_k must be at least 1", lambda: gallery.search_vectors(vector, top_k=0)),
+        (ruiji.UsageError, "collapse must be", lambda: gallery.search_vectors(vector, collapse=0.0)),
         (ruiji.UsageError, "min_similarity must be", lambda: gallery.search_vectors(vector, min_similarity=np.nan)),
         (
             ruiji.QueryError,

@@ -638,6 +638,23 @@ def test_labels_that_contradict_each_other_are_refused_before_there_is_an_answer
 # The other commands
 
 
+def test_collapsed_hits_say_for_how_many_others_they_stand(own_world: World) -> None:
+    features = embed_images(
+        [own_world.media / own_world.paths[0]], own_world.model, load_encoder(own_world.model, "cpu"), MAX_PIXELS
+    ).features
+    copies = np.concatenate([features * 2, features * 3])
+    write_shard(own_world.folder, 9, copies, ["c/0.png", "c/1.png"], own_world.model.fingerprint)
+    query = "--id", own_world.paths[0].rpartition("/")[2]
+    found = own_world.search(*query, "--include-self", "-k", "2", "--collapse", "0.9999", "--format", "json")
+    (first, second) = json.loads(found.stdout)[0]["hits"]
+    assert (first["others"], second["others"]) == (2, 0)
+    assert (
+        own_world.search(*query, "--collapse", "0.9999", "--format", "csv").stdout.splitlines()[0].endswith(",others")
+    )
+    assert "others" not in own_world.search(*query).stdout
+    assert "--collapse must be above 0" in own_world.refused(UsageError, *query, "--collapse", "0")
+
+
 def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Path) -> None:
     features = embed_images(
         [own_world.media / path for path in own_world.paths[:2]],
