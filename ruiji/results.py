@@ -123,13 +123,20 @@ class SearchResults(_Table):
 class NearDuplicates(_Table):
     """Groups of near-identical objects.
 
-    As a table: one row for each member, with group (from 1), object_id, path, and similarity to the group's first.
+    As a table: one row for each member, with group (from 1), object_id, path, similarity to the group's first, and
+    identical_to, the id of the first member whose file has the same bytes.
 
     Attributes:
         groups: in the order of their first members.
     """
 
-    _columns: ClassVar = {"group": "int64", "object_id": "string", "path": "string", "similarity": "float64"}
+    _columns: ClassVar = {
+        "group": "int64",
+        "object_id": "string",
+        "path": "string",
+        "similarity": "float64",
+        "identical_to": "string",
+    }
 
     groups: tuple[Group, ...]
 
@@ -142,7 +149,7 @@ class NearDuplicates(_Table):
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for number, group in enumerate(self.groups, 1):
             for member in group.members:
-                yield number, member.object_id, member.path, member.similarity
+                yield number, member.object_id, member.path, member.similarity, member.identical_to
 
 
 def _library(name: str, method: str) -> Any:

@@ -15,7 +15,7 @@ FOUND = ruiji.SearchResults(
     )
 )
 GROUPS = ruiji.NearDuplicates(
-    (ruiji.Group(1, (ruiji.Member(0, "a", "x/a", 1.0), ruiji.Member(4, "b", "x/b", 0.99)), 1),)
+    (ruiji.Group(1, (ruiji.Member(0, "a", "x/a", 1.0), ruiji.Member(4, "b", "x/b", 0.99, identical_to="a")), 1),)
 )
 HIT_ROWS = [
     {"query": "q.jpg", "rank": 1, "object_id": "a.jpg", "path": "x/a.jpg", "similarity": 1.0, "distance": 0.0},
@@ -23,8 +23,8 @@ HIT_ROWS = [
     {"query": "r", "rank": 1, "object_id": "a.jpg", "path": "x/a.jpg", "similarity": 1.0, "distance": 0.0},
 ]
 GROUP_ROWS = [
-    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0},
-    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99},
+    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0, "identical_to": None},
+    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99, "identical_to": "a"},
 ]
 
 
