@@ -158,7 +158,8 @@ class Lists:
         if not os.path.realpath(self._media_dir / self._path(removal.remove)).startswith(inside):
             return "a link leads out of the media folder"
         if removal.keep not in self._keeps:
-            return f"the file that was kept for it, {kept}, is to go itself; decide again about the two"
+            instead = self._path(self._removals[removal.keep][-1].keep)
+            return f"the file that was kept for it, {kept}, is to go itself; decide about this one and {instead}"
         if _inode(there) in self._kept:
             same = self._stats[removal.keep]
             one = kept if same is not None and _inode(same) == _inode(there) else "one that is kept"

@@ -1,6 +1,8 @@
 """The decisions file: literal bytes, torn lines, damage, writers at once and killed ones."""
 
+import contextlib
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import layout
@@ -17,6 +20,7 @@ from search.duplicates.decisions import DecidedObject, Decision, Verdict, append
 from tests.chaos.harness import sized
 from tests.conftest import ROOT
 from tests.factories import wait_until
+from tests.search.galleries import write_article_shard
 
 TIME = "2026-11-29T08:00:00Z"
 A = DecidedObject("cat/a.jpg", sha256="5f" * 32)
@@ -201,18 +205,6 @@ def test_writers_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
         assert mine == [f"{writer}-{number}-{part}" for number in range(20) for part in "ab"], "in their order"
 
 
-DECIDER = """
-import sys
-from pathlib import Path
-from search.duplicates.decisions import append_decisions
-from tests.search.duplicates.test_decisions import different
-for number in range(10**9):
-    name = f"{sys.argv[2]}-{number}"
-    append_decisions(Path(sys.argv[1]), [different(name), different(f"{name}-b")])
-    print(name, flush=True)
-"""
-
-
 @pytest.mark.chaos
 def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none_in_the_long_form(tmp_path: Path) -> None:
     kill_deciders(tmp_path, sized(20, 200))
@@ -223,38 +215,49 @@ def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none(tmp
 
 
 def kill_deciders(tmp_path: Path, kills: int) -> None:
-    """Two write at a time; one after the other is killed at a random moment."""
+    """Two commands decide at a time; one after the other is killed at a random moment."""
+    ids = [f"{number:04d}" for number in range(2000)]
+    write_article_shard(tmp_path / "shards", 0, np.ones((len(ids), 2), np.float32), ids)
     file, rng = tmp_path / "decisions.jsonl", random.Random(0)
-    confirmed: list[str] = []
-    deciders: list[tuple[subprocess.Popen[bytes], Path]] = []
+    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", tmp_path / "shards"]
 
-    def start(number: int) -> None:
+    def start(number: int) -> tuple["subprocess.Popen[bytes]", threading.Thread, Path]:
         out = tmp_path / f"{number}.out"
         with out.open("wb") as stdout:
-            process = subprocess.Popen([sys.executable, "-c", DECIDER, file, str(number)], cwd=ROOT, stdout=stdout)
-        deciders.append((process, out))
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.DEVNULL
+            )
+        thread = threading.Thread(target=feed, args=(process, number))
+        thread.start()
+        return process, thread, out
 
-    start(0)
-    for number in range(1, kills + 1):
-        start(number)
-        process, out = deciders.pop(0)
+    def feed(process: "subprocess.Popen[bytes]", number: int) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            for other in range(1000, 2000):
+                value = {"decision": "different", "objects": [f"{number:04d}", f"{other}"]}
+                process.stdin.write(json.dumps(value).encode() + b"\n")
+                if rng.random() < 0.2:
+                    process.stdin.flush()
+                    threading.Event().wait(0.002)
+
+    confirmed: dict[int, int] = {}
+    deciders = [start(0)]
+    for number in range(kills):
+        deciders.append(start(number + 1))
+        process, thread, out = deciders.pop(0)
         wait_until(lambda out=out: out.stat().st_size, what="its first decision")  # type: ignore[misc]
-        # Mostly while it works, and for a hundred times as long as one decision takes.
         threading.Event().wait(rng.random() * 0.1)
         process.kill()
         process.wait()
-        *lines, _ = out.read_bytes().decode().split("\n")
-        confirmed += lines
-    process, out = deciders.pop()
+        thread.join()
+        confirmed[number] = out.read_bytes().count(b"\n")
+    process, thread, _ = deciders.pop()
     process.kill()
     process.wait()
-    confirmed += out.read_bytes().decode().split("\n")[:-1]
-    found = names(file)
-    assert len(set(found)) == len(found)
-    assert {one for name in confirmed for one in (name, f"{name}-b")} <= set(found), "none is lost"
-    for decider in range(kills + 1):
-        own = [name for name in found if name.split("-")[0] == str(decider)]
-        said = [name for name in confirmed if name.split("-")[0] == str(decider)]
-        # Only what it had asked for: at most one more than it could confirm.
-        asked = [one for count in range(len(said) + 1) for one in (f"{decider}-{count}", f"{decider}-{count}-b")]
-        assert own == asked[: len(own)]
+    thread.join()
+    found = [tuple(one.name for one in decision.objects) for decision in read_decisions(file)]
+    for number, count in confirmed.items():
+        own = [other for one, other in found if one == f"{number:04d}"]
+        assert own == ids[1000 : 1000 + len(own)], "only what was asked for, once, in its order"
+        assert len(own) >= count > 0, "none is lost that was confirmed"

@@ -88,7 +88,7 @@ def test_what_was_kept_and_is_to_go_now_keeps_nothing(tmp_path: Path) -> None:
     write(tmp_path, "a", "b", "c")
     named, left = told(lists(tmp_path, same("a", "b"), same("c", "a")))
     assert named == ["a"]
-    assert left == {"b": "the file that was kept for it, a, is to go itself; decide again about the two"}
+    assert left == {"b": "the file that was kept for it, a, is to go itself; decide about this one and c"}
     # Of two that it was kept for, one is kept itself.
     assert told(lists(tmp_path, same("a", "b"), same("c", "a"), same("c", "b"))) == (["a", "b"], {})
 
