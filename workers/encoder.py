@@ -1,9 +1,11 @@
 """The model as a function: pixels in, features out, through one ONNX Runtime session."""
 
 import ctypes
+import io
 import logging
 import re
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ _MACHINE = re.compile(
 )
 #: What CUDA says of a card or a driver that this build is not for; it says so whenever it is asked.
 _NO_CODE = re.compile(r"no kernel image is available|driver version is insufficient", re.IGNORECASE)
+#: The severity from which ONNX Runtime writes to stderr: its errors come as exceptions, and are told once.
+_FATAL = 4
 #: Of what ONNX Runtime says, so much of its beginning and of its end is repeated: between them is its own source.
 _SAID = 160
 
@@ -282,11 +286,17 @@ def _on_cuda(model: Model, device: Device, run_images: int, gpu_memory_mb: int |
 
 def _cuda_session(model: Model, run_images: int, gpu_memory_mb: int | None) -> BoundSession:
     devices.sleep_while_waiting()
-    # Finds the CUDA libraries that came with torch.
-    ort.preload_dlls()
+    # Finds the CUDA libraries that came with torch. What is missing it tells stdout, which is for answers, and ONNX
+    # Runtime tells stderr in colours; it is told below.
+    with redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    ort.set_default_logger_severity(_FATAL)
     session = _session(model, 1, _cuda_options(gpu_memory_mb))
     if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise UsageError(f"ONNX Runtime cannot load its CUDA provider: {_why_not_loaded()}")
+        raise UsageError(
+            f"ONNX Runtime cannot load its CUDA provider: {_why_not_loaded()}. CUDA's libraries come with torch: "
+            "make clean setup ACCEL=gpu"
+        )
     try:
         return BoundSession(session, model, run_images, Device.cuda)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises.
@@ -321,8 +331,7 @@ def _session(model: Model, threads: int, cuda: dict[str, str] | None, many: bool
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Its errors come as exceptions, and are told once.
-    options.log_severity_level = 4
+    options.log_severity_level = _FATAL
     source: str | bytes | None = None
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if cuda is not None:
