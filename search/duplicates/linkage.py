@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.arrays import Float64, Mask, Rows
-from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys
+from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys, usable_rows
 from search.gallery.shards import Gallery
 from search.options import Linkage
 
@@ -84,7 +84,7 @@ def form_groups(gallery: Gallery, store: PairStore, rules: Rules, scratch: Path)
     Raises:
         UsageError: more than `LARGEST` objects would have to be put in order together.
     """
-    first = np.where(_taking_part(gallery), store.first, -1)
+    first = np.where(usable_rows(gallery), store.first, -1)
     classes = _Units(first, rules.sides)
     connected = _Connected(classes)
     for pairs in store.pairs():
@@ -117,13 +117,6 @@ def form_groups(gallery: Gallery, store: PairStore, rules: Rules, scratch: Path)
         counted[places] = (inside + _by_label(clusters, atoms.compared_within(atoms.of)))[places]
         least[places] = joined_at[places] if rules.linkage is Linkage.complete else np.nan
     return _by_first_rows(label, counted, least, between)
-
-
-def _taking_part(gallery: Gallery) -> Mask:
-    parts = [
-        shard.norms > 0 if shard.left_out is None else (shard.norms > 0) & ~shard.left_out for shard in gallery.shards
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, bool)
 
 
 class _Units:

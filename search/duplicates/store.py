@@ -8,7 +8,7 @@ new shards cost only their own panels, and pairs are never all in memory. `docs/
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,19 +243,20 @@ def collect(
         fitting |= known.keys()
         if all(known.values()):
             break
-    complete = all(known.values())
-    first = _known_equals(compared, known.values()) if complete else first_equals(compared, tile_rows)
+    usable = usable_rows(compared)
+    if all(known.values()):
+        first = _known_equals(usable, known.values())
+    else:
+        # It takes a look at all rows to find those that are equal: until then each counts.
+        progress(*_compared(known, np.flatnonzero(usable)))
+        first = first_equals(compared, tile_rows)
     different = np.flatnonzero(first == np.arange(len(first)))
-    total = len(different) * (len(different) - 1) // 2
-    places = {panel: np.searchsorted(different, [panel.first, panel.end]).tolist() for panel in known}
-    done = sum(
-        end * (end - 1) // 2 - start * (start - 1) // 2 for panel, (start, end) in places.items() if known[panel]
-    )
+    done, total = _compared(known, different)
     progress(done, total)
     parts: list[Part] = []
-    panels = [different[start:end] for start, end in places.values()]
+    panels = [different[slice(*np.searchsorted(different, [panel.first, panel.end]))] for panel in known]
     sides = Sides(compared, panels, arithmetic, tile_rows, tiles.kept_rows)
-    for number, panel in enumerate(places):
+    for number, panel in enumerate(known):
         if known[panel] is None:
             writing = _Writing(folder, panel, threshold, _equals_in(first, panel))
             for count, near in find_pairs(sides, number, threshold):
@@ -298,16 +299,31 @@ def _equals_in(first: Rows, panel: Panel) -> NDArray[np.uint64]:
     return np.stack([firsts[later], rows[later]], axis=1).astype(np.uint64)
 
 
-def _known_equals(gallery: Gallery, panels: Iterable[list[Part] | None]) -> Rows:
-    """As `first_equals`, from the files of all panels."""
-    usable = [
+def usable_rows(gallery: Gallery) -> Mask:
+    """Rows that can be ranked and that the gallery does not leave out, bool[n]."""
+    parts = [
         shard.norms > 0 if shard.left_out is None else (shard.norms > 0) & ~shard.left_out for shard in gallery.shards
     ]
-    first = np.where(np.concatenate(usable), np.arange(gallery.rows), -1) if usable else np.empty(0, np.int64)
+    return np.concatenate(parts) if parts else np.empty(0, bool)
+
+
+def _known_equals(usable: Mask, panels: Iterable[list[Part] | None]) -> Rows:
+    """As `first_equals`, from the files of all panels."""
+    first = np.where(usable, np.arange(len(usable)), -1)
     for parts in panels:
         for part in parts or ():
             first[part.equals[:, 1].astype(np.int64)] = part.equals[:, 0].astype(np.int64)
     return first
+
+
+def _compared(panels: Mapping[Panel, list[Part] | None], rows: Rows) -> tuple[int, int]:
+    """How many pairs of some rows are compared already, and how many there are."""
+    done = 0
+    for panel, parts in panels.items():
+        start, end = np.searchsorted(rows, [panel.first, panel.end]).tolist()
+        if parts is not None:
+            done += end * (end - 1) // 2 - start * (start - 1) // 2
+    return done, len(rows) * (len(rows) - 1) // 2
 
 
 class _Folder:

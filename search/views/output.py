@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from search.answers import Answer
     from search.duplicates.groups import Group
 
+#: Of what leads out of a group a table shows so many.
+_SEE_ALSO = 5
 #: A hit as it is written, keys in the order of the columns.
 Row: TypeAlias = dict[str, "int | float | str | None"]
 
@@ -98,9 +100,11 @@ def write_groups(
                 print(line)
             if group.reason is not None:
                 print(shown(f"keep {group.members[0].object_id}: {group.reason}"))
-            for other in group.see_also:
+            for other in group.see_also[:_SEE_ALSO]:
                 where = f"group {other.group}, " if other.group is not None else ""
                 print(f"see also {where}{shown(other.object_id)}: {other.similarity:.6f} to {shown(other.member)}")
+            if len(group.see_also) > _SEE_ALSO:
+                print(f"and {len(group.see_also) - _SEE_ALSO} more; --format json has all")
     else:
         for place, group in enumerate(groups):
             if place and not null:

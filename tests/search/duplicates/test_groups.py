@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pipeline.errors import UsageError
 from search.duplicates.groups import Group, find_groups
 from search.duplicates.linkage import Rules
-from search.options import Linkage, Precision
+from search.options import GroupFormat, Linkage, Precision
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
+from search.views.output import write_groups
 from tests.search.galleries import brute_force, in_memory
 from tests.search.ranking.test_rank import KINDS, features_of, ids_of
 
@@ -70,6 +71,62 @@ def test_a_chain_is_one_group_and_each_similarity_is_to_the_first() -> None:
     assert [member.row for member in group.members] == [0, 1, 2, 3]
     assert group.pairs == 3
     assert group.members[3].similarity == pytest.approx(np.cos(np.radians(30)))
+
+
+def fan(count: int, degrees: float) -> NDArray[np.float32]:
+    """Unit rows, each so far from the one before."""
+    angles = np.radians(degrees) * np.arange(count)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [50, 51])
+def test_a_chain_of_fifty_falls_into_groups_that_are_alike_and_no_pair_is_lost(count: int) -> None:
+    threshold = float(np.cos(np.radians(3.5)))
+    groups = list(find_groups(in_memory(fan(count, 3)), threshold))
+    assert all(len(group.members) == 2 and group.least_similarity >= threshold for group in groups)  # type: ignore[operator]
+    # Each pair of neighbours is in a group, or told at both of its ends, unless one of these is in no group.
+    inside = {tuple(member.row for member in group.members) for group in groups}
+    grouped = {row for pair in inside for row in pair}
+    told_at = [
+        tuple(sorted((member.row, other.row)))
+        for group in groups
+        for other in group.see_also
+        for member in group.members
+        if member.object_id == other.member
+    ]
+    for pair in itertools.pairwise(range(count)):
+        assert (pair in inside) or told_at.count(pair) == len(grouped & set(pair))
+    (chained,) = find_groups(in_memory(fan(count, 3)), threshold, SINGLE)
+    assert (len(chained.members), chained.pairs) == (count, count - 1)
+    assert chained.least_similarity == pytest.approx(np.cos(np.radians(3 * (count - 1))), abs=1e-6)
+
+
+def test_no_pair_of_0_82_is_in_a_group_of_0_97() -> None:
+    rows = fan(4, 11.6)
+    first, second = find_groups(in_memory(rows), 0.97)
+    assert [[member.row for member in group.members] for group in (first, second)] == [[0, 1], [2, 3]]
+    assert [(other.row, other.group, other.pairs) for other in first.see_also] == [(2, 2, 1)]
+    (chained,) = find_groups(in_memory(rows), 0.97, SINGLE)
+    assert chained.least_similarity == pytest.approx(0.82, abs=2e-3)
+
+
+def test_a_table_names_five_of_what_leads_out_of_a_group_and_counts_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Nine rows around one, each near it and far from the others.
+    rows = np.eye(10, dtype=np.float32)
+    rows[:, 0] = 1
+    (group,) = find_groups(in_memory(rows), 0.6)
+    write_groups([group], GroupFormat.table, None, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("see also ") for line in lines) == 5
+    assert lines[-1] == "and 3 more; --format json has all"
+
+
+def test_progress_begins_before_any_row_is_compared() -> None:
+    seen: list[tuple[int, int]] = []
+    find_groups(in_memory(features_of("random", 90)), 0.9, progress=lambda *now: seen.append(now))
+    assert seen[:2] == [(0, 90 * 89 // 2)] * 2
 
 
 def test_the_threshold_itself_is_reached() -> None:
