@@ -1,6 +1,8 @@
-"""Where a GPU's time goes: every stage alone, then the whole pipeline against the slowest of them.
+"""Where a GPU's time goes: every stage alone, then the whole pipeline against the slowest of them; and search.
 
-`python -m benchmarks.gpu` runs on a CPU as well, and says what stays unmeasured there. `--images N` tries it out.
+    python -m benchmarks.gpu [embed | search] [--device cuda] [--processes N]
+
+It runs on a CPU as well, and says what stays unmeasured there. `--images N` and `--rows N M` are for trials, not saved.
 """
 
 import argparse
@@ -8,7 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from benchmarks.pipeline import ruiji
 from benchmarks.processes import Watch, adopt_orphans
 from benchmarks.results import FOLDER, Figure, nvidia_smi, save, show
 from pipeline.choices import Device, Role
-from pipeline.errors import RuijiError
+from pipeline.errors import RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.settings import MAX_PIXELS
 from pipeline.spec import ModelSpec
@@ -200,24 +204,40 @@ def _gpu_memory_bytes() -> float | None:
 
 def main() -> int:
     """Measure, save under the device's name, and show."""
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("embed", "search"), help="one part alone")
     parser.add_argument("--images", type=int, help="a run to try it out, whose figures are not saved")
+    parser.add_argument("--rows", type=int, nargs=2, metavar=("N", "M"), help="two galleries to try search out with")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: nothing else will do")
     parser.add_argument("--processes", type=int, help="embed processes, for each GPU; else as ruiji worker has")
     options = parser.parse_args()
     adopt_orphans()
     try:
-        need_shared()
-        device = Encoder(load_model(MODEL), Device(options.device)).device
-        count = options.images or (ARTICLE_IMAGES if device == "cuda" else 4_000)
-        media, listed = media_folder(LARGE, count), object_list(count)
+        code = 0
+        if options.part != "search":
+            code |= embed(Device(options.device), options.images, options.processes)
+        if options.part != "embed":
+            code |= search(Device(options.device), options.rows)
     except RuijiError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    return code
+
+
+def embed(asked: Device, images: int | None, processes: int | None) -> int:
+    """Every stage and the whole pipeline.
+
+    Raises:
+        UsageError: the photos are not there, or CUDA is asked for and does not work.
+    """
+    need_shared()
+    device = Encoder(load_model(MODEL), asked).device
+    count = images or (ARTICLE_IMAGES if device == "cuda" else 4_000)
+    media, listed = media_folder(LARGE, count), object_list(count)
     warm(media, listed)
     figures, allowed = stages(device, media, listed.read_text().splitlines())
-    code = _finish(f"{device}, stages", figures, not options.images)
-    code |= _finish(f"{device}, whole", whole(device, media, count, allowed, options.processes), not options.images)
+    code = _finish(f"{device}, stages", figures, not images)
+    code |= _finish(f"{device}, whole", whole(device, media, count, allowed, processes), not images)
     if device == "cpu":
         print(
             "on the CPU. Unmeasured: the encoder's rate on one, host to device, GPU memory, "
@@ -225,6 +245,28 @@ def main() -> int:
             file=sys.stderr,
         )
     return code
+
+
+def search(asked: Device, rows: list[int] | None) -> int:
+    """Search with torch, against torch used plainly.
+
+    Raises:
+        UsageError: torch is not installed, or CUDA is asked for and does not work.
+    """
+    if find_spec("torch") is None:
+        raise UsageError("search on a GPU is torch's, which is not installed: make .venv/torch")
+    from benchmarks.gpu_search import figures
+    from search.ranking.torch_arithmetic import torch_device
+
+    device = Device.cuda if asked is Device.cuda else Device.cpu
+    torch_device(device.value)
+    if asked is Device.auto:
+        with suppress(UsageError):
+            device = Device(torch_device("cuda").type)
+    if device is Device.cpu and not rows:
+        print("on the CPU; `make bench-search` measures search there. Try this out with --rows 20000 40000")
+        return 0
+    return _finish(f"{device}, search", list(figures(device, *(rows or (100_000, 1_000_000)))), not rows)
 
 
 def _finish(part: str, figures: list[Figure], complete: bool) -> int:
