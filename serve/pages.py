@@ -14,7 +14,13 @@ from serve.access import SESSION_S, Access
 
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 #: By route; each is in memory, so that no path of a request reaches the disk.
-_FILES = {"/login": "login.html", "/login.js": "login.js", "/style.css": "style.css"}
+_FILES = {
+    "/": "index.html",
+    "/find.js": "find.js",
+    "/login": "login.html",
+    "/login.js": "login.js",
+    "/style.css": "style.css",
+}
 router = APIRouter()
 
 

@@ -20,6 +20,7 @@ from tests.factories import Ruiji, pictures, wait_until
 from tests.search.galleries import write_gallery
 
 COUNT = 40
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -126,7 +127,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterato
     base = tmp_path_factory.mktemp("world")
     model = base / model_path.name
     model.write_bytes(model_path.read_bytes())
-    ruiji = Ruiji(base / "media", base / "features", model, base / "state", Path(__file__).resolve().parents[2])
+    ruiji = Ruiji(base / "media", base / "features", model, base / "state", ROOT)
     write_served_gallery(ruiji)
     yield ruiji
     ruiji.stop_all()
