@@ -115,14 +115,15 @@ test-compose: .venv/dev ## The tests that start containers, one after the other
 bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
 	.venv/bin/python -m benchmarks.search $(PART)
 
-build/models/made: requirements/models.txt
+build/models/made: requirements/models.txt pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo $(PYTHON_MESSAGE) >&2; exit 1; }
 	@$(PYTHON) -m venv build/models
-	@build/models/bin/python -m pip --disable-pip-version-check --no-input -q install -r $<
+	@build/models/bin/python -m pip --disable-pip-version-check --no-input -q install -r $< .[cpu]
 	@touch $@
 
-check-models: build/models/made ## Compare preprocessing with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
+check-models: build/models/made ## Compare with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
+	@OMP_NUM_THREADS=1 build/models/bin/python -W ignore -m tests.models.architectures
 
 lint: .venv/dev ## Check style
 	.venv/bin/ruff check .

@@ -100,6 +100,7 @@ def hugging_face_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]
         BitImageProcessorPil(**dinov2),
         ViTImageProcessorPil(),
         SiglipImageProcessorPil(),
+        SiglipImageProcessorPil(size={"height": 256, "width": 256}, resample=2),
         ConvNextImageProcessorPil(size={"shortest_edge": 224}),
         ConvNextImageProcessorPil(size={"shortest_edge": 384}),
     ):
@@ -123,6 +124,8 @@ def timm_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:
         ("vit_tiny_patch16_224", {}),
         ("efficientnet_b0", {}),
         ("mobilenetv3_small_100", {"crop_pct": 0.95}),
+        ("mobilenetv3_small_100", {}),
+        ("fastvit_mci0", {}),
         ("resnet18", {"crop_mode": "squash", "crop_pct": 1.0}),
         ("resnet18", {"crop_mode": "border", "crop_pct": 1.0}),
     ]
@@ -143,8 +146,13 @@ def open_clip_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:
     """What open_clip's and immich's models have beside them, and what open_clip makes of it."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    for mode in ("shortest", "longest", "squash"):
-        given = PreprocessCfg(size=(224, 224), resize_mode=mode, interpolation="bicubic", fill_color=114)
+    sized: dict[str, Any] = {"size": (224, 224), "interpolation": "bicubic", "fill_color": 114}
+    half = (0.5, 0.5, 0.5)
+    # The last is PE-Core's.
+    for given in (
+        *(PreprocessCfg(resize_mode=mode, **sized) for mode in ("shortest", "longest", "squash")),
+        PreprocessCfg(size=(224, 224), resize_mode="squash", interpolation="bilinear", mean=half, std=half),
+    ):
 
         def make(image: Image.Image, whole: bool, given: Any = given) -> NDArray[Any]:
             plain = {} if whole else {"mean": (0.0,) * 3, "std": (1.0,) * 3}
