@@ -9,6 +9,7 @@ counts what is found, the other parts look at time and memory only. Galleries ar
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -36,8 +37,10 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
 from search.duplicates.groups import find_groups
+from search.duplicates.linkage import Rules
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery, Shard
+from search.options import Linkage
 from search.queries import embed_images, load_encoder
 from search.ranking.arithmetic import PANEL_ROWS, TILE_ROWS
 from search.ranking.planner import Question, bfloat16_units, choose_way, look_at_machine
@@ -384,8 +387,9 @@ def copies(photos: int) -> Iterator[Figure]:
         features = embed_images(
             [path for _, _, path in images], model, load_encoder(model, Device.cpu), MAX_PIXELS
         ).features
-    for threshold in (0.95, 0.9, 0.8):
-        groups = find_groups(in_memory(features), threshold)
+    for threshold, linkage in itertools.product((0.95, 0.9, 0.8), Linkage):
+        what = f"copies at {threshold}, {linkage}"
+        groups = find_groups(in_memory(features), threshold, Rules(linkage))
         group_of = {member.row: number for number, group in enumerate(groups) for member in group.members}
         row_of = {(photo, kind): row for row, (photo, kind, _) in enumerate(images)}
         for kind in ALTERATIONS:
@@ -393,12 +397,15 @@ def copies(photos: int) -> Iterator[Figure]:
                 group_of.get(row_of[photo, kind], -1) == group_of.get(row_of[photo, "original"], -2)
                 for photo in range(photos)
             ]
-            yield Figure(f"copies at {threshold}: {kind} found", "share", (statistics.mean(found),), judged=False)
+            yield Figure(f"{what}: {kind} found", "share", (statistics.mean(found),), judged=False)
         inside = [[images[member.row][0] for member in group.members] for group in groups]
         right = sum(sources.count(one) - 1 for sources in inside for one in sources)
         pairs = sum(len(sources) * (len(sources) - 1) for sources in inside)
         yield Figure(
-            f"copies at {threshold}: pairs in one group that are right", "share", (right / pairs,), judged=False
+            f"{what}: pairs in one group that are right",
+            "share",
+            (right / pairs,),
+            judged=False,
         )
 
 

@@ -29,6 +29,8 @@ from search.ranking.arithmetic import Arithmetic
 
 #: Pairs that are in memory at once: as they are found, written, and read again.
 AT_ONCE = 1 << 20
+#: Pairs of each file that are looked at together, at least, when files are merged.
+_LOOKED_AT = 1024
 #: Goes into every key; changes with the format.
 _FORMAT = "pairs 1"
 _WORD_BITS = 64
@@ -171,7 +173,7 @@ class PairStore:
         """
         parts = [part for part in (*self.parts, *more) if len(part.keys)]
         places = [0] * len(parts)
-        step = max(1024, AT_ONCE // max(1, len(parts)))
+        step = max(_LOOKED_AT, AT_ONCE // max(1, len(parts)))
         while parts:
             ends = [min(place + step, len(part.keys)) for part, place in zip(parts, places, strict=True)]
             # What comes behind the last pair of a piece that goes on can only be after it.

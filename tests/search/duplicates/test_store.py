@@ -16,8 +16,10 @@ from pipeline import layout
 from pipeline.cache import look_through
 from search.duplicates.groups import Group, find_groups
 from search.duplicates.pairs import find_pairs
+from search.duplicates.store import collect, joined
 from search.gallery.opening import open_gallery
-from tests.search.galleries import write_article_shard
+from search.ranking.numpy_arithmetic import NumpyArithmetic
+from tests.search.galleries import in_memory, write_article_shard
 
 ROWS = 60
 
@@ -163,6 +165,23 @@ def test_many_pairs_of_a_panel_are_several_files(folder: Path, monkeypatch: pyte
     assert compared(folder, monkeypatch, 0.5) == (groups, 0)
     (folder / "cache" / max(kept(folder))).unlink()
     assert compared(folder, monkeypatch, 0.5) == (groups, 1)
+
+
+def test_pairs_of_all_files_come_in_order_also_where_they_are_tied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    gallery = in_memory(rng.integers(-4, 5, (400, 3)).astype(np.float32), cuts=(60,))
+    monkeypatch.setattr("search.duplicates.store.AT_ONCE", 64)
+    monkeypatch.setattr("search.duplicates.store._LOOKED_AT", 3)
+    store = collect(gallery, 0.9, NumpyArithmetic(), tmp_path, panel_rows=40, tile_rows=16)
+    pieces = list(store.in_order())
+    assert len(store.parts) > 4
+    assert len(pieces) > 10
+    merged, wanted = joined(pieces), joined(list(store.pairs())).in_order()
+    assert len(np.unique(wanted.similarities)) < len(wanted) // 4
+    for column in ("some", "others", "similarities"):
+        assert getattr(merged, column).tolist() == getattr(wanted, column).tolist()
 
 
 SLOW = """
