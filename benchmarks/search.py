@@ -367,7 +367,7 @@ def near_duplicates(rows: int) -> Iterator[Figure]:
     counted = rows * (rows - 1) * LENGTH / taken
     yield Figure(f"near-duplicates, {rows} clustered, the whole command", "s", (taken,), judged=False)
     kind = "bfloat16" if bfloat16 else "float32"
-    yield Figure(f"near-duplicates: rate of its pairs / rate of {kind} products", "x", (counted / rate,), at_least=0.5)
+    yield Figure(f"near-duplicates: rate of its pairs / rate of {kind} products", "x", (counted / rate,), at_least=0.7)
     yield from _alike()
     yield Figure("near-duplicates: peak anonymous memory", "MB", (peak,), at_most=1000)
 
