@@ -19,6 +19,7 @@ from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
+from search.combined import combine as combine_queries
 from search.duplicates.cleanup import open_groups
 from search.duplicates.decided import decided_in
 from search.duplicates.decisions import read_decisions
@@ -30,7 +31,7 @@ from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
 from search.options import THRESHOLD, TOP_K, Linkage, Metric
-from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model
+from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
 from search.requests.selection import provenance_warnings, version_warnings
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.model import Model
     from pipeline.spec import ModelSpec
     from workers.encoder import Encoder
+    from workers.words import TextEncoder
 
 
 #: Pictures that CUDA computes at a time: mostly one comes, and up to so many a GPU takes hardly longer.
@@ -60,6 +62,7 @@ class _Embedding:
     max_pixels: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: "tuple[str | None, Model, Future[Encoder]] | None" = None
+    tower: "tuple[str | None, TextEncoder] | None" = None
 
     def ready(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
         with self.lock:
@@ -71,6 +74,14 @@ class _Embedding:
                     _warn(warning)
                 self.loaded = shards.fingerprint, model, load_encoder(model, self.device, _PICTURES_AT_ONCE)
             return self.loaded[1:]
+
+    def words(self, shards: Shards) -> "TextEncoder":
+        """The model's text tower, loaded when the first words come."""
+        with self.lock:
+            if self.tower is None or self.tower[0] != shards.fingerprint:
+                query_model(self.path, shards)
+                self.tower = shards.fingerprint, text_encoder(self.path, shards.length)
+            return self.tower[1]
 
 
 class Gallery:
@@ -138,17 +149,23 @@ class Gallery:
 
     def search(
         self,
-        pictures: "Picture | Sequence[Picture]",
+        pictures: "Picture | Sequence[Picture]" = (),
         *,
+        text: str | Sequence[str] = (),
+        minus: str | Sequence[str] = (),
+        combine: bool = False,
         top_k: int = TOP_K,
         metric: str = Metric.cosine,
         min_similarity: float | None = None,
         collapse: float | None = None,
     ) -> SearchResults:
-        """Find what looks like a picture, or like each of several.
+        """Find what looks like a picture or like what words say, or like each of several.
 
         Args:
             pictures: files, bytes of files, or Pillow images of 8 bits a sample; one, or a sequence of them.
+            text: words, for a model with a text tower; one text, or a sequence of them.
+            minus: words that are subtracted; all others are then combined.
+            combine: search with the sum of all, each brought to norm 1, instead of with each of them.
             top_k: hits of each query, at least 1.
             metric: `cosine` and `angle` give one order, and the angle in radians as distance; `euclidean` is between
                 raw features.
@@ -157,24 +174,37 @@ class Gallery:
                 many more it stands for.
 
         Returns:
-            One answer for each picture. One of several that cannot be embedded has `error` instead of hits.
+            One answer for each picture, then for each text; a single one if they are combined. One of several pictures
+            that cannot be embedded has `error` instead of hits, unless they are combined.
 
         Raises:
-            QueryError: none of the pictures can be searched with.
-            UsageError: the gallery was opened without its model.
+            QueryError: none of the pictures can be searched with, or not all of what is combined.
+            UsageError: the gallery was opened without its model, or its model has no text tower.
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
-        several = _several(pictures)
-        shards = self._shards
-        model, encoder = self._model(shards)
-        queries: list[Query | str] = []
-        for number, outcome in enumerate(embed_pictures(inputs(several), model, encoder, self._max_pixels)):
-            if isinstance(outcome, ImageError):
-                queries.append(str(outcome))
-            else:
-                queries.append(unusable(outcome) or Query(name_of(several[number], number), outcome))
+        several, shards = _several(pictures), self._shards
+        criteria = _criteria(top_k, metric, min_similarity, collapse)
+        texts, less = ([words] if isinstance(words, str) else list(words) for words in (text, minus))
         names = [name_of(picture, number) for number, picture in enumerate(several)]
-        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
+        queries = self._embedded(shards, several, names) if several or not texts else []
+        said = text_queries([*texts, *less], self._words(shards), _warn) if texts or less else []
+        names += texts
+        queries += said[: len(texts)]
+        if combine or less:
+            if criteria.metric is Metric.euclidean:
+                raise UsageError("euclidean compares raw features, and combined queries have none: take another metric")
+            combined = _combined(names, queries, said[len(texts) :])
+            names, queries = [combined.name], [combined]
+        return self._answer(shards, names, queries, criteria)
+
+    def _embedded(self, shards: Shards, pictures: "list[Picture]", names: list[str]) -> list[Query | str]:
+        """A query of each picture, or why there is none."""
+        model, encoder = self._model(shards)
+        outcomes = embed_pictures(inputs(pictures), model, encoder, self._max_pixels)
+        return [
+            str(outcome) if isinstance(outcome, ImageError) else unusable(outcome) or Query(name, outcome)
+            for name, outcome in zip(names, outcomes, strict=True)
+        ]
 
     def search_ids(
         self,
@@ -413,6 +443,11 @@ class Gallery:
             raise UsageError("pictures need the model that made the gallery: give it to open_gallery as model")
         return self._embedding.ready(shards)
 
+    def _words(self, shards: Shards) -> "TextEncoder":
+        if self._embedding is None:
+            raise UsageError("words need the model that made the gallery: give it to open_gallery as model")
+        return self._embedding.words(shards)
+
     @property
     def _max_pixels(self) -> int:
         return MAX_PIXELS if self._embedding is None else self._embedding.max_pixels
@@ -432,6 +467,15 @@ class Gallery:
                 for name, query in zip(names, queries, strict=True)
             )
         )
+
+
+def _combined(names: Sequence[str], queries: Sequence[Query | str], minus: Sequence[Query]) -> Query:
+    """One query of all, none of which may be missing."""
+    whole = [query for query in queries if isinstance(query, Query)]
+    if not whole or len(whole) < len(queries):
+        missing = [f"{name}: {why}" for name, why in zip(names, queries, strict=True) if isinstance(why, str)]
+        raise QueryError(f"no combined query can be made: {'; '.join(missing) or 'there is nothing to add'}")
+    return combine_queries(whole, minus)
 
 
 def _several(pictures: "Picture | Sequence[Picture]") -> "list[Picture]":

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.factories import Ruiji, picture, tiny_model
+from tests.words import with_words
 
 PAGE = ROOT / "docs" / "python.md"
 PICTURES = ("holiday/beach.png", "holiday/sea.png", "town/church.png", "town/harbour.png", "town/street.png")
@@ -25,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
     with Image.open(ruiji.media / PICTURES[0]) as beach:
         beach.resize((12, 9)).save(ruiji.media / "holiday" / "beach-small.png")
     ruiji("run")
+    with_words(ruiji.model)
     return tmp_path
 
 
