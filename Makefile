@@ -124,6 +124,7 @@ build/models/made: requirements/models.txt pyproject.toml
 check-models: build/models/made ## Compare with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
 	@OMP_NUM_THREADS=1 build/models/bin/python -W ignore -m tests.models.architectures
+	@build/models/bin/python -m tests.models.words $(if $(RECORD),--record)
 
 lint: .venv/dev ## Check style
 	.venv/bin/ruff check .

@@ -1,8 +1,12 @@
 """Words become the tokens and the feature that they should, and what cannot be followed is refused."""
 
+import gzip
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ from onnx import TensorProto
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model, require_declared
 from pipeline.text_spec import TextSpec, read_text_spec
+from tests.conftest import ROOT
 from tests.factories import tiny_model
+from tests.models.words import strings
 from tests.words import embeddings, text_graph, trained_tokenizer, with_words
 from workers.words import TextEncoder, Words, prove_text
 
@@ -167,6 +173,21 @@ def test_a_missing_library_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf"needs {library}: run make setup, or pip install 'ruiji\[text\]'"):
         Words(spec)
+
+
+KEPT = json.loads(gzip.decompress((ROOT / "tests" / "data" / "words.json.gz").read_bytes()))
+
+
+@pytest.mark.parametrize("kind", KEPT["kinds"], ids=lambda kind: "-".join(map(str, kind["keys"].values())))
+def test_token_ids_are_those_that_the_library_made(kind: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps(KEPT["tokenizers"][kind["file"]]))
+    words = Words(TextSpec(tmp_path, tokenizer, padding_side="right", **kind["keys"]))
+    texts = strings()
+    assert len(texts) == len(kind["digests"]) == 1000
+    found = [words.tokens(text).ids.tolist() for text in texts]
+    assert found[: len(kind["ids"])] == kind["ids"]
+    assert [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in found] == kind["digests"]
 
 
 def test_nobody_loads_the_tokenizer_for_pictures() -> None:

@@ -1,0 +1,178 @@
+"""Token ids as transformers and open_clip themselves make them, of strings in many scripts.
+
+    make check-models                compares 1,000 strings and the kept cases
+    make check-models RECORD=1       writes tests/data/words.json.gz anew
+
+The vocabulary of CLIP is that in open_clip's wheel. Those of SigLIP and SigLIP 2 are not to be had without a hub, so
+tokenizers are trained here, with the normalisers, special tokens and padding of their classes.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent.parent / "data" / "words.json.gz"
+LIBRARIES = ("transformers", "tokenizers", "open_clip_torch", "ftfy")
+COUNT = 1000
+#: Of the kept cases, so many strings.
+KEPT = 120
+#: Words in 20 scripts.
+SCRIPTS = (
+    "a red car at night", "Ein grünes Haus, größer", "красная машина ночью", "κόκκινο αυτοκίνητο ΤΟΥΣ", "赤い車の写真",
+    "红色的汽车", "빨간 자동차", "سيارة حمراء", "מכונית אדומה", "लाल गाड़ी", "লাল গাড়ি", "சிவப்பு கார்", "ఎరుపు కారు",
+    "ಕೆಂಪು ಕಾರು", "ചുവന്ന കാർ", "รถสีแดง", "წითელი მანქანა", "կարմիր մեքենա", "ቀይ መኪና", "ລົດສີແດງ",
+)  # fmt: skip
+#: What words come with: odd spaces, emoji, punctuation, entities, broken encodings, special tokens.
+ODD = (
+    " ", "  ", "\t", "\n", "\u3000", "\u00a0", "\u200b", "🚗", "👩‍👩‍👧", "❤️", "_", "-", "'s", "“quoted”", "don't",
+    "&amp;", "&amp;lt;",
+    "schÃ¶n", "ﬁn", "ＡＢＣ", "İ", "ß", "e\u0301", "100%", "3.14", "#tag", "<|endoftext|>", "!!!", "…", "C'EST L'ÉTÉ",
+)  # fmt: skip
+
+
+def strings() -> list[str]:
+    """1,000 strings, always the same ones."""
+    source = random.Random(20)
+    made = ["", " ", "\n\t ", *SCRIPTS, *ODD, "long " * 300, "長" * 400]
+    while len(made) < COUNT:
+        parts = [source.choice(source.choice((SCRIPTS, ODD))) for _ in range(source.randint(1, 5))]
+        made.append(source.choice(("", " ", "  ")).join(parts))
+    return made
+
+
+Maker = Callable[[str], list[int]]
+
+
+def clip(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
+    """CLIP's tokenizer of transformers, and open_clip's own, with its vocabulary."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    simple = open_clip.SimpleTokenizer()
+    merges = [" ".join(pair) for pair in simple.bpe_ranks]
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in simple.encoder.items()}
+    fast = CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
+    fast.backend_tokenizer.save(str(folder / "clip.json"))
+    end = simple.eot_token_id
+    options = {"padding": "max_length", "truncation": True, "max_length": 77}
+    yield (
+        "clip.json",
+        {"length": 77, "pad_id": end, "reference": "huggingface", "clean": "none"},
+        lambda text: list(fast(text, **options)["input_ids"]),
+    )
+    yield (
+        "clip.json",
+        {"length": 77, "pad_id": 0, "reference": "open_clip", "clean": "lower"},
+        lambda text: simple(text)[0].tolist(),
+    )
+
+
+def webli(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
+    """SigLIP's cleaning, and SigLIP 2's class, on tokenizers that are trained here."""
+    from open_clip.tokenizer import _clean_canonicalize
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, Siglip2Tokenizer
+    from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
+
+    corpus = strings()
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=600, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    unigram.train_from_iterator([text.lower() for text in corpus], trainer)
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    unigram.save(str(folder / "siglip.json"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+    options = {"padding": "max_length", "truncation": True, "max_length": 64}
+    slow = SiglipTokenizer.__new__(SiglipTokenizer)
+    slow.__dict__["do_lower_case"] = True
+    yield (
+        "siglip.json",
+        {"length": 64, "pad_id": 1, "reference": "huggingface", "clean": "canonicalize"},
+        lambda text: list(fast(SiglipTokenizer.canonicalize_text(slow, text), **options)["input_ids"]),
+    )
+    yield (
+        "siglip.json",
+        {"length": 64, "pad_id": 1, "reference": "open_clip", "clean": "canonicalize"},
+        lambda text: list(fast(_clean_canonicalize(text), **options)["input_ids"]),
+    )
+    bytes_of = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    bytes_of.normalizer = normalizers.Replace(" ", "▁")
+    bytes_of.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    bytes_of.train_from_iterator(
+        [text.lower() for text in corpus],
+        trainers.BpeTrainer(vocab_size=900, special_tokens=special[:5], initial_alphabet=[], show_progress=False),
+    )
+    kept = json.loads(bytes_of.to_str())["model"]
+    vocabulary = dict(kept["vocab"])
+    for byte in special[5:]:
+        vocabulary.setdefault(byte, len(vocabulary))
+    second = Siglip2Tokenizer(vocab=vocabulary, merges=[tuple(merge) for merge in kept["merges"]], padding_side="right")
+    second.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    written = json.loads(second.backend_tokenizer.to_str())
+    # What is published has no lower case in its file: the class puts it before.
+    written["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    (folder / "siglip2.json").write_text(json.dumps(written))
+    yield (
+        "siglip2.json",
+        {"length": 64, "pad_id": 0, "reference": "huggingface", "clean": "lower"},
+        lambda text: list(second(text, **options)["input_ids"]),
+    )
+
+
+def _is_written_out(keys: dict[str, Any], text: str) -> bool:
+    """Whether open_clip's own tokenizer, which has other names for its special tokens, takes one's name for words."""
+    return (keys["reference"], keys["clean"]) == ("open_clip", "lower") and "<|endoftext|>" in text
+
+
+def main() -> None:
+    """Record, or compare ruiji's token ids of all strings with the libraries' own."""
+    from pipeline.text_spec import TextSpec
+    from workers.words import Words
+
+    texts, kinds, tokenizers, differ = strings(), [], {}, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for made_by in (clip, webli):
+            for file, keys, make in made_by(folder):
+                words = Words(TextSpec(Path(), folder / file, padding_side="right", **keys))
+                theirs = [make(text) for text in texts]
+                odd = [
+                    text
+                    for text, ids in zip(texts, theirs, strict=True)
+                    if words.tokens(text).ids.tolist() != ids and not _is_written_out(keys, text)
+                ]
+                differ += len(odd)
+                print(f"{keys['reference']:<12} {keys['clean']:<13} {file:<13} {len(texts)} strings, {len(odd)} differ")
+                for text in odd[:5]:
+                    print(f"  {text!r}")
+                tokenizers[file] = json.loads((folder / file).read_text())
+                digests = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in theirs]
+                kinds.append({"file": file, "keys": keys, "ids": theirs[:KEPT], "digests": digests})
+    if "--record" in sys.argv:
+        # CLIP's vocabulary is open_clip's to give.
+        kept = {name: value for name, value in tokenizers.items() if name != "clip.json"}
+        values = {
+            "versions": {name: version(name) for name in LIBRARIES},
+            "tokenizers": kept,
+            "kinds": [kind for kind in kinds if kind["file"] in kept],
+        }
+        DATA.write_bytes(gzip.compress(json.dumps(values, ensure_ascii=False).encode(), mtime=0))
+        print(f"{DATA.name}: {DATA.stat().st_size} bytes")
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()
