@@ -76,8 +76,8 @@ $(error ACCEL is cpu or gpu, not '$(ACCEL)')
 endif
 setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu: onnxruntime-gpu and torch)
 
-demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU
-	@.venv/bin/python -m examples.digits.demo
+demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU (SERVE=1: and a page)
+	@.venv/bin/python -m examples.digits.demo $(if $(SERVE),--serve)
 
 mnist: .venv/mnist ## Train on MNIST, search its test set, measure (half an hour; DATA=folder of the four files)
 	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(ARGS)

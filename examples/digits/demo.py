@@ -1,6 +1,6 @@
 """What `make demo` runs: the real command line on real images, from files to a ranking.
 
-    python -m examples.digits.demo [--output demo-output]
+    python -m examples.digits.demo [--output demo-output] [--serve]
 
 Everything that it makes lies in the output folder; from an earlier run only what that run made is replaced.
 Exit codes: 0 the demo is good, 1 a step failed or rank-1 is below 0.95, 2 the output folder holds something else,
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from examples.digits.images import write_images
 
@@ -32,6 +33,7 @@ SHEET_QUERIES = 8
 #: Says that a folder is the demo's, so that no other folder is ever emptied.
 _MARKER = ".ruiji-demo"
 _MADE_HERE = ("media", "features", "state", "sheet.png")
+_RUIJI = [sys.executable, "-P", "-m", "pipeline"]
 
 
 class DemoError(Exception):
@@ -65,8 +67,11 @@ class Answers:
         return 1 - len(self.missed) / len(self.truth)
 
 
-def demo(output: Path) -> None:
+def demo(output: Path, serve: bool = False) -> None:
     """Run all steps.
+
+    Args:
+        serve: show the gallery in a browser at the end, until Ctrl-C.
 
     Raises:
         DemoError: a step failed, or the search is not good enough.
@@ -113,8 +118,14 @@ def demo(output: Path) -> None:
         raise DemoError(
             f"rank-1 {answers.rank_1:.3f} is below {LOWEST_RANK_1}: something between file and rank is broken"
         )
-    print(f"\nAll good, {time.perf_counter() - started:.0f} s. With your own photos:")
+    print(f"\nAll good, {time.perf_counter() - started:.0f} s.", end=" ")
+    if serve:
+        print("Look through the gallery in a browser:", flush=True)
+        become_service(output, gallery)
+    print("With your own photos:")
     print("   ruiji run --media-dir PHOTOS --feature-dir FEATURES --model MODEL.onnx")
+    print("Look through this gallery in a browser:  make demo SERVE=1,  or")
+    print(f"   cd {shown} && ruiji {shlex.join(['serve', *gallery])}")
 
 
 def prepare_folder(output: Path) -> None:
@@ -155,16 +166,11 @@ def ruiji(folder: Path, arguments: Sequence[str], shorten: int = 0) -> str:
     """
     shown = shlex.join(arguments[: len(arguments) - shorten + 1] if shorten else arguments)
     print(f"   $ ruiji {shown}" + (f" … ({shorten} files)" if shorten else ""), flush=True)
-    # The demo shows the same on every machine: settings of other work (RUIJI_… or a .env where make runs)
-    # stay out of it, and so does the user's state folder.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RUIJI_")}
-    environment["RUIJI_STATE_DIR"] = str(folder / "state")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pipeline", *arguments],
+        [*_RUIJI, *arguments],
         check=False,
         cwd=folder,
-        env=environment,
+        env=_environment(folder),
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
@@ -172,6 +178,24 @@ def ruiji(folder: Path, arguments: Sequence[str], shorten: int = 0) -> str:
     if done.returncode:
         raise DemoError(f"ruiji {arguments[0]} ended with exit code {done.returncode}; the lines above say why")
     return done.stdout
+
+
+def become_service(folder: Path, gallery: Sequence[str]) -> NoReturn:
+    """Run `ruiji serve` in place of this process, so that Ctrl-C is the service's alone and lets it end in order.
+
+    At any free port: somebody else may be at the usual one.
+    """
+    os.chdir(folder)
+    os.execve(sys.executable, [*_RUIJI, "serve", *gallery, "--port", "0"], _environment(folder))
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    # The demo shows the same on every machine: settings of other work (RUIJI_… or a .env where make runs)
+    # stay out of it, and so does the user's state folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RUIJI_")}
+    environment["RUIJI_STATE_DIR"] = str(folder / "state")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
+    return environment
 
 
 def read_labels(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -223,8 +247,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="ruiji on handwritten digits, from files to a ranking.")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="[default: demo-output]")
+    parser.add_argument("--serve", action="store_true", help="then show the gallery in a browser, until Ctrl-C")
+    arguments = parser.parse_args()
     try:
-        demo(parser.parse_args().output.absolute())
+        demo(arguments.output.absolute(), arguments.serve)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,7 +3,12 @@
 import csv
 import hashlib
 import json
+import re
+import signal
+import subprocess
+import sys
 import tomllib
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -210,3 +215,19 @@ def test_demo_exits_1_below_rank_1_of_095(
     else:
         demo.main()
     assert f"({200 - wrong} of 200)" in capsys.readouterr().out
+
+
+def test_the_demo_ends_as_the_service_of_its_gallery(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="the service is an extra, which is not installed")
+    command = [sys.executable, "-m", "examples.digits.demo", "--output", str(tmp_path / "out"), "--serve"]
+    with subprocess.Popen(command, cwd=demo.REPOSITORY, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        try:
+            told = next(line for line in running.stderr if " answers; " in line or line.startswith("error"))
+            found = re.match(r"(http://127\.0\.0\.1:\d+) answers", told)
+            assert found is not None, told
+            with urllib.request.urlopen(f"{found[1]}/healthz") as answer:
+                assert json.load(answer)["galleries"][0]["objects"] == 1000
+        finally:
+            running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=30) == 0
