@@ -356,12 +356,14 @@ def test_a_process_whose_gpu_is_lost_is_followed_by_another(
     ruiji: Ruiji, tmp_path: Path, redis_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pictures(ruiji.media, 8)
-    mark = tmp_path / "lost"
+    lost = tmp_path / "lost"
+    lost.mkdir()
     script = (
         "import os\nimport workers.roles as t\nfrom pipeline.errors import DeviceFault\n"
         "def lose(*a):\n"
-        f"    if not os.path.exists({str(mark)!r}):\n"
-        f"        open({str(mark)!r}, 'w').close(); raise DeviceFault('CUDA failure 719')\n"
+        f"    times = len(os.listdir({str(lost)!r}))\n"
+        "    if times < 2:\n"
+        f"        open(f'{lost}/{{times}}', 'w').close(); raise DeviceFault('CUDA failure 719')\n"
         "    return embed_guarded(*a)\n"
         "embed_guarded, t.embed_guarded = t.embed_guarded, lose\n"
     )

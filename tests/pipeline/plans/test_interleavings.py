@@ -426,7 +426,7 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, str, str, bo
     (_failures_of_any_plan_count, ("planned_small", "embed", "cancel, enqueue, all of it", False)),
     (_features_of_any_libraries_count, ("cancelled", "enqueue", "cancel, upgrade, a part", False)),
     (_features_without_digest_count, ("older_and_cancelled", "enqueue", "nothing", False)),
-    (_made_again_in_the_newest_format, ("older_and_lost", "repair", "nothing", False)),
+    (_made_again_in_the_newest_format, ("older_and_lost", "enqueue other", "nothing", False)),
     (_removed_objects_come_back, ("lost_and_shrunk", "enqueue", "nothing", False)),
     (_closed_before_inputs_are_gone, ("embedded", "reduce", "work", True)),
     (_the_list_is_accepted_first, ("done", "enqueue what is away", "nothing", False)),
