@@ -16,6 +16,7 @@ services:
   worker:
     environment:
       RUIJI_DEVICE: cuda
+      RUIJI_SLOTS: 1
       RUIJI_SLOTS_PER_DEVICE: 2
       PRETENDED_CUDA: /cuda
       LD_LIBRARY_PATH: /cuda
