@@ -8,7 +8,7 @@ enqueued: on a worker only the machine's own settings count.
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import typer
@@ -33,9 +33,13 @@ def model_file(model: Path) -> Path:
     return added if added.is_file() else model
 
 
-def given_model(model: Path | None) -> Path | None:
-    """The callback of options: `model_file`, if the option is given."""
-    return None if model is None else model_file(model)
+def model_option(help_text: str) -> Any:
+    """The option for a model, of which commands need more or less: its file or its name."""
+
+    def found(model: Path | None) -> Path | None:
+        return None if model is None else model_file(model)
+
+    return typer.Option("--model", envvar="RUIJI_MODEL", callback=found, metavar="FILE", help=help_text)
 
 
 MediaDir = Annotated[
@@ -59,12 +63,8 @@ FeatureDir = Annotated[
 ]
 ModelFile = Annotated[
     Path,
-    typer.Option(
-        "--model",
-        envvar="RUIJI_MODEL",
-        callback=given_model,
-        metavar="FILE",
-        help="The ONNX model, with a .toml of the same name that says what it expects, or a name of ruiji model list.",
+    model_option(
+        "The ONNX model, with a .toml of the same name that says what it expects, or a name of ruiji model list."
     ),
 ]
 ModelsDir = Annotated[

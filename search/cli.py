@@ -12,10 +12,10 @@ import typer
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, given_model
+from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, model_option
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
-from search.duplicates.cli import DecisionsFile
+from search.duplicates.cli import DecisionsFile, Threshold
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat
 
@@ -33,13 +33,9 @@ Images = Annotated[
 ]
 GalleryModel = Annotated[
     Path | None,
-    typer.Option(
-        "--model",
-        envvar="RUIJI_MODEL",
-        callback=given_model,
-        metavar="FILE",
-        help="The ONNX model; its name is also the gallery's. The file itself is needed only to search with pictures. "
-        "Without it, --feature-dir must be a gallery or contain exactly one.",
+    model_option(
+        "The ONNX model; its name is also the gallery's. The file itself is needed only to search with pictures. "
+        "Without it, --feature-dir must be a gallery or contain exactly one."
     ),
 ]
 Ids = Annotated[
@@ -266,9 +262,7 @@ def near_duplicates(
     feature_dir: FeatureDir,
     model_path: GalleryModel = None,
     media_dir: OptionalMediaDir = None,
-    threshold: Annotated[
-        float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
-    ] = THRESHOLD,
+    threshold: Threshold = THRESHOLD,
     linkage: Annotated[
         Linkage,
         typer.Option(

@@ -9,7 +9,6 @@ from pipeline import settings
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import RuijiError, UsageError
-from pipeline.settings import given_model
 
 #: Shorter than a worker's: somebody waits for the answer.
 _MAX_IMAGE_S = 10
@@ -29,13 +28,9 @@ def serve(
     media_dir: settings.OptionalMediaDir = None,
     model: Annotated[
         Path | None,
-        typer.Option(
-            "--model",
-            envvar="RUIJI_MODEL",
-            callback=given_model,
-            metavar="FILE",
-            help="The ONNX model; its name is that of the gallery that is asked if none is named. Its file is needed "
-            "only to search with pictures.",
+        settings.model_option(
+            "The ONNX model; its name is that of the gallery that is asked if none is named. Its file is needed only "
+            "to search with pictures."
         ),
     ] = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; all but loopback needs a token.")] = (

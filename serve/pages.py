@@ -2,7 +2,7 @@
 
 import time
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from starlette.exceptions import HTTPException
@@ -38,14 +38,19 @@ for _route, _name in _FILES.items():
     _add(_route, _name)
 
 
+_WRONG_REQUEST: dict[int | str, dict[str, Any]] = {
+    415: {"model": bodies.Error, "description": "The body is not application/json."},
+    421: {"model": bodies.Error, "description": "The service is not called by this host."},
+}
+
+
 @router.post(
     "/login",
     status_code=204,
     responses={
         403: {"model": bodies.Error, "description": "The token is wrong, or this is not the service's own page."},
         409: {"model": bodies.Error, "description": "The service needs no token."},
-        415: {"model": bodies.Error, "description": "The body is not application/json."},
-        421: {"model": bodies.Error, "description": "The service is not called by this host."},
+        **_WRONG_REQUEST,
         422: {"model": bodies.Error, "description": "The body is not what it must be."},
     },
 )
@@ -65,8 +70,7 @@ async def log_in(request: Request, given: Annotated[bodies.Login, Body()]) -> Re
     responses={
         401: {"model": bodies.Error, "description": "The token is missing or wrong."},
         403: {"model": bodies.Error, "description": "It does not come from the service's own page."},
-        415: {"model": bodies.Error, "description": "The body is not application/json."},
-        421: {"model": bodies.Error, "description": "The service is not called by this host."},
+        **_WRONG_REQUEST,
     },
 )
 async def log_out(request: Request) -> Response:

@@ -11,7 +11,7 @@ import typer
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_INCOMPLETE, UsageError
-from pipeline.settings import FeatureDir, OptionalMediaDir, given_model
+from pipeline.settings import FeatureDir, OptionalMediaDir, model_option
 from pipeline.streams import csv_writer, exact_stdout, note, tell, to_json
 from search.options import THRESHOLD
 
@@ -33,13 +33,10 @@ class FileFormat(StrEnum):
 
 DecisionsModel = Annotated[
     Path | None,
-    typer.Option(
-        "--model",
-        envvar="RUIJI_MODEL",
-        callback=given_model,
-        metavar="FILE",
-        help="Its name is the gallery's. Without it, --feature-dir must be a gallery or contain exactly one.",
-    ),
+    model_option("Its name is the gallery's. Without it, --feature-dir must be a gallery or contain exactly one."),
+]
+Threshold = Annotated[
+    float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
 ]
 DecisionsFile = Annotated[
     Path | None,
@@ -110,9 +107,7 @@ def status(
     model_path: DecisionsModel = None,
     media_dir: OptionalMediaDir = None,
     decisions: DecisionsFile = None,
-    threshold: Annotated[
-        float, typer.Option("--threshold", min=0.0, max=1.0, metavar="COSINE", help="The lowest cosine of a pair.")
-    ] = THRESHOLD,
+    threshold: Threshold = THRESHOLD,
     device: Annotated[
         Device,
         typer.Option("--device", envvar="RUIJI_DEVICE", help="Where pairs are compared; the groups are the same."),

@@ -124,11 +124,15 @@ def planned_small(world: World) -> None:
     world.state.update(list=ALL, plan=world.enqueue(ALL, SMALL))
 
 
-def embedded(world: World) -> None:
-    planned(world)
+def _embed_all(world: World) -> None:
     plan = _open(world)
     for segment in plan.segments:
         world.embed(plan, segment)
+
+
+def embedded(world: World) -> None:
+    planned(world)
+    _embed_all(world)
 
 
 def published(world: World) -> None:
@@ -190,9 +194,7 @@ def older_planned(world: World) -> None:
 def older(world: World) -> None:
     """It has all features."""
     older_planned(world)
-    plan = _open(world)
-    for segment in plan.segments:
-        world.embed(plan, segment)
+    _embed_all(world)
 
 
 def older_and_lost(world: World) -> None:
