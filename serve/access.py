@@ -150,7 +150,8 @@ class Guard:
         if refused is not None:
             status, why = refused
             extra = {"www-authenticate": "Bearer"} if status == 401 else {}
-            if status == 401 and scope["path"] == "/":
+            # A person who opens a page gets the form; a script is told.
+            if status == 401 and "text/html" in headers.get("accept", ""):
                 status, extra = 303, {"location": "/login"}
             await error_response(status, why, extra)(scope, receive, send_guarded)
             return

@@ -2,6 +2,7 @@
 
 import time
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
@@ -13,29 +14,23 @@ from serve import bodies
 from serve.access import SESSION_S, Access
 
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-#: By route; each is in memory, so that no path of a request reaches the disk.
-_FILES = {
-    "/": "index.html",
-    "/find.js": "find.js",
-    "/login": "login.html",
-    "/login.js": "login.js",
-    "/style.css": "style.css",
-}
 router = APIRouter()
 
 
-def _add(route: str, name: str) -> None:
-    data = (files("serve") / "page" / name).read_bytes()
-    kind = _KINDS[name.rpartition(".")[2]]
+def _add(file: Traversable) -> None:
+    # In memory, so that no path of a request reaches the disk.
+    data = file.read_bytes()
+    stem, _, ending = file.name.rpartition(".")
 
     async def page() -> Response:
-        return Response(data, headers={"cache-control": "no-cache"}, media_type=kind)
+        return Response(data, headers={"cache-control": "no-cache"}, media_type=_KINDS[ending])
 
+    route = f"/{file.name}" if ending != "html" else "/" if stem == "index" else f"/{stem}"
     router.add_api_route(route, page, methods=["GET"], include_in_schema=False)
 
 
-for _route, _name in _FILES.items():
-    _add(_route, _name)
+for _file in (files("serve") / "page").iterdir():
+    _add(_file)
 
 
 _WRONG_REQUEST: dict[int | str, dict[str, Any]] = {

@@ -4,18 +4,13 @@
 // decoded here, because names of files need not be UTF-8. A picture that was sent has no address; it is kept here for as
 // long as the page is open.
 
-const element = (name) => document.getElementById(name);
-const [said, query, hits] = ["said", "query", "hits"].map(element);
+import { ask, element, encodeId, loadHealth, make, picture, tell } from "/common.js";
+
+const [query, hits] = ["query", "hits"].map(element);
 const [file, count, least, gallery] = ["file", "count", "least", "gallery"].map(element);
 const pictures = [];
 let health = null;
 let asking = null;
-
-function encodeId(id) {
-  // A lone surrogate stands for a byte that is not UTF-8.
-  const parts = id.split(/([\udc80-\udcff])/u);
-  return parts.map((part, n) => (n % 2 ? "%" + (part.charCodeAt(0) - 0xdc00).toString(16) : encodeURIComponent(part))).join("");
-}
 
 function wanted() {
   const asked = new URLSearchParams(location.search);
@@ -41,40 +36,6 @@ function address(changed) {
 function go(changed, state = null) {
   history.pushState(state, "", address(changed));
   show();
-}
-
-async function ask(path, options) {
-  let answer;
-  try {
-    answer = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The service does not answer. Is it running?");
-  }
-  if (answer.status === 401) location.assign("/login");
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error);
-  return body;
-}
-
-function tell(text, failed = false) {
-  said.textContent = text;
-  said.className = failed ? "failed" : "";
-}
-
-function make(kind, properties, ...children) {
-  const made = Object.assign(document.createElement(kind), properties);
-  made.append(...children);
-  return made;
-}
-
-// The picture of an object, or its name if there are no pictures.
-function image(id, encoded, name) {
-  if (!health.media) return make("span", { className: "tile" }, id);
-  const thumbnail = (size) => `/thumbs/${encoded}?size=${size}&gallery=${encodeURIComponent(name)}`;
-  return make("img", {
-    className: "tile", alt: id, loading: "lazy", src: thumbnail(256), srcset: `${thumbnail(256)} 1x, ${thumbnail(512)} 2x`,
-  });
 }
 
 function link(object, ...children) {
@@ -131,15 +92,15 @@ async function show() {
 function draw(found, sent, now) {
   const name = sent ? sent.name || "pasted picture" : found.queryObjectId;
   document.title = `${name} · ruiji`;
-  let picture;
+  let shown;
   if (sent) {
-    picture = make("img", { className: "tile", alt: name, src: URL.createObjectURL(sent) });
-    picture.addEventListener("load", () => URL.revokeObjectURL(picture.src), { once: true });
-    picture.addEventListener("error", () => picture.replaceWith(make("span", { className: "tile" }, name)), { once: true });
+    shown = make("img", { className: "tile", alt: name, src: URL.createObjectURL(sent) });
+    shown.addEventListener("load", () => URL.revokeObjectURL(shown.src), { once: true });
+    shown.addEventListener("error", () => shown.replaceWith(make("span", { className: "tile" }, name)), { once: true });
   } else {
-    picture = image(name, now.id, now.gallery);
+    shown = picture(health, name, now.id, now.gallery);
   }
-  query.replaceChildren(picture, make("figcaption", {}, name));
+  query.replaceChildren(shown, make("figcaption", {}, name));
   query.hidden = false;
   tell(found.similarImages.length ? `${found.similarImages.length} look-alikes` : "Nothing is as similar as that.");
   hits.replaceChildren(
@@ -147,14 +108,14 @@ function draw(found, sent, now) {
       const encoded = encodeId(hit.objectId);
       const fact = make("b", {}, `${hit.rank} · ${hit.similarity.toFixed(3)}`);
       const title = make("span", { className: "name", title: hit.path ?? hit.objectId }, hit.objectId);
-      return make("li", {}, link(encoded, image(hit.objectId, encoded, now.gallery), fact, title));
+      return make("li", {}, link(encoded, picture(health, hit.objectId, encoded, now.gallery), fact, title));
     }),
   );
 }
 
-function search(picture) {
+function search(sent) {
   if (element("choose").hidden) return tell("To search with pictures, start the service with --model.", true);
-  pictures.push(picture);
+  pictures.push(sent);
   go({ id: undefined }, { picture: pictures.length - 1 });
 }
 
@@ -197,7 +158,7 @@ addEventListener("paste", (event) => {
 
 try {
   tell("Loading…");
-  health = await ask("/healthz");
+  health = await loadHealth();
   gallery.replaceChildren(...health.galleries.map((one) => make("option", {}, one.name)));
   element("galleries").hidden = health.galleries.length < 2;
   await show();

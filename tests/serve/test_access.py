@@ -135,7 +135,9 @@ def test_with_a_token_nothing_is_told_without_it(guarded: Served) -> None:
         assert guarded.get(path, Authorization=f"Bearer {TOKEN}").status != 401
     assert guarded.get("/healthz", Host="gallery.lan:8000", Authorization=f"Bearer {TOKEN}").status == 200
     assert guarded.get("/healthz", Host="other.lan", Authorization=f"Bearer {TOKEN}").status == 421
-    assert guarded.get("/").headers["location"] == "/login"
+    for page in ("/", "/nowhere"):
+        assert guarded.get(page, Accept="text/html,*/*").headers["location"] == "/login"
+    assert guarded.get("/").status == 401
     assert guarded.get(f"/healthz?token={TOKEN}").status == 401
     assert TOKEN not in guarded.log.read_text()
 

@@ -15,7 +15,7 @@ PAGE = ROOT / "serve" / "page"
 
 def test_a_page_loads_little_and_nothing_from_elsewhere(served: Served) -> None:
     weight = 0
-    for route in ("/", "/find.js", "/style.css", "/login", "/login.js"):
+    for route in ("/", "/common.js", "/find.js", "/style.css", "/login", "/login.js"):
         answer = served.get(route)
         assert answer.status == 200 and answer.headers["x-content-type-options"] == "nosniff"
         text = answer.body.decode()
