@@ -11,11 +11,12 @@ from starlette.types import ASGIApp, Lifespan
 
 from pipeline.errors import ImageError, ModelError, QueryError, RuijiError, UnknownObject, UsageError
 from pipeline.versions import installed_versions
-from serve import pages, routes
+from serve import pages
 from serve.access import Access, Guard
 from serve.galleries import NoGallery
 from serve.metrics import Measured
 from serve.replies import error_response
+from serve.routes import health, objects, runs, searches
 from serve.searches import Busy
 from serve.service import Service
 
@@ -50,8 +51,8 @@ def make_app(service: Service, access: Access, cookie: str, lifespan: Lifespan[F
     )
     app.state.service = service
     app.state.access, app.state.cookie = access, cookie
-    app.include_router(routes.router)
-    app.include_router(pages.router)
+    for family in (health, objects, runs, searches, pages):
+        app.include_router(family.router)
     app.exception_handler(RuijiError)(_ruiji_error)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RequestValidationError)(_invalid)

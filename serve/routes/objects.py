@@ -1,0 +1,93 @@
+"""The objects of a gallery, and their small pictures."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from pipeline.choices import Reason
+from pipeline.errors import ImageError, UnknownObject, UsageError
+from serve import bodies
+from serve.bodies import Choice, ListQuery, ThumbnailQuery
+from serve.galleries import Resident
+from serve.routes.common import BUSY, ERRORS, Kept, ObjectId, answer, unless_gone
+from serve.service import Service
+from serve.thumbnails import DEADLY
+
+_PLACEHOLDER = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 256 256" role="img" aria-label="no picture">
+<rect width="256" height="256" fill="#8e8e93" fill-opacity=".18"/>
+<path d="M72 88h112v80H72zm0 64 32-32 28 28 20-16 32 28" fill="none" stroke="#8e8e93" stroke-width="6"/>
+<path d="M60 196 196 60" stroke="#8e8e93" stroke-width="6"/></svg>
+"""
+router = APIRouter(responses=ERRORS)
+
+
+@router.get("/objects", response_model=bodies.Objects)
+async def objects(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
+    """A part of the gallery, in the order of its rows."""
+    gallery = service.galleries.get(asked.gallery).gallery
+    found = await asyncio.to_thread(gallery.objects, asked.first, asked.count)
+    after = asked.first + asked.count
+    listed = [bodies.Object(**asdict(one)) for one in found]
+    return answer(bodies.Objects(objects=listed, rows=gallery.rows, next=after if after < gallery.rows else None))
+
+
+@router.get("/objects/{object_id:path}", response_model=bodies.Object)
+async def one_object(service: Kept, object_id: ObjectId, asked: Annotated[Choice, Query()]) -> Response:
+    """One object of the gallery."""
+    gallery = service.galleries.get(asked.gallery).gallery
+    return answer(bodies.Object(**asdict(await asyncio.to_thread(gallery.find, object_id))))
+
+
+@router.get(
+    "/thumbs/{object_id:path}",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A JPEG; a PNG if the picture is small itself; a placeholder if it cannot be shown.",
+            "content": {kind: {} for kind in ("image/jpeg", "image/png", "image/svg+xml")},
+        },
+        **BUSY,
+    },
+)
+async def thumbnail(
+    request: Request, service: Kept, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
+) -> Response:
+    """The small picture of an object; of one that failed, too, unless its picture ended its decoder."""
+    resident = service.galleries.get(asked.gallery)
+    thumbnails = service.thumbnails(resident)
+    try:
+        path = await _path_of(service, resident, object_id)
+        made = await unless_gone(request, thumbnails.get(path, asked.size))
+    except ImageError as error:
+        # Its reason is one of ours; what a file says never stands in a header.
+        headers = {"x-ruiji-reason": error.reason, "cache-control": "no-store"}
+        return Response(_PLACEHOLDER, headers=headers, media_type="image/svg+xml")
+    return Response(made.data, headers={"cache-control": "private, max-age=3600"}, media_type=f"image/{made.kind}")
+
+
+async def _path_of(service: Service, resident: Resident, object_id: str) -> str:
+    """Where an object's picture is, relative to the media folder.
+
+    Raises:
+        UnknownObject: it is neither in the gallery nor among the failed ones.
+        ImageError: nobody may decode it again, or the gallery does not know paths.
+    """
+    try:
+        path = (await asyncio.to_thread(resident.gallery.find, object_id)).path
+    except UnknownObject:
+        try:
+            failed = (await service.failures.get(resident.gallery.folder)).get(object_id)
+        except UsageError:
+            # A gallery that ruiji did not make has no records of failures.
+            failed = None
+        if failed is None:
+            raise
+        if failed.reason in DEADLY:
+            raise ImageError(failed.message, Reason(failed.reason)) from None
+        path = failed.path
+    if path is None:
+        raise ImageError("the gallery does not know where its pictures are", Reason.missing)
+    return path
