@@ -45,6 +45,11 @@ class Kept:
     _checksums: NDArray[np.uint8]
     _sound: NDArray[np.bool_]
 
+    @property
+    def digest(self) -> int:
+        """64 bits that change with any byte of the array."""
+        return int.from_bytes(hashlib.sha256(self._checksums.tobytes()).digest()[:8], "little")
+
     def check(self, first: int = 0, end: int | None = None) -> bool:
         """Whether the bytes of some of its rows, or of all, are those that were written; each is read once."""
         row_bytes = self.array.nbytes // max(1, len(self.array))

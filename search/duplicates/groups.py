@@ -16,7 +16,7 @@ from search.duplicates.decisions import Verdict
 from search.duplicates.files import FileFacts
 from search.duplicates.linkage import Clusters, Rules, form_groups
 from search.duplicates.pairs import DECIDED_AT_ONCE, pair_similarities
-from search.duplicates.store import collect
+from search.duplicates.panels import collect
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
 from search.ranking.exact import exact_pair_similarities, units_of

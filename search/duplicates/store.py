@@ -1,17 +1,17 @@
-"""Pairs of near-identical rows as files: one panel of the gallery after the other, so that what was found stays found.
+"""Pairs of near-identical rows as files, one panel of the gallery each, so that what was found stays found.
 
-A panel is some shards in a row, compared with themselves and all shards before. Its pairs are an idempotent file in the
-gallery's cache, named by the shards that it covers and the threshold. So a search that was killed goes on where it was,
-new shards cost only their own panels, and pairs are never all in memory. `docs/format.md` has the format.
+The pairs of a panel are an idempotent file in the gallery's cache, named by the shards that it covers and the
+threshold. So a search that was killed goes on where it was, new shards cost only their own panels, and pairs are never
+all in memory. `docs/format.md` has the format.
 """
 
-import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,20 @@ from pipeline import layout
 from pipeline.cache import read_array, write_array
 from pipeline.errors import MachineFault
 from pipeline.npy import NpyError
+from pipeline.store import machine_faults
 from pipeline.streams import note
 from search.arrays import Float64, Mask, Rows
-from search.duplicates.pairs import NearPairs, NearTable, Sides, find_pairs, first_equals
+from search.duplicates.pairs import NearPairs, NearTable
 from search.duplicates.pairs import pair_similarities as exact
 from search.gallery.shards import Gallery
-from search.ranking.arithmetic import Arithmetic
 
 #: Pairs that are in memory at once: as they are found, written, and read again.
 AT_ONCE = 1 << 20
 #: Pairs of each file that are looked at together, at least, when files are merged.
 _LOOKED_AT = 1024
-#: Goes into every key; changes with the format.
-_FORMAT = "pairs 1"
 _WORD_BITS = 64
+#: Lines of a file before what it holds.
+_HEAD = 3
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Part:
         similarities: float64[m].
         masks: the larger row times 2^32 plus the word, and the bits of a mask: uint64[k, 2].
         last: whether it is the last of its panel.
+        digest: changes with any of its bytes; the next part of its panel names it.
     """
 
     equals: NDArray[np.uint64]
@@ -112,6 +113,7 @@ class Part:
     similarities: Float64
     masks: NDArray[np.uint64]
     last: bool
+    digest: int
 
     def pairs(self, first: int, end: int) -> Pairs:
         """Some pairs, by their places."""
@@ -208,99 +210,6 @@ class PairStore:
                 yield _parsed(path)
 
 
-def collect(
-    gallery: Gallery,
-    threshold: float,
-    arithmetic: Arithmetic,
-    scratch: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int | None = None,
-    tile_rows: int | None = None,
-) -> PairStore:
-    """Have the pairs of all panels, read from files as far as they are there, else found and kept.
-
-    Rows that are stale are compared as well, so that a changed list costs nothing; rows that a filter leaves out are
-    not.
-
-    Args:
-        threshold: the least similarity of a pair.
-        arithmetic: what multiplies; changes speed, never the answer.
-        scratch: a folder for pairs that cannot be kept.
-        progress: called with pairs of different rows compared so far, and all of them.
-        panel_rows, tile_rows: by default what suits the arithmetic; change memory, speed and the names of files, never
-            the answer.
-
-    Raises:
-        MachineFault: there is no place for the pairs.
-    """
-    tiles = arithmetic.tiles(gallery.length)
-    panel_rows, tile_rows = panel_rows or tiles.panel_rows, tile_rows or tiles.tile_rows
-    folder = _Folder(gallery, scratch)
-    asked = replace(gallery, shards=tuple(replace(shard, stale=None) for shard in gallery.shards))
-    whole = replace(asked, shards=tuple(replace(shard, wanted=None) for shard in asked.shards))
-    fitting: set[Panel] = set()
-    # What is known of all rows serves for some of them; but of equal rows another one may be the first.
-    for compared in (whole, asked):
-        known = {panel: folder.read(panel, threshold) for panel in _panels(compared, panel_rows)}
-        fitting |= known.keys()
-        if all(known.values()):
-            break
-    usable = usable_rows(compared)
-    if all(known.values()):
-        first = _known_equals(usable, known.values())
-    else:
-        # It takes a look at all rows to find those that are equal: until then each counts.
-        progress(*_compared(known, np.flatnonzero(usable)))
-        first = first_equals(compared, tile_rows)
-    different = np.flatnonzero(first == np.arange(len(first)))
-    done, total = _compared(known, different)
-    progress(done, total)
-    parts: list[Part] = []
-    panels = [different[slice(*np.searchsorted(different, [panel.first, panel.end]))] for panel in known]
-    sides = Sides(compared, panels, arithmetic, tile_rows, tiles.kept_rows)
-    for number, panel in enumerate(known):
-        if known[panel] is None:
-            writing = _Writing(folder, panel, threshold, _equals_in(first, panel))
-            for count, near in find_pairs(sides, number, threshold):
-                writing.add(near)
-                done += count
-                progress(done, total)
-            known[panel] = writing.end()
-        parts += known[panel] or ()
-    folder.tidy(fitting, threshold)
-    return PairStore(parts, first)
-
-
-def _panels(gallery: Gallery, panel_rows: int) -> Iterator[Panel]:
-    """Whole shards, so that those that are added later leave earlier panels as they are; a large one in pieces."""
-    digest, first, ends = hashlib.sha256(f"{_FORMAT} {gallery.length}".encode()), 0, []
-    names = []
-    for shard, start in zip(gallery.shards, gallery.firsts, strict=True):
-        end = start + len(shard.features)
-        names.append(f" {shard.name}.{shard.cache.key if shard.cache else ''}")
-        if shard.wanted is not None and not shard.wanted.all():
-            names.append(hashlib.sha256(np.packbits(shard.wanted).tobytes()).hexdigest())
-        while end - first >= panel_rows:
-            ends.append((end if end - first < 2 * panel_rows else first + panel_rows, len(names)))
-            first = ends[-1][0]
-    if first < gallery.rows:
-        ends.append((gallery.rows, len(names)))
-    first = used = 0
-    for number, (end, upto) in enumerate(ends):
-        digest.update("".join(names[used:upto]).encode())
-        key = digest.copy()
-        key.update(f" {first} {end}".encode())
-        yield Panel(number, first, end, key.hexdigest()[:16])
-        first, used = end, upto
-
-
-def _equals_in(first: Rows, panel: Panel) -> NDArray[np.uint64]:
-    rows = np.arange(panel.first, panel.end)
-    firsts = first[panel.first : panel.end]
-    later = (firsts >= 0) & (firsts < rows)
-    return np.stack([firsts[later], rows[later]], axis=1).astype(np.uint64)
-
-
 def usable_rows(gallery: Gallery) -> Mask:
     """Rows that can be ranked and that the gallery does not leave out, bool[n]."""
     parts = [
@@ -309,32 +218,23 @@ def usable_rows(gallery: Gallery) -> Mask:
     return np.concatenate(parts) if parts else np.empty(0, bool)
 
 
-def _known_equals(usable: Mask, panels: Iterable[list[Part] | None]) -> Rows:
-    """As `first_equals`, from the files of all panels."""
-    first = np.where(usable, np.arange(len(usable)), -1)
-    for parts in panels:
-        for part in parts or ():
-            first[part.equals[:, 1].astype(np.int64)] = part.equals[:, 0].astype(np.int64)
-    return first
-
-
-def _compared(panels: Mapping[Panel, list[Part] | None], rows: Rows) -> tuple[int, int]:
-    """How many pairs of some rows are compared already, and how many there are."""
-    done = 0
-    for panel, parts in panels.items():
-        start, end = np.searchsorted(rows, [panel.first, panel.end]).tolist()
-        if parts is not None:
-            done += end * (end - 1) // 2 - start * (start - 1) // 2
-    return done, len(rows) * (len(rows) - 1) // 2
-
-
-class _Folder:
+class PairFolder:
     """Where the files of pairs are: the gallery's cache, or, where that cannot be written to, a folder for now."""
 
-    def __init__(self, gallery: Gallery, scratch: Path) -> None:
+    def __init__(self, gallery: Gallery, scratch: Path | None = None) -> None:
+        """Look at what is there.
+
+        Args:
+            scratch: the folder for now; None: what cannot be kept is a fault.
+        """
         cache = gallery.shards[0].cache if gallery.shards else None
         self._kept = None if cache is None else cache.folder.path
         self._scratch, self._keeping = scratch, self._kept is not None
+        self._told: set[Path] = set()
+        self.look()
+
+    def look(self) -> None:
+        """Look again at what is there; other processes write too."""
         self._thresholds = self._there()
 
     def read(self, panel: Panel, threshold: float) -> list[Part] | None:
@@ -353,32 +253,51 @@ class _Folder:
             assert self._kept is not None
             path = layout.pairs_file(self._kept, panel.number, panel.key, threshold, len(parts))
             try:
-                parts.append(_parsed(path))
+                parts.append(_parsed(path, parts[-1] if parts else None))
             except FileNotFoundError:
                 return None
             except NpyError as error:
-                note(f"{path} is damaged ({error}); its pairs are looked for again")
+                if path not in self._told:
+                    note(f"{path} is damaged ({error}); its pairs are looked for again")
+                self._told.add(path)
                 return None
         return parts
 
-    def write(self, panel: Panel, threshold: float, number: int, array: NDArray[np.uint64]) -> Part:
-        """Keep one part.
+    def check_writable(self) -> None:
+        """Find out whether files can be kept before they cost anything.
+
+        Raises:
+            MachineFault: they cannot.
+        """
+        assert self._kept is not None
+        with machine_faults(f"pairs cannot be kept in {self._kept}"):
+            self._kept.mkdir(exist_ok=True)
+            with TemporaryFile(dir=self._kept, prefix=layout.TEMPORARY_PREFIX):
+                pass
+
+    def write(self, panel: Panel, threshold: float, parts: list[Part], array: NDArray[np.uint64]) -> Part:
+        """Keep one more part of a panel.
 
         Raises:
             MachineFault: there is no place for it.
         """
+        before = parts[-1] if parts else None
+        array[2] = len(parts), before.digest if before is not None else 0
         if self._kept is not None and self._keeping:
-            path = layout.pairs_file(self._kept, panel.number, panel.key, threshold, number)
+            path = layout.pairs_file(self._kept, panel.number, panel.key, threshold, len(parts))
             try:
                 self._kept.mkdir(exist_ok=True)
                 write_array(path, array)
-                return _parsed(path)
+                return _parsed(path, before)
             except (OSError, MachineFault) as error:
+                if self._scratch is None:
+                    raise MachineFault(f"pairs cannot be kept in {self._kept}: {error}") from error
                 note(f"pairs cannot be kept in {self._kept} ({error}); a search that is interrupted begins anew")
                 self._keeping = False
-        path = layout.pairs_file(self._scratch, panel.number, panel.key, threshold, number)
+        assert self._scratch is not None
+        path = layout.pairs_file(self._scratch, panel.number, panel.key, threshold, len(parts))
         write_array(path, array)
-        return _parsed(path)
+        return _parsed(path, before)
 
     def tidy(self, fitting: set[Panel], threshold: float) -> None:
         """Remove files that no longer fit the gallery; of those that do, keep this threshold's and the lowest."""
@@ -405,10 +324,10 @@ class _Folder:
         return [(name, panel) for name in names if (panel := layout.panel_of(name))]
 
 
-class _Writing:
+class Writing:
     """The pairs of a panel that is being compared."""
 
-    def __init__(self, folder: _Folder, panel: Panel, threshold: float, equals: NDArray[np.uint64]) -> None:
+    def __init__(self, folder: PairFolder, panel: Panel, threshold: float, equals: NDArray[np.uint64]) -> None:
         self._folder, self._panel, self._threshold, self._equals = folder, panel, threshold, equals
         self._pairs: list[Pairs] = []
         self._masks: list[NDArray[np.uint64]] = []
@@ -433,7 +352,7 @@ class _Writing:
         pairs = joined(self._pairs).in_order()
         masks = np.concatenate(self._masks) if self._masks else _NOTHING
         array = _array(self._equals, pairs, masks, last)
-        self._parts.append(self._folder.write(self._panel, self._threshold, len(self._parts), array))
+        self._parts.append(self._folder.write(self._panel, self._threshold, self._parts, array))
         self._pairs, self._masks, self._equals = [], [], _NOTHING
 
 
@@ -441,15 +360,18 @@ _NOTHING: NDArray[np.uint64] = np.empty((0, 2), np.uint64)
 
 
 def _array(equals: NDArray[np.uint64], pairs: Pairs, masks: NDArray[np.uint64], last: bool) -> NDArray[np.uint64]:
-    """What a file holds: how many there are of each, then these."""
-    counts = np.array([[len(equals), len(pairs)], [len(masks), last]], np.uint64)
+    """What a file holds: how many there are of each, a line for its place among the parts, then these."""
+    counts = np.array([[len(equals), len(pairs)], [len(masks), last], [0, 0]], np.uint64)
     keys = pair_keys(pairs.some, pairs.others)
     listed = np.stack([keys, pairs.similarities.view(np.uint64)], axis=1)
     return np.concatenate([counts, equals, listed, masks]).astype("<u8", copy=False)
 
 
-def _parsed(path: Path) -> Part:
+def _parsed(path: Path, before: Part | None = None) -> Part:
     """A file, its every byte checked.
+
+    Args:
+        before: the part that it follows.
 
     Raises:
         FileNotFoundError, NpyError: there is none, or it is damaged.
@@ -460,13 +382,23 @@ def _parsed(path: Path) -> Part:
     if not kept.check():
         raise NpyError("its bytes are not those that were written")
     array = kept.array
-    equals, pairs, masks = (int(count) for count in array[:2].reshape(-1)[:3])
-    if len(array) != 2 + equals + pairs + masks:
+    if len(array) < _HEAD:
         raise NpyError("it is not what its first lines say")
-    ends = list(itertools.accumulate((equals, pairs, masks), initial=2))
+    equals, pairs, masks = (int(count) for count in array[:2].reshape(-1)[:3])
+    if len(array) != _HEAD + equals + pairs + masks:
+        raise NpyError("it is not what its first lines say")
+    # Of two processes that compare one panel at once, each may cut it into parts in its own way.
+    if int(array[2, 1]) != (before.digest if before is not None else 0):
+        raise NpyError("it does not follow the part before it")
+    ends = list(itertools.accumulate((equals, pairs, masks), initial=_HEAD))
     listed = array[ends[1] : ends[2]]
     return Part(
-        array[ends[0] : ends[1]], listed[:, 0], listed.view(np.float64)[:, 1], array[ends[2] :], bool(array[1, 1])
+        equals=array[ends[0] : ends[1]],
+        keys=listed[:, 0],
+        similarities=listed.view(np.float64)[:, 1],
+        masks=array[ends[2] :],
+        last=bool(array[1, 1]),
+        digest=kept.digest,
     )
 
 

@@ -16,7 +16,8 @@ from pipeline import layout
 from pipeline.cache import look_through
 from search.duplicates.groups import Group, find_groups
 from search.duplicates.pairs import find_pairs
-from search.duplicates.store import collect, joined
+from search.duplicates.panels import collect
+from search.duplicates.store import joined
 from search.gallery.opening import open_gallery
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from tests.search.galleries import in_memory, write_article_shard
@@ -53,7 +54,9 @@ def kept(folder: Path) -> dict[str, bytes]:
 def compared(folder: Path, monkeypatch: pytest.MonkeyPatch, threshold: float = 0.95) -> tuple[list[Group], int]:
     """The groups, and how many panels were compared for them."""
     panels = []
-    monkeypatch.setattr("search.duplicates.store.find_pairs", lambda *given: panels.append(given) or find_pairs(*given))
+    monkeypatch.setattr(
+        "search.duplicates.panels.find_pairs", lambda *given: panels.append(given) or find_pairs(*given)
+    )
     return groups_of(folder, threshold), len(panels)
 
 
@@ -138,7 +141,7 @@ def test_a_filter_uses_what_is_known_of_all(folder: Path, monkeypatch: pytest.Mo
     assert len(filtered) == 3 and alone
     groups_of(folder)
     assert not filtered.keys() & kept(folder).keys()
-    monkeypatch.setattr("search.duplicates.store.find_pairs", None)
+    monkeypatch.setattr("search.duplicates.panels.find_pairs", None)
     assert list(find_groups(some, 0.95, panel_rows=50, tile_rows=32)) == alone
 
 
@@ -167,6 +170,25 @@ def test_many_pairs_of_a_panel_are_several_files(folder: Path, monkeypatch: pyte
     assert compared(folder, monkeypatch, 0.5) == (groups, 1)
 
 
+def test_parts_of_two_processes_that_cut_a_panel_differently_are_never_taken_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = {}
+    for at_once in (64, 200):
+        monkeypatch.setattr("search.duplicates.store.AT_ONCE", at_once)
+        groups = groups_of(folder, 0.5)
+        cut[at_once] = kept(folder)
+        for name in cut[at_once]:
+            (folder / "cache" / name).unlink()
+    panel = max(cut[200])[:-9]
+    for name, content in {**cut[64], f"{panel}.0000.npy": cut[200][f"{panel}.0000.npy"]}.items():
+        (folder / "cache" / name).write_bytes(content)
+    assert f"{panel}.0001.npy" in cut[64] and cut[64][f"{panel}.0000.npy"] != cut[200][f"{panel}.0000.npy"]
+    capsys.readouterr()
+    assert compared(folder, monkeypatch, 0.5) == (groups, 1)
+    assert "does not follow the part before it" in capsys.readouterr().err
+
+
 def test_pairs_of_all_files_come_in_order_also_where_they_are_tied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,17 +208,17 @@ def test_pairs_of_all_files_come_in_order_also_where_they_are_tied(
 
 SLOW = """
 import sys, time
-import search.duplicates.store as store
+import search.duplicates.panels as panels
 from pathlib import Path
 from search.duplicates.groups import find_groups
 from search.gallery.opening import open_gallery
 
-find = store.find_pairs
+find = panels.find_pairs
 def slow(*given):
     for one in find(*given):
         time.sleep(0.08)
         yield one
-store.find_pairs = slow
+panels.find_pairs = slow
 list(find_groups(open_gallery(Path(sys.argv[1])), 0.95, panel_rows=50, tile_rows=32))
 """
 
