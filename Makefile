@@ -18,7 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all test-compose chaos contract bench bench-search check-models audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos contract bench bench-search check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -87,6 +87,16 @@ test: .venv/dev ## The tests; those that need torch, a GPU or compose are skippe
 
 test-all: .venv/mnist ## All tests that can run here, torch included; see  make chaos  for the long ones
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
+
+# Debian's, where this may install packages; else the one that Playwright brings.
+browser: .venv/dev ## A Chromium for the tests of the pages, if there is none
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -q update && apt-get -qy install --no-install-recommends chromium; } \
+		|| .venv/bin/playwright install chromium \
+		|| { echo "no Chromium could be installed: on Debian or Ubuntu run  apt-get install chromium" >&2; exit 1; }
+
+test-page: browser ## The tests of the service's pages, in Chromium, which is installed if it is missing
+	.venv/bin/python -m pytest tests/serve/page $(ARGS)
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
 	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py tests/search/duplicates $(ARGS)

@@ -33,7 +33,7 @@ MOST_UPLOAD_BYTES, _UPLOAD_S = 64 << 20, 60.0
 #: Of any other request's body.
 _MOST_BODY_BYTES = 1 << 20
 #: What can be had without the token: the form that asks for it.
-_OPEN = frozenset({"/login", "/login.js", "/style.css"})
+_OPEN = frozenset({"/login", "/login.js", "/style.css", "/icon.svg"})
 _MULTIPART_PATHS = frozenset({"/search"})
 _TOO_LARGE = "the request has more than {} MB"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -117,6 +117,7 @@ class Health(BaseModel):
     version: str
     default: str | None = Field(description="The gallery that is asked if none is named.")
     media: bool = Field(description="Whether there are pictures to show: the media folder was given.")
+    token: bool = Field(description="Whether it asks for the token.")
     galleries: list[GalleryHealth]
     refused: dict[str, str] = Field(description="Why a gallery cannot be opened, by name.")
 

@@ -13,23 +13,47 @@ from pipeline.errors import UsageError
 from serve import bodies
 from serve.access import SESSION_S, Access
 
-_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+#: What the header of a page leads to, in this order, if the page is there.
+_TITLES = {"index": "Find", "clean": "Clean up", "map": "Map", "run": "Run"}
+_HEADER = """<header>
+  <a class="brand" href="/">ruiji</a>
+  <nav aria-label="Pages">{links}</nav>
+  <label id="galleries" hidden>Gallery <select id="gallery"></select></label>
+  <button id="logout" type="button" hidden>Log out</button>
+</header>"""
+_FOLDER = files("serve") / "page"
 router = APIRouter()
 
 
+def _route(name: str) -> str:
+    return "/" if name == "index" else f"/{name}"
+
+
+def _page(name: str) -> bytes:
+    """A page with the header that all have."""
+    links = "".join(
+        f'<a href="{_route(other)}"{" aria-current=page" * (other == name)}>{title}</a>'
+        for other, title in _TITLES.items()
+        if (_FOLDER / f"{other}.html").is_file()
+    )
+    text = (_FOLDER / f"{name}.html").read_text(encoding="utf-8")
+    return text.replace("<header></header>", _HEADER.format(links=links), 1).encode()
+
+
 def _add(file: Traversable) -> None:
-    # In memory, so that no path of a request reaches the disk.
-    data = file.read_bytes()
     stem, _, ending = file.name.rpartition(".")
+    # In memory, so that no path of a request reaches the disk.
+    data = _page(stem) if ending == "html" else file.read_bytes()
 
     async def page() -> Response:
         return Response(data, headers={"cache-control": "no-cache"}, media_type=_KINDS[ending])
 
-    route = f"/{file.name}" if ending != "html" else "/" if stem == "index" else f"/{stem}"
+    route = _route(stem) if ending == "html" else f"/{file.name}"
     router.add_api_route(route, page, methods=["GET"], include_in_schema=False)
 
 
-for _file in (files("serve") / "page").iterdir():
+for _file in _FOLDER.iterdir():
     _add(_file)
 
 

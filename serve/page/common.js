@@ -1,6 +1,12 @@
-// What all pages share: asking the service, telling the person, and making elements.
+// What all pages share: asking the service, the header, telling the person, and making elements.
 
 export const element = (name) => document.getElementById(name);
+
+export function make(kind, properties, ...children) {
+  const made = Object.assign(document.createElement(kind), properties);
+  made.append(...children);
+  return made;
+}
 
 // An id percent-encoded, as it stands in addresses; a lone surrogate stands for a byte that is not UTF-8.
 export function encodeId(id) {
@@ -8,7 +14,7 @@ export function encodeId(id) {
   return parts.map((part, n) => (n % 2 ? "%" + (part.charCodeAt(0) - 0xdc00).toString(16) : encodeURIComponent(part))).join("");
 }
 
-// The answer's JSON; throws an Error whose message is for the person.
+// The answer's JSON, null if it has no body; throws an Error whose message is for the person.
 export async function ask(path, options) {
   let answer;
   try {
@@ -18,31 +24,53 @@ export async function ask(path, options) {
     throw new Error("The service does not answer. Is it running?");
   }
   if (answer.status === 401) location.assign("/login");
-  const body = await answer.json();
+  const body = answer.status === 204 ? null : await answer.json();
   if (!answer.ok) throw new Error(body.error);
   return body;
 }
 
-// How the service stands: its galleries, the default one, whether it has pictures.
-export const loadHealth = () => ask("/healthz");
+export const send = (path, body) =>
+  ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+// How the service stands, and the gallery that the address means: { health, gallery, about }; about is undefined if there
+// is no gallery of that name. Fills the header's choice of a gallery.
+export async function begin() {
+  const health = await ask("/healthz");
+  const gallery = new URLSearchParams(location.search).get("gallery") ?? health.default ?? health.galleries[0].name;
+  const about = health.galleries.find((one) => one.name === gallery);
+  const chosen = element("gallery");
+  chosen.replaceChildren(...health.galleries.map((one) => make("option", {}, one.name)));
+  chosen.value = gallery;
+  chosen.addEventListener("change", () => location.assign(`?gallery=${encodeURIComponent(chosen.value)}`));
+  element("galleries").hidden = health.galleries.length < 2;
+  if (gallery !== health.default) {
+    for (const page of document.querySelectorAll("nav a")) page.search = `gallery=${encodeURIComponent(gallery)}`;
+  }
+  element("logout").hidden = !health.token;
+  element("logout").addEventListener("click", async () => {
+    await send("/logout", {});
+    location.assign("/login");
+  });
+  if (!about) tell(`There is no gallery ${gallery}.`, true);
+  return { health, gallery, about };
+}
 
 export function tell(text, failed = false) {
   const said = element("said");
   said.textContent = text;
-  said.className = failed ? "failed" : "";
+  said.classList.toggle("failed", failed);
 }
 
-export function make(kind, properties, ...children) {
-  const made = Object.assign(document.createElement(kind), properties);
-  made.append(...children);
-  return made;
-}
+export const thumbnail = (where, encoded, size) =>
+  `/thumbs/${encoded}?size=${size}&gallery=${encodeURIComponent(where.gallery)}`;
 
-// The picture of an object, or its name if there are no pictures.
-export function picture(health, id, encoded, gallery) {
-  if (!health.media) return make("span", { className: "tile" }, id);
-  const thumbnail = (size) => `/thumbs/${encoded}?size=${size}&gallery=${encodeURIComponent(gallery)}`;
-  return make("img", {
-    className: "tile", alt: id, loading: "lazy", src: thumbnail(256), srcset: `${thumbnail(256)} 1x, ${thumbnail(512)} 2x`,
-  });
+// The picture of an object, at 256 or 512 pixels; its name if the service has no pictures, or this one cannot be had.
+export function picture(where, id, encoded, size = 256) {
+  const name = () => make("span", { className: "tile" }, id);
+  if (!where.health.media) return name();
+  const shown = make("img", { className: "tile", alt: id, loading: "lazy" });
+  if (size === 256) shown.srcset = `${thumbnail(where, encoded, 256)} 1x, ${thumbnail(where, encoded, 512)} 2x`;
+  shown.src = thumbnail(where, encoded, size);
+  shown.addEventListener("error", () => shown.replaceWith(name()), { once: true });
+  return shown;
 }

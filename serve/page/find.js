@@ -4,12 +4,12 @@
 // decoded here, because names of files need not be UTF-8. A picture that was sent has no address; it is kept here for as
 // long as the page is open.
 
-import { ask, element, encodeId, loadHealth, make, picture, tell } from "/common.js";
+import { ask, begin, element, encodeId, make, picture, tell } from "/common.js";
 
 const [query, hits] = ["query", "hits"].map(element);
-const [file, count, least, gallery] = ["file", "count", "least", "gallery"].map(element);
+const [file, count, least] = ["file", "count", "least"].map(element);
 const pictures = [];
-let health = null;
+let where = null;
 let asking = null;
 
 function wanted() {
@@ -19,17 +19,16 @@ function wanted() {
     picture: history.state?.picture,
     k: asked.get("k") ?? "30",
     min: asked.get("min") ?? "-1",
-    gallery: asked.get("gallery") ?? health.default ?? health.galleries[0].name,
   };
 }
 
 function address(changed) {
-  const { id, k, min, gallery: name } = { ...wanted(), ...changed };
+  const { id, k, min } = { ...wanted(), ...changed };
   const parts = [];
   if (id !== undefined) parts.push(`id=${id}`);
   if (k !== "30") parts.push(`k=${k}`);
   if (Number(min) > -1) parts.push(`min=${min}`);
-  if (name !== health.default) parts.push(`gallery=${encodeURIComponent(name)}`);
+  if (where.gallery !== where.health.default) parts.push(`gallery=${encodeURIComponent(where.gallery)}`);
   return parts.length ? `/?${parts.join("&")}` : "/";
 }
 
@@ -57,22 +56,19 @@ async function show() {
   count.value = now.k;
   least.value = now.min;
   least.nextElementSibling.textContent = Number(now.min) > -1 ? Number(now.min).toFixed(2) : "any";
-  gallery.value = now.gallery;
-  const about = health.galleries.find((one) => one.name === now.gallery);
-  element("choose").hidden = !about?.pictures;
+  const { about } = where;
   query.hidden = true;
   hits.replaceChildren();
-  if (!about) return tell(`There is no gallery ${now.gallery}.`, true);
   const sent = now.picture === undefined ? undefined : pictures[now.picture];
   if (now.id === undefined && sent === undefined) {
-    document.title = "ruiji";
+    document.title = "Find · ruiji";
     const gone = now.picture !== undefined ? "The picture that was searched with is gone with the page that had it. " : "";
     const how = about.pictures ? "Drop, paste or choose a picture, or begin" : "Begin";
     const without = about.pictures ? "" : " To search with pictures, start the service with --model.";
     return tell(`${gone}${about.objects.toLocaleString()} objects. ${how} with a random object.${without}`);
   }
   tell("Searching…");
-  const parameters = new URLSearchParams({ metric: "cosine", k: now.k, gallery: now.gallery });
+  const parameters = new URLSearchParams({ metric: "cosine", k: now.k, gallery: where.gallery });
   if (Number(now.min) > -1) parameters.set("min_similarity", now.min);
   try {
     let found;
@@ -98,7 +94,7 @@ function draw(found, sent, now) {
     shown.addEventListener("load", () => URL.revokeObjectURL(shown.src), { once: true });
     shown.addEventListener("error", () => shown.replaceWith(make("span", { className: "tile" }, name)), { once: true });
   } else {
-    shown = picture(health, name, now.id, now.gallery);
+    shown = picture(where, name, now.id);
   }
   query.replaceChildren(shown, make("figcaption", {}, name));
   query.hidden = false;
@@ -106,9 +102,9 @@ function draw(found, sent, now) {
   hits.replaceChildren(
     ...found.similarImages.map((hit) => {
       const encoded = encodeId(hit.objectId);
-      const fact = make("b", {}, `${hit.rank} · ${hit.similarity.toFixed(3)}`);
+      const fact = make("b", { className: "fact" }, `${hit.rank} · ${hit.similarity.toFixed(3)}`);
       const title = make("span", { className: "name", title: hit.path ?? hit.objectId }, hit.objectId);
-      return make("li", {}, link(encoded, picture(health, hit.objectId, encoded, now.gallery), fact, title));
+      return make("li", {}, link(encoded, picture(where, hit.objectId, encoded), fact, title));
     }),
   );
 }
@@ -120,12 +116,11 @@ function search(sent) {
 }
 
 async function random() {
-  const { gallery: name } = wanted();
-  const about = health.galleries.find((one) => one.name === name);
+  const { about, gallery } = where;
   try {
     // A few rows, because those of objects that left the list are not listed.
     const first = Math.floor(Math.random() * about.rows);
-    const found = await ask(`/objects?first=${first}&count=50&gallery=${encodeURIComponent(name)}`);
+    const found = await ask(`/objects?first=${first}&count=50&gallery=${encodeURIComponent(gallery)}`);
     if (found.objects.length) go({ id: encodeId(found.objects[0].object_id) });
     else tell("There was no object; try again.", true);
   } catch (error) {
@@ -142,7 +137,6 @@ file.addEventListener("change", () => file.files.length && search(file.files[0])
 count.addEventListener("change", () => change({ k: count.value }));
 least.addEventListener("input", () => (least.nextElementSibling.textContent = Number(least.value).toFixed(2)));
 least.addEventListener("change", () => change({ min: least.value }));
-gallery.addEventListener("change", () => go({ id: undefined, gallery: gallery.value }));
 addEventListener("popstate", show);
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
@@ -158,10 +152,9 @@ addEventListener("paste", (event) => {
 
 try {
   tell("Loading…");
-  health = await loadHealth();
-  gallery.replaceChildren(...health.galleries.map((one) => make("option", {}, one.name)));
-  element("galleries").hidden = health.galleries.length < 2;
-  await show();
+  where = await begin();
+  element("choose").hidden = !where.about?.pictures;
+  if (where.about) await show();
 } catch (error) {
   tell(error.message, true);
 }

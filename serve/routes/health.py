@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pipeline.errors import RuijiError
@@ -18,7 +18,7 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.get("/healthz", response_model=bodies.Health)
-async def health(service: Kept) -> Response:
+async def health(request: Request, service: Kept) -> Response:
     """How the service stands: its galleries, and which way a query takes through each."""
     galleries = await asyncio.to_thread(lambda: [_gallery_health(one) for one in service.galleries.all])
     problem = service.galleries.refused or any(one.problem for one in service.galleries.all)
@@ -27,6 +27,7 @@ async def health(service: Kept) -> Response:
         version=installed_versions()["ruiji"],
         default=service.galleries.default,
         media=service.media_dir is not None,
+        token=request.app.state.access.token is not None,
         galleries=galleries,
         refused=dict(service.galleries.refused),
     )

@@ -1,0 +1,109 @@
+"""What all pages share: their header, their weight, the form that asks for the token."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.conftest import ROOT
+from tests.factories import Ruiji
+from tests.serve.conftest import Served, start, write_served_gallery
+from tests.serve.page.conftest import Watch, check_accessible, check_fits
+
+PAGES = ROOT / "serve" / "page"
+#: Bytes of all pages together, without pictures.
+MOST_BYTES = 150_000
+
+
+def test_the_pages_weigh_little_and_load_nothing_from_elsewhere(served: Served) -> None:
+    weight = 0
+    for file in PAGES.iterdir():
+        route = f"/{file.stem}" if file.suffix == ".html" else f"/{file.name}"
+        answer = served.get("/" if route == "/index" else route)
+        assert answer.status == 200 and answer.headers["x-content-type-options"] == "nosniff", route
+        text = (
+            answer.body.decode()
+            .replace('xmlns="http://www.w3.org/2000/svg"', "")
+            .replace('"http://www.w3.org/2000/svg"', "")
+        )
+        weight += len(answer.body)
+        assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)), route
+        # The policy would not run them.
+        assert not re.search(r"<style|\son[a-z]+=|\bstyle=\"|<script(?![^>]*src=)|innerHTML|eval\(", text), route
+    assert weight <= MOST_BYTES
+
+
+@pytest.mark.parametrize("script", sorted(file.name for file in PAGES.glob("*.js")))
+def test_what_a_script_asks_for_is_in_its_page(script: str) -> None:
+    page = {"find.js": "index.html"}.get(script, script.replace(".js", ".html"))
+    # A module that has no page of its own works in all.
+    pages = (
+        [PAGES / page] if (PAGES / page).exists() else [file for file in PAGES.glob("*.html") if file.stem != "login"]
+    )
+    text = (PAGES / script).read_text()
+    asked = set(re.findall(r'(?:element|getElementById)\("([\w-]+)"\)', text))
+    for names in re.findall(r"= \[([^\]]*)\]\.map\(element\)", text):
+        asked |= set(re.findall(r'"([\w-]+)"', names))
+    for file in pages:
+        there = set(re.findall(r'id="([\w-]+)"', file.read_text())) | {"galleries", "gallery", "logout"}
+        assert asked <= there, file.name
+
+
+def test_the_header_leads_to_the_pages_that_are_there(served: Served, page: Page) -> None:
+    page.goto(served.origin)
+    links = page.locator("header nav a")
+    expect(links.first).to_have_text("Find")
+    expect(links.first).to_have_attribute("aria-current", "page")
+    for n in range(links.count()):
+        route = links.nth(n).get_attribute("href")
+        assert route and served.get(route).status == 200
+    # With one gallery, and without a token, there is nothing to choose and nowhere to log out from.
+    expect(page.locator("#said")).to_contain_text("40 objects")
+    expect(page.locator("#galleries")).to_be_hidden()
+    expect(page.locator("#logout")).to_be_hidden()
+
+
+def test_the_choice_of_a_gallery_goes_along(ruiji: Ruiji, page: Page) -> None:
+    write_served_gallery(ruiji)
+    other = Ruiji(ruiji.media, ruiji.features, ruiji.model.with_name("other.onnx"), ruiji.state, ROOT)
+    other.model.write_bytes(ruiji.model.read_bytes())
+    write_served_gallery(other, 20)
+    page.goto(start(ruiji).origin)
+    page.select_option("#gallery", "other")
+    page.wait_for_url("**/?gallery=other")
+    expect(page.locator("#said")).to_contain_text("20 objects")
+    for link in page.locator("header nav a").all():
+        assert (link.get_attribute("href") or "").endswith("?gallery=other")
+
+
+def test_a_token_is_asked_for_and_forgotten(
+    ruiji: Ruiji, tmp_path: Path, new_page: Callable[..., Page], watch: Watch
+) -> None:
+    write_served_gallery(ruiji)
+    file = tmp_path / "token"
+    file.write_text("correct-horse-battery")
+    served = start(ruiji, "--web-token-file", str(file))
+    page = new_page()
+    page.goto(served.origin)
+    page.wait_for_url("**/login")
+    check_accessible(page)
+    page.fill("#token", "wrong-horse-battery")
+    page.press("#token", "Enter")
+    expect(page.locator("#said")).to_contain_text("not the token")
+    watch.expect("403 .*/login")
+    page.fill("#token", "correct-horse-battery")
+    page.press("#token", "Enter")
+    expect(page.locator("#said")).to_contain_text("40 objects")
+    page.click("#logout")
+    page.wait_for_url("**/login")
+    page.goto(served.origin)
+    page.wait_for_url("**/login")
+
+
+def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page) -> None:
+    for name in sorted(file.stem for file in PAGES.glob("*.html")):
+        phone.goto(f"{served.origin}/{'' if name == 'index' else name}")
+        check_fits(phone)
+        check_accessible(phone)
