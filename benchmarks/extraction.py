@@ -220,7 +220,7 @@ def _run_ruiji(
 
 
 def _digest(output: Path) -> str:
-    """Of all features in shards; empty where a peer makes none."""
+    """Of all features in shards; empty if a peer makes none."""
     total = hashlib.sha256()
     for path in sorted(output.glob("*.features.npy")):
         total.update(path.read_bytes())
@@ -268,7 +268,7 @@ class Drained:
 
 
 def queue(sizes: Sizes) -> list[Figure]:
-    """Publishing, and what one image costs a worker and Redis where nothing is computed, against stock Celery."""
+    """Publishing, and what one image costs a worker and Redis if nothing is computed, against stock Celery."""
     from benchmarks import stock
 
     published: list[float] = []

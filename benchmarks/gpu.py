@@ -125,7 +125,7 @@ def stages(device: str, media: Path, paths: list[str]) -> tuple[list[Figure], fl
         best = max(best, timed)
     if device == "cuda":
         add("host to device, batch 64", *_host_to_device(pixels[:64]))
-    # One encoder thread here; where the CPU encodes, all cores share that too.
+    # One encoder thread here; if the CPU encodes, all cores share that too.
     allowed = 1000 * CORES / (cpu_ms + best[1])
     return figures, min(allowed, best[0]) if device == "cuda" else allowed
 

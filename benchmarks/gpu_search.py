@@ -156,13 +156,13 @@ def _brute_force(units: torch.Tensor, features: Float32, asked: Float32) -> NDAr
 
 
 def _reading(rows: torch.Tensor) -> float:
-    """Bytes a second."""
+    """Bytes per second."""
     taken = rows.numel() * rows.element_size()
     return float(taken) / _seconds(lambda: rows.view(-1).view(torch.int32).max(), rows)
 
 
 def _multiplying(rows: torch.Tensor) -> float:
-    """Products and sums a second, of bfloat16."""
+    """Products and sums per second, of bfloat16."""
     some = rows[: 8192 if rows.is_cuda else 2048]
     return float(2 * len(some) ** 2 * LENGTH) / _seconds(lambda: some @ some.T, rows)
 

@@ -58,7 +58,7 @@ def article(media: Path, listed: Path, output: Path, threads: int = 0) -> None:
     Several of these at once are its way to use several cores. Its `np.expand_dim` is mended.
 
     Args:
-        threads: of ONNX Runtime; 0: its default, one a core.
+        threads: of ONNX Runtime; 0: its default, one per core.
     """
     image_paths = [media / line for line in listed.read_text().splitlines()]
     random.shuffle(image_paths)

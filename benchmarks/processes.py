@@ -73,7 +73,7 @@ def process_cpu_s(pid: int) -> float:
 
 
 def command_line(pid: int) -> str:
-    """What a process was started with; empty where it has ended."""
+    """What a process was started with; empty if it has ended."""
     try:
         return Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

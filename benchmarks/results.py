@@ -79,7 +79,7 @@ def _rounded(value: float) -> float:
 
 
 def nvidia_smi(field: str, *form: str) -> list[str]:
-    """What nvidia-smi tells of each GPU; empty where it cannot be asked."""
+    """What nvidia-smi tells of each GPU; empty if it cannot be asked."""
     query = ["nvidia-smi", f"--query-gpu={field}", f"--format={','.join(['csv', 'noheader', *form])}"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()

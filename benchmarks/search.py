@@ -436,7 +436,7 @@ def altered(originals: list[Path], folder: Path) -> Iterator[tuple[int, str, Pat
 
 def write_shards(folder: Path, rows: int, kind: str) -> None:
     """A recorded gallery on disk, made shard by shard of the usual size."""
-    # Any model of that length serves where no picture is embedded.
+    # Any model of that length serves if no picture is embedded.
     stand_in = BUILD / f"{folder.name}.onnx"
     model = load_model(REAL_MODEL if REAL_MODEL.is_file() else tiny_model(stand_in, length=LENGTH))
     claim_gallery(folder, model, IdScheme(ObjectIds.basename))

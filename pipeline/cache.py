@@ -1,9 +1,9 @@
 """What is kept beside the shards to search them sooner, and can be deleted at any time.
 
-`G/cache/NNNN.<key>.<kind>.npy`, one array a file. The key is taken from the shard's record (or, for an article's shard,
-from size and time of its file), so that what was made of other rows is never read. Behind the array stand a checksum of
-each MiB of it, and a seal over these, the header and the file's name: a file is believed only if it has them. Pairs of
-near-duplicates lie here in files of the same kind, `search.duplicates.store`.
+`G/cache/NNNN.<key>.<kind>.npy`, an array per file. The key is taken from the shard's record (or, for an article's
+shard, from size and time of its file), so that what was made of other rows is never read. Behind the array stand a
+checksum of each MiB of it, and a seal over these, the header and the file's name: a file is believed only if it has
+them. Pairs of near-duplicates lie here in files of the same kind, `search.duplicates.store`.
 """
 
 import hashlib

@@ -88,7 +88,7 @@ def follow(folder: Path, client: redis.Redis, *checks: Callable[[], None]) -> St
 
 
 def follow_run(folder: Path, client: redis.Redis) -> redis.Redis | None:
-    """As `follow`, beside a `ruiji run`; None where it ended meanwhile, and its Redis with it."""
+    """As `follow`, beside a `ruiji run`; None if it ended meanwhile, and its Redis with it."""
 
     def there() -> None:
         client.ping()

@@ -274,7 +274,7 @@ def plan_file(place: Path) -> Path:
 
 
 def todo_file(place: Path) -> Path:
-    """The plan's todo list beside it, one path a line."""
+    """The plan's todo list beside it, one path per line."""
     return place / "todo.txt"
 
 

@@ -52,7 +52,7 @@ class EventHandler(logging.Handler):
     """Writes to whatever `sys.stderr` is at the time, so that a progress bar can take the lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line, or several where there is a traceback."""
+        """Write one line, or several if there is a traceback."""
         # A log that is full or gone stops nobody's work.
         with suppress(OSError):
             print(self.format(record), file=sys.stderr, flush=True)

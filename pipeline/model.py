@@ -34,10 +34,10 @@ class Model:
     """One ONNX file, its declared spec and the fingerprint of all that changes a feature.
 
     Attributes:
-        batch: the batch size that the graph fixes, or None where it takes any.
+        batch: the batch size that the graph fixes, or None if it takes any.
         fingerprint: sha256 (hex) over the model's bytes, its external data and the spec.
         external: names of the files that hold weights outside the .onnx file, sorted.
-        toml: sha256 (hex) of `<model>.toml`; None where there is none.
+        toml: sha256 (hex) of `<model>.toml`; None if there is none.
     """
 
     path: Path
@@ -86,7 +86,7 @@ def recall_model(path: Path, contract: dict[str, Any], fingerprint: str) -> Mode
     """What `load_model` returned before, without reading the graph, which takes longer than a search.
 
     Returns:
-        The model with this fingerprint and `Model.contract`; None where the file at `path` or its .toml is another
+        The model with this fingerprint and `Model.contract`; None if the file at `path` or its .toml is another
         one now, or not there.
 
     Raises:

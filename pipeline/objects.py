@@ -41,7 +41,7 @@ class IdScheme:
     """How an object's id and its nested file names come from its path.
 
     `basename`: the id is the path's last part, extension kept; folders are its characters 0-1 and 2-3.
-    `path`: the id is the whole relative path; folders come from its sha1, `/` is written `%2F`; where that gets too
+    `path`: the id is the whole relative path; folders come from its sha1, `/` is written `%2F`; if that gets too
     long, the name is `%-` and the id's sha256. So it is for bad names, whose id is the whole escaped line.
     """
 
@@ -168,7 +168,7 @@ class ObjectList:
 
     Attributes:
         path: one relative path a line, sorted by bytes, without duplicates.
-        by_id: `<id>\t<path>` a line, sorted by bytes of the id, then of the path.
+        by_id: `<id>\t<path>` per line, sorted by bytes of the id, then of the path.
         lines: how many objects.
         digest: sha256 of the file at `path`, hex.
         notes: what was changed on the way, for people.
@@ -196,7 +196,7 @@ def prepare(source: Path, scratch: Path, scheme: IdScheme, exclude: Exclude | No
     """Check an object list and write it, sorted and without duplicates, into `scratch`.
 
     Args:
-        source: any text file with a path a line; a byte order mark, CRLF, blank lines, duplicates, a leading `./`
+        source: any text file with a path per line; a byte order mark, CRLF, blank lines, duplicates, a leading `./`
             and any order are accepted. A line that is no path, or whose id cannot name a file, stays as a bad name.
         scratch: an existing folder with room for three copies of the list.
         scheme: decides the ids, which must be unique.

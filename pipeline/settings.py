@@ -316,7 +316,7 @@ def state_folder(state_dir: Path | None) -> Path:
 
 
 def make_state_folder(state_dir: Path | None) -> Path:
-    """The state folder, made where it is missing, for its owner only: the embedded Redis' password lies in it.
+    """The state folder, made if it is missing, for its owner only: the embedded Redis' password lies in it.
 
     Raises:
         RuijiError: it cannot be made, or not be written to.

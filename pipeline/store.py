@@ -68,7 +68,7 @@ def write_atomic(
     Raises:
         MachineFault: no space, no permission, I/O error.
     """
-    # Plain strings: this runs once an image, and paths as objects would cost as much as the writing.
+    # Plain strings: this runs once per image, and paths as objects would cost as much as the writing.
     folder = os.path.dirname(path) or "."
     temporary = f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
     with machine_faults(f"cannot write {path}"):
@@ -189,7 +189,7 @@ class Embedded(NamedTuple):
 
     Attributes:
         feature: float32[d].
-        digest: the sha256 of the bytes that it was made of, 32 bytes; empty where none is kept.
+        digest: the sha256 of the bytes that it was made of, 32 bytes; empty if none is kept.
     """
 
     feature: NDArray[np.float32]
@@ -380,7 +380,7 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 
 def write_record(folder: Path, record: Record) -> bool:
-    """Commit a shard; durable when this returns. False where it had a record already."""
+    """Commit a shard; durable when this returns. False if it had a record already."""
     content = to_json(asdict(record))
     written = write_atomic(layout.record_file(folder, record.shard), [content], exclusive=True, sync=True)
     sync_folder(folder)

@@ -33,7 +33,7 @@ def check_targets(
     Files and folders are compared by device and inode, so that links and the case of names make no difference.
 
     Args:
-        targets: option, spelled as `--html`, to its file; None where it is not given.
+        targets: option, spelled as `--html`, to its file; None if it is not given.
         inputs: files that the command reads.
         media_dir: never written to.
         gallery: its folder, never written to by hand; folders of other galleries are known by their `gallery.json`.

@@ -181,7 +181,7 @@ def _verify(folder: Path) -> list[Finding]:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for sorting: in the gallery, where there is room, unless it may only be read."""
+    """A folder for sorting: in the gallery if there is room, unless it may only be read."""
     place = layout.run_folder(folder)
     with tempfile.TemporaryDirectory(
         dir=place if os.access(place, os.W_OK) else None, prefix=f"{layout.TEMPORARY_PREFIX}verify-"

@@ -22,7 +22,7 @@ def library_versions() -> dict[str, str]:
         "pillow": _version("PIL", "pillow"),
         # Decodes most JPEGs.
         "simplejpeg": _version("simplejpeg", "simplejpeg"),
-        # Where it is missing, pictures fail that are decoded elsewhere.
+        # If it is missing, pictures fail that are decoded elsewhere.
         "pi-heif": heif_decoder() or NONE,
         # Both builds compute the same on a CPU; which one it is stands in the worker's log.
         "onnxruntime": _version("onnxruntime", "onnxruntime", "onnxruntime-gpu"),
@@ -30,7 +30,7 @@ def library_versions() -> dict[str, str]:
 
 
 def heif_decoder() -> str | None:
-    """Version of pi-heif, which decodes HEIF (HEIC); None where the extra `heic` is not installed."""
+    """Version of pi-heif, which decodes HEIF (HEIC); None if the extra `heic` is not installed."""
     return _installed("pi-heif")
 
 

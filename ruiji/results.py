@@ -52,7 +52,7 @@ class GalleryObject:
 
     Attributes:
         row: its gallery row.
-        path: relative to the media folder; None where the gallery does not know paths.
+        path: relative to the media folder; None if the gallery does not know paths.
     """
 
     row: int

@@ -43,7 +43,7 @@ class Answer:
 
     Attributes:
         hits: best first.
-        labels: what each hit shows; None where there are no annotations.
+        labels: what each hit shows; None if there are no annotations.
     """
 
     query: Query

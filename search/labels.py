@@ -54,7 +54,7 @@ class Annotations:
 
         Args:
             object_id: of the gallery; its last part is the file name.
-            path: relative to the media folder; None where the gallery does not know paths.
+            path: relative to the media folder; None if the gallery does not know paths.
 
         Raises:
             UsageError: what fits, the path or else the name, stands in several lines that differ.
@@ -72,12 +72,12 @@ class Annotations:
         return row
 
     def label(self, object_id: str, path: str | None) -> str | None:
-        """What the object shows, or None where the file does not say."""
+        """What the object shows, or None if the file does not say."""
         row = self.find(object_id, path)
         return None if row is None else row.get(LABEL_COLUMN)
 
     def picture_label(self, path: str) -> str | None:
-        """What a picture in the media folder shows, which need not be in the gallery; None where no line says it.
+        """What a picture in the media folder shows, which need not be in the gallery; None if no line says it.
 
         A line with its file name counts only where it has no path: one with another path is of another picture.
 

@@ -51,9 +51,9 @@ class Query:
     Attributes:
         name: what results are labelled with: the file, object id or words as they were given.
         feature: float32[d], raw model output; of a combined query the sum of its parts.
-        picture: its image file; None where there is none.
-        object_id: of the gallery object that it is; None where it is none, or known by its path only.
-        path: relative to the media folder; None where it is not in it.
+        picture: its image file; None if there is none.
+        object_id: of the gallery object that it is; None if it is none, or known by its path only.
+        path: relative to the media folder; None if it is not in it.
         by_id: whether it was named as a gallery object.
         words: what is shown instead of a picture: words that are searched with, or how parts are combined.
         parts: the queries that it combines; empty if it combines none.
@@ -320,7 +320,7 @@ def load_encoder(model: Model, device: Device, pictures: int = _DECODED_AT_ONCE)
 
     Args:
         device: where the model runs; auto is the CPU.
-        pictures: that come at once. CUDA computes so many at a time, at most 64; where fewer come, it computes black
+        pictures: that come at once. CUDA computes so many at a time, at most 64; if fewer come, it computes black
             ones beside them.
     """
     from concurrent.futures import ThreadPoolExecutor
@@ -454,7 +454,7 @@ def open_picture(image: Path, max_pixels: int, size: int, inside: str | None = N
         inside: a folder, resolved, which the file must lie in once all links are followed.
 
     Returns:
-        None where the file is missing, no image, or has more than `max_pixels` pixels.
+        None if the file is missing, no image, or has more than `max_pixels` pixels.
     """
     from PIL import Image
 

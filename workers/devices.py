@@ -52,7 +52,7 @@ class Gpu:
         name: of the card.
         capability: its compute capability.
         total_mb: its memory.
-        free_mb: what is free of that; None where nobody looked, or where the device does not answer now.
+        free_mb: what is free of that; None if nobody looked, or if the device does not answer now.
         exclusive: whether it serves one process at a time.
     """
 
@@ -74,7 +74,7 @@ class Gpus:
     Attributes:
         usable: in CUDA's order.
         refused: for each other card why it cannot be used.
-        problem: why none is usable; empty where one is.
+        problem: why none is usable; empty if one is.
         passes: whether that may be otherwise later.
         built: whether the installed ONNX Runtime has CUDA at all.
     """

@@ -58,7 +58,7 @@ def examine(
     """Look at everything a run needs, one check after the other; a problem ends its check, not the doctor.
 
     Args:
-        redis_url: None where no Redis is set or running.
+        redis_url: None if no Redis is set or running.
     """
     yield _redis(redis_url)
     yield _media(media_dir)
@@ -84,7 +84,7 @@ def examine(
 
 
 def _examined(name: str, look: Callable[[], Check]) -> Check:
-    """What a look finds at the gallery, also where that is too damaged to look."""
+    """What a look finds at the gallery, even if that is too damaged to look."""
     try:
         return look()
     except (RuijiError, OSError, ValueError) as error:

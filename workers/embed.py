@@ -228,7 +228,7 @@ def _embed(
 def _encode(
     encoder: "Encoder | _Alone", batch: NDArray[np.uint8], ledger: Ledger
 ) -> NDArray[np.float32] | list[NDArray[np.float32] | ImageError]:
-    """Features of uint8[b, h, w, c]; where the model runs on other pixels and not on these, why an image has none."""
+    """Features of uint8[b, h, w, c]; if the model runs on other pixels and not on these, why an image has none."""
     try:
         with encoder.turn, ledger.encoding():
             return encoder.encode(batch)

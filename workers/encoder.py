@@ -22,7 +22,7 @@ from workers import devices
 logger = logging.getLogger(__name__)
 
 #: Requests that are worth fusing on a CPU, where the model runs them one by one all the same: they share the cost of
-#: the queue, and at some 10 ms an image a batch is done soon.
+#: the queue, and at some 10 ms per image a batch is done soon.
 CPU_BATCH_IMAGES = 64
 #: Padded batches of one size keep CUDA's arena and its choice of kernels fixed.
 CUDA_BATCH_IMAGES = 64
@@ -65,7 +65,7 @@ class Encoder:
         Args:
             device: `cuda` refuses to start without one; `auto` takes CUDA where it works, and logs its choice.
             threads: of one run on the CPU.
-            batch_images: images a batch; by default 64.
+            batch_images: images per batch; by default 64.
             gpu_memory_mb: limit of the session's arena on CUDA; None: what the device has.
             many: make the graph quicker first, which takes as long as a hundred images save.
 
@@ -264,7 +264,7 @@ def _constants(session: ort.InferenceSession, spec: ModelSpec) -> dict[str, NDAr
 
 
 def _on_cuda(model: Model, device: Device, run_images: int, gpu_memory_mb: int | None) -> BoundSession | None:
-    """A session on the first GPU that has run once; None where the CPU is to run the model.
+    """A session on the first GPU that has run once; None if the CPU is to run the model.
 
     Raises:
         UsageError, ModelError, DeviceFault: as `Encoder`, where `cuda` was asked for.

@@ -46,7 +46,7 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
     MobileNetV3 it is a sixth of the whole. So pixels are brought into planes first.
 
     Args:
-        always: also where nothing but the size of the input changes, which pays where it has to cross to a device.
+        always: even if nothing but the size of the input changes, which pays if it has to cross to a device.
 
     Returns:
         The ONNX file, or None: the model is taken as it is. So are those with weights outside the file, or too large.
@@ -85,7 +85,7 @@ def taking_pixels(model: Model, always: bool) -> bytes | None:
 
 
 def _scaling_before_planes(graph: Any, name: str) -> tuple[list[NodeProto], list[_Step]] | None:
-    """The nodes from an input to its transposition, and what those before that do; None where it is another graph."""
+    """The nodes from an input to its transposition, and what those before that do; None if it is another graph."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
@@ -119,7 +119,7 @@ def _scaling_before_planes(graph: Any, name: str) -> tuple[list[NodeProto], list
 
 
 def _for_channels(constant: NDArray[Any]) -> NDArray[np.float32] | None:
-    """A constant as one number, or as one for each value of the last of four axes; None where it is neither."""
+    """A constant as one number, or as one for each value of the last of four axes; None if it is neither."""
     if constant.dtype != np.float32 or constant.ndim > 4 or constant.size != (constant.shape or (1,))[-1]:
         return None
     return constant.reshape(-1) if constant.ndim else constant

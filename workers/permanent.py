@@ -20,7 +20,7 @@ REPEATS = 12
 
 
 def stop_unless_begun(folder: Path, client: redis.Redis, gallery: GalleryInfo, reason: str) -> bool:
-    """Stop the open plan because its model does not run; where any of it was done, only this worker cannot run it.
+    """Stop the open plan because its model does not run; if any of it was done, only this worker cannot run it.
 
     Returns:
         Whether the plan is stopped.

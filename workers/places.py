@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pipeline.choices import Device, Role
 from workers.devices import LONGEST_PAUSE_S, Gpu, probe
 
-#: An interpreter's lock is held for about 0.6 ms an image, and two cores decode one in 0.7 ms: so many cores a process
+#: An interpreter's lock is held for about 0.6 ms per image, and two cores decode one in 0.7 ms: so many cores a process
 #: keep busy, and eight processes 13,000 images/s, more than a GPU is known to encode.
 _CORES, _MOST_PROCESSES = 2, 8
 #: MB on the GPU that a process takes for CUDA itself, and for a model like MobileNet at work.
 _CONTEXT_MB, _MODEL_MB = 512, 1536
-#: A reducer takes about 0.2 ms an image, so that one could not follow a GPU.
+#: A reducer takes about 0.2 ms per image, so that one could not follow a GPU.
 _CUDA_REDUCERS = 2
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _feeding(gpu: Gpu, cores: int, slots_per_device: int, gpu_memory_mb: int | N
 
 
 def gpus_for(device: Device) -> tuple[Gpu, ...]:
-    """The GPUs on which the model can run, where a device was asked for; none means the CPU, and is told.
+    """The GPUs on which the model can run, if a device was asked for; none means the CPU, and is told.
 
     Where `cuda` was asked for, a fault that may pass is waited for.
 

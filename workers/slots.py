@@ -62,7 +62,7 @@ def device_slots(
     """Hold the free slots of some devices for as long as the block takes; wait for one while all are taken.
 
     Each time the device with the fewest workers gives one. The leases are renewed by threads. Where one was lost (this
-    process stood still, or Redis was away) it is taken again; where another worker has it by then, this process gets a
+    process stood still, or Redis was away) it is taken again; if another worker has it by then, this process gets a
     SIGTERM, ends in order and can be started again for other slots.
 
     Args:

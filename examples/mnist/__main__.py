@@ -246,7 +246,7 @@ def measure(network: Network, folder: Path, output: Path, form: str) -> str:
 
 
 def judge(network: Network, metrics: dict[str, dict[str, float]]) -> bool:
-    """Print how a network stands to its targets; True where it reaches them.
+    """Print how a network stands to its targets; True if it reaches them.
 
     Args:
         metrics: as `ruiji evaluate --format json` has them.

@@ -79,7 +79,7 @@ def load(folder: Path, part: str) -> Digits:
 
 
 def _digest(packed: bytes) -> str:
-    """sha256 of what a gzip file holds: how it was packed does not matter; empty where it is none."""
+    """sha256 of what a gzip file holds: how it was packed does not matter; empty if it is none."""
     try:
         return hashlib.sha256(gzip.decompress(packed)).hexdigest()
     except (OSError, EOFError):

@@ -214,7 +214,7 @@ class Plan:
 
     @property
     def todo(self) -> Path:
-        """The todo list, one path a line: beside the open plan, then beside the closed one."""
+        """The todo list, one path per line: beside the open plan, then beside the closed one."""
         return self.first_todo if self.first_todo.exists() else layout.todo_file(self.closed_folder)
 
     @cached_property
@@ -239,7 +239,7 @@ class Plan:
     def object_file(self, object_id: str, ending: str) -> str:
         """The name of an object's feature or error file, by its ending.
 
-        A plain string, for what runs once an image: a `Path` takes as long to make as the file takes to open.
+        A plain string, for what runs once per image: a `Path` takes as long to make as the file takes to open.
         """
         return f"{self.folder}/{self.scheme.nested(object_id, ending)}"
 

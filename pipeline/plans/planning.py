@@ -236,7 +236,7 @@ def _compare(
 
 
 def _merged(by_id: Path, done: Path) -> Iterator[tuple[str | None, list[_Entry]]]:
-    """Every object by id: its path, None where it is not on the list, and its entries."""
+    """Every object by id: its path, None if it is not on the list, and its entries."""
     entries = (_Entry.from_line(line) for line in read_lines(done))
     groups = ((object_id, list(group)) for object_id, group in itertools.groupby(entries, lambda e: e.object_id))
     held = next(groups, None)

@@ -50,7 +50,7 @@ def register_batched(
     Args:
         compute: takes the positional arguments of each request, which nobody has checked; returns one small constant
             for each.
-        batch_images: the most requests a batch.
+        batch_images: the most requests per batch.
         on_rest: called with the reason why the worker rests, and with None when it goes on.
         stopping: set once the process is told to stop.
         busy: entered while requests take time besides computing.

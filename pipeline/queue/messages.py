@@ -35,7 +35,7 @@ def envelope_fault(message: Any, queue: str, tag: str | None = None) -> str | No
 
     Args:
         message: what the JSON in the queue says.
-        tag: under which it was booked, where it was.
+        tag: under which it was booked, if it was.
     """
     try:
         headers, properties = message["headers"], message["properties"]

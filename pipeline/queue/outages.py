@@ -34,7 +34,7 @@ class Outage:
             logger.info("Redis is back", extra={"event": "redis_back"})
 
 
-#: One a process, as is Celery's own state.
+#: One per process, as is Celery's own state.
 outage = Outage()
 
 

@@ -49,7 +49,7 @@ class Publisher:
         queue = amqp.queues[embed_queue(self._gallery_id)]
         with self._app.producer_or_acquire() as producer:
             for start in range(0, len(rows), PUBLISH_BATCH):
-                # kombu's batch sends a whole pipeline at once: 5 times as fast as one call a task.
+                # kombu's batch sends a whole pipeline at once: 5 times as fast as one call per task.
                 with producer.batch(PUBLISH_BATCH):
                     for index, (row, path) in enumerate(rows[start : start + PUBLISH_BATCH], start):
                         # The two halves of `send_task`, without its routing, and without a result that nobody asks for.

@@ -37,7 +37,7 @@ class Removal:
     Attributes:
         remove, keep: the keys of both.
         decision: the line.
-        sha256: of the bytes that were decided to go; None where they were not known.
+        sha256: of the bytes that were decided to go; None if they were not known.
         keep_sha256: of the bytes that were decided to stay.
     """
 

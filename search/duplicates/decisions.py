@@ -60,7 +60,7 @@ class DecidedObject:
     Attributes:
         path: relative to the media folder; None in a gallery that knows no paths.
         id: the object id, only where the path is not known.
-        sha256: of the file's bytes, hex; None where it was not known.
+        sha256: of the file's bytes, hex; None if it was not known.
         alone: whether no other object of the gallery had these bytes when it was decided.
     """
 
@@ -81,7 +81,7 @@ class Decision:
 
     Attributes:
         time: when it was decided, in UTC, as ISO 8601; for people.
-        object_id: what ids are made from in the gallery that was decided about; None where nothing says it.
+        object_id: what ids are made from in the gallery that was decided about; None if nothing says it.
         objects: all of them, two or more (one that is undone: all that was decided about it); of `same` the kept
             one first.
     """

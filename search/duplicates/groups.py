@@ -36,12 +36,12 @@ class Member:
 
     Attributes:
         row: its gallery row.
-        path: relative to the media folder; None where the gallery does not know paths.
+        path: relative to the media folder; None if the gallery does not know paths.
         similarity: to the first member.
         facts: about its file; None unless a file was chosen to be kept, or if it is not there.
         digest: of its file, as `Gallery.digest` has it.
         identical_to: id of the first member whose file has the same bytes; None for that member itself, for one whose
-            bytes no other has, and where the digest is not known.
+            bytes no other has, and if the digest is not known.
     """
 
     row: int

@@ -135,7 +135,7 @@ def _is_dead(holder: _Holder) -> bool:
 
 
 def _place() -> str:
-    """What processes have in common that see one another by number; empty where the system does not tell."""
+    """What processes have in common that see one another by number; empty if the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:

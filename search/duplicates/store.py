@@ -219,7 +219,7 @@ def usable_rows(gallery: Gallery) -> Mask:
 
 
 class PairFolder:
-    """Where the files of pairs are: the gallery's cache, or, where that cannot be written to, a folder for now."""
+    """Where the files of pairs are: the gallery's cache, or, if that cannot be written to, a folder for now."""
 
     def __init__(self, gallery: Gallery, scratch: Path | None = None) -> None:
         """Look at what is there.

@@ -67,7 +67,7 @@ class Placed:
 
     Attributes:
         query: its position in `Task.queries`.
-        places: of its matches; None where it has none.
+        places: of its matches; None if it has none.
         top: the first candidates, as gallery rows, best first.
         similarities: float64, theirs.
     """
@@ -193,7 +193,7 @@ def _place(search: _Search, query: int, feature: Float32, values: Float64) -> Pl
 def _places(search: _Search, feature: Float32, values: Float64, match: Mask, other: Mask) -> Places:
     matches, others = np.sort(values[match]), np.sort(values[other])
     below = np.searchsorted(others, matches)
-    # The nearest row of another label, above or below; infinitely far where there is none.
+    # The nearest row of another label, above or below; infinitely far if there is none.
     fence = np.concatenate([[-np.inf], others, [np.inf]])
     near = np.minimum(fence[below + 1] - matches, matches - fence[below]) <= 2 * search.error
     if near.any():

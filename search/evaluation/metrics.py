@@ -1,7 +1,7 @@
 """The arithmetic of retrieval metrics: from the places of a query's matches in its ranking to numbers.
 
 A query's ranking is all that these metrics see, and of it only the 1-based ranks of the matches. Rows of exactly the
-same similarity are in the order of their ids; where such a tie holds matches and others, its order decides the
+same similarity are in the order of their ids; if such a tie holds matches and others, its order decides the
 outcome, and the lowest, the expected (all orders equally likely) and the highest value are known in closed form.
 """
 

@@ -169,7 +169,7 @@ def draw_worst(
 ) -> int:
     """Draw the queries with the lowest average precision and their first hits, the worst on top.
 
-    Hits have a green border where they match and a red one where not.
+    Hits have a green border if they match and a red one if not.
 
     Returns:
         How many pictures could not be opened.

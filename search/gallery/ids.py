@@ -1,4 +1,4 @@
-"""Finding rows by their object id, in an index of 16 bytes a row."""
+"""Finding rows by their object id, in an index of 16 bytes per row."""
 
 import numpy as np
 from numpy.typing import NDArray

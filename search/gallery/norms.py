@@ -41,7 +41,7 @@ def norms_of(features: Float32) -> Float32:
 
 
 def plain_rows(features: Float32, plain: NDArray[np.bool_]) -> Float32:
-    """Rows as they may be multiplied, float32[rows, d]: zero where they are not plain.
+    """Rows as they may be multiplied, float32[rows, d]: zero if they are not plain.
 
     Matrix units read beyond a row's end and count on that times zero being zero: a NaN, or a value that bfloat16 rounds
     to infinity, would make the row before it NaN as well.

@@ -111,7 +111,7 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
 
 
 def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
-    """A gallery that was opened anew, with the shards of before where they are the same: what is known of them stays.
+    """A gallery that was opened anew, with the shards of before if they are the same: what is known of them stays.
 
     Returns:
         `before` itself if nothing has changed.

@@ -20,7 +20,7 @@ def _mapping(array: NDArray[Any]) -> mmap.mmap | None:
 
 
 def advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
-    """Tell the kernel what comes next for some rows; nothing where they are not mapped from a file."""
+    """Tell the kernel what comes next for some rows; nothing if they are not mapped from a file."""
     mapping = _mapping(array)
     if mapping is None or rows <= 0:
         return

@@ -43,9 +43,9 @@ class Shard:
         features: float32[rows, d], C order, read-only.
         object_ids: `<U…`[rows].
         paths_file: one path a row; None where paths are unknown (an article's shard).
-        stale: bool[rows], True for objects that are no longer on the list; None where none is left out.
+        stale: bool[rows], True for objects that are no longer on the list; None if none is left out.
         cache: where norms and codes are kept; None: nowhere.
-        wanted: bool[rows], False for objects that a filter leaves out; None where none is.
+        wanted: bool[rows], False for objects that a filter leaves out; None if none is.
         digests: uint8[rows, 32], the sha256 of each row's image file; None in a shard from before they were kept.
         digests_sha256: hex, of the file that they are in, as the record has it.
     """
@@ -138,7 +138,7 @@ class Shard:
 
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
-        """bool[rows], True for rows that are not searched, stale or filtered; None where all are."""
+        """bool[rows], True for rows that are not searched, stale or filtered; None if all are."""
         if self.wanted is None:
             return self.stale
         return ~self.wanted if self.stale is None else self.stale | ~self.wanted
@@ -170,8 +170,8 @@ class Block:
         first: gallery row of its first row.
         features: float32[b, d].
         norms: float32[b], as `norms_of` gives them.
-        left_out: bool[b], or None where no row is to be left out.
-        codes: of these rows; None where they were not asked for.
+        left_out: bool[b], or None if no row is to be left out.
+        codes: of these rows; None if they were not asked for.
     """
 
     first: int
@@ -188,9 +188,9 @@ class Gallery:
     Attributes:
         length: d.
         shards: in the order of their numbers.
-        fingerprint: of the model that made the features; None where nothing says it (an article's shards).
+        fingerprint: of the model that made the features; None if nothing says it (an article's shards).
         versions: the different sets of library versions that made the shards.
-        contract: of that model, as `Model.contract` has it; None where it was not kept.
+        contract: of that model, as `Model.contract` has it; None if it was not kept.
     """
 
     length: int
@@ -313,7 +313,7 @@ class Gallery:
         return all(row_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
 
     def plan_reads(self, rows: NDArray[np.int64]) -> None:
-        """Have some rows read now, all at once and without read-ahead, where they are not in memory.
+        """Have some rows read now, all at once and without read-ahead, if they are not in memory.
 
         Otherwise each of them costs a read-ahead of megabytes.
         """
@@ -344,7 +344,7 @@ class Gallery:
         return shard.ids(slice(local, local + 1))[0]
 
     def digest(self, row: int) -> bytes | None:
-        """The sha256 of the image file that one gallery row was made of, 32 bytes; None where it was not kept.
+        """The sha256 of the image file that one gallery row was made of, 32 bytes; None if it was not kept.
 
         Equal digests are equal files. Two rows without one are not known to be.
         """

@@ -98,7 +98,7 @@ class Machine:
         bfloat16: what the CPU has to multiply bfloat16 with; None: nothing.
         int8: whether the CPU multiplies 8 bits exactly.
         memory_bytes: of the machine.
-        device_free_bytes: free memory of the CUDA device; None where CUDA is not asked for.
+        device_free_bytes: free memory of the CUDA device; None if CUDA is not asked for.
     """
 
     device: Device
@@ -254,7 +254,7 @@ def _choose(question: Question, machine: Machine) -> Way:
 
 
 def _why_numpy(question: Question, machine: Machine) -> str:
-    """Why torch would not help on this CPU; empty where it would."""
+    """Why torch would not help on this CPU; empty if it would."""
     if question.metric is Metric.euclidean:
         return "Euclidean distances need float32, where numpy is as fast"
     units = machine.bfloat16

@@ -40,10 +40,10 @@ class Hit:
 
     Attributes:
         row: its gallery row.
-        path: relative to the media folder; None where the gallery does not know paths.
+        path: relative to the media folder; None if the gallery does not know paths.
         similarity: cosine, -1 to 1, higher is closer; always given.
         distance: lower is closer; the angle in radians, or Euclidean for that metric.
-        others: how many objects this one stands for, beside itself; None where hits are not collapsed.
+        others: how many objects this one stands for, beside itself; None if hits are not collapsed.
     """
 
     row: int

@@ -50,7 +50,7 @@ def check_picture_targets(
     """Check that the targets overwrite nothing by a slip.
 
     Args:
-        targets: option to its file; None where it is not given.
+        targets: option to its file; None if it is not given.
         inputs: files that are read; those of the model are added.
         queries: as they were given; of the folders among them.
 

@@ -51,7 +51,7 @@ def write_answers(answers: "Sequence[Answer]", form: OutputFormat, media_dir: Pa
 
 
 def _hit_rows(answer: "Answer") -> list[Row]:
-    """Hits as rows; with a column for labels where they are known."""
+    """Hits as rows; with a column for labels if they are known."""
     rows: list[Row] = []
     for rank, hit in enumerate(answer.hits, 1):
         row: Row = {
@@ -70,7 +70,7 @@ def _hit_rows(answer: "Answer") -> list[Row]:
 
 
 def _hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
-    """The columns of the hits, also where there is none."""
+    """The columns of the hits, even if there is none."""
     first = next((row for _, rows in found for row in rows), None)
     return ("rank", "object_id", "path", "similarity", "distance") if first is None else tuple(first)
 

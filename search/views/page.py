@@ -127,7 +127,7 @@ def _figure(shown_by: str | None, kind: str, fact: str, name: str, words: bool =
     """One place for a picture, with its caption.
 
     Args:
-        shown_by: the classes of its picture; None where there is none.
+        shown_by: the classes of its picture; None if there is none.
         words: the name stands where a picture would.
     """
     image = _text(name) if words else "no picture"

@@ -44,7 +44,7 @@ class SheetHit:
     """One hit of a line.
 
     Attributes:
-        picture: its image file, or None where that is not known.
+        picture: its image file, or None if that is not known.
         label: what it shows, where labels are known.
     """
 
@@ -59,7 +59,7 @@ class SheetLine:
     """One query, or one group, and its hits, best first.
 
     Attributes:
-        query: its picture, or None where there is none.
+        query: its picture, or None if there is none.
         words: whether its name is what is searched with, and stands where a picture would.
         label: what the query shows, where labels are known.
         name: written below the query's picture; by default its file's.
@@ -96,7 +96,7 @@ def check_target(target: Path, queries: int, top_k: int) -> None:
 def write_sheet(target: Path, lines: list[SheetLine], max_pixels: int, role: str = "query") -> int:
     """Draw a sheet and write it, as JPEG or PNG by its ending.
 
-    Hits have a green border where their label is the query's and a red one where it is another; none without labels.
+    Hits have a green border if their label is the query's and a red one if it is another; none without labels.
 
     Args:
         max_pixels: pictures with more pixels are not decoded.
@@ -141,7 +141,7 @@ def _size(lines: int, hits: int) -> tuple[int, int]:
 
 
 def _picture(sheet: Image.Image, path: Path | None, left: int, top: int, max_pixels: int, drawn: _Drawn) -> bool:
-    """Paste a picture into its tile; True where there is none and the tile is grey.
+    """Paste a picture into its tile; True if there is none and the tile is grey.
 
     Args:
         drawn: the tiles so far, from which one that is there already is copied.

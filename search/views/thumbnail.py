@@ -31,7 +31,7 @@ def make_thumbnail(image: Path, side: int, max_pixels: int, inside: str | None =
         max_pixels, inside: as `open_picture` takes them.
 
     Returns:
-        None where the file is missing, no image, or has too many pixels.
+        None if the file is missing, no image, or has too many pixels.
     """
     picture = open_picture(image, max_pixels, side, inside)
     if picture is None:

@@ -1,4 +1,4 @@
-"""HEIF pictures (HEIC): libheif through pi-heif, where that is installed.
+"""HEIF pictures (HEIC): libheif through pi-heif, if that is installed.
 
 pi-heif is used below its plugin for Pillow, as its plugin uses it. The plugin also reads metadata, which nothing here
 needs, and with some damaged files ends the process by that.
@@ -73,7 +73,7 @@ def register() -> None:
 
 
 def load_decoder() -> None:
-    """Load what decodes HEIF, where it is installed, before the memory of a picture is limited."""
+    """Load what decodes HEIF, if it is installed, before the memory of a picture is limited."""
     if heif_decoder() is not None:
         # Only pictures that need it fail for this.
         with suppress(MachineFault):

@@ -3,7 +3,7 @@
 Every way in which a file can be at fault ends as one `ImageError` with a reason class.
 
 With `ModelSpec.pixels` of 2 a picture is taken `as_seen`, and a JPEG whose data is damaged fails: the article's pixels
-if a picture has 8 bits a sample, no transparency and no orientation. With 1 they are the article's in every case:
+if a picture has 8 bits per sample, no transparency and no orientation. With 1 they are the article's in every case:
 `convert` clips wide samples and drops transparency, Pillow's decoder forgives damage, and a TIFF that Pillow has turned
 is turned again.
 """
@@ -94,7 +94,7 @@ _JPEG_END = b"\xff\xd9"
 def load_pixels(path: Path, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> NDArray[np.uint8]:
     """Read, decode, turn upright (where the spec says so), convert and resize one image.
 
-    Bit-identical to the article's preprocessing before its division, for images of 8 bits a sample without EXIF
+    Bit-identical to the article's preprocessing before its division, for images of 8 bits per sample without EXIF
     rotation and transparency, unless the spec asks for `jpeg_draft`.
 
     Returns:
@@ -323,7 +323,7 @@ def _altered(image: Image.Image) -> list[str]:
 
 
 def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.Image:
-    """A picture as people see it: upright, 8 bits a sample, and on white where it is transparent.
+    """A picture as people see it: upright, 8 bits per sample, and on white if it is transparent.
 
     The one ground for the model, sheets and pages.
 
@@ -342,7 +342,7 @@ def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.
         image = image.ico.getimage(image.size)
         _check_size(*image.size, max_pixels)
     if isinstance(image, WebPImageFile) and image.mode == "RGB" and image.is_animated:
-        # What the first frame leaves free is transparent, also where no frame has transparency.
+        # What the first frame leaves free is transparent, even if no frame has transparency.
         image._mode = image.rawmode = "RGBA"
     # Known only until it is loaded, which asking for the orientation can do.
     tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
@@ -395,7 +395,7 @@ def _in_eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Imag
 
 
 def _sample_range(image: Image.Image) -> tuple[int, bool]:
-    """The value of white in a picture of more than 8 bits a sample, by its header alone, and whether it means black.
+    """The value of white in a picture of more than 8 bits per sample, by its header alone, and whether it means black.
 
     0: it has 8 bits, or Pillow makes 8 of them, from the upper ones.
     """

@@ -1,7 +1,7 @@
-"""Pillow's `Image.resize` with vector instructions: the same bits in a third of the time, where it was compiled.
+"""Pillow's `Image.resize` with vector instructions: the same bits in a third of the time, if it was compiled.
 
 `workers/_resize.c` says how. It is no Python extension, only a library, so that a compiler is all that it takes. Pillow
-resizes where there was none when ruiji was installed, on other processors, and where the installed Pillow's pixels are
+resizes if there was none when ruiji was installed, on other processors, and if the installed Pillow's pixels are
 others.
 """
 

@@ -120,7 +120,7 @@ def check_export(
 
     Args:
         batches: float32 inputs, for instance of several batch sizes.
-        tolerance: how far one value may be off: absolute, and of the largest one where that is above 1.
+        tolerance: how far one value may be off: absolute, and of the largest one if that is above 1.
 
     Returns:
         The largest absolute difference seen.

@@ -92,7 +92,7 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str]
 
 
 def _line(stream: IO[bytes], deadline: float) -> bytes | None:
-    """The next line; empty where the stream has ended, None after the deadline."""
+    """The next line; empty if the stream has ended, None after the deadline."""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         if not selector.select(max(0.0, deadline - time.monotonic())):

@@ -96,7 +96,7 @@ def _locked(path: Path) -> int:
 
 
 def read_in_hand(path: Path) -> dict[int, Hold]:
-    """What a process has in hand, by a number that is never used again; nothing where the file cannot be read."""
+    """What a process has in hand, by a number that is never used again; nothing if the file cannot be read."""
     try:
         value = json.loads(path.read_bytes().partition(b"\n")[0])
         return {int(number): Hold(**{**hold, "paths": tuple(hold["paths"])}) for number, hold in value.items()}
@@ -109,7 +109,7 @@ def left_behind(path: Path) -> Iterator[list[Hold] | None]:
     """What a dead process left in hand; its file goes when the block ends without an exception.
 
     Yields:
-        None where the process lives, or somebody else is looking.
+        None if the process lives, or somebody else is looking.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
