@@ -42,7 +42,7 @@ from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery, Shard
 from search.options import Linkage
 from search.queries import embed_images, load_encoder
-from search.ranking.arithmetic import PANEL_ROWS, TILE_ROWS
+from search.ranking.arithmetic import PASS_ROWS, TILE_ROWS
 from search.ranking.planner import Question, bfloat16_units, choose_way, look_at_machine
 from search.ranking.rank import rank
 from tests.factories import tiny_model
@@ -351,7 +351,7 @@ def near_duplicates(rows: int) -> Iterator[Figure]:
     """All pairs once, against the rate at which this machine multiplies the same tiles."""
     import torch
 
-    panel = random_rows(PANEL_ROWS, "clustered")
+    panel = random_rows(PASS_ROWS, "clustered")
     tile = panel[:TILE_ROWS]
     halves = [torch.from_numpy(rows).bfloat16() for rows in (panel, tile)]
     bfloat16 = bfloat16_units() is not None

@@ -16,7 +16,7 @@ from search.duplicates.decisions import Verdict
 from search.duplicates.files import FileFacts
 from search.duplicates.linkage import Clusters, Rules, form_groups
 from search.duplicates.pairs import DECIDED_AT_ONCE, pair_similarities
-from search.duplicates.panels import collect
+from search.duplicates.panels import PANEL_ROWS, collect
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
 from search.ranking.exact import exact_pair_similarities, units_of
@@ -195,7 +195,7 @@ def find_groups(
     rules: Rules | None = None,
     arithmetic: Arithmetic | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int | None = None,
+    panel_rows: int = PANEL_ROWS,
     tile_rows: int | None = None,
 ) -> Groups:
     """Find all groups.
@@ -205,7 +205,7 @@ def find_groups(
         rules: what forms a group; by default complete linkage.
         arithmetic: what multiplies, by default numpy; changes speed, never the answer.
         progress: called with pairs of different rows compared so far, and all of them.
-        panel_rows, tile_rows: by default what suits the arithmetic; change memory and speed, never the answer.
+        panel_rows: as `panels_of`; tile_rows: by default what suits the arithmetic. Neither changes the answer.
 
     Raises:
         UsageError: the threshold is out of its bounds, or too many objects would have to be put in order.

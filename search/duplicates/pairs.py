@@ -1,13 +1,13 @@
 """All pairs of near-identical rows of a gallery: exact, in tiles, each pair once.
 
-Two rows are near-duplicates where the cosine of `search.ranking.exact` reaches the threshold. `find_pairs` compares a
-panel of rows with all that come before, tile by tile; `compare` multiplies one tile, and float64 decides the pairs that
-its error bound does not rule out.
+Two rows are near-duplicates where the cosine of `search.ranking.exact` reaches the threshold. `find_pairs` compares
+panels of rows with all that come before, tile by tile; `compare` multiplies one tile, and float64 decides the pairs
+that its error bound does not rule out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ DECIDED_AT_ONCE = 1024
 _LISTED, _FEW = 64, 1024
 #: Rows of a dense tile that are looked at at once: a million pairs.
 _DENSE_ROWS = 512
+#: Of a side: its panel, and the number of rows of the panel before it.
+Place: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -84,46 +86,52 @@ class Sides:
         """
         self.gallery, self.arithmetic = gallery, arithmetic
         self._panels, self._tile_rows, self._kept_rows = panels, tile_rows, kept_rows
-        self._kept: dict[tuple[int, int], Side] = {}
+        self._kept: dict[Place, Side] = {}
 
-    def of(self, panel: int) -> Iterator[Side]:
-        """The sides that a panel's rows are."""
-        rows = self._panels[panel]
-        for start in range(0, len(rows), self._tile_rows):
-            side = self._kept.get((panel, start))
-            if side is None:
-                some = rows[start : start + self._tile_rows]
-                side = Side(some, *self.arithmetic.prepare(_unit_rows(self.gallery, some)))
-                if len(some) <= self._kept_rows:
-                    self._kept[panel, start] = side
-                    self._kept_rows -= len(some)
-            yield side
+    def places(self, panels: Iterable[int]) -> list[Place]:
+        """Where the sides of some panels are, in order."""
+        return [(panel, start) for panel in panels for start in range(0, len(self._panels[panel]), self._tile_rows)]
+
+    def at(self, place: Place) -> Side:
+        """The side at one of these places."""
+        side = self._kept.get(place)
+        if side is None:
+            panel, start = place
+            rows = self._panels[panel][start : start + self._tile_rows]
+            side = Side(rows, *self.arithmetic.prepare(_unit_rows(self.gallery, rows)))
+            if len(rows) <= self._kept_rows:
+                self._kept[place] = side
+                self._kept_rows -= len(rows)
+        return side
+
+    def passes(self, panels: Iterable[int], rows: int) -> Iterator[list[Place]]:
+        """The places of some panels, as many at once as have so many rows together, at least one."""
+        places = self.places(panels)
+        at_once = max(1, rows // self._tile_rows)
+        return (places[start : start + at_once] for start in range(0, len(places), at_once))
 
 
-def find_pairs(sides: Sides, panel: int, threshold: float) -> Iterator[tuple[int, list[NearPairs | NearTable]]]:
-    """Find every pair of a panel's rows, and of these with rows of the panels before, that reaches the threshold, once.
+def find_pairs(
+    sides: Sides, panels: Sequence[int], threshold: float, pass_rows: int
+) -> Iterator[tuple[int, int, list[NearPairs | NearTable]]]:
+    """Find every pair of some panels' rows, and of these with rows before, that reaches the threshold, once.
 
     Args:
-        panel: its number.
+        panels: their numbers, ascending.
         threshold: the least similarity of a pair.
+        pass_rows: rows of these panels that are held at once, to be compared with all before.
 
     Yields:
-        For each tile how many pairs were compared, and what was found.
+        For each tile a panel, how many of its pairs were compared, and what was found.
     """
-    here = list(sides.of(panel))
-    for before in range(panel):
-        for tile in sides.of(before):
-            yield _with_all(sides, tile, here, threshold)
-    for number, tile in enumerate(here):
-        yield _with_all(sides, tile, here[number:], threshold)
-
-
-def _with_all(
-    sides: Sides, tile: Side, others: list[Side], threshold: float
-) -> tuple[int, list[NearPairs | NearTable]]:
-    """Compare a tile with sides after it, or itself."""
-    near = [one for side in others for one in compare(sides, side, tile, threshold)]
-    return sum(_comparisons(tile.rows, side.rows) for side in others), near
+    for held in sides.passes(panels, pass_rows):
+        here = {place: sides.at(place) for place in held}
+        for place in sides.places(range(held[-1][0] + 1)):
+            tile = here.get(place) or sides.at(place)
+            for other, side in here.items():
+                if other >= place:
+                    near = list(compare(sides, side, tile, threshold))
+                    yield other[0], _comparisons(tile.rows, side.rows), near
 
 
 def first_equals(gallery: Gallery, block_rows: int) -> Rows:

@@ -1,6 +1,7 @@
 """The panels of a gallery: where they end, which have their pairs in files, and how one is compared.
 
-A panel is some shards in a row, compared with themselves and all shards before. Any process that has these shards can
+A panel is some shards in a row, compared with themselves and all shards before. Where panels end depends on the shards
+alone, so that machines of every kind have the same ones. Any process that has these shards can
 compare any panel, in any order: this one does so with one after the other, and
 `search.duplicates.distributed` has workers do it.
 """
@@ -19,6 +20,9 @@ from search.duplicates.store import PairFolder, PairStore, Panel, Part, Writing,
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
 
+#: Rows of a panel, at least, and fewer than twice as many. Reading and scaling a row is small beside its products with
+#: so many.
+PANEL_ROWS = 8192
 #: Goes into every key; changes with the format of the files.
 _FORMAT = "pairs 2"
 
@@ -29,7 +33,7 @@ def collect(
     arithmetic: Arithmetic,
     scratch: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    panel_rows: int | None = None,
+    panel_rows: int = PANEL_ROWS,
     tile_rows: int | None = None,
 ) -> PairStore:
     """Have the pairs of all panels, read from files as far as they are there, else found and kept.
@@ -42,14 +46,11 @@ def collect(
         arithmetic: what multiplies; changes speed, never the answer.
         scratch: a folder for pairs that cannot be kept.
         progress: called with pairs of different rows compared so far, and all of them.
-        panel_rows, tile_rows: by default what suits the arithmetic; change memory, speed and the names of files, never
-            the answer.
+        panel_rows: as `panels_of`; tile_rows: by default what suits the arithmetic. Neither changes the answer.
 
     Raises:
         MachineFault: there is no place for the pairs.
     """
-    tiles = arithmetic.tiles(gallery.length)
-    panel_rows = panel_rows or tiles.panel_rows
     folder = PairFolder(gallery, scratch)
     asked = replace(gallery, shards=tuple(replace(shard, stale=None) for shard in gallery.shards))
     fitting: set[Panel] = set()
@@ -65,7 +66,7 @@ def collect(
     else:
         # It takes a look at all rows to find those that are equal: until then each counts.
         progress(*_compared(known, np.flatnonzero(usable)))
-        first = first_equals(compared, tile_rows or tiles.tile_rows)
+        first = first_equals(compared, tile_rows or arithmetic.tiles(gallery.length).tile_rows)
     done, total = _compared(known, np.flatnonzero(_is_first(first)))
     progress(done, total)
 
@@ -75,15 +76,20 @@ def collect(
         progress(done, total)
 
     comparison = Comparison(compared, list(known), first, arithmetic, tile_rows)
-    for panel in known:
-        if known[panel] is None:
-            known[panel] = comparison.compare(panel, threshold, folder, count)
+    missing = [panel for panel, parts in known.items() if parts is None]
+    for start in range(0, len(missing), comparison.panels_at_once):
+        some = missing[start : start + comparison.panels_at_once]
+        known.update(zip(some, comparison.compare_all(some, threshold, folder, count), strict=True))
     folder.tidy(fitting, threshold)
     return PairStore([part for parts in known.values() for part in parts or ()], first)
 
 
 class Comparison:
-    """Finds the pairs of panels of one gallery. What is made of rows stays for the next panel, as memory allows."""
+    """Finds the pairs of panels of one gallery. What is made of rows stays for the next panel, as memory allows.
+
+    Attributes:
+        panels_at_once: so many are best compared together: one, but for a GPU that the gallery does not fit into.
+    """
 
     def __init__(
         self,
@@ -106,6 +112,8 @@ class Comparison:
         rows = [different[slice(*np.searchsorted(different, [panel.first, panel.end]))] for panel in panels]
         self._first = first
         self._sides = Sides(gallery, rows, arithmetic, tile_rows or tiles.tile_rows, tiles.kept_rows)
+        self._pass_rows = tiles.pass_rows
+        self.panels_at_once = max(1, tiles.pass_rows // (2 * PANEL_ROWS))
 
     def compare(
         self, panel: Panel, threshold: float, folder: PairFolder, progress: Callable[[int], None]
@@ -118,11 +126,18 @@ class Comparison:
         Raises:
             MachineFault: there is no place for the pairs.
         """
-        writing = Writing(folder, panel, threshold, _equals_in(self._first, panel))
-        for count, near in find_pairs(self._sides, panel.number, threshold):
-            writing.add(near)
+        (parts,) = self.compare_all([panel], threshold, folder, progress)
+        return parts
+
+    def compare_all(
+        self, panels: Sequence[Panel], threshold: float, folder: PairFolder, progress: Callable[[int], None]
+    ) -> list[list[Part]]:
+        """As `compare`, of several panels, ascending; rows before them are read once for all if memory allows."""
+        writing = {panel.number: Writing(folder, panel, threshold, _equals_in(self._first, panel)) for panel in panels}
+        for number, count, near in find_pairs(self._sides, list(writing), threshold, self._pass_rows):
+            writing[number].add(near)
             progress(count)
-        return writing.end()
+        return [one.end() for one in writing.values()]
 
 
 def whole(gallery: Gallery) -> Gallery:
@@ -130,8 +145,12 @@ def whole(gallery: Gallery) -> Gallery:
     return replace(gallery, shards=tuple(replace(shard, stale=None, wanted=None) for shard in gallery.shards))
 
 
-def panels_of(gallery: Gallery, panel_rows: int) -> Iterator[Panel]:
-    """Whole shards, so that those that are added later leave earlier panels as they are; a large one in pieces."""
+def panels_of(gallery: Gallery, panel_rows: int = PANEL_ROWS) -> Iterator[Panel]:
+    """Whole shards, so that those that are added later leave earlier panels as they are; a large one in pieces.
+
+    Args:
+        panel_rows: of a panel, at least.
+    """
     digest, first, ends = hashlib.sha256(f"{_FORMAT} {gallery.length}".encode()), 0, []
     names = []
     for shard, start in zip(gallery.shards, gallery.firsts, strict=True):

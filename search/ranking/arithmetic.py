@@ -16,8 +16,8 @@ from search.ranking.scan import Batch, Candidates
 
 #: float32[b, d] -> float64[q, b], dot products with the unit queries, summed in float64 in any order.
 Products: TypeAlias = Callable[[Float32], Float64]
-#: On a CPU: a tile's cosines take 16 MB, and reading and scaling a row is small beside its products with a panel.
-TILE_ROWS, PANEL_ROWS = 2048, 8192
+#: On a CPU: a tile's cosines take 16 MB, and reading and scaling a row is small beside its products with a pass.
+TILE_ROWS, PASS_ROWS = 2048, 16_384
 #: On a CPU, what rows that stay may take: 200,000 of 1280 in bfloat16.
 _KEPT_BYTES = 512 << 20
 #: With every 16th pair near, a tile is dense.
@@ -47,12 +47,12 @@ class Tiles:
 
     Attributes:
         tile_rows: rows of each side that are multiplied at once.
-        panel_rows: rows that are compared with themselves and all before, at least, before others are.
-        kept_rows: rows that may stay as `Arithmetic.prepare` makes them, beside a panel.
+        pass_rows: rows that are compared with all before in one pass over these; all of them are held.
+        kept_rows: rows that may stay as `Arithmetic.prepare` makes them, beside those of a pass.
     """
 
     tile_rows: int
-    panel_rows: int
+    pass_rows: int
     kept_rows: int
 
 
@@ -91,4 +91,4 @@ def cpu_tiles(row_bytes: int) -> Tiles:
     Args:
         row_bytes: of a row as it stays.
     """
-    return Tiles(TILE_ROWS, PANEL_ROWS, _KEPT_BYTES // max(1, row_bytes))
+    return Tiles(TILE_ROWS, PASS_ROWS, _KEPT_BYTES // max(1, row_bytes))

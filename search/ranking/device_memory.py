@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 from search.options import Precision
-from search.ranking.arithmetic import PANEL_ROWS, Tiles
+from search.ranking.arithmetic import PASS_ROWS, Tiles
 
 #: What torch, cuBLAS and the fragments of its allocator may take beside, and the part of the rest that is planned with.
 _RESERVED_BYTES, _PLANNED_PART = 256 << 20, 0.9
@@ -70,8 +70,8 @@ def scan_sizes(free_bytes: int, length: int, precision: Precision) -> ScanSizes:
 def pair_sizes(free_bytes: int, rows: int, length: int) -> tuple[Tiles, int]:
     """How all pairs of some rows are gone through, and how many products of two tiles are made at once.
 
-    A half is for rows that stay in bfloat16. If not all can, the panels are as large as that: each row is then read,
-    scaled and copied to the device once for each panel.
+    A half is for rows that stay in bfloat16. If not all can, it is for the rows of a pass, and each row is read, scaled
+    and copied to the device once for each pass.
 
     Args:
         length: d, of the rows.
@@ -85,9 +85,8 @@ def pair_sizes(free_bytes: int, rows: int, length: int) -> tuple[Tiles, int]:
     products = min(_PAIRS_AT_ONCE, planned // 4 // _OF_A_PAIR)
     kept = planned // 2 // (2 * length)
     if rows <= kept:
-        return Tiles(tile_rows, PANEL_ROWS, kept), products
-    # A panel ends with a shard, and has fewer than twice as many rows.
-    return Tiles(tile_rows, max(1, kept // 2), 0), products
+        return Tiles(tile_rows, PASS_ROWS, kept), products
+    return Tiles(tile_rows, max(1, kept), 0), products
 
 
 def can_stay(needed_bytes: int, free_bytes: int) -> bool:

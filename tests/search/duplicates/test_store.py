@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from search.duplicates.pairs import find_pairs
 from search.duplicates.panels import collect
 from search.duplicates.store import joined
 from search.gallery.opening import open_gallery
+from search.ranking.arithmetic import Tiles
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from tests.search.galleries import in_memory, write_article_shard
 
@@ -100,6 +102,33 @@ def test_new_shards_cost_only_their_own_panels(folder: Path, monkeypatch: pytest
     for name in kept(folder):
         (folder / "cache" / name).unlink()
     assert groups_of(folder) == groups
+
+
+@dataclass(frozen=True)
+class SmallCard(NumpyArithmetic):
+    """Holds few rows at once, as a GPU whose memory the gallery does not fit into."""
+
+    pass_rows: int
+
+    def tiles(self, length: int) -> Tiles:
+        return Tiles(32, self.pass_rows, 0)
+
+
+@pytest.mark.parametrize("pass_rows", [1, 40, 70, 10_000])
+def test_machines_of_every_kind_make_the_same_files_and_use_each_others(
+    folder: Path, pass_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.duplicates.panels.PANEL_ROWS", 50)
+    groups = list(find_groups(open_gallery(folder), 0.95, panel_rows=50))
+    files = kept(folder)
+    for name in sorted(files)[1:]:
+        (folder / "cache" / name).unlink()
+    arithmetic = SmallCard(pass_rows)
+    assert list(find_groups(open_gallery(folder), 0.95, arithmetic=arithmetic, panel_rows=50)) == groups
+    assert kept(folder) == files
+    (folder / "cache" / sorted(files)[1]).unlink()
+    assert list(find_groups(open_gallery(folder), 0.95, panel_rows=50)) == groups
+    assert kept(folder) == files
 
 
 def test_files_that_no_longer_fit_are_removed(folder: Path) -> None:
