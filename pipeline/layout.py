@@ -209,9 +209,29 @@ def panel_of(name: str) -> tuple[int, str, float, int] | None:
         return None
 
 
+_MAP_FILE = re.compile(r"map\.[0-9a-f]{16}\.([a-z]+)\.npy")
+
+
+def map_file(cache: Path, key: str, projection: str) -> Path:
+    """Where all rows are on a plane, e.g. `map.0123456789abcdef.pca.npy`.
+
+    Args:
+        cache: the cache folder.
+        key: changes whenever the rows do.
+        projection: the method's name.
+    """
+    return cache / f"map.{key}.{projection}.npy"
+
+
+def projection_of(name: str) -> str | None:
+    """The projection of the map that a file of this name holds; None for any other name."""
+    match = _MAP_FILE.fullmatch(name)
+    return match[1] if match else None
+
+
 def is_cache_file(name: str) -> bool:
     """Whether a file of the cache folder has a name that ruiji gives."""
-    return _CACHE_FILE.fullmatch(name) is not None or panel_of(name) is not None
+    return _CACHE_FILE.fullmatch(name) is not None or panel_of(name) is not None or projection_of(name) is not None
 
 
 #: Small pictures that `ruiji serve` keeps, in G/cache.

@@ -27,12 +27,14 @@ from ruiji.galleries import Gallery, RuijiWarning, open_gallery
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from ruiji.runs import status
 from search.duplicates.groups import Group, Member
+from search.maps.store import GalleryMap
 from search.ranking.rank import Hit
 
 __all__ = [
     "BrokerUnavailable",
     "Embedder",
     "Gallery",
+    "GalleryMap",
     "GalleryMismatch",
     "GalleryObject",
     "Group",

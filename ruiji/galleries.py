@@ -30,7 +30,8 @@ from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
-from search.options import THRESHOLD, TOP_K, Linkage, Metric
+from search.maps.store import GalleryMap, make_map, read_map
+from search.options import THRESHOLD, TOP_K, Linkage, Metric, Projection
 from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
@@ -308,6 +309,55 @@ class Gallery:
                     found.append(GalleryObject(start + row, object_id, path))
         return found
 
+    def objects_at(self, rows: Sequence[int], rows_key: str | None = None) -> list[GalleryObject]:
+        """The objects of some gallery rows, in the order given; those that are not searched are left out.
+
+        Args:
+            rows_key: of the gallery, or of a map of it, when it had these rows.
+
+        Raises:
+            QueryError: the gallery has no such row.
+            UsageError: the rows have other numbers since.
+        """
+        found, shards = [], self._shards
+        if rows_key is not None and rows_key != shards.rows_key:
+            raise UsageError("the gallery has changed and its rows have other numbers now: load the map again")
+        for row in rows:
+            if not 0 <= row < shards.rows:
+                raise QueryError(f"the gallery has no row {row}, only 0 to {shards.rows - 1}")
+            if shards.is_searched(row):
+                found.append(GalleryObject(row, shards.object_id(row), shards.path(row)))
+        return found
+
+    def map(self, projection: str = Projection.pca, progress: Callable[[int, int], None] | None = None) -> GalleryMap:
+        """Where the objects are on a plane, so that those that look alike are near each other.
+
+        A map is kept in the gallery's cache, and made again when the gallery has new rows. It is that of the whole
+        gallery: of a part, as `only` gives it, the positions are the same.
+
+        Args:
+            projection: `pca`, the first two principal components of unit rows, or `umap`, which needs the extra `map`.
+            progress: called with how many rows were gone through, and how many will be.
+
+        Raises:
+            UsageError: there is no such projection, or there are too few objects for UMAP.
+            RuijiError: UMAP is not installed.
+        """
+        return make_map(self._shards, _projection(projection), progress or (lambda done, total: None))
+
+    def kept_map(self, projection: str = Projection.pca) -> GalleryMap | None:
+        """The map that is kept already; None if it would have to be made.
+
+        Raises:
+            UsageError: there is no such projection.
+        """
+        return read_map(self._shards, _projection(projection))
+
+    @property
+    def rows_key(self) -> str:
+        """Changes whenever a gallery row can be another object, as after a `refresh` that found new shards."""
+        return self._shards.rows_key
+
     @property
     def rows(self) -> int:
         """Gallery rows, those among them that are not searched."""
@@ -546,6 +596,12 @@ def _features(shards: Shards, object_ids: Sequence[str]) -> Float32:
 
 def _unknown(object_id: str) -> UnknownObject:
     return UnknownObject(f"the gallery has no object {object_id}")
+
+
+def _projection(name: str) -> Projection:
+    if name not in set(Projection):
+        raise UsageError(f"there is no projection {name!r}: name one of {', '.join(Projection)}")
+    return Projection(name)
 
 
 def _criteria(

@@ -1,4 +1,4 @@
-"""`ruiji search`, `near-duplicates`, `index` and `gallery info`.
+"""`ruiji search`, `near-duplicates`, `index`, `map` and `gallery info`.
 
 What they need beyond the standard library and typer is imported when they run.
 """
@@ -17,7 +17,7 @@ from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
 from search.duplicates.cli import DecisionsFile, Threshold
 from search.evaluation import cli as evaluation_cli
-from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat
+from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat, Projection
 
 if TYPE_CHECKING:
     from search.requests.selection import Selection
@@ -175,6 +175,7 @@ _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --keep pixels,bytes",
     "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
 ]
+_MAP_EXAMPLES = ["ruiji map --feature-dir FEATURES", "ruiji map --feature-dir FEATURES --projection umap"]
 
 gallery_app = Commands(help="Look at galleries.")
 
@@ -184,6 +185,7 @@ def register(app: Commands) -> None:
     app.command(panel=Panel.search, examples=_SEARCH_EXAMPLES)(search)
     app.command("near-duplicates", panel=Panel.search, examples=_NEAR_DUPLICATES_EXAMPLES)(near_duplicates)
     app.command(panel=Panel.search, examples=["ruiji index --feature-dir FEATURES"])(index)
+    app.command("map", panel=Panel.search, examples=_MAP_EXAMPLES)(map_gallery)
     app.add_typer(gallery_app, name="gallery", rich_help_panel=Panel.check)
     duplicates_cli.register(app)
     evaluation_cli.register(app)
@@ -358,6 +360,31 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
 
     done = keep(find_gallery(feature_dir, model_path), show_steps)
     note(f"{done.objects} objects in {done.shards} shards; {done.unusable} cannot be ranked")
+
+
+def map_gallery(
+    feature_dir: FeatureDir,
+    model_path: GalleryModel = None,
+    projection: Annotated[
+        Projection,
+        typer.Option(
+            "--projection",
+            help="pca: the first two principal components. umap: UMAP, which keeps groups apart and takes much "
+            "longer; it needs the extra map.",
+        ),
+    ] = Projection.pca,
+) -> None:
+    """Place all objects on a plane, for the map of ruiji serve.
+
+    Objects that look alike are near each other. The map is kept in the gallery's folder cache, which can be deleted; it
+    is made again when the gallery has new objects.
+    """
+    from pipeline.progress import show_steps
+    from search.gallery.opening import find_gallery
+    from search.requests.map import map_gallery as make
+
+    made = make(find_gallery(feature_dir, model_path), projection, show_steps)
+    note(f"{len(made.rows)} objects are on the map; {made.unplaced} cannot be ranked and are not")
 
 
 @gallery_app.command(examples=["ruiji gallery info --feature-dir FEATURES --json"])

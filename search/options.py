@@ -15,6 +15,14 @@ class Metric(StrEnum):
     euclidean = "euclidean"
 
 
+class Projection(StrEnum):
+    """How objects come onto the plane of a map."""
+
+    #: Principal components.
+    pca = "pca"
+    umap = "umap"
+
+
 class Linkage(StrEnum):
     """Which pairs of a group of near-duplicates reach the threshold: all, or enough to connect it."""
 

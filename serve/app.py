@@ -16,7 +16,7 @@ from serve.access import Access, Guard
 from serve.galleries import NoGallery
 from serve.metrics import Measured
 from serve.replies import error_response
-from serve.routes import health, objects, runs, searches
+from serve.routes import health, maps, objects, runs, searches
 from serve.searches import Busy
 from serve.service import Service
 
@@ -51,7 +51,7 @@ def make_app(service: Service, access: Access, cookie: str, lifespan: Lifespan[F
     )
     app.state.service = service
     app.state.access, app.state.cookie = access, cookie
-    for family in (health, objects, runs, searches, pages):
+    for family in (health, maps, objects, runs, searches, pages):
         app.include_router(family.router)
     app.exception_handler(RuijiError)(_ruiji_error)
     app.exception_handler(HTTPException)(_http_error)

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.options import TOP_K, Metric
+from search.options import TOP_K, Metric, Projection
 
 #: Hits of one search at most.
 MOST_HITS = 1000
@@ -61,6 +61,24 @@ class ThumbnailQuery(Choice):
     size: Side = Field(Side.medium, description="The longer side, in pixels.")
 
 
+class MapQuery(Choice):
+    """Which map is wanted."""
+
+    projection: Projection | None = Field(
+        None, description="By default `umap` if `ruiji map --projection umap` has made it, else `pca`."
+    )
+
+
+class MapObjectsQuery(Choice):
+    """Which points of a map are asked about."""
+
+    rows_key: str = Field(description="The `x-ruiji-rows` of the map.", max_length=64)
+    rows: str = Field(
+        description=f"Gallery rows with commas between, {MOST_LISTED} at most.",
+        pattern=rf"^[0-9]{{1,10}}(,[0-9]{{1,10}}){{0,{MOST_LISTED - 1}}}$",
+    )
+
+
 class SimilarImage(BaseModel):
     """One hit."""
 
@@ -94,6 +112,19 @@ class Objects(BaseModel):
     objects: list[Object]
     rows: int = Field(description="Of the whole gallery, those that are not searched among them.")
     next: int | None = Field(description="Where the next part begins; null after the last.")
+
+
+class MapObjects(BaseModel):
+    """The objects of some points."""
+
+    objects: list[Object] = Field(description="In the order asked for; those that left the object list are not there.")
+
+
+class MapProgress(BaseModel):
+    """How far a map is that is being made."""
+
+    done: int = Field(description="Rows gone through.")
+    total: int = Field(description="Rows to go through; 0 before it is its turn.")
 
 
 class GalleryHealth(BaseModel):

@@ -12,6 +12,7 @@ from pipeline.plans.plan import Limits
 from serve.decoders import Decoders
 from serve.fresh import Fresh
 from serve.galleries import Galleries, Resident
+from serve.maps import Maps
 from serve.metrics import Metrics
 from serve.searches import Searches
 from serve.thumbnails import Thumbnails
@@ -45,6 +46,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.decoders = Decoders(self.limits, min(_MOST_DECODERS, len(os.sched_getaffinity(0))))
+        self.maps = Maps(lambda: self.closing())
         self.runs: Fresh[Look] = Fresh(lambda folder: look(folder, self.state_dir, self.find_redis))
         self.failures: Fresh[dict[str, FailedObject]] = Fresh(_failures)
 
@@ -64,6 +66,7 @@ class Service:
     def close(self) -> None:
         """End what runs beside the event loop."""
         self.searches.close()
+        self.maps.close()
         self.decoders.close()
 
 

@@ -66,7 +66,10 @@ def test_torch_is_imported_by_what_exports_and_checks_networks_alone() -> None:
 
 
 def test_the_families_of_search_import_one_way() -> None:
-    families = ("search.gallery", "search.ranking", "search.duplicates", "search.evaluation", "search.requests")
+    families = (
+        *("search.gallery", "search.ranking", "search.maps", "search.duplicates", "search.evaluation"),
+        "search.requests",
+    )
     for lower, family in enumerate(families):
         for module in modules():
             if module.startswith(family) and not module.endswith(".cli"):

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.arrays import Float64, Mask, Rows
-from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys, usable_rows
+from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys
 from search.gallery.shards import Gallery
+from search.gallery.units import usable_rows
 from search.options import Linkage
 
 #: Connected objects that are put in order together: their table of pairs then takes 1.6 GB.

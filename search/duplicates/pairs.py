@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, Mask, Rows, row_sums
-from search.gallery.norms import is_plain
+from search.arrays import Float32, Float64, Mask, Rows
 from search.gallery.shards import Gallery
-from search.ranking.arithmetic import TILE_ROWS, Arithmetic, Pairs, is_dense
+from search.gallery.units import unit_rows
+from search.ranking.arithmetic import Arithmetic, Pairs, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 
@@ -98,7 +98,7 @@ class Sides:
         if side is None:
             panel, start = place
             rows = self._panels[panel][start : start + self._tile_rows]
-            side = Side(rows, *self.arithmetic.prepare(_unit_rows(self.gallery, rows)))
+            side = Side(rows, *self.arithmetic.prepare(unit_rows(self.gallery, rows)))
             if len(rows) <= self._kept_rows:
                 self._kept[place] = side
                 self._kept_rows -= len(rows)
@@ -165,26 +165,6 @@ def _sums(features: Float32) -> NDArray[np.uint64]:
     return sums
 
 
-def _unit_rows(gallery: Gallery, rows: Rows) -> Float32:
-    """Rows, ascending, as vectors of length 1, float32[b, d]; read block by block."""
-    units = np.empty((len(rows), gallery.length), np.float32)
-    for block in gallery.blocks(TILE_ROWS, int(rows[0]), int(rows[-1]) + 1):
-        start, end = np.searchsorted(rows, [block.first, block.first + len(block.features)])
-        local = rows[start:end] - block.first
-        units[start:end] = _units(block.features[local], block.norms[local])
-    return units
-
-
-def _units(features: Float32, norms: Float32) -> Float32:
-    odd = np.flatnonzero(~is_plain(norms))
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        units = features / norms[:, np.newaxis]
-    if len(odd):
-        wide = features[odd].astype(np.float64)
-        units[odd] = wide / np.sqrt(row_sums(wide * wide))[:, np.newaxis]
-    return units
-
-
 def _comparisons(tile: Rows, side: Rows) -> int:
     """How many pairs a < b with a of the tile and b of the side there are; both ascending."""
     return int(np.searchsorted(tile, side).sum())
@@ -220,7 +200,7 @@ def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margi
         # Float32 leaves fewer of them open than a coarser scan does.
         exact = float32_margin(gallery.length)
         if exact.absolute < margin.absolute:
-            products = _unit_rows(gallery, rows) @ _unit_rows(gallery, others).T
+            products = unit_rows(gallery, rows) @ unit_rows(gallery, others).T
             reached, open_pairs = _sorted_out(products, exact, threshold, once)
     if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
         similarities = exact_pair_table(gallery.take(rows), gallery.take(others), open_pairs)

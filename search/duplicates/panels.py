@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from search.arrays import Mask, Rows
 from search.duplicates.pairs import Sides, find_pairs, first_equals
-from search.duplicates.store import PairFolder, PairStore, Panel, Part, Writing, usable_rows
+from search.duplicates.store import PairFolder, PairStore, Panel, Part, Writing
 from search.gallery.shards import Gallery
+from search.gallery.units import usable_rows
 from search.ranking.arithmetic import Arithmetic
 
 #: Rows of a panel, at least, and fewer than twice as many. Reading and scaling a row is small beside its products with

@@ -210,14 +210,6 @@ class PairStore:
                 yield _parsed(path)
 
 
-def usable_rows(gallery: Gallery) -> Mask:
-    """Rows that can be ranked and that the gallery does not leave out, bool[n]."""
-    parts = [
-        shard.norms > 0 if shard.left_out is None else (shard.norms > 0) & ~shard.left_out for shard in gallery.shards
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, bool)
-
-
 class PairFolder:
     """Where the files of pairs are: the gallery's cache, or, if that cannot be written to, a folder for now."""
 

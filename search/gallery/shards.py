@@ -1,6 +1,7 @@
 """The shards of a gallery, mapped into memory, and the way from rows to features, ids and paths."""
 
 import bisect
+import hashlib
 import itertools
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
@@ -203,6 +204,20 @@ class Gallery:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(len(shard.features) for shard in self.shards))
 
+    def key(self, purpose: str) -> str:
+        """16 digits that change with the rows of any shard, and with their numbers; stale and wanted rows do not count.
+
+        Args:
+            purpose: what the key is for; each has keys of its own.
+        """
+        names = [f"{shard.name}.{shard.cache.key if shard.cache else ''}" for shard in self.shards]
+        return hashlib.sha256(" ".join([purpose, str(self.length), *names]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def rows_key(self) -> str:
+        """Changes whenever a gallery row can be another object."""
+        return self.key("rows")
+
     @property
     def rows(self) -> int:
         """n, stale and unusable rows included."""
@@ -342,6 +357,11 @@ class Gallery:
         """The object id of one gallery row."""
         shard, local = self._locate(row)
         return shard.ids(slice(local, local + 1))[0]
+
+    def is_searched(self, row: int) -> bool:
+        """Whether one gallery row is neither stale nor filtered."""
+        shard, local = self._locate(row)
+        return shard.left_out is None or not shard.left_out[local]
 
     def digest(self, row: int) -> bytes | None:
         """The sha256 of the image file that one gallery row was made of, 32 bytes; None if it was not kept.

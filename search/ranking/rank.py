@@ -106,13 +106,19 @@ def rank(
     check_queries(queries, gallery.length)
     found: list[Neighbours] = []
     for start in range(0, len(queries), queries_at_once):
-        batch = Batch(queries[start : start + queries_at_once], top_k, metric)
-        found += _search(gallery, batch, scan or numpy_scan())
+        found += nearest(gallery, queries[start : start + queries_at_once], top_k, metric, scan or numpy_scan())
     hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
     return Ranking(hits, *gallery.unusable_rows)
 
 
-def _search(gallery: Gallery, batch: Batch, scan: Scan) -> list[Neighbours]:
+def nearest(gallery: Gallery, queries: Float32, top_k: int, metric: Metric, scan: Scan) -> list[Neighbours]:
+    """Find the nearest rows of queries that share one pass, exactly.
+
+    Args:
+        queries: float32[q, d]; none zero, all finite.
+        top_k, metric, scan: as `rank` takes them.
+    """
+    batch = Batch(queries, top_k, metric)
     cuts = np.full(len(batch.queries), -np.inf)
     pools = [_Pool(gallery, batch, number) for number in range(len(cuts))]
     for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
