@@ -132,18 +132,18 @@ class Gallery:
         """How many of them cannot be ranked, because their feature is zero or not finite."""
         return sum(self._shards.unusable_rows)
 
-    def only(self, *conditions: str, labels: str | os.PathLike[str] | None = None) -> "Gallery":
+    def only(self, *conditions: str, labels: str | os.PathLike[str] | Annotations | None = None) -> "Gallery":
         """The same gallery with fewer objects.
 
         Args:
             conditions: each `COLUMN=VALUE`, `COLUMN!=VALUE` or `path=PREFIX`, as `ruiji search --where` takes them:
                 values of one column are alternatives, different columns must all hold.
-            labels: the annotation CSV that has the columns.
+            labels: the annotation CSV that has the columns, or what was read of it.
 
         Raises:
             UsageError: a condition cannot be read, or asks for what is not there.
         """
-        annotations = None if labels is None else read_annotations(Path(labels))
+        annotations = labels if labels is None or isinstance(labels, Annotations) else read_annotations(Path(labels))
         wanted = tuple(parse_conditions(conditions))
         shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
         return Gallery(*shared, wanted, annotations)
@@ -358,6 +358,19 @@ class Gallery:
         """Changes whenever a gallery row can be another object, as after a `refresh` that found new shards."""
         return self._shards.rows_key
 
+    def sample(self, count: int) -> list[GalleryObject]:
+        """Some of the objects that are searched, by chance, none twice; all, if there are no more."""
+        shards, generator = self._shards, np.random.default_rng()
+        searched = [
+            first + np.flatnonzero(~shard.left_out)
+            if shard.left_out is not None
+            else first + np.arange(len(shard.features))
+            for shard, first in zip(shards.shards, shards.firsts, strict=True)
+        ]
+        rows = np.concatenate(searched)
+        chosen: list[int] = generator.choice(rows, min(count, len(rows)), replace=False).tolist()
+        return [GalleryObject(row, shards.object_id(row), shards.path(row)) for row in chosen]
+
     @property
     def rows(self) -> int:
         """Gallery rows, those among them that are not searched."""
@@ -440,6 +453,22 @@ class Gallery:
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
         return encode_pixels(pixels, self._model(self._shards)[1])
+
+    def encode_text(self, text: str, say: Callable[[str], None] | None = None) -> Float32:
+        """Encode words with the model's text tower; the rest of a search with `text`.
+
+        Args:
+            say: called with what is left out of words that are too long; None: a warning says it.
+
+        Returns:
+            float32[d], raw model output.
+
+        Raises:
+            QueryError: nothing of the words is left as a token, or their feature cannot be ranked.
+            UsageError: the gallery was opened without its model, or its model has no text tower.
+            GalleryMismatch, ModelError: the model is another than the gallery's, or fails.
+        """
+        return text_queries([text], self._words(self._shards), say or _warn)[0].feature
 
     def way(self, queries: int = 1, metric: str = Metric.cosine) -> str:
         """Which way so many queries take through the gallery, and why: for people.

@@ -71,6 +71,10 @@ class Annotations:
             )
         return row
 
+    def values(self, column: str) -> list[str]:
+        """The different values of a column, sorted."""
+        return sorted({row[column] for row in self.rows})
+
     def label(self, object_id: str, path: str | None) -> str | None:
         """What the object shows, or None if the file does not say."""
         row = self.find(object_id, path)

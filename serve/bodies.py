@@ -1,7 +1,7 @@
 """What is asked and answered, as the OpenAPI document describes it."""
 
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,13 @@ from search.options import TOP_K, Metric, Projection
 MOST_HITS = 1000
 #: Entries of one page of a list at most.
 MOST_LISTED = 1000
+#: Objects by chance at most.
+MOST_SAMPLED = 100
+#: A column with more values than this is not one to choose from.
+MOST_VALUES = 500
+#: Conditions of one request, characters of one, and characters of words.
+_MOST_CONDITIONS, MOST_CHARACTERS = 20, 1000
+Condition = Annotated[str, Field(max_length=MOST_CHARACTERS, pattern="^[^=!]+!?=")]
 
 
 class Side(IntEnum):
@@ -32,7 +39,18 @@ class Choice(_Asked):
     gallery: str | None = Field(None, description="Name of the gallery, as /healthz lists them.")
 
 
-class SimilarQuery(Choice):
+class Filtered(Choice):
+    """Which objects of a gallery take part."""
+
+    where: list[Condition] = Field(
+        [],
+        max_length=_MOST_CONDITIONS,
+        description="`COLUMN=VALUE` or `COLUMN!=VALUE` of the annotations, or `path=PREFIX`: values of one column are "
+        "alternatives, conditions on different columns must all hold.",
+    )
+
+
+class SimilarQuery(Filtered):
     """Which hits of an object are wanted."""
 
     metric: Metric = Field(Metric.euclidean, description="`cosine` and `angle` have the same order.")
@@ -40,10 +58,17 @@ class SimilarQuery(Choice):
     min_similarity: float | None = Field(
         None, ge=-1, le=1, allow_inf_nan=False, description="Leave out hits below this cosine."
     )
+    collapse: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Of hits whose cosine with each other reaches this, give only the first.",
+    )
 
 
-class PictureQuery(SimilarQuery):
-    """Which hits of a picture are wanted."""
+class SentQuery(SimilarQuery):
+    """Which hits of a picture or of words are wanted."""
 
     metric: Metric = Field(Metric.cosine, description="`cosine` and `angle` have the same order.")
 
@@ -53,6 +78,12 @@ class ListQuery(Choice):
 
     first: int = Field(0, ge=0, le=2**53, description="Place to begin with, from 0.")
     count: int = Field(100, ge=1, le=MOST_LISTED, description="So many at most.")
+
+
+class SampleQuery(Filtered):
+    """How many objects are wanted by chance."""
+
+    count: int = Field(24, ge=1, le=MOST_SAMPLED, description="So many, or all if there are no more.")
 
 
 class ThumbnailQuery(Choice):
@@ -87,15 +118,20 @@ class SimilarImage(BaseModel):
     similarity: float = Field(description="The cosine; higher is closer.")
     rank: int = Field(ge=1)
     path: str | None = Field(description="Relative to the media folder; null if the gallery does not know paths.")
+    label: str | None = Field(description="What the annotations say that it shows.")
+    others: int | None = Field(description="For how many more objects it stands; null if hits are not collapsed.")
 
 
 class Similar(BaseModel):
     """The answer of a search, with the article's keys; hits in order, best first."""
 
-    queryObjectId: str | None = Field(description="null if the query is a picture.")  # noqa: N815  The article's key.
+    queryObjectId: str | None = Field(  # noqa: N815  The article's key.
+        description="null if the query is a picture or words."
+    )
     similarImages: list[SimilarImage]  # noqa: N815  The article's key.
     gallery: str
     metric: Metric
+    note: str | None = Field(description="What of the query did not count; null if all of it did.")
 
 
 class Object(BaseModel):
@@ -104,6 +140,26 @@ class Object(BaseModel):
     object_id: str
     path: str | None
     row: int
+    annotations: dict[str, str] | None = Field(None, description="Its line of the annotations; null if there is none.")
+
+
+class Sample(BaseModel):
+    """Objects by chance."""
+
+    objects: list[Object]
+
+
+class Column(BaseModel):
+    """A column of the annotations."""
+
+    name: str
+    values: list[str] | None = Field(description=f"Sorted; null if there are more than {MOST_VALUES}.")
+
+
+class Columns(BaseModel):
+    """What the annotations have, by which objects can be filtered."""
+
+    columns: list[Column]
 
 
 class Objects(BaseModel):
@@ -137,6 +193,8 @@ class GalleryHealth(BaseModel):
     length: int = Field(description="Of a feature.")
     fingerprint: str | None
     pictures: bool = Field(description="Whether it can be searched with a picture: its model is there.")
+    words: bool = Field(description="Whether it can be searched with words: its model has a text tower.")
+    paths: bool = Field(description="Whether it knows the paths of its objects.")
     way: dict[Metric, str] = Field(description="Which way one query takes, and why, by metric.")
     problem: str | None = Field(description="Why its newest shards are not searched.")
 

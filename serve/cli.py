@@ -9,6 +9,7 @@ from pipeline import settings
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import RuijiError, UsageError
+from search.cli import Labels
 
 #: Shorter than a worker's: somebody waits for the answer.
 _MAX_IMAGE_S = 10
@@ -33,6 +34,7 @@ def serve(
             "to search with pictures."
         ),
     ] = None,
+    labels: Labels = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; all but loopback needs a token.")] = (
         "127.0.0.1"
     ),
@@ -60,6 +62,7 @@ def serve(
     except ImportError as error:
         raise RuijiError(f"ruiji serve needs its extra ({error}): pip install 'ruiji[serve]', or make setup") from None
     from pipeline.plans.plan import Limits
+    from search.labels import read_annotations
     from serve.galleries import Galleries
     from serve.server import Address
     from serve.server import serve as serve_until_stopped
@@ -73,5 +76,6 @@ def serve(
         Limits(max_pixels, max_image_s, max_image_mb),
         settings.state_folder(state_dir),
         lambda: settings.resolve_redis_url(redis_url, redis_password_file, state_dir),
+        None if labels is None else read_annotations(labels),
     )
     serve_until_stopped(service, Address(host, port, web_name or (), web_token_file))

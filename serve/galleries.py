@@ -1,14 +1,19 @@
 """The galleries of a feature folder, resident: opened once, and kept up to date."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ruiji
 from pipeline import layout, settings
 from pipeline.choices import Device
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import QueryError, RuijiError, UsageError
 from search.gallery.opening import find_galleries
+from search.labels import Annotations
+
+#: Filtered galleries that are kept, of each gallery.
+_MOST_PARTS = 16
 
 
 class NoGallery(RuijiError):
@@ -28,6 +33,36 @@ class Resident:
     gallery: ruiji.Gallery
     model: Path | None
     problem: str | None = None
+    #: Why it cannot be searched with words; None: it can.
+    no_words: str | None = None
+    _parts: dict[tuple[str, ...], ruiji.Gallery] = field(default_factory=dict)
+    _parting: threading.Lock = field(default_factory=threading.Lock)
+
+    def only(self, conditions: Sequence[str], annotations: Annotations | None) -> ruiji.Gallery:
+        """The objects that meet some conditions, as `ruiji.Gallery.only` has them; kept, because more searches follow.
+
+        Raises:
+            UsageError: a condition asks for what is not there.
+        """
+        if not conditions:
+            return self.gallery
+        with self._parting:
+            # The one that was asked for last is the last to go.
+            part = self._parts.pop(tuple(conditions), None) or self.gallery.only(*conditions, labels=annotations)
+            self._parts[tuple(conditions)] = part
+            while len(self._parts) > _MOST_PARTS:
+                del self._parts[next(iter(self._parts))]
+        return part
+
+    def refresh(self) -> None:
+        """Take up what changed.
+
+        Raises:
+            RuijiError: it cannot be taken up; the gallery is then as it was.
+        """
+        with self._parting:
+            if self.gallery.refresh():
+                self._parts.clear()
 
 
 @dataclass
@@ -83,7 +118,7 @@ class Galleries:
                         self._add(folder)
                         self.refused.pop(folder.name, None)
                     else:
-                        resident.gallery.refresh()
+                        resident.refresh()
                         resident.problem = None
                 except RuijiError as error:
                     if resident is None:
@@ -128,7 +163,7 @@ class Galleries:
         model = self._model_of(folder.name)
         gallery = ruiji.open_gallery(folder, model, device=self.device, max_pixels=self.max_pixels)
         gallery.warm_up()
-        self._open[folder.name] = Resident(folder.name, gallery, model)
+        self._open[folder.name] = Resident(folder.name, gallery, model, no_words=_why_no_words(gallery, model))
 
     def _model_of(self, name: str) -> Path | None:
         """The model that was given, if it is this gallery's by its name, else one of this name in the library."""
@@ -136,3 +171,17 @@ class Galleries:
             return self.model if self.model.is_file() else None
         added = layout.added_model_file(settings.models_dir(), name)
         return added if added.is_file() else None
+
+
+def _why_no_words(gallery: ruiji.Gallery, model: Path | None) -> str | None:
+    """Why a gallery cannot be searched with words; None: its text tower is loaded."""
+    if model is None:
+        return "the model of this gallery is not known: start the service with --model"
+    try:
+        gallery.encode_text("words")
+    except QueryError:
+        # The tower works; it only has no such words.
+        return None
+    except RuijiError as error:
+        return str(error)
+    return None

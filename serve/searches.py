@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Wanted:
 
     Attributes:
         query: an object id, or a feature, float32[d].
-        top_k, metric, min_similarity: as `ruiji.Gallery` takes them.
+        top_k, metric, min_similarity, collapse: as `ruiji.Gallery` takes them.
     """
 
     gallery: ruiji.Gallery
@@ -35,17 +36,26 @@ class Wanted:
     top_k: int
     metric: str
     min_similarity: float | None = None
+    collapse: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Searches of one key can share a pass.
 
-        One that wants fewer hits than another has the other's first ones. With a least similarity that holds only for
-        equal numbers, because it leaves out hits of the first k. Numbers that are far apart do not share: nobody pays
-        for a thousand hits who wants ten.
+        One that wants fewer hits than another has the other's first ones. If hits are left out of the first k, that
+        holds only for equal numbers. Numbers that are far apart do not share: nobody pays for a thousand hits who wants
+        ten.
         """
-        number = self.top_k.bit_length() if self.min_similarity is None else -self.top_k
-        return self.gallery, type(self.query), self.metric, self.min_similarity, number
+        leaves_out = self.min_similarity is not None or self.collapse is not None
+        number = -self.top_k if leaves_out else self.top_k.bit_length()
+        return self.gallery, type(self.query), self.metric, self.min_similarity, self.collapse, number
+
+
+class _Criteria(TypedDict):
+    top_k: int
+    metric: str
+    min_similarity: float | None
+    collapse: float | None
 
 
 @dataclass(eq=False)
@@ -142,10 +152,14 @@ def _search(wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...]]":
     most = max(one.top_k for one in wanted)
     ids = [one.query for one in wanted if isinstance(one.query, str)]
     features = [one.query for one in wanted if not isinstance(one.query, str)]
+    criteria: _Criteria = {
+        "top_k": most,
+        "metric": first.metric,
+        "min_similarity": first.min_similarity,
+        "collapse": first.collapse,
+    }
     if ids:
-        found = first.gallery.search_ids(ids, top_k=most, metric=first.metric, min_similarity=first.min_similarity)
+        found = first.gallery.search_ids(ids, **criteria)
     else:
-        found = first.gallery.search_vectors(
-            np.stack(features), top_k=most, metric=first.metric, min_similarity=first.min_similarity
-        )
+        found = first.gallery.search_vectors(np.stack(features), **criteria)
     return [one.hits[: each.top_k] for one, each in zip(found, wanted, strict=True)]

@@ -9,6 +9,7 @@ from pipeline.errors import UsageError
 from pipeline.failures import FailedObject, failed_objects
 from pipeline.follow import Look, look
 from pipeline.plans.plan import Limits
+from search.labels import Annotations
 from serve.decoders import Decoders
 from serve.fresh import Fresh
 from serve.galleries import Galleries, Resident
@@ -27,6 +28,7 @@ class Service:
 
     Attributes:
         media_dir: where the pictures are; None: only ids are shown.
+        annotations: what is known of the objects, for filters.
         state_dir: a `ruiji run` at work leaves there where its Redis is.
         find_redis: gives the URL of the Redis otherwise; raises RuijiError if there is none.
         closing: whether it is about to end; what would never end by itself asks.
@@ -38,6 +40,7 @@ class Service:
     limits: Limits
     state_dir: Path
     find_redis: Callable[[], str]
+    annotations: Annotations | None = None
     closing: Callable[[], bool] = lambda: False
     searches: Searches = field(default_factory=Searches)
     metrics: Metrics = field(default_factory=Metrics)

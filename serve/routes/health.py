@@ -44,6 +44,8 @@ def _gallery_health(resident: Resident) -> bodies.GalleryHealth:
         length=gallery.length,
         fingerprint=gallery.fingerprint,
         pictures=resident.model is not None,
+        words=resident.no_words is None,
+        paths=gallery.fingerprint is not None,
         way={metric: gallery.way(1, metric) for metric in Metric},
         problem=resident.problem,
     )

@@ -1,4 +1,4 @@
-"""The objects of a gallery, and their small pictures."""
+"""The objects of a gallery, what is known of them, and their small pictures."""
 
 import asyncio
 from dataclasses import asdict
@@ -7,10 +7,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+import ruiji
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, UnknownObject, UsageError
+from search.labels import Annotations
 from serve import bodies
-from serve.bodies import Choice, ListQuery, ThumbnailQuery
+from serve.bodies import Choice, ListQuery, SampleQuery, ThumbnailQuery
 from serve.galleries import Resident
 from serve.routes.common import BUSY, ERRORS, Kept, ObjectId, answer, unless_gone
 from serve.service import Service
@@ -30,7 +32,7 @@ async def objects(service: Kept, asked: Annotated[ListQuery, Query()]) -> Respon
     gallery = service.galleries.get(asked.gallery).gallery
     found = await asyncio.to_thread(gallery.objects, asked.first, asked.count)
     after = asked.first + asked.count
-    listed = [bodies.Object(**asdict(one)) for one in found]
+    listed = [_object(service, one) for one in found]
     return answer(bodies.Objects(objects=listed, rows=gallery.rows, next=after if after < gallery.rows else None))
 
 
@@ -38,7 +40,37 @@ async def objects(service: Kept, asked: Annotated[ListQuery, Query()]) -> Respon
 async def one_object(service: Kept, object_id: ObjectId, asked: Annotated[Choice, Query()]) -> Response:
     """One object of the gallery."""
     gallery = service.galleries.get(asked.gallery).gallery
-    return answer(bodies.Object(**asdict(await asyncio.to_thread(gallery.find, object_id))))
+    return answer(_object(service, await asyncio.to_thread(gallery.find, object_id)))
+
+
+def _object(service: Service, found: ruiji.GalleryObject) -> bodies.Object:
+    known = service.annotations and service.annotations.find(found.object_id, found.path)
+    return bodies.Object(**asdict(found), annotations=dict(known) if known else None)
+
+
+@router.get("/sample", response_model=bodies.Sample)
+async def sample(service: Kept, asked: Annotated[SampleQuery, Query()]) -> Response:
+    """Some objects by chance, to begin with."""
+    resident = service.galleries.get(asked.gallery)
+    gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
+    found = await asyncio.to_thread(gallery.sample, asked.count)
+    return answer(bodies.Sample(objects=[_object(service, one) for one in found]))
+
+
+@router.get("/columns", response_model=bodies.Columns)
+async def columns(service: Kept) -> Response:
+    """The columns of the annotations, by which objects can be filtered; none if there are no annotations."""
+    return answer(bodies.Columns(columns=await asyncio.to_thread(_columns, service.annotations)))
+
+
+def _columns(annotations: Annotations | None) -> list[bodies.Column]:
+    if annotations is None:
+        return []
+    found = []
+    for name in annotations.columns:
+        values = annotations.values(name)
+        found.append(bodies.Column(name=name, values=values if len(values) <= bodies.MOST_VALUES else None))
+    return found
 
 
 @router.get(

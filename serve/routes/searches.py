@@ -1,15 +1,17 @@
-"""Look-alikes of an object, and of a picture that is sent along."""
+"""Look-alikes of an object, of a picture that is sent along, and of words."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from fastapi import APIRouter, File, Query, Request, UploadFile
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from starlette.responses import Response
 
 import ruiji
-from pipeline.errors import UsageError
+from pipeline.errors import QueryError, UsageError
+from search.arrays import Float32
 from serve import bodies
-from serve.bodies import PictureQuery, SimilarQuery
+from serve.bodies import SentQuery, SimilarQuery
 from serve.galleries import Resident
 from serve.routes.common import BUSY, ERRORS, UPLOAD, Kept, ObjectId, answer, unless_gone
 from serve.searches import Wanted
@@ -22,52 +24,99 @@ router = APIRouter(responses=ERRORS)
 async def similar(
     request: Request, service: Kept, object_id: ObjectId, asked: Annotated[SimilarQuery, Query()]
 ) -> Response:
-    """What looks like an object of the gallery; without parameters by the article's Euclidean distance."""
+    """What looks like an object of the gallery; without parameters by the article's Euclidean distance.
+
+    The object itself need not meet the conditions.
+    """
     resident = service.galleries.get(asked.gallery)
-    wanted = Wanted(
-        gallery=resident.gallery,
-        query=object_id,
-        top_k=asked.k,
-        metric=asked.metric,
-        min_similarity=asked.min_similarity,
-    )
-    return _similar(resident, asked, object_id, await unless_gone(request, service.searches.hits(wanted)))
+
+    async def query() -> str:
+        return object_id
+
+    hits = await unless_gone(request, _hits(service, resident, query, asked))
+    return _similar(service, resident, asked, hits, object_id)
 
 
 @router.post("/search", response_model=bodies.Similar, responses=BUSY | UPLOAD)
 async def search(
     request: Request,
     service: Kept,
-    image: Annotated[UploadFile, File(description="A picture: the bytes of its file.")],
-    asked: Annotated[PictureQuery, Query()],
+    asked: Annotated[SentQuery, Query()],
+    image: Annotated[UploadFile | None, File(description="A picture: the bytes of its file.")] = None,
+    text: Annotated[
+        str | None, Form(max_length=bodies.MOST_CHARACTERS, description="Words instead, for a model with a text tower.")
+    ] = None,
 ) -> Response:
-    """What looks like a picture that is sent along."""
+    """What looks like a picture that is sent along, or like what words say."""
     resident = service.galleries.get(asked.gallery)
-    hits = await unless_gone(request, _picture_hits(service, resident, await image.read(), asked))
-    return _similar(resident, asked, None, hits)
+    said: list[str] = []
+    if (image is None) == (text is None or not text.strip()):
+        raise QueryError("send a picture as image, or words as text")
+
+    async def query() -> Float32:
+        if image is not None:
+            return await _picture_feature(service, resident, await image.read())
+        assert text is not None
+        return await _words_feature(resident, text, said.append)
+
+    hits = await unless_gone(request, _hits(service, resident, query, asked))
+    return _similar(service, resident, asked, hits, note="; ".join(said) or None)
 
 
-async def _picture_hits(
-    service: Service, resident: Resident, data: bytes, asked: PictureQuery
+async def _hits(
+    service: Service, resident: Resident, query: Callable[[], Awaitable[str | Float32]], asked: SimilarQuery
 ) -> tuple[ruiji.Hit, ...]:
-    if resident.model is None:
-        raise UsageError(f"the model of the gallery {resident.name} is not known: start the service with --model")
-    gallery = resident.gallery
-    pixels = await service.decoders.pixels(data, await asyncio.to_thread(lambda: gallery.spec))
-    feature = (await asyncio.to_thread(gallery.encode, pixels[None]))[0]
+    # Before a picture is decoded: what is filtered by may not be there.
+    gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
     wanted = Wanted(
-        gallery=gallery, query=feature, top_k=asked.k, metric=asked.metric, min_similarity=asked.min_similarity
+        gallery=gallery,
+        query=await query(),
+        top_k=asked.k,
+        metric=asked.metric,
+        min_similarity=asked.min_similarity,
+        collapse=asked.collapse,
     )
     return await service.searches.hits(wanted)
 
 
-def _similar(resident: Resident, asked: SimilarQuery, object_id: str | None, hits: tuple[ruiji.Hit, ...]) -> Response:
+async def _picture_feature(service: Service, resident: Resident, data: bytes) -> Float32:
+    if resident.model is None:
+        raise UsageError(f"the model of the gallery {resident.name} is not known: start the service with --model")
+    gallery = resident.gallery
+    pixels = await service.decoders.pixels(data, await asyncio.to_thread(lambda: gallery.spec))
+    feature: Float32 = (await asyncio.to_thread(gallery.encode, pixels[None]))[0]
+    return feature
+
+
+async def _words_feature(resident: Resident, text: str, say: Callable[[str], None]) -> Float32:
+    if resident.no_words is not None:
+        raise UsageError(resident.no_words)
+    return await asyncio.to_thread(resident.gallery.encode_text, text, say)
+
+
+def _similar(
+    service: Service,
+    resident: Resident,
+    asked: SimilarQuery,
+    hits: tuple[ruiji.Hit, ...],
+    object_id: str | None = None,
+    note: str | None = None,
+) -> Response:
+    known = service.annotations
     images = [
         bodies.SimilarImage(
-            objectId=hit.object_id, distance=hit.distance, similarity=hit.similarity, rank=rank, path=hit.path
+            objectId=hit.object_id,
+            distance=hit.distance,
+            similarity=hit.similarity,
+            rank=rank,
+            path=hit.path,
+            label=None if known is None else known.label(hit.object_id, hit.path),
+            others=hit.others,
         )
         for rank, hit in enumerate(hits, 1)
     ]
     return answer(
-        bodies.Similar(queryObjectId=object_id, similarImages=images, gallery=resident.name, metric=asked.metric)
+        bodies.Similar(
+            queryObjectId=object_id, similarImages=images, gallery=resident.name, metric=asked.metric, note=note
+        )
     )

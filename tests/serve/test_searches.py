@@ -28,6 +28,8 @@ def expected(hits: "tuple[ruiji_api.Hit, ...]") -> list[dict[str, Any]]:
             "similarity": hit.similarity,
             "rank": rank,
             "path": hit.path,
+            "label": None,
+            "others": None,
         }
         for rank, hit in enumerate(hits, 1)
     ]
@@ -200,6 +202,7 @@ def test_objects_are_listed_and_found(served: Served, ids: list[str]) -> None:
         "object_id": ids[6],
         "path": body["objects"][1]["path"],
         "row": 6,
+        "annotations": None,
     }
 
 
