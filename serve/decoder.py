@@ -3,6 +3,7 @@
 A request is a line of JSON and, for an upload, its bytes; so is the answer. Nothing else is written to its stdout.
 """
 
+import faulthandler
 import io
 import json
 import os
@@ -21,6 +22,8 @@ READY = b"ready\n"
 
 
 def _main() -> None:
+    # The service keeps what is said last: where a library crashed, or the traceback of a bug.
+    faulthandler.enable()
     limits = json.loads(sys.argv[1])
     requests = sys.stdin.buffer
     # C libraries write to stdout as they please.

@@ -1,7 +1,7 @@
 """Pictures are decoded in a few child processes that stay warm: a decoder that crashes or hangs takes no service along.
 
 The limits are those of an image that is suspected of killing workers (`workers.suspects`): memory, and a time after
-which its process is ended. A process that died is replaced for the next picture.
+which its process is ended. A process that died is replaced for the next picture, and the log has its last words.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,14 +21,18 @@ from numpy.typing import NDArray
 from pipeline.children import python_command, start_child
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault
+from pipeline.logs import clipped
 from pipeline.plans.plan import Limits
 from pipeline.spec import ModelSpec
+from pipeline.streams import note
 from search.views.thumbnail import Thumbnail
 from serve.decoder import READY
 from serve.searches import Busy
 
 #: Pictures that may wait.
 MOST_WAITING = 256
+#: Lines that are kept of what a process says: a traceback, and not all that a library has against a picture.
+_LAST_LINES = 20
 
 
 class Decoders:
@@ -134,13 +139,17 @@ class _Child:
             python_command("serve.decoder", json.dumps(asdict(limits))),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         self.pid = self._process.pid
+        self._said: deque[str] = deque(maxlen=_LAST_LINES)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
         assert self._process.stdout is not None
         # The clock of a picture starts only now: a slow start is not its fault.
         if self._process.stdout.readline() != READY:
             self.end()
+            self._tell("when it started")
             raise MachineFault(f"a process that decodes pictures ended with {self._process.returncode} when it started")
 
     @property
@@ -185,9 +194,24 @@ class _Child:
             self.end()
         return head, body
 
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                self._said.append(clipped(line.decode(errors="backslashreplace").rstrip()))
+
+    def _tell(self, when: str) -> None:
+        """Write into the log that the process ended, and what it said last."""
+        # Until all is read that it wrote; a child of its own could still hold the pipe.
+        self._listening.join(1)
+        note(f"warning: a process that decodes pictures ended with {self._process.returncode} {when}")
+        for line in tuple(self._said):
+            note(f"  it said: {line}")
+
     def _lost(self, given_up: bool) -> ImageError:
         """Why there is no answer."""
         self.end()
+        self._tell(f"after {self._limits.max_image_s} s with one picture" if given_up else "with a picture in hand")
         if given_up:
             return ImageError(f"decoding it takes longer than {self._limits.max_image_s} s", Reason.timeout)
         # The kernel's way of ending what takes too much memory.

@@ -90,9 +90,11 @@ def test_an_upload_that_takes_its_decoder_along_fails_alone(
         answers = list(threads.map(served.search, [good, poisoned, good, poisoned, good, good]))
     assert [answer.status for answer in answers] == [200, 422, 200, 422, 200, 200]
     assert reason in answers[1].error and reason in answers[3].error
-    # They were replaced.
+    # They were replaced, and the log says why.
     assert served.search(good).status == 200
-    assert "Traceback" not in served.log.read_text()
+    log = served.log.read_text()
+    assert "Traceback" not in log and log.count("warning: a process that decodes pictures ended") == 2
+    assert "after 2 s with one picture" in log if kind == "endless" else "it said: Fatal Python error" in log
 
 
 def test_an_upload_that_takes_all_memory_is_refused(ruiji: Ruiji, tmp_path: Path) -> None:
