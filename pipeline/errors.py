@@ -56,6 +56,10 @@ class UnknownObject(QueryError):
     """The gallery has no object of this id."""
 
 
+class NoShards(UsageError):
+    """The gallery has no shard yet: nothing is there to be searched."""
+
+
 class GalleryMismatch(RuijiError):
     """The feature folder belongs to another model, or its parts contradict each other."""
 

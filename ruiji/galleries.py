@@ -228,7 +228,8 @@ class Gallery:
         """
         shards = self._shards
         names = [object_ids] if isinstance(object_ids, str) else list(object_ids)
-        features, rows = _features(shards, names), shards.rows_of(names)
+        rows = shards.rows_of(names)
+        features = _features(shards, names, rows)
         queries: list[Query | str] = []
         for name, feature in zip(names, features, strict=True):
             if problem := unusable(feature):
@@ -278,7 +279,8 @@ class Gallery:
         Raises:
             QueryError: there is no such object.
         """
-        return _features(self._shards, list(object_ids))
+        shards, names = self._shards, list(object_ids)
+        return _features(shards, names, shards.rows_of(names))
 
     def find(self, object_id: str) -> GalleryObject:
         """One object; its first row, if shards repeat its id.
@@ -582,7 +584,7 @@ def open_gallery(
         max_pixels: pictures with more are not decoded.
 
     Raises:
-        UsageError: there is no gallery, or no shard in it yet, or it is not clear which one is meant.
+        UsageError: there is no gallery, or it is not clear which one is meant. NoShards: it has no shard yet.
         GalleryMismatch: shards of different models or lengths; names the shard.
         ShardCorrupt: a file is missing, damaged, or differs from its record.
 
@@ -615,8 +617,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuijiWarning, stacklevel=level)
 
 
-def _features(shards: Shards, object_ids: Sequence[str]) -> Float32:
-    rows = shards.rows_of(object_ids)
+def _features(shards: Shards, object_ids: Sequence[str], rows: dict[str, list[int]]) -> Float32:
     for object_id in object_ids:
         if not rows[object_id]:
             raise _unknown(object_id)

@@ -1,5 +1,7 @@
 """Finding rows by their object id, in an index of 16 bytes per row."""
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +32,12 @@ class IdIndex:
 def _hashes(object_ids: NDArray[np.str_]) -> NDArray[np.uint64]:
     """uint64[n]: the characters of each id, times fixed odd numbers, summed modulo 2^64."""
     characters = np.ascontiguousarray(object_ids).view(np.uint32).reshape(len(object_ids), -1)
-    factors = np.random.default_rng(0).integers(1 << 63, size=characters.shape[1], dtype=np.uint64) | np.uint64(1)
+    factors = _factors(characters.shape[1])
     hashes: NDArray[np.uint64] = np.einsum("ij,j->i", characters, factors, dtype=np.uint64, casting="unsafe")
     return hashes
+
+
+@cache
+def _factors(characters: int) -> NDArray[np.uint64]:
+    """The odd numbers, one for each character; to draw them takes longer than to hash a few ids."""
+    return np.random.default_rng(0).integers(1 << 63, size=characters, dtype=np.uint64) | np.uint64(1)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline import layout
 from pipeline.cache import CacheFolder, ShardCache
-from pipeline.errors import GalleryMismatch, ShardCorrupt, UsageError
+from pipeline.errors import GalleryMismatch, NoShards, ShardCorrupt, UsageError
 from pipeline.gallery import GalleryInfo, no_gallery, read_gallery
 from pipeline.npy import NpyError, map_npy
 from pipeline.plans.generations import Marks, read_marks
@@ -97,7 +97,7 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
         include_stale: also search objects that are no longer on the list.
 
     Raises:
-        UsageError: there is no gallery, or no shard in it yet.
+        UsageError: there is no gallery. NoShards: it has no shard yet.
         GalleryMismatch: shards of different models or lengths; names the shard.
         ShardCorrupt: a file is missing, damaged, or differs from its record.
     """
@@ -106,7 +106,7 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
     info = read_gallery(folder)
     gallery = _open_unverified(folder) if info is None else _open_recorded(folder, info, include_stale)
     if not gallery.shards:
-        raise UsageError(f"no shard in {folder} yet: run ruiji enqueue and ruiji worker (or ruiji run) first")
+        raise NoShards(f"no shard in {folder} yet: run ruiji enqueue and ruiji worker (or ruiji run) first")
     return gallery
 
 
