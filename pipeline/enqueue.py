@@ -4,15 +4,15 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
-from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery
+from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery, require_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
-from pipeline.plans.files import open_plan
+from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
 from pipeline.plans.probes import find_probes, note_probes
@@ -140,8 +140,7 @@ def enqueue(
                         note_probes(plan, find_probes(work.media_dir, objects))
     published, elsewhere = 0, False
     if plan is not None and client is not None and redis_url is not None:
-        app = make_app(redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
-        with broker_faults():
+        with broker_faults(), make_app(redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S) as app:
             try:
                 published = Segments(app, client, plan).fill_window(window_segments)
             except LeaseTaken:
@@ -162,10 +161,34 @@ def retry(
     Raises:
         As `enqueue`. PlanMismatch: also if a plan is open with objects that were never tried.
     """
+    return _retry(work, redis_url, list_path, Retry(reason))
+
+
+def retry_as_before(
+    folder: Path, media_dir: Path, model: Path, redis_url: str, list_path: Path | None = None
+) -> Enqueued:
+    """As `retry`, for a caller who may choose nothing: with the last list and the settings of the last plan.
+
+    Args:
+        folder: of the gallery, which has the model's name.
+
+    Raises:
+        As `retry`. PlanMismatch: also if the object list is another one than was accepted last.
+    """
+    gallery = require_gallery(folder)
+    closed = max((one.plan for one in closed_plans(folder)), key=lambda plan: plan.generation, default=None)
+    settings = PlanSettings()
+    if closed is not None:
+        settings = PlanSettings(closed.shard_rows, closed.keep_features, **asdict(closed.limits))
+    work = Extraction(media_dir, folder.parent, model, gallery.object_id, settings)
+    return _retry(work, redis_url, list_path, Retry(same_list=True))
+
+
+def _retry(work: Extraction, redis_url: str | None, list_path: Path | None, failed: Retry) -> Enqueued:
     made = layout.run_list_file(work.folder)
     if list_path is None and made.exists() and not layout.object_list_file(work.media_dir).exists():
         list_path = made
-    return enqueue(work, redis_url, list_path, failed=Retry(reason))
+    return enqueue(work, redis_url, list_path, failed=failed)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan
 
-from pipeline.errors import ImageError, ModelError, QueryError, RuijiError, UnknownObject, UsageError
+from pipeline.errors import ImageError, ModelError, PlanMismatch, QueryError, RuijiError, UnknownObject, UsageError
 from pipeline.versions import installed_versions
 from serve import pages
 from serve.access import Access, Guard
@@ -31,6 +31,7 @@ _STATUS: tuple[tuple[type[RuijiError], int], ...] = (
     (QueryError, 422),
     (ModelError, 503),
     (UsageError, 409),
+    (PlanMismatch, 409),
 )
 
 

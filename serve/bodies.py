@@ -208,6 +208,7 @@ class Health(BaseModel):
     media: bool = Field(description="Whether there are pictures to show: the media folder was given.")
     token: bool = Field(description="Whether it asks for the token.")
     galleries: list[GalleryHealth]
+    coming: list[str] = Field(description="Galleries that have no shard yet; each is searched as soon as it has one.")
     refused: dict[str, str] = Field(description="Why a gallery cannot be opened, by name.")
 
 
@@ -235,6 +236,13 @@ class Run(BaseModel):
     gallery: str
     status: dict[str, Any] = Field(description="As `ruiji status --json` prints it.")
     without_redis: str | None = Field(description="Why the disk alone was asked; null if Redis was asked too.")
+
+
+class Retried(BaseModel):
+    """What is tried again."""
+
+    objects: int = Field(description="How many; 0 if none failed.")
+    plan: str | None = Field(description="The plan that is open with them now; null if none failed.")
 
 
 class Login(_Asked):

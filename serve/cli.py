@@ -35,6 +35,7 @@ def serve(
         ),
     ] = None,
     labels: Labels = None,
+    list_path: settings.ListFile = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; all but loopback needs a token.")] = (
         "127.0.0.1"
     ),
@@ -61,6 +62,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise RuijiError(f"ruiji serve needs its extra ({error}): pip install 'ruiji[serve]', or make setup") from None
+    from pipeline.logs import set_up
     from pipeline.plans.plan import Limits
     from search.labels import read_annotations
     from serve.galleries import Galleries
@@ -68,11 +70,13 @@ def serve(
     from serve.server import serve as serve_until_stopped
     from serve.service import Service
 
+    set_up()
     if media_dir is not None and not media_dir.is_dir():
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
     service = Service(
         Galleries(feature_dir, model, device, max_pixels),
         media_dir,
+        list_path,
         Limits(max_pixels, max_image_s, max_image_mb),
         settings.state_folder(state_dir),
         lambda: settings.resolve_redis_url(redis_url, redis_password_file, state_dir),

@@ -40,3 +40,8 @@ class Fresh(Generic[_T]):
                 now = time.monotonic()
                 reading.until = now + max(_AGE_S, _TIMES * (now - began))
             return reading.value
+
+    def forget(self, folder: Path) -> None:
+        """Read it anew for whoever asks next; it was changed."""
+        if folder in self._readings:
+            self._readings[folder].until = 0.0

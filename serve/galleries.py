@@ -8,8 +8,10 @@ from pathlib import Path
 import ruiji
 from pipeline import layout, settings
 from pipeline.choices import Device
-from pipeline.errors import QueryError, RuijiError, UsageError
-from search.gallery.opening import find_galleries
+from pipeline.errors import NoShards, QueryError, RuijiError, UsageError
+from pipeline.store import machine_faults
+from pipeline.streams import note
+from search.gallery.opening import find_galleries, is_gallery
 from search.labels import Annotations
 
 #: Filtered galleries that are kept, of each gallery.
@@ -17,7 +19,7 @@ _MOST_PARTS = 16
 
 
 class NoGallery(RuijiError):
-    """There is no gallery of that name, or it is not clear which one is meant."""
+    """There is no gallery of that name that can be searched, or it is not clear which one is meant."""
 
 
 @dataclass
@@ -65,112 +67,174 @@ class Resident:
                 self._parts.clear()
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What a look found, by name."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    open: dict[str, Resident] = field(default_factory=dict)
+    failed: dict[str, RuijiError] = field(default_factory=dict)
+
+
 @dataclass
 class Galleries:
-    """All galleries below a feature folder.
+    """All galleries below a feature folder: open, or without a shard yet, or refused because they are damaged.
 
     Attributes:
         feature_dir: a folder of galleries, or one gallery.
         model: the file whose name is that of the gallery that is meant if none is named.
-        refused: why a gallery cannot be opened, by its name.
     """
 
     feature_dir: Path
     model: Path | None = None
     device: Device = Device.auto
     max_pixels: int = settings.MAX_PIXELS
-    refused: dict[str, str] = field(default_factory=dict)
-    _open: dict[str, Resident] = field(default_factory=dict)
+    # Replaced as a whole by each look: whoever reads meanwhile sees one state or the other.
+    _known: _Known = field(default_factory=_Known)
     _looking: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> None:
-        """Open all, and make them ready for quick answers; those that cannot be opened are in `refused`.
+        """Open all, and make them ready for quick answers; those that have no shard yet are waited for.
 
         Raises:
             UsageError: there is none, or none of the name that is meant.
             RuijiError: none of them can be opened, or not the one that is meant.
         """
-        failed: dict[str, RuijiError] = {}
-        for folder in find_galleries(self.feature_dir):
-            try:
-                self._add(folder)
-            except RuijiError as error:
-                failed[folder.name] = error
-                self.refused[folder.name] = str(error)
-        if self.model is not None and self._meant not in self._open:
-            raise failed.get(self._meant) or UsageError(
-                f"{self.feature_dir} has no gallery {self._meant}, only {', '.join(sorted(self._open))}: check --model"
+        if not self.feature_dir.is_dir():
+            raise UsageError(f"the feature folder {self.feature_dir} does not exist or is not a folder")
+        self.look()
+        known = self._known
+        if not known.folders:
+            find_galleries(self.feature_dir)
+        if self.model is not None and self._meant not in known.folders:
+            raise UsageError(
+                f"{self.feature_dir} has no gallery {self._meant}, only {', '.join(self.names)}: check --model"
             )
-        if not self._open:
-            raise next(iter(failed.values()))
+        needed = [self._meant] if self.model is not None else self.names
+        if not any(name in known.open or name in self.coming for name in needed):
+            raise known.failed[needed[0]]
 
     def look(self) -> None:
-        """Take up new shards and new galleries; what cannot be taken up leaves a gallery as it was, and is told."""
+        """Take up new shards and new galleries; what cannot be taken up leaves a gallery as it was.
+
+        Each change is told once.
+        """
         with self._looking:
-            try:
-                folders = find_galleries(self.feature_dir)
-            except UsageError:
-                folders = []
-            for folder in folders:
-                resident = self._open.get(folder.name)
+            before, folders = self._known, self._find()
+            opened, failed = dict(before.open), dict[str, RuijiError]()
+            for name, folder in folders.items():
                 try:
-                    if resident is None:
-                        self._add(folder)
-                        self.refused.pop(folder.name, None)
-                    else:
-                        resident.refresh()
-                        resident.problem = None
+                    with machine_faults(f"cannot read {folder}"):
+                        if name in opened:
+                            opened[name].refresh()
+                        else:
+                            opened[name] = self._opened(folder)
                 except RuijiError as error:
-                    if resident is None:
-                        self.refused[folder.name] = str(error)
-                    else:
-                        resident.problem = str(error)
-            for name in self._open.keys() - {folder.name for folder in folders}:
-                self._open[name].problem = f"the folder {self._open[name].gallery.folder} is gone"
+                    failed[name] = error
+            for name, resident in opened.items():
+                gone = None if name in folders else f"the folder {resident.gallery.folder} is gone"
+                problem = str(failed.pop(name)) if name in failed else gone
+                if problem not in (None, resident.problem):
+                    note(f"warning: the gallery {name} is searched as it was: {problem}")
+                resident.problem = problem
+            for name in opened.keys() - before.open.keys():
+                note(f"gallery {name}: {len(opened[name].gallery)} objects; {opened[name].gallery.way()}")
+            for name, why in failed.items():
+                if str(why) != str(before.failed.get(name)):
+                    coming = isinstance(why, NoShards)
+                    note(f"gallery {name}: no shards yet" if coming else f"warning: gallery {name}: {why}")
+            kept = {name: one.gallery.folder for name, one in opened.items()}
+            self._known = _Known(kept | folders, opened, failed)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that are known, those that cannot be searched among them."""
+        return sorted(self._known.folders)
 
     @property
     def all(self) -> list[Resident]:
         """Those that are open, by name."""
-        return [self._open[name] for name in sorted(self._open)]
+        return [one for _, one in sorted(self._known.open.items())]
+
+    @property
+    def coming(self) -> list[str]:
+        """Names of those that have no shard yet."""
+        return sorted(name for name, error in self._known.failed.items() if isinstance(error, NoShards))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why a gallery cannot be opened, by name."""
+        return {
+            name: str(error) for name, error in sorted(self._known.failed.items()) if not isinstance(error, NoShards)
+        }
 
     @property
     def default(self) -> str | None:
         """The name of the one that is meant if none is named; None: there are several, and one has to be named."""
         if self.model is not None:
             return self._meant
-        return next(iter(self._open)) if len(self._open) == 1 else None
+        return self.names[0] if len(self.names) == 1 else None
 
     def get(self, name: str | None = None) -> Resident:
-        """A gallery by its name.
+        """A gallery by its name, to be searched.
 
         Raises:
-            NoGallery: there is none of that name, or several and no name; says which there are.
+            NoGallery: there is none of that name, or several and no name; or it cannot be searched, and why.
         """
+        known = self._known
+        wanted = self._named(known, name)
+        if wanted in known.open:
+            return known.open[wanted]
+        error = known.failed[wanted]
+        if isinstance(error, NoShards):
+            raise NoGallery(f"the gallery {wanted} has no shards yet; it is searched as soon as it has one")
+        raise NoGallery(f"the gallery {wanted} cannot be opened: {error}")
+
+    def folder(self, name: str | None = None) -> Path:
+        """The folder of a gallery by its name, whether it can be searched or not.
+
+        Raises:
+            NoGallery: there is none of that name, or several and no name.
+        """
+        known = self._known
+        return known.folders[self._named(known, name)]
+
+    def model_of(self, name: str) -> Path | None:
+        """The model that was given, if it is this gallery's by its name, else one of this name in the library."""
+        if self.model is not None and self._meant == name:
+            return self.model if self.model.is_file() else None
+        added = layout.added_model_file(settings.models_dir(), name)
+        return added if added.is_file() else None
+
+    def _named(self, known: _Known, name: str | None) -> str:
         wanted = name or self.default
-        if wanted in self._open:
-            return self._open[wanted]
-        if name in self.refused:
-            raise NoGallery(f"the gallery {name} cannot be opened: {self.refused[name]}")
-        asked = "there are several galleries" if name is None else f"there is no gallery {name}"
-        raise NoGallery(f"{asked}; choose one with ?gallery=NAME: {', '.join(sorted(self._open))}")
+        if wanted in known.folders:
+            return wanted
+        asked = "there are several galleries" if wanted is None else f"there is no gallery {wanted}"
+        raise NoGallery(f"{asked}; choose one with ?gallery=NAME: {', '.join(sorted(known.folders))}")
 
     @property
     def _meant(self) -> str:
         assert self.model is not None
         return layout.gallery_folder(self.feature_dir, self.model).name
 
-    def _add(self, folder: Path) -> None:
-        model = self._model_of(folder.name)
+    def _find(self) -> dict[str, Path]:
+        """The folders by name; that of a model that is there, before its first run has made it."""
+        try:
+            found = {folder.name: folder for folder in find_galleries(self.feature_dir)}
+        except UsageError:
+            found = {}
+        if self.model is not None and self.model.is_file() and not is_gallery(self.feature_dir):
+            found.setdefault(self._meant, layout.gallery_folder(self.feature_dir, self.model))
+        return found
+
+    def _opened(self, folder: Path) -> Resident:
+        if not is_gallery(folder):
+            raise NoShards(f"no run into {folder} has begun yet")
+        model = self.model_of(folder.name)
         gallery = ruiji.open_gallery(folder, model, device=self.device, max_pixels=self.max_pixels)
         gallery.warm_up()
-        self._open[folder.name] = Resident(folder.name, gallery, model, no_words=_why_no_words(gallery, model))
-
-    def _model_of(self, name: str) -> Path | None:
-        """The model that was given, if it is this gallery's by its name, else one of this name in the library."""
-        if self.model is not None and self._meant == name:
-            return self.model if self.model.is_file() else None
-        added = layout.added_model_file(settings.models_dir(), name)
-        return added if added.is_file() else None
+        return Resident(folder.name, gallery, model, no_words=_why_no_words(gallery, model))
 
 
 def _why_no_words(gallery: ruiji.Gallery, model: Path | None) -> str | None:

@@ -46,9 +46,14 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Retry:
-    """Plan failed objects again, and nothing else; with a reason only those that last failed for it."""
+    """Plan failed objects again, and nothing else; with a reason only those that last failed for it.
+
+    Attributes:
+        same_list: refuse another object list than the one that was accepted last.
+    """
 
     reason: Reason | None = None
+    same_list: bool = False
 
     def wants(self, entries: list["_Entry"]) -> bool:
         """Whether an object failed, has no row from an earlier retry, and failed last for the reason."""
@@ -100,6 +105,7 @@ def plan_list(
     Raises:
         RuijiError: none of the objects can be found below the media folder, or other enqueues come in between again and
             again.
+        PlanMismatch: it is to be the same list, and is another.
         GalleryMismatch: a file that tells what is done is damaged.
     """
     layout.run_folder(folder).mkdir(parents=True, exist_ok=True)
@@ -108,6 +114,9 @@ def plan_list(
         before = current(folder)
         if (plan := open_plan(folder)) is not None:
             return plan
+        accepted = "" if before.objects is None else before.objects.digest
+        if retry is not None and retry.same_list and accepted != objects.digest:
+            raise PlanMismatch("the object list is not the one that was enqueued last: run ruiji enqueue, or ruiji run")
         with making(folder) as made:
             try:
                 plan, state = _make(folder, made, media_dir, gallery, objects, settings, retry, before.number + 1)

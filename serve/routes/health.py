@@ -29,7 +29,8 @@ async def health(request: Request, service: Kept) -> Response:
         media=service.media_dir is not None,
         token=request.app.state.access.token is not None,
         galleries=galleries,
-        refused=dict(service.galleries.refused),
+        coming=service.galleries.coming,
+        refused=service.galleries.refused,
     )
     return answer(body)
 
@@ -59,9 +60,9 @@ def _gallery_health(resident: Resident) -> bodies.GalleryHealth:
 async def metrics(service: Kept) -> Response:
     """What Prometheus collects, and a scaler needs."""
     seen: dict[str, Look] = {}
-    for resident in service.galleries.all:
+    for name in service.galleries.names:
         try:
-            seen[resident.name] = await service.runs.get(resident.gallery.folder)
+            seen[name] = await service.runs.get(service.galleries.folder(name))
         except RuijiError:
             # Of a gallery that ruiji did not make, or whose Redis is away, no run is known.
             continue

@@ -13,7 +13,7 @@ from pipeline.errors import ImageError, UnknownObject, UsageError
 from search.labels import Annotations
 from serve import bodies
 from serve.bodies import Choice, ListQuery, SampleQuery, ThumbnailQuery
-from serve.galleries import Resident
+from serve.galleries import NoGallery
 from serve.routes.common import BUSY, ERRORS, Kept, ObjectId, answer, unless_gone
 from serve.service import Service
 from serve.thumbnails import DEADLY
@@ -88,10 +88,9 @@ async def thumbnail(
     request: Request, service: Kept, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
 ) -> Response:
     """The small picture of an object; of one that failed, too, unless its picture ended its decoder."""
-    resident = service.galleries.get(asked.gallery)
-    thumbnails = service.thumbnails(resident)
+    thumbnails = service.thumbnails(service.galleries.folder(asked.gallery))
     try:
-        path = await _path_of(service, resident, object_id)
+        path = await _path_of(service, asked.gallery, object_id)
         made = await unless_gone(request, thumbnails.get(path, asked.size))
     except ImageError as error:
         # Its reason is one of ours; what a file says never stands in a header.
@@ -100,18 +99,18 @@ async def thumbnail(
     return Response(made.data, headers={"cache-control": "private, max-age=3600"}, media_type=f"image/{made.kind}")
 
 
-async def _path_of(service: Service, resident: Resident, object_id: str) -> str:
-    """Where an object's picture is, relative to the media folder.
+async def _path_of(service: Service, gallery: str | None, object_id: str) -> str:
+    """Where an object's picture is, relative to the media folder; a gallery without shards has failed objects too.
 
     Raises:
-        UnknownObject: it is neither in the gallery nor among the failed ones.
+        UnknownObject: it is neither in the gallery nor among the failed ones. NoGallery: of one that is not open.
         ImageError: nobody may decode it again, or the gallery does not know paths.
     """
     try:
-        path = (await asyncio.to_thread(resident.gallery.find, object_id)).path
-    except UnknownObject:
+        path = (await asyncio.to_thread(service.galleries.get(gallery).gallery.find, object_id)).path
+    except (UnknownObject, NoGallery):
         try:
-            failed = (await service.failures.get(resident.gallery.folder)).get(object_id)
+            failed = (await service.failures.get(service.galleries.folder(gallery))).get(object_id)
         except UsageError:
             # A gallery that ruiji did not make has no records of failures.
             failed = None

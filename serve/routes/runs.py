@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -13,7 +14,6 @@ from pipeline.follow import Look
 from pipeline.streams import to_json
 from serve import bodies
 from serve.bodies import Choice, ListQuery
-from serve.galleries import Resident
 from serve.routes.common import BUSY, ERRORS, Kept, answer
 from serve.searches import Busy
 from serve.service import Service
@@ -28,7 +28,7 @@ router = APIRouter(responses=ERRORS)
 @router.get("/failures", response_model=bodies.Failures)
 async def failures(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
     """The failed objects, with their reasons."""
-    found = list((await service.failures.get(service.galleries.get(asked.gallery).gallery.folder)).values())
+    found = list((await service.failures.get(service.galleries.folder(asked.gallery))).values())
     after = asked.first + asked.count
     listed = [bodies.Failure(**asdict(one)) for one in found[asked.first : after]]
     return answer(bodies.Failures(failures=listed, total=len(found), next=after if after < len(found) else None))
@@ -37,8 +37,8 @@ async def failures(service: Kept, asked: Annotated[ListQuery, Query()]) -> Respo
 @router.get("/runs", response_model=bodies.Run)
 async def runs(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
     """How the gallery's run stands: from Redis, or from the disk alone."""
-    resident = service.galleries.get(asked.gallery)
-    return answer(_run(resident, await service.runs.get(resident.gallery.folder)))
+    folder = service.galleries.folder(asked.gallery)
+    return answer(_run(folder, await service.runs.get(folder)))
 
 
 @router.get(
@@ -47,25 +47,44 @@ async def runs(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
     responses={200: {"description": "An event for each change.", "content": {"text/event-stream": {}}}, **BUSY},
 )
 async def run_events(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
-    """The same, whenever it changes: server-sent events, each with the body of `/runs`, or an event `error`."""
-    resident = service.galleries.get(asked.gallery)
-    # What cannot be told at all is an answer of its own, not an event.
-    await service.runs.get(resident.gallery.folder)
+    """The same, whenever it changes: server-sent events, each with the body of `/runs`, or an event `unknown`.
+
+    `unknown` has an `error` that says why nothing can be told now: no run has begun, or Redis is away.
+    """
+    folder = service.galleries.folder(asked.gallery)
     if service.listeners >= _MOST_LISTENERS:
         raise Busy(f"{_MOST_LISTENERS} listeners are there already; ask /runs")
-    return StreamingResponse(_events(service, resident), media_type="text/event-stream")
+    return StreamingResponse(_events(service, folder), media_type="text/event-stream")
 
 
-async def _events(service: Service, resident: Resident) -> AsyncIterator[bytes]:
+@router.post(
+    "/retry",
+    response_model=bodies.Retried,
+    responses={
+        403: {"model": bodies.Error, "description": "It does not come from the service's own page."},
+        415: {"model": bodies.Error, "description": "The body is not application/json."},
+    },
+)
+async def retry(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+    """Enqueue the failed objects of the list again, and nothing else, as `ruiji retry` does; needs a Redis.
+
+    They are tried with the settings of the last plan. Asked twice, they are tried once.
+    """
+    done = await service.retry(service.galleries.folder(asked.gallery))
+    lines = 0 if done.plan is None else done.plan.lines
+    return answer(bodies.Retried(objects=lines, plan=None if done.plan is None else done.plan.plan_id))
+
+
+async def _events(service: Service, folder: Path) -> AsyncIterator[bytes]:
     said, quiet = "", 0
     service.listeners += 1
     try:
         while not service.closing():
             try:
-                seen = await service.runs.get(resident.gallery.folder)
-                event = f"data: {to_json(_run(resident, seen).model_dump())}\n\n"
+                seen = await service.runs.get(folder)
+                event = f"data: {to_json(_run(folder, seen).model_dump())}\n\n"
             except RuijiError as error:
-                event = f"event: error\ndata: {to_json({'error': str(error)})}\n\n"
+                event = f"event: unknown\ndata: {to_json({'error': str(error)})}\n\n"
             quiet = 0 if event != said else quiet + 1
             if event != said:
                 said = event
@@ -77,5 +96,5 @@ async def _events(service: Service, resident: Resident) -> AsyncIterator[bytes]:
         service.listeners -= 1
 
 
-def _run(resident: Resident, seen: Look) -> bodies.Run:
-    return bodies.Run(gallery=resident.name, status=seen.status.as_json(), without_redis=seen.without_redis)
+def _run(folder: Path, seen: Look) -> bodies.Run:
+    return bodies.Run(gallery=folder.name, status=seen.status.as_json(), without_redis=seen.without_redis)
