@@ -1,6 +1,7 @@
 """Searches that wait for one another, and share a pass over the gallery."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,13 +10,17 @@ from typing import TypedDict
 import numpy as np
 
 import ruiji
-from pipeline.errors import RuijiError
+from pipeline.errors import RuijiError, UnknownObject
 from search.arrays import Float32
 
 #: Searches that may wait. Two cores answer as many in some seconds; nobody waits longer for a page.
 MOST_WAITING = 256
 #: Queries that share a pass; up to so many, a pass costs little more than for one.
 _TOGETHER = 64
+
+#: After a pass that several shared, the next one waits for this part of its time. Those who were answered and ask again
+#: then share one pass with those who were waiting; without it they would take turns, in two passes of half as many.
+_GATHERED = 0.1
 
 
 class Busy(RuijiError):
@@ -75,6 +80,7 @@ class Searches:
         self._pending = 0
         self._thread = ThreadPoolExecutor(1, "search")
         self._turns: asyncio.Task[None] | None = None
+        self._gathers_until = 0.0
         #: Passes over a gallery so far.
         self.passes = 0
 
@@ -95,9 +101,6 @@ class Searches:
             raise Busy(f"{MOST_WAITING} searches are waiting already; try again in a second")
         self._pending += 1
         try:
-            if isinstance(wanted.query, str):
-                # Now, so that an unknown one does not spoil the pass that it would share.
-                await asyncio.to_thread(wanted.gallery.find, wanted.query)
             return await self._in_turn(wanted)
         finally:
             self._pending -= 1
@@ -116,12 +119,18 @@ class Searches:
     async def _take_turns(self) -> None:
         try:
             while self._waiting:
+                await asyncio.sleep(max(0.0, self._gathers_until - time.monotonic()))
+                if not self._waiting:
+                    break
+                began = time.monotonic()
                 key = self._waiting[0].wanted.key
                 turn = [one for one in self._waiting if one.wanted.key == key][:_TOGETHER]
                 self._waiting = [one for one in self._waiting if one not in turn]
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._answers, [one.wanted for one in turn]
                 )
+                ended = time.monotonic()
+                self._gathers_until = ended + _GATHERED * (ended - began) if len(turn) > 1 else ended
                 for one, answer in zip(turn, answers, strict=True):
                     if one.done.done():
                         continue
@@ -135,8 +144,16 @@ class Searches:
     def _answers(self, wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...] | Exception]":
         """The hits of searches of one key; each one's own error if they fail together."""
         try:
+            found: list[tuple[ruiji.Hit, ...] | Exception] = list(_search(wanted))
             self.passes += 1
-            return list(_search(wanted))
+            return found
+        except UnknownObject as error:
+            if len(wanted) == 1:
+                return [error]
+            # It is told before the gallery is gone through: the others share that pass without it.
+            known = [one for one in wanted if _is_known(one)]
+            answers = dict(zip(known, self._answers(known) if known else [], strict=True))
+            return [answers[one] if one in answers else self._answers([one])[0] for one in wanted]
         except Exception as error:
             if len(wanted) == 1:
                 return [error]
@@ -145,6 +162,15 @@ class Searches:
     def close(self) -> None:
         """Wait for the pass that runs."""
         self._thread.shutdown()
+
+
+def _is_known(wanted: Wanted) -> bool:
+    assert isinstance(wanted.query, str)
+    try:
+        wanted.gallery.find(wanted.query)
+    except UnknownObject:
+        return False
+    return True
 
 
 def _search(wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...]]":

@@ -16,7 +16,7 @@ from serve.service import Service
 _T = TypeVar("_T")
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 

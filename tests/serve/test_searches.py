@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import ruiji as ruiji_api
 from pipeline.errors import UnknownObject
 from pipeline.model import load_model
 from serve.searches import MOST_WAITING, Busy, Searches, Wanted
+from serve.server import Address, _listen
 from tests.factories import Ruiji, picture, wait_until
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
 from tests.serve.conftest import COUNT, Served, start
@@ -244,6 +246,34 @@ def test_of_several_galleries_one_must_be_named(ruiji: Ruiji) -> None:
     assert served.similar("two-1").status == 200
     assert served.similar("one-1").status == 404
     assert served.similar("one-1", "?gallery=one").status == 200
+
+
+def test_the_end_of_an_answer_never_waits_for_the_client_to_confirm_its_beginning() -> None:
+    with _listen(Address("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_an_unknown_object_shares_no_pass_and_spoils_none(world: Ruiji, served: Served, ids: list[str]) -> None:
+    async def ask() -> tuple[list[object], int]:
+        searches = Searches()
+        gallery = ruiji_api.open_gallery(world.gallery)
+        names = [ids[0], "nobody", ids[1], "nobody", ids[0]]
+        wanted = [Wanted(gallery=gallery, query=name, top_k=3, metric="cosine") for name in names]
+        answers = await asyncio.gather(*map(searches.hits, wanted), return_exceptions=True)
+        searches.close()
+        return list(answers), searches.passes
+
+    answers, passes = asyncio.run(ask())
+    assert [type(answer).__name__ for answer in answers] == [
+        "tuple",
+        "UnknownObject",
+        "tuple",
+        "UnknownObject",
+        "tuple",
+    ]
+    assert passes == 1 and answers[0] == answers[4] != answers[2]
 
 
 def test_it_ends_in_order_with_what_it_has_in_hand(serve: Callable[..., Served]) -> None:
