@@ -33,16 +33,17 @@ export const send = (path, body) =>
   ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 // How the service stands, and the gallery that the address means: { health, gallery, about }; about is undefined if there
-// is no gallery of that name. Fills the header's choice of a gallery.
+// is no gallery of that name that can be searched. Fills the header's choice of a gallery.
 export async function begin() {
   const health = await ask("/healthz");
-  const gallery = new URLSearchParams(location.search).get("gallery") ?? health.default ?? health.galleries[0].name;
+  const names = [...health.galleries.map((one) => one.name), ...health.coming, ...Object.keys(health.refused)].sort();
+  const gallery = new URLSearchParams(location.search).get("gallery") ?? health.default ?? health.galleries[0]?.name ?? names[0];
   const about = health.galleries.find((one) => one.name === gallery);
   const chosen = element("gallery");
-  chosen.replaceChildren(...health.galleries.map((one) => make("option", {}, one.name)));
+  chosen.replaceChildren(...names.map((name) => make("option", {}, name)));
   chosen.value = gallery;
   chosen.addEventListener("change", () => location.assign(`?gallery=${encodeURIComponent(chosen.value)}`));
-  element("galleries").hidden = health.galleries.length < 2;
+  element("galleries").hidden = names.length < 2;
   if (gallery !== health.default) {
     for (const page of document.querySelectorAll("nav a")) page.search = `gallery=${encodeURIComponent(gallery)}`;
   }
@@ -51,7 +52,9 @@ export async function begin() {
     await send("/logout", {});
     location.assign("/login");
   });
-  if (!about) tell(`There is no gallery ${gallery}.`, true);
+  if (health.coming.includes(gallery)) tell(`The gallery ${gallery} has no shards yet. The page Run shows how its run stands.`);
+  else if (gallery in health.refused) tell(`The gallery ${gallery} cannot be opened: ${health.refused[gallery]}`, true);
+  else if (!about) tell(`There is no gallery ${gallery}.`, true);
   return { health, gallery, about };
 }
 
