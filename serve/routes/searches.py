@@ -66,8 +66,10 @@ async def search(
 async def _hits(
     service: Service, resident: Resident, query: Callable[[], Awaitable[str | Float32]], asked: SimilarQuery
 ) -> tuple[ruiji.Hit, ...]:
-    # Before a picture is decoded: what is filtered by may not be there.
-    gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
+    # Before a picture is decoded: what is filtered by may not be there. Without conditions there is nothing to do.
+    gallery = resident.gallery
+    if asked.where:
+        gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
     wanted = Wanted(
         gallery=gallery,
         query=await query(),
