@@ -10,7 +10,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
 # Extras that `make setup` installs and images do without.
-BESIDE = requirements/embedded.lock requirements/serve.lock
+BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -196,7 +196,7 @@ certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in s
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu heic text embedded demo plot serve hub dev" "demo cpu heic text embedded demo serve" \
+	@for set in "dev cpu heic text embedded demo plot serve turned hub dev" "demo cpu heic text embedded demo serve turned" \
 		"cpu cpu heic text" "bench cpu heic text embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
@@ -211,7 +211,7 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		--extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
-	@for extra in embedded serve; do \
+	@for extra in embedded serve turned; do \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
 			-o requirements/$$extra.lock || exit 1; \

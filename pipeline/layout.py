@@ -151,8 +151,9 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
 
 # What searches keep, in G/cache.
 
-#: Kinds of arrays: norms of the rows, rows in 8 bits, what scales these, and facts about the rows' files.
-NORMS, CODES, SCALES, FACTS = CACHE_KINDS = ("norms", "codes", "scales", "facts")
+#: Kinds of arrays: norms of the rows, rows in 8 bits, what scales these, facts about the rows' files,
+#: and perceptual hashes of their pictures.
+NORMS, CODES, SCALES, FACTS, HASHES = CACHE_KINDS = ("norms", "codes", "scales", "facts", "hashes")
 
 _CACHE_FILE = re.compile(rf"\d{{4,}}\.[0-9a-f-]+\.(?:{'|'.join(CACHE_KINDS)})\.npy")
 

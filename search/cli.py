@@ -173,6 +173,7 @@ _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --threshold 0.95 --sheet groups.jpg",
     "ruiji near-duplicates --against path=archive/ --format csv",
     "ruiji near-duplicates --keep pixels,bytes",
+    "ruiji near-duplicates --turned --sheet groups.jpg",
     "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
 ]
 _MAP_EXAMPLES = ["ruiji map --feature-dir FEATURES", "ruiji map --feature-dir FEATURES --projection umap"]
@@ -285,6 +286,14 @@ def near_duplicates(
     not_within_folder: Annotated[
         bool, typer.Option("--not-within-folder", help="Do not compare objects of the same folder.")
     ] = False,
+    turned: Annotated[
+        bool,
+        typer.Option(
+            "--turned",
+            help="Also find copies that were rotated by quarters or mirrored. Reads each picture; needs --media-dir "
+            "and --model.",
+        ),
+    ] = False,
     labels: Labels = None,
     where: Where = None,
     device: SearchDevice = Device.auto,
@@ -329,6 +338,8 @@ def near_duplicates(
         decided=decided,
         skipped=skipped,
         keep=() if keep is None else parse_rules(keep),
+        turned=turned,
+        max_pixels=max_pixels,
     )
     _check_null(null, paths_wanted)
     found = find(request, note, show_steps)

@@ -447,8 +447,10 @@ def read_header(file: BinaryIO) -> tuple[str, int, int] | None:
         return None
 
 
-def open_picture(image: Path, max_pixels: int, size: int, inside: str | None = None) -> "Image | None":
-    """A picture `as_seen`, RGB; decoded no larger than needed for `size` pixels a side where it can.
+def open_picture(
+    image: Path, max_pixels: int, size: int, inside: str | None = None, upright: bool = True, mode: str = "RGB"
+) -> "Image | None":
+    """A picture `as_seen`; decoded no larger than needed for `size` pixels a side where it can.
 
     Args:
         inside: a folder, resolved, which the file must lie in once all links are followed.
@@ -463,7 +465,7 @@ def open_picture(image: Path, max_pixels: int, size: int, inside: str | None = N
     try:
         with open_image(image, inside) as file, Image.open(file, formats=FORMATS) as picture:
             check_size(picture, max_pixels)
-            picture.draft("RGB", (size, size))
-            return as_seen(picture, max_pixels).convert("RGB")
+            picture.draft(mode, (size, size))
+            return as_seen(picture, max_pixels, upright).convert(mode)
     except Exception:  # Decoders raise anything on broken files; a sheet shows a placeholder for all of them.
         return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from search.duplicates.linkage import Rules
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
 
+if TYPE_CHECKING:
+    from search.duplicates.turned import TurnedCopies, TurnedPairs
+
 
 def open_groups(
     gallery: Gallery,
@@ -22,12 +26,14 @@ def open_groups(
     arithmetic: Arithmetic | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     skipped: bool = False,
+    turned: "TurnedCopies | None" = None,
 ) -> Groups:
     """Find all groups of what is not settled; no group has a pair that is.
 
     Args:
         rules: what else forms a group.
         skipped: also those that were skipped.
+        turned: what looks for copies that were turned; None: nobody does.
 
     Raises:
         UsageError, MachineFault: as `find_groups`.
@@ -35,7 +41,7 @@ def open_groups(
     pairs, side = decided.settled_pairs(gallery.rows)
     sides = rules.sides if side is None else (*rules.sides, side)
     rules = replace(rules, different=rules.different | pairs, sides=sides)
-    groups = find_groups(gallery, threshold, rules, arithmetic, progress)
+    groups = find_groups(gallery, threshold, rules, arithmetic, progress, turned=turned)
     return groups if skipped or not decided.objects else groups.without(decided.skipped)
 
 
@@ -62,7 +68,7 @@ def with_choices(
         paths = [member.path or member.object_id for member in group.members]
         choice = choose(list(map(Candidate, paths, facts)), rules)
         order = [choice.kept, *(place for place in range(len(facts)) if place != choice.kept)]
-        members = _similar_to_first(gallery, [group.members[place].row for place in order])
+        members = _similar_to_first(gallery, [group.members[place].row for place in order], groups.turned)
         known = [replace(member, facts=facts[place]) for member, place in zip(members, order, strict=True)]
         return replace(group, members=tuple(known), reason=choice.reason)
 
@@ -85,5 +91,5 @@ def decided_groups(gallery: Gallery, decided: Decided) -> Iterator[Group]:
             yield Group(number, members, pairs=0, decision=decision.decision, time=decision.time)
 
 
-def _similar_to_first(gallery: Gallery, rows: Sequence[int]) -> Iterator[Member]:
-    return members_of(gallery, np.array(rows))
+def _similar_to_first(gallery: Gallery, rows: Sequence[int], turned: "TurnedPairs | None" = None) -> Iterator[Member]:
+    return members_of(gallery, np.array(rows), turned)

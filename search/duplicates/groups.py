@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +18,14 @@ from search.duplicates.files import FileFacts
 from search.duplicates.linkage import Clusters, Rules, form_groups
 from search.duplicates.pairs import DECIDED_AT_ONCE, pair_similarities
 from search.duplicates.panels import PANEL_ROWS, collect
+from search.duplicates.store import PairStore
 from search.gallery.shards import Gallery
 from search.ranking.arithmetic import Arithmetic
 from search.ranking.exact import exact_pair_similarities, units_of
 from search.ranking.numpy_arithmetic import NumpyArithmetic
+
+if TYPE_CHECKING:
+    from search.duplicates.turned import TurnedCopies, TurnedPairs
 
 #: Of a group with more objects that single linkage connected, the least similarity is not looked for.
 _LOOKED_THROUGH = 5000
@@ -51,6 +56,7 @@ class Member:
     facts: FileFacts | None = None
     digest: bytes | None = None
     identical_to: str | None = None
+    turned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,14 @@ class Group:
 
 
 class Groups:
-    """All groups of a gallery, in the order of their first members; each is made when it is asked for."""
+    """All groups of a gallery, in the order of their first members; each is made when it is asked for.
 
-    def __init__(self, gallery: Gallery, clusters: Clusters) -> None:
-        self._gallery, self._clusters = gallery, clusters
+    Attributes:
+        turned: pairs of which one was turned; None if none were looked for.
+    """
+
+    def __init__(self, gallery: Gallery, clusters: Clusters, turned: "TurnedPairs | None" = None) -> None:
+        self._gallery, self._clusters, self.turned = gallery, clusters, turned
         label = clusters.label
         rows = np.flatnonzero(label >= 0)
         sizes = np.bincount(label[rows], minlength=len(label))
@@ -153,7 +163,7 @@ class Groups:
     def __iter__(self) -> Iterator[Group]:
         for place, first in enumerate(self._firsts.tolist()):
             rows = self._rows[self._bounds[place] : self._bounds[place + 1]]
-            members = tuple(members_of(self._gallery, rows))
+            members = tuple(members_of(self._gallery, rows, self.turned))
             see_also = tuple(self._see_also(first))
             pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
             group = self._change(Group(place + 1, members, pairs, least, see_also))
@@ -166,7 +176,11 @@ class Groups:
         if not np.isnan(least):
             return least
         all_compared = self._clusters.pairs[first] == len(rows) * (len(rows) - 1) // 2
-        return least_similarity(self._gallery, rows) if all_compared or len(rows) <= _LOOKED_THROUGH else None
+        if not all_compared and len(rows) > _LOOKED_THROUGH:
+            return None
+        if self.turned is not None and self.turned.among(rows):
+            return least_similarity_turned(self._gallery, rows, self.turned) if len(rows) <= _LOOKED_THROUGH else None
+        return least_similarity(self._gallery, rows)
 
     @cached_property
     def _leading_out(self) -> dict[int, list[tuple[int, int, float, int]]]:
@@ -197,6 +211,7 @@ def find_groups(
     progress: Callable[[int, int], None] = lambda done, total: None,
     panel_rows: int = PANEL_ROWS,
     tile_rows: int | None = None,
+    turned: "TurnedCopies | None" = None,
 ) -> Groups:
     """Find all groups.
 
@@ -206,6 +221,7 @@ def find_groups(
         arithmetic: what multiplies, by default numpy; changes speed, never the answer.
         progress: called with pairs of different rows compared so far, and all of them.
         panel_rows: as `panels_of`; tile_rows: by default what suits the arithmetic. Neither changes the answer.
+        turned: what looks for copies that were turned; None: nobody does.
 
     Raises:
         UsageError: the threshold is out of its bounds, or too many objects would have to be put in order.
@@ -216,7 +232,11 @@ def find_groups(
     arithmetic = arithmetic or NumpyArithmetic()
     with TemporaryDirectory(prefix="ruiji-pairs-") as scratch:
         store = collect(gallery, threshold, arithmetic, Path(scratch), progress, panel_rows, tile_rows)
-        return Groups(gallery, form_groups(gallery, store, rules or Rules(), Path(scratch)))
+        rules = rules or Rules()
+        found = None if turned is None else turned.find(store.first, threshold, arithmetic, rules.different)
+        if found is not None:
+            store = PairStore([*store.parts, found.part()], store.first)
+        return Groups(gallery, form_groups(gallery, store, rules, Path(scratch)), found)
 
 
 def least_similarity(gallery: Gallery, rows: Rows) -> float:
@@ -238,7 +258,18 @@ def least_similarity(gallery: Gallery, rows: Rows) -> float:
     return least
 
 
-def members_of(gallery: Gallery, rows: Rows) -> Iterator[Member]:
+def least_similarity_turned(gallery: Gallery, rows: Rows, turned: "TurnedPairs") -> float:
+    """The least similarity of two of some rows, of which some are turned copies of others."""
+    least = np.inf
+    for place, row in enumerate(rows[:-1].tolist()):
+        similarities = exact_pair_similarities(gallery.take(rows[place : place + 1]), gallery.take(rows[place + 1 :]))
+        pairs = (turned.between(row, other) for other in rows[place + 1 :].tolist())
+        found = [np.nan if pair is None else pair[0] for pair in pairs]
+        least = min(least, float(np.fmax(similarities, found).min()))
+    return least
+
+
+def members_of(gallery: Gallery, rows: Rows, turned: "TurnedPairs | None" = None) -> Iterator[Member]:
     """Rows as members of a group, in the order given: the first is the one that similarities are to."""
     query = gallery.take(rows[:1])
     ids = gallery.object_ids(rows).tolist()
@@ -251,4 +282,6 @@ def members_of(gallery: Gallery, rows: Rows) -> Iterator[Member]:
             same = None if digest is None else first_with.get(digest)
             if digest is not None and same is None:
                 first_with[digest] = object_id
-            yield Member(row, object_id, gallery.path(row), similarity, digest=digest, identical_to=same)
+            back = None if turned is None else turned.between(int(rows[0]), row)
+            similarity, how = (similarity, None) if back is None else back
+            yield Member(row, object_id, gallery.path(row), similarity, digest=digest, identical_to=same, turned=how)

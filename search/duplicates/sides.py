@@ -47,7 +47,7 @@ class Compared:
         def changed(group: Group) -> Group:
             rows = np.array([member.row for member in group.members])
             ordered = rows[np.argsort(~reference[rows], kind="stable")]
-            return replace(group, members=tuple(members_of(self._gallery, ordered)))
+            return replace(group, members=tuple(members_of(self._gallery, ordered, groups.turned)))
 
         return groups.changed(changed, lambda: None)
 

@@ -1,12 +1,16 @@
 """The plain function under `ruiji near-duplicates`."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from pipeline.settings import MAX_PIXELS
 from search.duplicates.cleanup import decided_groups, open_groups, with_choices
 from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import read_decisions
@@ -18,11 +22,13 @@ from search.duplicates.sides import Compared
 from search.filters import apply_conditions
 from search.gallery.shards import Gallery
 from search.options import THRESHOLD, Linkage
+from search.queries import embed_pictures, query_encoder
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
 from search.requests.selection import Progress, Say, Selection, say_undigested, say_unusable
 
 if TYPE_CHECKING:
+    from search.duplicates.turned import TurnedCopies
     from search.labels import Annotations
     from search.views.sheet import SheetLine
 
@@ -45,6 +51,8 @@ class NearDuplicatesRequest:
         against: conditions as of `--where`; objects that meet them are only compared with those that do not.
         not_within_folder: compare only objects of different folders.
         keep: rules that choose which file of a group is kept; none: none is chosen.
+        turned: also look for copies that were rotated by quarters or mirrored.
+        max_pixels: pictures with more are not decoded.
 
     Raises:
         UsageError: the threshold is 0, or the request contradicts itself.
@@ -63,11 +71,20 @@ class NearDuplicatesRequest:
     against: tuple[str, ...] = ()
     not_within_folder: bool = False
     keep: tuple[Rule, ...] = ()
+    turned: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.decided and (self.against or self.not_within_folder):
             raise UsageError(
                 "--decided shows what is decided; --against and --not-within-folder say what is compared of the rest"
+            )
+        if self.turned and self.decided:
+            raise UsageError("--decided shows what is decided, --turned is about the rest: give one of them")
+        if self.turned and (self.media_dir is None or self.selection.model_path is None):
+            raise UsageError(
+                "--turned looks at the pictures and embeds some of them: say where they are with --media-dir, and what "
+                "made the gallery with --model"
             )
         if self.keep and self.media_dir is None:
             raise UsageError("--keep compares the files themselves: say where they are with --media-dir")
@@ -150,13 +167,34 @@ def _open(
     way = planner.way(gallery, Purpose.pairs, gallery.rows)
     if request.explain:
         say(f"plan: {way}")
-    with progress("pairs") as step:
-        rules = Rules(request.linkage, sides=compared.sides)
-        arithmetic = planner.arithmetic(way)
-        groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped)
+    rules = Rules(request.linkage, sides=compared.sides)
+    arithmetic = planner.arithmetic(way)
+    with progress("pairs") as step, progress("pictures") if request.turned else nullcontext() as looked_at:
+        turned = None if looked_at is None else _turned(request, gallery, say, looked_at)
+        groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped, turned)
     if not request.keep or request.media_dir is None:
         return compared.reference_first(groups)
     return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep, say)
+
+
+def _turned(
+    request: NearDuplicatesRequest, gallery: Gallery, say: Say, progress: Callable[[int, int], None]
+) -> "TurnedCopies":
+    if gallery.fingerprint is None:
+        raise UsageError("--turned: this gallery has no gallery.json and does not know paths, only object ids")
+    assert request.media_dir is not None and request.selection.model_path is not None
+    if not request.media_dir.is_dir():
+        raise UsageError(f"--turned: there is no media folder {request.media_dir}; mount it, or check --media-dir")
+    try:
+        from search.duplicates.turned import TurnedCopies
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--turned needs the library {error.name}: run make setup, or pip install 'ruiji[turned]'"
+        ) from None
+    model, encoder = query_encoder(request.selection.model_path, gallery, request.device, pictures=gallery.rows)
+    embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=request.max_pixels)
+    upright = model.spec.exif_orientation
+    return TurnedCopies(gallery, request.media_dir, embed, upright, request.max_pixels, say, progress)
 
 
 def _has_path_below(gallery: Gallery, prefix: str) -> bool:

@@ -20,7 +20,7 @@ Row: TypeAlias = dict[str, "int | float | str | None"]
 #: Columns of a CSV about groups of which one member is to be kept, and about decisions.
 CHOSEN, DECIDED = ("decision", "bytes", "width", "height", "reason"), ("decision", "time")
 
-_LEFT = {"object_id", "path", "identical_to", "label"}
+_LEFT = {"object_id", "path", "identical_to", "label", "turned"}
 
 
 def printable(text: str) -> str:
@@ -90,7 +90,17 @@ def write_groups(
     elif form is GroupFormat.jsonl:
         _write_json_lines(_group_object(group) for group in groups)
     elif form is GroupFormat.csv:
-        columns = ("group", "object_id", "path", "similarity", "least_similarity", "identical_to", "sha256", *more)
+        columns = (
+            "group",
+            "object_id",
+            "path",
+            "similarity",
+            "least_similarity",
+            "identical_to",
+            "turned",
+            "sha256",
+            *more,
+        )
         _write_csv(columns, (row for group in groups for row in _csv_rows(group, columns)))
     elif form is GroupFormat.table:
         for place, group in enumerate(groups):
@@ -125,6 +135,7 @@ def _group_rows(group: "Group") -> list[Row]:
     for member in group.members:
         row: Row = {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
         row["identical_to"] = member.identical_to
+        row["turned"] = member.turned
         row["sha256"] = None if member.digest is None else member.digest.hex()
         if group.reason is not None:
             facts = member.facts
@@ -137,8 +148,8 @@ def _group_rows(group: "Group") -> list[Row]:
 
 def _table_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """What people read of a group's members."""
-    identical = any(row["identical_to"] is not None for row in rows)
-    return tuple(name for name in rows[0] if name != "sha256" and (identical or name != "identical_to"))
+    empty = {name for name in ("identical_to", "turned") if all(row[name] is None for row in rows)}
+    return tuple(name for name in rows[0] if name != "sha256" and name not in empty)
 
 
 def _csv_rows(group: "Group", columns: Sequence[str]) -> Iterator[Row]:
