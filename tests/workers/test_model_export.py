@@ -11,8 +11,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from pipeline.choices import Device
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import load_model
+from pipeline.text_spec import read_text_spec
 from tests.factories import Ruiji, only_line
 
 pytest.importorskip("torch", reason="the export is made with torch, which is not installed")
@@ -20,8 +22,10 @@ pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript
 
 import torch
 
+from workers.encoder import Encoder
 from workers.models import torch_export
 from workers.models.library import add_model
+from workers.words import TextEncoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 16
@@ -165,8 +169,13 @@ TIMM = """
         return network
 """
 OPEN_CLIP = """
+    import os
     import sys
     from types import ModuleType, SimpleNamespace
+
+    import ftfy
+    import torch
+    from tokenizers import Regex, pre_tokenizers
     from tests.workers.test_model_export import MEAN, STD, SIZE, small_module
 
     pretrained = ModuleType("open_clip.pretrained")
@@ -184,7 +193,43 @@ OPEN_CLIP = """
             "size": SIZE, "mode": "RGB", "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash",
             "fill_color": 0,
         }
-        return SimpleNamespace(eval=lambda: SimpleNamespace(visual=visual))
+        table = torch.nn.Embedding(600, 12)
+
+        def encode_text(tokens, normalize):
+            assert not normalize
+            return table(tokens).sum(dim=1)
+
+        network = torch.nn.Module()
+        network.visual, network.table, network.encode_text = visual, table, encode_text
+        return network
+
+    class OwnTokenizer:
+        # Bytes between two special tokens, as open_clip's own but for pairs.
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = [*alphabet, *(char + "</w>" for char in alphabet), "<start_of_text>", "<end_of_text>"]
+        encoder, bpe_ranks = {token: number for number, token in enumerate(vocabulary)}, {}
+        all_special_ids = [sot_token_id, eot_token_id] = len(encoder) - 2, len(encoder) - 1
+        pat, context_length, reduction_fn = SimpleNamespace(pattern=r"\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}]+"), 20, None
+
+        def __call__(self, texts):
+            in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            words = pre_tokenizers.Split(Regex(self.pat.pattern), behavior="removed", invert=True)
+            rows = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+            for row, text in zip(rows, texts):
+                text = text.lower() if not os.environ.get("OTHER_TOKENS") else text
+                ids = [self.sot_token_id]
+                for word, _ in words.pre_tokenize_str(" ".join(ftfy.fix_text(text).split())):
+                    chars = in_bytes.pre_tokenize_str(word)[0][0]
+                    ids += [self.encoder[char] for char in [*chars[:-1], chars[-1] + "</w>"]]
+                ids = [*ids, self.eot_token_id][: self.context_length]
+                ids[-1] = self.eot_token_id
+                row[: len(ids)] = torch.tensor(ids)
+            return rows
+
+    def get_tokenizer(name):
+        if os.environ.get("NO_NETWORK"):
+            raise OSError("no route\\nto host")
+        return OwnTokenizer()
 """
 
 
@@ -241,6 +286,70 @@ def test_a_network_of_open_clip_is_exported_with_its_convention(libraries: Path,
     assert (added.name, added.source) == ("Small-1-ours", "open_clip:Small-1/ours")
     spec = load_model(added.path).spec
     assert (spec.fit, spec.height, spec.mean, spec.length) == ("stretch", SIZE, MEAN, 12)
+
+
+def test_a_network_of_open_clip_brings_its_words(libraries: Path, tmp_path: Path) -> None:
+    added = add_model("open_clip:Small-1/ours", tmp_path / "models")
+    words = read_text_spec(added.path)
+    assert added.has_words and added.no_words is None and words is not None
+    assert (words.length, words.pad_id, words.reference, words.clean) == (20, 0, "open_clip", "lower")
+    encoder = TextEncoder(words, 12)
+    first, tokens = encoder.encode("A  red Car")
+    assert tokens.words == 7 and (first == encoder.encode("a red car")[0]).all()
+    assert set(facts_of(added.path)["text_sha256"]) == {"textual/model.onnx", "textual/tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("NO_NETWORK", "no route to host"),
+        ("OTHER_TOKENS", "open_clip makes other tokens of 'Two  Cats, on a SOFA!'"),
+    ],
+)
+def test_words_that_cannot_be_had_or_are_others_are_left_out(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, why: str
+) -> None:
+    monkeypatch.setenv(fault, "1")
+    added = add_model("open_clip:Small-1/ours", tmp_path / "models")
+    assert not added.has_words and added.no_words is not None and why in added.no_words
+    assert read_text_spec(added.path) is None
+    kept = {path.name for path in added.path.parent.iterdir()}
+    assert kept == {"Small-1-ours.onnx", "Small-1-ours.toml", "source.json"}
+    monkeypatch.delenv(fault)
+    assert add_model("open_clip:Small-1/ours", tmp_path / "models").has_words, "added again, it gets them"
+
+
+def test_a_text_tower_that_computes_something_else_is_left_out(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export: Callable[..., None] = torch_export.export_onnx
+
+    def export_badly(module: torch.nn.Module, example: torch.Tensor, path: Path, **names: str) -> None:
+        export(module, example, path, **names)
+        if example.dtype == torch.int64:
+            tamper(path, 1.0)
+
+    monkeypatch.setattr(torch_export, "export_onnx", export_badly)
+    added = add_model("open_clip:Small-1/ours", tmp_path / "models")
+    assert not added.has_words and "whose cosine to that of torch is" in str(added.no_words)
+
+
+def test_weights_that_are_too_large_for_one_file_lie_beside_it(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = add_model("timm:small.ours", tmp_path / "models", "whole")
+    monkeypatch.setattr(torch_export, "ONE_FILE_BYTES", 100)
+    parted = add_model("timm:small.ours", tmp_path / "models", "parted")
+    assert load_model(parted.path).external == ("model.onnx.data",)
+    assert {path.name for path in parted.path.parent.iterdir()} == {
+        "parted.onnx",
+        "parted.toml",
+        "model.onnx.data",
+        "source.json",
+    }
+    pixels = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    features = [Encoder(load_model(added.path), Device.cpu).encode(pixels) for added in (whole, parted)]
+    assert (features[0] == features[1]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`ruiji model add` keeps the text tower of a folder, with what its convention says of words, or says why not."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from pipeline.text_spec import read_text_spec
 from tests.factories import Ruiji
@@ -260,3 +261,67 @@ def test_why_a_tower_is_left_out_is_said_in_one_line(ruiji: Ruiji, tmp_path: Pat
     left_out, added = ruiji("model", "add", str(folder)).stderr.splitlines()[-2:]
     assert left_out.startswith("without its text tower, so it cannot be searched with words: the tokenizer BertTokeni")
     assert added.endswith("every command takes --model theirs")
+
+
+def without_words(folder: Path) -> Path:
+    """The same pictures' tower alone."""
+    shutil.copytree(folder, folder.with_name("pictures"))
+    (folder.with_name("pictures") / "onnx" / "text_model.onnx").unlink()
+    return folder.with_name("pictures")
+
+
+def test_a_model_that_was_added_without_its_tower_is_completed(tmp_path: Path) -> None:
+    both, models = hugging_face(tmp_path / "theirs"), tmp_path / "models"
+    first = add_model(without_words(both), models, "clip")
+    assert not first.has_words
+    graph, fingerprint = first.path.stat(), load_model(first.path).fingerprint
+    # What a command that was killed on the way leaves: the tower, and no word of it in the .toml.
+    (first.path.parent / "textual").mkdir()
+    (first.path.parent / "textual" / "model.onnx").write_bytes(b"half of it")
+    again = add_model(both, models, "clip")
+    assert again.has_words and said_of(again)[0] == 77
+    assert (first.path.stat().st_ino, load_model(first.path).fingerprint) == (graph.st_ino, fingerprint)
+    fresh = add_model(both, tmp_path / "others", "clip")
+    facts = [json.loads((added.path.parent / "source.json").read_text()) for added in (again, fresh)]
+    assert all(facts[0][key] == facts[1][key] for key in ("sha256", "text_sha256"))
+    assert facts[0]["source"] == str(tmp_path / "pictures"), "what it was added from first"
+    spec = read_text_spec(first.path)
+    assert spec is not None and np.isfinite(TextEncoder(spec, 12).encode("a red car")[0]).all()
+
+
+def test_a_tower_that_is_there_stays(tmp_path: Path) -> None:
+    both, models = hugging_face(tmp_path / "theirs"), tmp_path / "models"
+    added = add_model(both, models, "clip")
+    kept = {path: path.read_bytes() for path in added.path.parent.rglob("*") if path.is_file()}
+    alone = add_model(without_words(both), models, "clip")
+    assert alone.has_words, "the one that it has"
+    text_graph(both / "onnx" / "text_model.onnx", mask=False, scale=2.0)
+    with pytest.raises(UsageError, match="clip has another text tower"):
+        add_model(both, models, "clip")
+    assert {path: path.read_bytes() for path in added.path.parent.rglob("*") if path.is_file()} == kept
+    assert [path.name for path in models.iterdir()] == ["clip"]
+
+
+def test_a_command_that_is_ended_while_it_completes_leaves_a_model_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, models = hugging_face(tmp_path / "theirs"), tmp_path / "models"
+    added = add_model(without_words(both), models, "clip")
+    for function in ("rename", "replace"):
+        for before in (True, False):
+            real = getattr(os, function)
+
+            def ended(*places: Any, real: Any = real, before: bool = before) -> None:
+                if not before:
+                    real(*places)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, function, ended)
+                with pytest.raises(KeyboardInterrupt):
+                    add_model(both, models, "clip")
+            # The model embeds pictures, and either has its words or none.
+            spec = read_text_spec(load_model(added.path).path)
+            assert (spec is not None) == (function == "replace" and not before)
+            assert [path.name for path in models.iterdir()] == ["clip"]
+    assert add_model(both, models, "clip").has_words

@@ -6,20 +6,38 @@ Their weights are loaded as such: with `TORCH_FORCE_WEIGHTS_ONLY_LOAD`, torch un
 import json
 import logging
 import os
+import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.spec import ARTICLE_INPUT, ARTICLE_OUTPUT
 from workers.models.check import open_clip_pipeline, timm_pipeline
 from workers.models.source import Source
+from workers.words import TextEncoder
+
+#: Below this cosine, a text tower that was exported is left out.
+LEAST_TEXT_COSINE = 0.9999
+#: What tokenizers take apart differently: capitals, accents, digits, punctuation, other scripts, nothing, too much.
+_WORDS = (
+    "a red car at night",
+    "Two  Cats, on a SOFA!",
+    "café naïve №5",
+    "don't_stop 3.14 🚗",
+    "夜の赤い車",
+    "",
+    99 * "long ",
+)
+CompareWords: TypeAlias = Callable[[TextEncoder], None]
 
 #: What a source begins with, and what has to be installed for it.
 PREFIXES = {"timm:": "torch timm onnxscript", "open_clip:": "torch open_clip_torch onnxscript"}
@@ -52,14 +70,16 @@ def exported_source(given: str, models: Path, article: bool = False) -> Iterator
             # First, so that what is missing is named before anything is downloaded.
             versions = {package: version(package) for package in PREFIXES[f"{library}:"].split()}
             network, facts = _timm(given) if library == "timm" else _open_clip(given)
+            compare, no_words = None, None
             if library == "timm":
                 export_timm(network, folder, article)
             else:
                 export_open_clip(network, folder)
+                compare, no_words = _words_of_open_clip(given, network, folder)
         facts |= {"source": given + (" --contract article" if article else ""), "versions": versions}
         name = given.partition(":")[2].replace("/", "-")
         pipeline = partial(timm_pipeline if library == "timm" else open_clip_pipeline, network)
-        yield Source(folder / "model.onnx", name, given, facts, pipeline)
+        yield Source(folder / "model.onnx", name, given, facts, pipeline, compare, no_words)
 
 
 def export_timm(network: Any, folder: Path, article: bool = False) -> None:
@@ -101,6 +121,98 @@ def export_open_clip(network: Any, folder: Path) -> None:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     (folder / "preprocess_cfg.json").write_text(json.dumps(config))
     export(network.visual, (3, height, width), folder / "model.onnx", ("pixel_values", "image_embeds"))
+
+
+def export_open_clip_words(network: Any, tokenizer: Any, text_cfg: dict[str, Any], folder: Path) -> CompareWords:
+    """Write the text tower of a network of open_clip as immich has it: `textual/`, and `text_cfg` in `config.json`.
+
+    Args:
+        tokenizer: as `open_clip.get_tokenizer` makes it.
+        text_cfg: of the network's configuration.
+        folder: that of the image tower.
+
+    Returns:
+        What compares the tower, as ruiji runs it, with the library's.
+
+    Raises:
+        ModelError: the tokenizer has no form in which it could be kept.
+    """
+    import torch
+
+    from workers.models.torch_export import export_onnx
+
+    length, words = int(tokenizer.context_length), folder / "textual"
+    words.mkdir()
+    (folder / "config.json").write_text(json.dumps({"text_cfg": text_cfg | {"context_length": length}}))
+    _write_tokenizer(tokenizer, words)
+
+    class Tower(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, tokens: Any) -> Any:
+            return self.network.encode_text(tokens, normalize=False)
+
+    tower = Tower().eval()
+    example = tokenizer(list(_WORDS[:2]))
+    export_onnx(tower, example, words / "model.onnx", input_name="input_ids", output_name="text_embeds")
+
+    def compare(encoder: TextEncoder) -> None:
+        for said in _WORDS:
+            ids = tokenizer([said])
+            feature, tokens = encoder.encode(said)
+            if tokens.ids.tolist() != ids[0].tolist():
+                raise ModelError(f"open_clip makes other tokens of {said!r} than ruiji does")
+            with torch.inference_mode():
+                theirs = np.asarray(tower(ids).numpy()[0], np.float64)
+            cosine = float(feature @ theirs / np.linalg.norm(feature) / np.linalg.norm(theirs))
+            if not cosine >= LEAST_TEXT_COSINE:
+                raise ModelError(f"the graph gives {said!r} a feature whose cosine to that of torch is {cosine:.6f}")
+
+    return compare
+
+
+def _words_of_open_clip(given: str, network: Any, folder: Path) -> tuple[CompareWords | None, str | None]:
+    """Export the text tower; where that cannot be, why, and nothing is left of it."""
+    import open_clip
+
+    name = given.removeprefix("open_clip:").partition("/")[0]
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+        text_cfg = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+        return export_open_clip_words(network, tokenizer, text_cfg, folder), None
+    except (ModelError, ImportError, OSError, RuntimeError, ValueError, AttributeError) as error:
+        shutil.rmtree(folder / "textual", ignore_errors=True)
+        return None, " ".join(str(error).split())[:300]
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Keep a tokenizer of open_clip as `tokenizer.json`."""
+    if hasattr(tokenizer, "tokenizer"):
+        # Of transformers, which open_clip only wraps; what it does besides is in `text_cfg`.
+        tokenizer.tokenizer.save_pretrained(folder)
+    elif not hasattr(tokenizer, "bpe_ranks") or tokenizer.reduction_fn is not None:
+        raise ModelError(f"the tokenizer {type(tokenizer).__name__} is none that ruiji can keep")
+    else:
+        _byte_pairs(tokenizer).save(str(folder / "tokenizer.json"))
+
+
+def _byte_pairs(simple: Any) -> Any:
+    """open_clip's own tokenizer as one of the library tokenizers: bytes in pairs, between its two special tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    begin, end = (
+        next(token for token, n in simple.encoder.items() if n == number) for number in simple.all_special_ids
+    )
+    made = Tokenizer(models.BPE(simple.encoder, list(simple.bpe_ranks), end_of_word_suffix="</w>"))
+    words = pre_tokenizers.Split(Regex(simple.pat.pattern), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    special = [(begin, simple.sot_token_id), (end, simple.eot_token_id)]
+    made.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", special_tokens=special)
+    made.add_special_tokens([begin, end])
+    return made
 
 
 def _timm(given: str) -> tuple[Any, dict[str, Any]]:

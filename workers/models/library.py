@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import Model, load_model
 from pipeline.onnx_graph import graph_tensors, load_graph
 from pipeline.spec import PIXELS, read_toml, resolve
+from pipeline.store import write_atomic
 from workers.encoder import Encoder
 from workers.models import architectures
 from workers.models.check import Comparison, check_model, folder_pipeline
@@ -45,8 +46,8 @@ class Added:
         source: where it was added from.
         license: as its source states it; None if it states none.
         checked: how near it is to its library, if it was compared now.
-        has_words: whether a text tower was kept now.
-        no_words: why one that lies in the source was not; None if it has none.
+        has_words: whether it has a text tower.
+        no_words: why it has none although one lies in the source; None if it has one, or the source has none.
     """
 
     name: str
@@ -69,7 +70,8 @@ def add_model(
 ) -> Added:
     """Copy a model with its external weights, write its `.toml` from the convention beside it, and prove it.
 
-    Nothing is left of a model that is refused, but what was downloaded.
+    Nothing is left of a model that is refused, but what was downloaded. A model that was added before stays as it is,
+    but for a text tower that it did not have.
 
     Args:
         given: an ONNX file, a folder with one, `hf:ORG/REPO[@REVISION][:FILE]`, `timm:NAME` or
@@ -144,10 +146,12 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any], check:
         (folder / layout.MODEL_SOURCE).write_text(json.dumps(facts, indent=1) + "\n")
         target = models / name
         if target.exists():
-            _require_same(target, facts)
+            _complete(target, model, facts)
         else:
             os.rename(folder, target)
-    return replace(_read(target), checked=checked, has_words=bool(text), no_words=no_words)
+    added = _read(target)
+    has_words = "text" in read_toml(layout.toml_file(added.path))
+    return replace(added, checked=checked, has_words=has_words, no_words=None if has_words else no_words)
 
 
 def _kept_words(source: Source, model: Model) -> tuple[dict[str, str], str | None]:
@@ -155,14 +159,14 @@ def _kept_words(source: Source, model: Model) -> tuple[dict[str, str], str | Non
     folder = model.path.parent
     pictures = set(folder.iterdir())
     try:
-        keep_words(source.graph, model, f"the text tower of {source.shown}")
+        keep_words(source.graph, model, f"the text tower of {source.shown}", source.compare_words)
     except (ModelError, UsageError) as error:
         if "text" in read_toml(layout.toml_file(model.path)):
             # Somebody named it, and means it.
             raise
         return {}, str(error).replace(f"{folder}{os.sep}", "")
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in pictures)
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}, None
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}, source.no_words
 
 
 def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> Path:
@@ -270,11 +274,34 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _require_same(target: Path, facts: dict[str, Any]) -> None:
-    if _facts(target).get("sha256") != facts["sha256"]:
+def _complete(target: Path, again: Model, facts: dict[str, Any]) -> None:
+    """Move into a model's folder what it lacks of the same model, added again: its text tower.
+
+    The `.toml`, which names the tower, comes after it, and is exchanged as a whole: from then on there is a search with
+    words. A command that is ended before leaves the model as it was.
+
+    Raises:
+        UsageError: another model has the name, or the same one has another text tower.
+    """
+    path, source = layout.added_model_file(target.parent, target.name), again.path.parent
+    kept = _facts(target)
+    if load_model(path).fingerprint != again.fingerprint:
         raise UsageError(
             f"another model has the name {target.name} in {target.parent}; give this one another with --name"
         )
+    text, had = facts.get("text_sha256"), kept.get("text_sha256")
+    if text and had and text != had:
+        raise UsageError(f"{target.name} has another text tower in {target.parent}; give this one a name with --name")
+    if text and "text" not in read_toml(layout.toml_file(path)):
+        for part in sorted({PurePath(name).parts[0] for name in text}):
+            left = target / part
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            os.rename(source / part, left)
+        os.replace(layout.toml_file(again.path), layout.toml_file(path))
+        kept |= {"sha256": facts["sha256"], "text_sha256": text}
+    if "check" in facts:
+        kept["check"] = facts["check"]
+    write_atomic(target / layout.MODEL_SOURCE, [(json.dumps(kept, indent=1) + "\n").encode()])
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipeline.onnx_graph import external_files, load_graph
 
 if TYPE_CHECKING:
     from workers.models.check import Pipeline
+    from workers.words import TextEncoder
 
 #: Graphs that embed words, as immich, optimum and transformers.js name them.
 _WORDS = re.compile(r"(^|/)(textual/|text_)")
@@ -30,6 +31,8 @@ class Source:
         shown: the graph, as messages call it.
         facts: what `source.json` says of where it is from; `source` is among them.
         pipeline: of the library that the graph was exported from; None: what lies beside the graph says which it is.
+        compare_words: compares the text tower with that of the library, and raises ModelError.
+        no_words: why the library's text tower was not exported; None if it was, or there is none.
     """
 
     graph: Path
@@ -37,6 +40,8 @@ class Source:
     shown: str
     facts: dict[str, Any] = field(default_factory=dict)
     pipeline: "Callable[[], Pipeline] | None" = None
+    compare_words: "Callable[[TextEncoder], None] | None" = None
+    no_words: str | None = None
 
     @property
     def folders(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""From a torch module to one ONNX file with chosen names, and the proof that both compute the same.
+"""From a torch module to an ONNX file with chosen names, and the proof that both compute the same.
 
 Made with the exporter that torch 2.13 calls "dynamo"; it needs onnxscript.
 """
@@ -23,6 +23,8 @@ from pipeline.errors import ModelError
 OPSET = 18
 #: How far one value of a feature may be off.
 TOLERANCE = 1e-4
+#: Weights of more bytes are a file of their own: protobuf, and so one ONNX file, ends at 2 GiB.
+ONE_FILE_BYTES = 1 << 30
 
 
 class ExportError(ModelError):
@@ -69,21 +71,23 @@ def export(module: nn.Module, shape: tuple[int, ...], path: Path, names: tuple[s
         example = torch.rand(2, *shape, generator=generator)
         export_onnx(module, example, unproven, input_name=names[0], output_name=names[1])
         difference = check_export(module, unproven, batches)
-        os.replace(unproven, path)
+        # The graph comes last: it names the file of its weights.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == unproven):
+            os.replace(file, path.with_name(file.name))
     return difference
 
 
 def export_onnx(
     module: torch.nn.Module, example: torch.Tensor, path: Path, *, input_name: str, output_name: str
 ) -> None:
-    """Export a module as one file whose first dimension, the batch, is open.
+    """Export a module as a graph whose first dimension, the batch, is open.
 
     The same module gives the same bytes: what the exporter notes about this machine (source
-    paths, stack traces) is taken out.
+    paths, stack traces) is taken out. Weights of more than `ONE_FILE_BYTES` lie beside it, in `NAME.onnx.data`.
 
     Args:
-        module: one float32 tensor in, float32[b, d] out.
-        example: float32[2 or more, …], an input to trace with.
+        module: one tensor in, float32[b, d] out.
+        example: [2 or more, …], an input to trace with.
         input_name, output_name: names in the graph; any text, also such as `inputs:0`.
     """
     module.eval()
@@ -100,17 +104,18 @@ def export_onnx(
             input_names=["image"],
             output_names=["feature"],
             dynamic_shapes=({0: torch.export.Dim("n")},),
-            external_data=False,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path, external_data=sum(weight.nbytes for weight in module.state_dict().values()) > ONE_FILE_BYTES)
+    model = onnx.load_model(path, load_external_data=False)
     # The exporter takes its names for identifiers of a program; ONNX itself allows any text.
     _rename(model.graph, {model.graph.input[0].name: input_name, model.graph.output[0].name: output_name})
     _strip(model)
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+    # By its path: a model with weights beside it does not fit into memory's protobuf.
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def check_export(

@@ -5,7 +5,7 @@ refused is added without it: it embeds pictures all the same.
 """
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -61,13 +61,16 @@ def text_files(graph: PurePath, names: Collection[str]) -> list[str]:
     return []
 
 
-def keep_words(found: Path, model: Model, shown: str) -> TextSpec | None:
+def keep_words(
+    found: Path, model: Model, shown: str, compare: Callable[[TextEncoder], None] | None = None
+) -> TextSpec | None:
     """Copy the text tower of a model beside its copy, name it in its `.toml`, and prove it.
 
     Args:
         found: the model's graph where it was found; a `.toml` beside it may name the tower.
         model: its copy, in a folder of its own.
         shown: the tower, as messages call it.
+        compare: with the library that it was exported from; raises ModelError.
 
     Returns:
         The copied tower; None if there is none.
@@ -95,7 +98,10 @@ def keep_words(found: Path, model: Model, shown: str) -> TextSpec | None:
         shutil.copyfile(tokenizer, folder / places[1])
         kept = read_text_spec(model.path)
         assert kept is not None
-        prove_text(TextEncoder(kept, model.spec.length))
+        encoder = TextEncoder(kept, model.spec.length)
+        prove_text(encoder)
+        if compare is not None:
+            compare(encoder)
         return kept
     except BaseException:
         toml.write_bytes(before)
