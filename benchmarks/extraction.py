@@ -538,6 +538,39 @@ def draft(sizes: Sizes) -> list[Figure]:
     ]
 
 
+def fit(sizes: Sizes) -> list[Figure]:
+    """What a crop and a padding cost beside stretching, from the file to the feature, on the shared photos."""
+    data.need_shared()
+    model = load_model(REAL_MODEL)
+    encoder = load_encoder(model, Device.cpu).result()
+    specs = {
+        "stretch": model.spec,
+        "crop": replace(model.spec, fit="crop", resize_size=256, reference="torchvision"),
+        "pad": replace(model.spec, fit="pad", pad_color=(124, 116, 104), reference="timm"),
+    }
+    files = sorted((data.SHARED / "photos").rglob("*.jpg"))
+    seconds: dict[str, list[float]] = {name: [] for name in specs}
+    for _ in range(sizes.rounds):
+        spent = dict.fromkeys(specs, 0.0)
+        for number, file in enumerate(files):
+            # In turns on each photo, and another one begins: what disturbs the machine disturbs all alike.
+            for name in [*specs, *specs][number % 3 : number % 3 + 3]:
+                started = time.process_time()
+                encoder.encode(load_pixels(file, specs[name], MAX_PIXELS)[np.newaxis])
+                spent[name] += time.process_time() - started
+        for name, value in spent.items():
+            seconds[name].append(value)
+    return [
+        Figure(
+            f"stretch / {name}: CPU, file to feature",
+            "x",
+            tuple(a / b for a, b in zip(seconds["stretch"], seconds[name], strict=True)),
+            at_least=0.97,
+        )
+        for name in ("crop", "pad")
+    ]
+
+
 def _decode(files: list[Path], model: Model) -> None:
     for file in files:
         load_pixels(file, model.spec, MAX_PIXELS)
@@ -585,7 +618,7 @@ def _read_and_write(files: list[Path], target: Path, keep: bool) -> None:
             os.unlink(file)
 
 
-PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce, draft)}
+PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce, draft, fit)}
 
 
 def main() -> int:

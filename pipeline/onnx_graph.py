@@ -32,7 +32,8 @@ def load_graph(path: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"no model at {path}; give an .onnx file, or a name of ruiji model list")
     try:
-        graph = onnx.load_model(path, load_external_data=False).graph
+        # Without the format, it would take the file's ending for one.
+        graph = onnx.load_model(path, format="protobuf", load_external_data=False).graph
     except DecodeError:
         graph = None
     except OSError as error:

@@ -58,9 +58,12 @@ def test_packages_import_only_what_lies_below_them(package: str, forbidden: set[
 def test_torch_is_imported_by_what_exports_and_checks_networks_alone() -> None:
     assert {module for module in modules() if module.startswith("workers") and uses(module, "torch")} == {
         "workers.models.torch_export",
+        "workers.models.text_export",
+        "workers.models.transformers_export",
         "workers.models.check",
     }
-    assert not {name for name in imported("workers.models.check", late=False) if name.startswith("torch")}
+    for module in ("workers.models.check", "workers.models.text_export", "workers.models.transformers_export"):
+        assert not {name for name in imported(module, late=False) if name.startswith("torch")}, module
     for module in modules():
         assert "workers.models.torch_export" not in imported(module, late=False), module
 

@@ -187,6 +187,30 @@ def pool(output: NDArray[Any], spec: ModelSpec) -> NDArray[np.float32] | None:
     return None if pooled is None else np.ascontiguousarray(pooled, dtype=np.float32)
 
 
+def measured_length(path: Path, spec: ModelSpec, batch: int) -> int:
+    """How many values a graph gives for one grey picture, by a run on the CPU.
+
+    Args:
+        spec: of the graph, but for the length.
+        batch: how many pictures it takes.
+
+    Raises:
+        ModelError: it does not run, or gives no vector per picture.
+    """
+    model = Model(path, spec, batch, "", (), None)
+    session = _session(model, 1, None, many=False)
+    grey = np.full((batch, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8)
+    try:
+        fed = {spec.input_name: to_input(grey, spec), **_constants(session, spec)}
+        (output,) = session.run([spec.output_name], fed)
+    except Exception as error:  # ONNX Runtime has no common base class for what it raises.
+        raise _fault(model, Device.cpu, error) from error
+    pooled = pool(output, spec)
+    if pooled is None:
+        raise ModelError(f"the model {path} gives {output.dtype}{list(output.shape)}, which is no vector per picture")
+    return int(pooled.shape[1])
+
+
 def to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
     """Scale a batch of pixels and bring it into the model's layout and dtype.
 

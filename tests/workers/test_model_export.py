@@ -16,13 +16,15 @@ from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.model import load_model
 from pipeline.text_spec import read_text_spec
 from tests.factories import Ruiji, only_line
+from tests.models.hub import COMMIT, Hub
+from tests.workers.test_model_library import CLIP
 
 pytest.importorskip("torch", reason="the export is made with torch, which is not installed")
 pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript, which is not installed")
 
 import torch
 
-from workers.encoder import Encoder
+from workers.encoder import Encoder, to_input
 from workers.models import torch_export
 from workers.models.library import add_model
 from workers.words import TextEncoder
@@ -231,19 +233,57 @@ OPEN_CLIP = """
             raise OSError("no route\\nto host")
         return OwnTokenizer()
 """
+TRANSFORMERS = """
+    import os
+    from types import SimpleNamespace
+
+    import torch
+    from tests.workers.test_model_export import small_module
+
+    SAFELY = {"local_files_only": True, "trust_remote_code": False}
+
+    AutoModel = None
+    utils = SimpleNamespace(logging=SimpleNamespace(disable_progress_bar=lambda: None))
+
+    class AutoConfig:
+        def from_pretrained(folder, **options):
+            assert options == SAFELY
+            return SimpleNamespace(architectures=["SmallModel"])
+
+    class SmallModel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_module()
+
+        def forward(self, pixel_values):
+            feature = self.inner(pixel_values)
+            if os.environ.get("CLASSIFIER"):
+                return SimpleNamespace(logits=feature)
+            return SimpleNamespace(pooler_output=feature, last_hidden_state=torch.stack([feature, 2 * feature], dim=1))
+
+        @classmethod
+        def from_pretrained(cls, folder, use_safetensors, output_loading_info, **options):
+            assert use_safetensors and output_loading_info and options == SAFELY
+            missing = os.environ.get("MISSING", "").split()
+            return cls(), {"missing_keys": missing}
+"""
 
 
 @pytest.fixture
 def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what is called of timm and open_clip, as installed packages."""
+    """A folder with what is called of timm, open_clip and transformers, as installed packages."""
     folder = tmp_path / "packages"
-    for name, distribution, text in (("timm", "timm", TIMM), ("open_clip", "open_clip_torch", OPEN_CLIP)):
+    for name, distribution, text in (
+        ("timm", "timm", TIMM),
+        ("open_clip", "open_clip_torch", OPEN_CLIP),
+        ("transformers", "transformers", TRANSFORMERS),
+    ):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(textwrap.dedent(text))
         (folder / f"{distribution}-9.9.dist-info").mkdir()
         (folder / f"{distribution}-9.9.dist-info" / "METADATA").write_text(f"Name: {distribution}\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(folder)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "open_clip")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "open_clip", "transformers")]:
         monkeypatch.delitem(sys.modules, name)
     return folder
 
@@ -368,6 +408,86 @@ def test_weights_that_are_not_there_or_belong_to_another_network_are_refused(
     with pytest.raises(UsageError) as caught:
         add_model(given, tmp_path / "models")
     assert words in str(caught.value)
+
+
+def weights_alone(folder: Path) -> Path:
+    """A folder as a hub has most networks of transformers."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "small", "architectures": ["SmallModel"]}')
+    (folder / "model.safetensors").write_bytes(b"x" * 2000)
+    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def test_a_folder_of_transformers_without_a_graph_is_exported(libraries: Path, tmp_path: Path) -> None:
+    source = weights_alone(tmp_path / "small")
+    added = add_model(source, tmp_path / "models")
+    assert (added.name, added.license, added.source) == ("small", "mit", str(source))
+    spec = load_model(added.path).spec
+    assert (spec.output_name, spec.fit, spec.height, spec.reference) == ("pooler_output", "crop", 224, "huggingface")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    found = Encoder(load_model(added.path), Device.cpu).encode(pixels)
+    with torch.inference_mode():
+        expected = small_module().eval()(torch.from_numpy(to_input(pixels, spec))).numpy()
+    assert np.abs(found - expected).max() < 1e-5
+    assert {path.name for path in added.path.parent.iterdir()} == {"small.onnx", "small.toml", "source.json"}
+    assert facts_of(added.path).keys() >= {"versions", "sha256", "license"}
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["small"]
+
+
+def test_weights_that_are_not_in_a_folder_are_not_made_up(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, models = weights_alone(tmp_path / "small"), tmp_path / "models"
+    monkeypatch.setenv("MISSING", "pooler.dense.weight")
+    with pytest.raises(ModelError, match=r"no weights for pooler\.dense\.weight of SmallModel; .* --pooling cls"):
+        add_model(source, models)
+    output = {"name": "last_hidden_state", "pooling": "cls"}
+    assert load_model(add_model(source, models, output=output).path).spec.pooling == "cls"
+    monkeypatch.setenv("MISSING", "layer.0.weight")
+    with pytest.raises(ModelError, match=r"no weights for layer\.0\.weight"):
+        add_model(source, models, "other", output)
+
+
+@pytest.mark.parametrize(
+    ("variable", "output", "words"),
+    [
+        ("", "image_embeds", "has no output image_embeds; it has: pooler_output, last_hidden_state"),
+        ("CLASSIFIER", None, "has no output of pictures; it has: -"),
+        ("", "last_hidden_state", "say [output] pooling"),
+    ],
+)
+def test_an_output_that_a_network_does_not_have_is_refused(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, output: str | None, words: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    with pytest.raises(ModelError) as caught:
+        add_model(weights_alone(tmp_path / "small"), tmp_path / "models", output={"name": output} if output else None)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_repository_without_a_graph_is_exported(libraries: Path, ruiji: Ruiji, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="downloads need huggingface_hub, which is not installed")
+    folder = weights_alone(tmp_path / "theirs")
+    (folder / "modeling_small.py").write_text("raise SystemExit")
+    (folder / "pytorch_model.bin").write_bytes(b"no")
+    hub = Hub.of_folder(folder)
+    with hub.serving() as environment:
+        ruiji.environment = {
+            **environment,
+            "PYTHONPATH": f"{ruiji.root}:{libraries}",
+            "RUIJI_MODELS": str(tmp_path / "models"),
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "",
+        }
+        assert "added model, licence: mit" in ruiji("model", "add", "hf:org/model").stderr
+    facts = json.loads((tmp_path / "models" / "model" / "source.json").read_text())
+    assert (facts["source"], facts["revision"]) == ("hf:org/model", COMMIT) and "transformers" in facts["versions"]
+    assert not hub.downloaded("modeling_small.py") and not hub.downloaded("pytorch_model.bin")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model"]
 
 
 def tamper_exports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,13 +95,23 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(theirs: Path, add: Add,
     assert (tmp_path / "models" / "model" / "model.onnx").read_bytes() == hub.files["model.onnx"]
 
 
-def test_a_command_that_failed_does_not_download_all_again(theirs: Path, add: Add, tmp_path: Path) -> None:
+def test_a_command_that_failed_does_not_download_all_again(
+    theirs: Path, add: Add, ruiji: Ruiji, tmp_path: Path
+) -> None:
     exported(theirs, ("one", "other"))
+    graph = onnx.load(theirs / "model.onnx")
+    graph.graph.initializer.append(numpy_helper.from_array(np.zeros(1 << 18, np.float32), "long"))
+    onnx.save(graph, theirs / "model.onnx")
     hub = Hub.of_folder(theirs)
-    assert "several outputs (one, other)" in only_line(add(hub, "hf:org/model", code=2).stderr)
+    refused = only_line(add(hub, "hf:org/model", code=2).stderr)
+    kept = tmp_path / "models" / f".download-org--model-{COMMIT}"
+    assert "several outputs (one, other)" in refused and f"for another try: 1 MB in {kept}; delete it" in refused
+    assert f"{kept}: 1 MB of a command that failed" in ruiji("model", "list").stderr
+    (kept.parent / f".download-org--model-{40 * 'a'}").mkdir()
+    (kept.parent / f".download-org--model-x-{40 * 'a'}").mkdir()
     add(hub, "hf:org/model", "--output", "one")
     assert hub.downloaded("model.onnx") == 1
-    assert left(tmp_path) == ["model"]
+    assert left(tmp_path) == [f".download-org--model-x-{40 * 'a'}", "model"], "older commits go too, other models not"
 
 
 def test_weights_beside_the_graph_are_downloaded_and_nothing_outside(theirs: Path, add: Add, tmp_path: Path) -> None:
@@ -165,6 +175,7 @@ def test_what_the_convention_cannot_do_is_refused_before_the_weights_come(theirs
     hub = Hub.of_folder(theirs)
     assert "do_pad is True" in only_line(add(hub, "hf:org/model", code=2).stderr)
     assert hub.downloaded("model.onnx") == 0
+    assert left(theirs.parent) == [], "nothing is kept of configurations alone"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,12 @@ def test_a_convention_is_read_as_its_library_reads_it(case: dict[str, Any], tmp_
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.Y"}}, "code of its own"),
         ("preprocessor_config.json", {"do_pad": True}, "do_pad is True"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize is False"),
+        ("preprocessor_config.json", {"do_resize": 1}, "do_resize is 1"),
+        ("preprocessor_config.json", {"image_processor_type": None}, "does not say its image_processor_type"),
         ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
+        ("preprocessor_config.json", {"resample": True}, "resample is True"),
+        ("preprocessor_config.json", {"image_mean": [float("nan")] * 3}, "not a list of numbers"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "mean has 1 values for 3 channels. Its .toml was made of"),
         ("preprocessor_config.json", {"resample": None}, "has no resample"),
         ("preprocessor_config.json", {"image_mean": None}, "has no image_mean"),
         ("preprocessor_config.json", {"crop_size": None}, "no crop_size"),
@@ -127,6 +132,63 @@ def test_what_cannot_be_followed_is_refused_by_its_name(
     assert words in str(caught.value)
     assert ".adding-" not in str(caught.value), "no file is named that is gone"
     assert not list((tmp_path / "models").glob("*")), "nothing is left of what was refused"
+
+
+def test_the_processor_of_two_towers_is_read(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs", {"image_processor": CLIP, "processor_class": "CLIPProcessor"}, "x.json")
+    (source / "x.json").rename(source / "processor_config.json")
+    found = load_model(add_model(source, tmp_path / "models").path)
+    theirs = load_model(add_model(source_of(tmp_path / "plain"), tmp_path / "models").path)
+    assert found.spec == theirs.spec
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": {**CLIP, "do_pad": True}}))
+    with pytest.raises(ModelError, match=r"processor_config\.json: do_pad is True"):
+        add_model(source, tmp_path / "models", "other")
+
+
+def test_what_a_graph_leaves_open_comes_from_its_library_and_a_run(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    graph = onnx.load(source / "model.onnx")
+    for value in (*graph.graph.input, *graph.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            dimension.dim_param = f"open_{id(dimension)}"
+    onnx.save(graph, source / "model.onnx")
+    added = add_model(source, tmp_path / "models")
+    spec = load_model(added.path).spec
+    assert (spec.layout, spec.height, spec.width, spec.length) == ("NCHW", 224, 224, 12)
+    toml = added.path.with_suffix(".toml").read_text()
+    assert "# the graph leaves it open; its library has channels first" in toml
+    assert "# the graph leaves it open; it gave so many for a picture" in toml
+    # Channels that are known to come last do.
+    graph.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 3
+    onnx.save(graph, source / "model.onnx")
+    assert load_model(add_model(source, tmp_path / "models", "last").path).spec.layout == "NHWC"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("openai/clip", "there is no file or folder openai/clip; a repository is hf:openai/clip"),
+        ("https://huggingface.co/openai/clip", "a repository is hf:openai/clip"),
+        ("timm/resnet18", "did you mean timm:resnet18?"),
+        ("somewhere", "there is no file or folder somewhere"),
+        ("", "give the folder or the file"),
+    ],
+)
+def test_a_source_that_is_not_there_says_what_was_perhaps_meant(tmp_path: Path, given: str, words: str) -> None:
+    with pytest.raises((ModelError, UsageError)) as caught:
+        add_model(given, tmp_path / "models")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "preprocessor_config.json"])
+def test_what_is_no_model_is_said_in_one_line(tmp_path: Path, name: str) -> None:
+    source = source_of(tmp_path / "theirs")
+    (source / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError, match=rf"{name} is not an ONNX model"):
+        add_model(source / name, tmp_path / "models")
+    (source / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="is not an ONNX model"):
+        add_model(source, tmp_path / "models")
 
 
 def test_two_conventions_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -9,35 +9,19 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import Any
 
 from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.spec import ARTICLE_INPUT, ARTICLE_OUTPUT
 from workers.models.check import open_clip_pipeline, timm_pipeline
 from workers.models.source import Source
-from workers.words import TextEncoder
-
-#: Below this cosine, a text tower that was exported is left out.
-LEAST_TEXT_COSINE = 0.9999
-#: What tokenizers take apart differently: capitals, accents, digits, punctuation, other scripts, nothing, too much.
-_WORDS = (
-    "a red car at night",
-    "Two  Cats, on a SOFA!",
-    "café naïve №5",
-    "don't_stop 3.14 🚗",
-    "夜の赤い車",
-    "",
-    99 * "long ",
-)
-CompareWords: TypeAlias = Callable[[TextEncoder], None]
+from workers.models.text_export import CompareWords, export_words
 
 #: What a source begins with, and what has to be installed for it.
 PREFIXES = {"timm:": "torch timm onnxscript", "open_clip:": "torch open_clip_torch onnxscript"}
@@ -66,7 +50,7 @@ def exported_source(given: str, models: Path, article: bool = False) -> Iterator
     library = given.partition(":")[0]
     with tempfile.TemporaryDirectory(dir=models, prefix=".exporting-") as scratch:
         folder = Path(scratch)
-        with _named_errors(given):
+        with named_errors(given, PREFIXES[f"{library}:"]):
             # First, so that what is missing is named before anything is downloaded.
             versions = {package: version(package) for package in PREFIXES[f"{library}:"].split()}
             network, facts = _timm(given) if library == "timm" else _open_clip(given)
@@ -137,40 +121,12 @@ def export_open_clip_words(network: Any, tokenizer: Any, text_cfg: dict[str, Any
     Raises:
         ModelError: the tokenizer has no form in which it could be kept.
     """
-    import torch
-
-    from workers.models.torch_export import export_onnx
-
     length, words = int(tokenizer.context_length), folder / "textual"
     words.mkdir()
     (folder / "config.json").write_text(json.dumps({"text_cfg": text_cfg | {"context_length": length}}))
     _write_tokenizer(tokenizer, words)
-
-    class Tower(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, tokens: Any) -> Any:
-            return self.network.encode_text(tokens, normalize=False)
-
-    tower = Tower().eval()
-    example = tokenizer(list(_WORDS[:2]))
-    export_onnx(tower, example, words / "model.onnx", input_name="input_ids", output_name="text_embeds")
-
-    def compare(encoder: TextEncoder) -> None:
-        for said in _WORDS:
-            ids = tokenizer([said])
-            feature, tokens = encoder.encode(said)
-            if tokens.ids.tolist() != ids[0].tolist():
-                raise ModelError(f"open_clip makes other tokens of {said!r} than ruiji does")
-            with torch.inference_mode():
-                theirs = np.asarray(tower(ids).numpy()[0], np.float64)
-            cosine = float(feature @ theirs / np.linalg.norm(feature) / np.linalg.norm(theirs))
-            if not cosine >= LEAST_TEXT_COSINE:
-                raise ModelError(f"the graph gives {said!r} a feature whose cosine to that of torch is {cosine:.6f}")
-
-    return compare
+    encode = partial(network.encode_text, normalize=False)
+    return export_words("open_clip", network, tokenizer, encode, words / "model.onnx")
 
 
 def _words_of_open_clip(given: str, network: Any, folder: Path) -> tuple[CompareWords | None, str | None]:
@@ -254,19 +210,22 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 @contextmanager
-def _named_errors(given: str) -> Iterator[None]:
-    """What the libraries raise, as one line that says what to do; what they only remark is left out."""
+def named_errors(given: str, needed: str) -> Iterator[None]:
+    """What the libraries raise, as one line that says what to do; what they only remark is left out.
+
+    Args:
+        needed: what is to be installed.
+    """
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except ModuleNotFoundError as error:
-        needed = PREFIXES[given.partition(":")[0] + ":"]
         raise UsageError(f"{given} is exported here, and {error.name} is missing; run: pip install {needed}") from None
     except ModelError:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, RuijiError):
             raise
         why = " ".join(str(error).split())[:300]

@@ -24,6 +24,8 @@ Floats: TypeAlias = NDArray[np.float32]
 #: Below this cosine, or above this mean difference of a picture's pixels, a model is refused. Rounding and resizing on
 #: tensors stay within both. A wrong crop can pass the first, if the network takes little notice, and not the second.
 LEAST_COSINE, MOST_PIXELS = 0.999, 1.0
+#: Of transformers: nothing is downloaded, and nothing executed.
+_SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 #: Even and odd, both ways up, long.
 _SIZES = ((500, 375), (334, 501), (1024, 97), (225, 300))
 
@@ -151,7 +153,7 @@ def folder_pipeline(folders: list[Path], spec: ModelSpec) -> Pipeline:
     for folder in folders:
         if any(folder.glob("*.safetensors")):
             with _named_packages():
-                if (folder / "preprocessor_config.json").is_file():
+                if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
                     return _transformers_pipeline(folder, spec)
                 if (folder / "open_clip_config.json").is_file():
                     import open_clip
@@ -166,31 +168,59 @@ def folder_pipeline(folders: list[Path], spec: ModelSpec) -> Pipeline:
     )
 
 
+def load_transformers(folder: Path, output: str | None = None) -> Any:
+    """The network of a folder of transformers: of its safetensors alone, and without code of the folder.
+
+    Args:
+        output: what is wanted of it; None: its embedding.
+
+    Raises:
+        ModelError: the folder lacks weights, which transformers would make up at random.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(folder, **_SAFELY)
+    named = getattr(transformers, next(iter(config.architectures or []), ""), transformers.AutoModel)
+    network, told = named.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **_SAFELY)
+    missing = sorted(told["missing_keys"])
+    if output not in (None, "pooler_output"):
+        missing = [name for name in missing if "pooler" not in name]
+    if missing:
+        raise ModelError(
+            f"{folder} has no weights for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} of "
+            f"{type(network).__name__}; if it is a pooler alone, take --output last_hidden_state --pooling cls"
+        )
+    return network.eval()
+
+
+def transformers_feature(network: Any, values: Any, name: str) -> Any:
+    """One output of a network for torch's float32[n, 3, h, w]; None if it has none of this name."""
+    if name == "image_embeds" and hasattr(network, "get_image_features"):
+        found = network.get_image_features(pixel_values=values)
+        return getattr(found, "pooler_output", found)
+    tower = getattr(network, "vision_model", network)
+    output = getattr(tower(pixel_values=values), name, None)
+    base = getattr(network, "base_model", network)
+    # A classifier's own output has only its classes.
+    return getattr(base(pixel_values=values), name, None) if output is None and base is not tower else output
+
+
 def _transformers_pipeline(folder: Path, spec: ModelSpec) -> Pipeline:
-    """The image processor with Pillow, if there is one, and the network."""
+    """The image processor of a folder, with Pillow if there is one, and its network."""
     import torch
     import transformers
 
-    safely = {"local_files_only": True, "trust_remote_code": False}
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **safely)
-    config = transformers.AutoConfig.from_pretrained(folder, **safely)
-    named = getattr(transformers, next(iter(config.architectures or []), ""), transformers.AutoModel)
-    network = named.from_pretrained(folder, use_safetensors=True, **safely).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_SAFELY)
+    network = load_transformers(folder, spec.output_name)
 
     def embed(values: Floats) -> Floats:
         with torch.inference_mode():
-            given = torch.from_numpy(values)
-            if spec.output_name == "image_embeds" and hasattr(network, "get_image_features"):
-                found = network.get_image_features(pixel_values=given)
-                output = getattr(found, "pooler_output", found)
-            else:
-                tower = getattr(network, "vision_model", network)
-                output = getattr(tower(pixel_values=given), spec.output_name, None)
-        feature = None if output is None else pool(output.numpy(), spec)
+            found = transformers_feature(network, torch.from_numpy(values), spec.output_name)
+        feature = None if found is None else pool(found.numpy(), spec)
         if feature is None:
-            raise ModelError(
-                f"{type(network).__name__} of transformers has no {spec.output_name} as the graph gives it"
-            )
+            kind = type(network).__name__
+            raise ModelError(f"{kind} of transformers has no {spec.output_name} as the graph gives it")
         return feature
 
     def prepare(image: Image.Image) -> Floats:

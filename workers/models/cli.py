@@ -148,7 +148,7 @@ def declare(
 @model_app.command("list", examples=["ruiji model list"])
 def list_models(models_dir: settings.ModelsDir = None) -> None:
     """List the models that were added."""
-    from workers.models.library import added_models
+    from workers.models.library import added_models, leftovers
 
     added = list(added_models(settings.models_dir(models_dir)))
     width = max((len(model.name) for model in added), default=0)
@@ -156,13 +156,15 @@ def list_models(models_dir: settings.ModelsDir = None) -> None:
         streams.tell(f"{model.name:<{width}}  {model.license or '-':<12}  {model.source}")
     if not added:
         streams.note("no model was added; see ruiji model add --help")
+    for folder, size in leftovers(settings.models_dir(models_dir)):
+        streams.note(f"{folder}: {size / 1e6:.0f} MB of a command that failed or was ended; delete it if none runs now")
 
 
 @model_app.command(
     examples=["ruiji model inspect MODEL.onnx", "ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png"]
 )
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file, or a name of ruiji model list.")],
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Also write what the model sees of this picture; needs --out."),
@@ -184,6 +186,7 @@ def inspect(
         raise UsageError("--picture and --out belong together: the picture to look at, and the .png file to write")
     if out is not None and out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: the name of a .png file is needed, which keeps every pixel as it is")
+    model = settings.model_file(model)
     check_targets({"--out": out}, [model, picture], pictures={"--out"})
     loaded = load_model(model)
     for name, value in describe_model(loaded):

@@ -1,7 +1,7 @@
 """What lies beside a model's weights and says how its pictures are prepared, as the keys of a `<model>.toml`.
 
-Four conventions are read. What they can say and ruiji cannot do is refused by its name, never approximated: a wrong
-value gives no error, only worse hits.
+The conventions of three libraries are read. What they can say and ruiji cannot do is refused by its name, never
+approximated: a wrong value gives no error, only worse hits.
 """
 
 import json
@@ -88,7 +88,7 @@ class _Keys:
     def only(self, key: str, allowed: Any, default: Any = ...) -> None:
         """Refuse all values of a key but one."""
         value = self.take(key, default)
-        if value != allowed:
+        if type(value) is not type(allowed) or value != allowed:
             raise self.refuse(f"{key} is {value!r}, and ruiji can only do {allowed!r}")
 
     def end(self, neutral: set[str]) -> None:
@@ -154,7 +154,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def _colors(keys: _Keys, mean: str, std: str) -> Iterator[tuple[str, Said]]:
     for name, key in (("mean", mean), ("std", std)):
         values = keys.take(key)
-        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
             raise keys.refuse(f"{key} is {values!r}, not a list of numbers")
         yield name, Said(values, f"{keys.path.name}: {key}")
 
@@ -164,6 +164,8 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
     keys = _Keys(path, values)
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
     family = kind.removesuffix("Fast").removesuffix("Pil")
+    if kind == "None":
+        raise keys.refuse("it does not say its image_processor_type, and so not what is done to pictures; add it")
     if "auto_map" in values:
         raise keys.refuse("it names code of its own (auto_map), which ruiji does not run")
     if family not in (*_SHORTER_SIDE, *_STRETCHING, *_CONVNEXT):
@@ -174,7 +176,7 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
     if not math.isclose(factor := keys.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise keys.refuse(f"rescale_factor is {factor}, and ruiji can only do 1/255")
     resample = keys.take("resample")
-    if resample not in _RESAMPLE:
+    if type(resample) is not int or resample not in _RESAMPLE:
         raise keys.refuse(f"resample is {resample!r}, none of Pillow's filters")
     said = {"resize": Said(_RESAMPLE[resample], f"{path.name}: resample {resample}")}
     size = keys.take("size")
@@ -222,6 +224,12 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
     # Configurations have these also if nothing uses them.
     keys.end({*_NEUTRAL, *(() if normalizes else ("image_mean", "image_std")), "crop_pct", "crop_size"})
     return said
+
+
+def _processor(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
+    """`processor_config.json`, into which transformers 5 writes the image processor of a model with two towers."""
+    inner = values.get("image_processor")
+    return _hugging_face(path, inner) if isinstance(inner, dict) else None
 
 
 def _timm(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
@@ -305,6 +313,7 @@ _READERS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Said] | None]] = 
     "preprocess_cfg.json": _open_clip,
     "open_clip_config.json": _open_clip,
     "preprocessor_config.json": _hugging_face,
+    "processor_config.json": _processor,
     "config.json": _timm,
 }
 #: The names of the files that are read.

@@ -11,6 +11,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from pipeline.errors import ModelError, RuijiError, UsageError
 from pipeline.onnx_graph import external_files, load_graph
 from workers.models.conventions import CONVENTIONS, find_convention
 from workers.models.source import Source, convention_folders, only_graph
-from workers.models.words import text_files
+from workers.models.transformers_export import has_weights_alone, is_weights, transformers_source
+from workers.models.words import CONFIGURATIONS, TOKENIZER, text_files
 
 PREFIX = "hf:"
 _GIVEN = re.compile(r"hf:(?P<repository>[^/@:\s]+/[^/@:\s]+)(?:@(?P<revision>[^:\s]+))?(?::(?P<file>.+))?")
@@ -61,13 +64,14 @@ class _Files:
 
 
 @contextmanager
-def hub_source(given: str, models: Path, network: bool = False) -> Iterator[Source]:
-    """Download what a model needs.
+def hub_source(given: str, models: Path, network: bool = False, output: str | None = None) -> Iterator[Source]:
+    """Download what a model needs; if it has no graph, export one.
 
     Args:
         given: `hf:ORG/REPO[@REVISION][:FILE]`.
         models: the library's folder; downloads are kept in it until the caller is through without an error.
         network: also the weights of the network itself, as safetensors.
+        output: of the network that is exported, see `transformers_source`.
 
     Raises:
         UsageError: huggingface_hub is missing, or there is no such repository, revision or file.
@@ -80,15 +84,51 @@ def hub_source(given: str, models: Path, network: bool = False) -> Iterator[Sour
         raise UsageError(f"{given!r} is not hf:ORG/REPO, hf:ORG/REPO@REVISION or hf:ORG/REPO:FILE")
     repository, file = asked["repository"], asked["file"]
     source = given.removesuffix(f":{file}") if file else given
-    with _named_errors(source, file):
+    name = repository.partition("/")[2]
+    with _named_errors(source, file), _kept(models, repository):
         files = _listed(repository, asked["revision"], models)
-        graph = file or only_graph(files.names, source, ":")
-        if graph not in files.names:
-            raise UsageError(f"{source} has no file {graph}")
-        path = _taken(files, graph, network)
-    facts = {"source": source, "graph": graph, "revision": files.commit}
-    yield Source(path, repository.partition("/")[2], f"{source}:{graph}", facts)
-    shutil.rmtree(files.folder, ignore_errors=True)
+        exports = file is None and has_weights_alone(files.names)
+        if exports:
+            _take_network(files)
+        else:
+            graph = file or only_graph(files.names, source, ":")
+            if graph not in files.names:
+                raise UsageError(f"{source} has no file {graph}")
+            path = _taken(files, graph, network)
+    facts = {"source": source, "revision": files.commit}
+    with _kept(models, repository):
+        if exports:
+            with transformers_source(files.folder, models, output) as made:
+                yield replace(made, name=name, shown=source, facts=made.facts | facts)
+        else:
+            yield Source(path, name, f"{source}:{graph}", facts | {"graph": graph})
+    for folder in _downloads(models, repository):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _downloads(models: Path, repository: str) -> list[Path]:
+    """The folders with what came of a repository, of any of its commits."""
+    return sorted(models.glob(f".download-{escape(repository.replace('/', '--'))}-{40 * '[0-9a-f]'}"))
+
+
+@contextmanager
+def _kept(models: Path, repository: str) -> Iterator[None]:
+    """Say where a download is kept if what comes of it is refused; configurations alone are not worth it."""
+    try:
+        yield
+    except (ModelError, UsageError) as error:
+        kept = []
+        for folder in _downloads(models, repository):
+            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            if sum(sizes) > _MAX_SMALL_BYTES:
+                kept.append(f"{sum(sizes) / 1e6:.0f} MB in {folder}")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            raise
+        raise type(error)(
+            f"{error}. What was downloaded is kept for another try: {', '.join(kept)}; delete it if you make none"
+        ) from None
 
 
 def _listed(repository: str, revision: str | None, models: Path) -> _Files:
@@ -126,6 +166,17 @@ def _taken(files: _Files, graph: str, network: bool) -> Path:
                 files.take(name)
     _take_words(files, graph)
     return path
+
+
+def _take_network(files: _Files) -> None:
+    """What transformers loads a network and its words of: no code, and no weights but safetensors."""
+    for name in (*CONVENTIONS, _CARD, *CONFIGURATIONS):
+        files.take_small(name)
+    # What cannot be followed is refused before gigabytes have come.
+    find_convention([files.folder])
+    for name in sorted(files.names):
+        if is_weights(name) or name == TOKENIZER:
+            files.take(name)
 
 
 def _take_words(files: _Files, graph: str) -> None:

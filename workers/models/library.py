@@ -22,12 +22,13 @@ from pipeline.model import Model, load_model
 from pipeline.onnx_graph import graph_tensors, load_graph
 from pipeline.spec import PIXELS, read_toml, resolve
 from pipeline.store import write_atomic
-from workers.encoder import Encoder
+from workers.encoder import Encoder, measured_length
 from workers.models import architectures
 from workers.models.check import Comparison, check_model, folder_pipeline
 from workers.models.conventions import CONVENTIONS, Said, find_convention, one_line, toml_section
 from workers.models.hub import PREFIX, hub_source
-from workers.models.source import Source, copy_graph, local_source
+from workers.models.source import Source, copy_graph, files_of, local_source
+from workers.models.transformers_export import has_weights_alone, transformers_source
 from workers.models.words import keep_words
 
 #: Outputs that are one vector per image, the one that its library calls an embedding first.
@@ -93,18 +94,23 @@ def add_model(
         raise UsageError("--check compares with timm's own preprocessing, and --contract article replaces it")
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _opened(str(given), models, article, check) as source:
+        with _opened(str(given), models, article, check, (output or {}).get("name")) as source:
             return _add(source, models, name or source.name, output or {}, check)
     except OSError as error:
         raise RuijiError(f"cannot write the model {given} to {models}: {error.strerror}") from error
 
 
-def _opened(given: str, models: Path, article: bool, check: bool) -> AbstractContextManager[Source]:
+def _opened(given: str, models: Path, article: bool, check: bool, output: str | None) -> AbstractContextManager[Source]:
     if article and not given.startswith("timm:"):
         raise UsageError(f"--contract article is for timm:NAME, not for {given}")
     if given.startswith(tuple(architectures.PREFIXES)):
         return architectures.exported_source(given, models, article)
-    return hub_source(given, models, check) if given.startswith(PREFIX) else nullcontext(local_source(Path(given)))
+    if given.startswith(PREFIX):
+        return hub_source(given, models, check, output)
+    folder = Path(given)
+    if given and folder.is_dir() and has_weights_alone(files_of(folder)):
+        return transformers_source(folder, models, output)
+    return nullcontext(local_source(folder))
 
 
 def _add(source: Source, models: Path, name: str, output: dict[str, Any], check: bool) -> Added:
@@ -112,6 +118,8 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any], check:
     declared = layout.toml_file(source.graph)
     said = None if declared.is_file() else find_convention(source.folders)
     if said is None and not declared.is_file():
+        # What is no model is not declared either.
+        load_graph(source.graph)
         raise ModelError(
             f"nothing in {' and '.join(map(str, source.folders))} says how pictures are prepared "
             f"({', '.join(CONVENTIONS)}); write it down with ruiji model declare {source.graph} --fit …, and add the "
@@ -207,6 +215,12 @@ def added_models(models: Path) -> Iterator[Added]:
                 yield _read(folder)
 
 
+def leftovers(models: Path) -> list[tuple[Path, int]]:
+    """Folders that commands left in the library, which failed, were ended or run now, and their bytes."""
+    folders = sorted(models.glob(".*-*/")) if models.is_dir() else []
+    return [(folder, sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())) for folder in folders]
+
+
 def prove(model: Model) -> None:
     """Encode pictures of noise: features are finite, differ between pictures, and are the same bits at a second time.
 
@@ -250,8 +264,34 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
         if best is None:
             raise ModelError(f"{source.shown} has several outputs ({', '.join(outputs)}); name one with --output")
         lines["name"] = Said(best, f"the graph's embedding among {', '.join(outputs)}")
-    layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
-    return load_model(path)
+    try:
+        said, lines = _filled_in(path, graph, said, lines)
+        layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
+        return load_model(path)
+    except ModelError as error:
+        origin = next(iter(said.values())).origin.partition(":")[0]
+        raise ModelError(
+            f"{error}. Its .toml was made of {origin}, --output and --pooling: change those, or write "
+            f"{layout.toml_file(found)} yourself, and add the model again"
+        ) from None
+
+
+def _filled_in(
+    path: Path, graph: Any, said: dict[str, Said], output: dict[str, Said]
+) -> tuple[dict[str, Said], dict[str, Said]]:
+    """The keys of `[input]` and `[output]` with what a graph of open dimensions leaves out, and its run shows."""
+    inputs, outputs = graph_tensors(graph)
+    if any(tensor.shape is not None and tensor.shape[1:] == (None, None, None) for tensor in inputs):
+        said = {**said, "layout": Said("NCHW", "the graph leaves it open; its library has channels first")}
+    target = next((tensor for tensor in outputs if tensor.name == output.get("name", Said(None, "")).value), outputs[0])
+    at = 2 if target.shape is not None and len(target.shape) == 3 else 1
+    if target.shape is not None and len(target.shape) > at and target.shape[at] is None:
+        values = {key: value.value for key, value in output.items()}
+        declared = {"input": {key: value.value for key, value in said.items()}, "output": {**values, "length": 1}}
+        spec, batch = resolve(inputs, outputs, declared, PIXELS[-1])
+        length = measured_length(path, spec, batch or 1)
+        output = {**output, "length": Said(length, "the graph leaves it open; it gave so many for a picture")}
+    return said, output
 
 
 def _toml(found: Path, said: dict[str, Said], output: dict[str, Said]) -> str:

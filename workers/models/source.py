@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, UsageError
 from pipeline.onnx_graph import external_files, load_graph
 
 if TYPE_CHECKING:
@@ -55,15 +55,30 @@ def local_source(given: Path) -> Source:
     Raises:
         ModelError: there is none, it has no graph, or several.
     """
+    if not given.parts:
+        raise UsageError("give the folder or the file of a model")
     if given.is_file():
         graph = given
     elif given.is_dir():
-        names = [path.relative_to(given).as_posix() for path in given.rglob("*" + layout.MODEL_ENDING)]
-        graph = given / only_graph(names, f"{given}", "/")
+        graph = given / only_graph(files_of(given), f"{given}", "/")
     else:
-        raise ModelError(f"there is no file or folder {given}")
+        raise ModelError(f"there is no file or folder {given}{_elsewhere(given)}")
     folder = given if given.is_dir() else convention_folders(graph)[-1]
     return Source(graph, folder.resolve().name, str(graph), {"source": str(given), "graph": str(graph)})
+
+
+def files_of(folder: Path) -> set[str]:
+    """The names of all files of a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _elsewhere(given: Path) -> str:
+    """What was perhaps meant: a repository, or its page."""
+    parts = given.parts[2:4] if given.parts[0] in ("https:", "http:") else given.parts
+    if len(parts) != 2 or parts[0] in ("/", ".", ".."):
+        return ""
+    known = parts[0] in ("timm", "open_clip")
+    return f"; did you mean {parts[0]}:{parts[1]}?" if known else f"; a repository is hf:{'/'.join(parts)}"
 
 
 def convention_folders(graph: Path) -> list[Path]:
@@ -107,7 +122,8 @@ def only_graph(names: Iterable[str], source: str, joint: str) -> str:
         return found[0]
     if not found:
         raise ModelError(
-            f"{source} has no {layout.MODEL_ENDING} file; timm:NAME and open_clip:NAME/PRETRAINED export one with torch"
+            f"{source} has no {layout.MODEL_ENDING} file, and not all that one is exported from: config.json, "
+            "preprocessor_config.json and .safetensors; timm:NAME and open_clip:NAME/PRETRAINED are exported too"
         )
     listed = ", ".join(found[:_LISTED]) + (" …" if len(found) > _LISTED else "")
     raise ModelError(f"{source} has several models ({listed}); give one: ruiji model add {source}{joint}{found[0]}")
