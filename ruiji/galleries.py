@@ -403,7 +403,7 @@ class Gallery:
         Raises:
             GalleryMismatch: the decisions file is damaged, or a newer ruiji wrote it.
             UsageError: the threshold is out of its bounds, a condition cannot be read or leaves nothing to compare, or
-                more than 20,000 objects are connected and not all pairs of them reach the threshold.
+                more objects are connected, and not each with each other, than can be put in order.
         """
         shards = self._shards
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))

@@ -6,6 +6,7 @@ its least similar one. What is connected and has all its pairs is one group in a
 counting, and only the rest is put in order. Single linkage joins two groups at the first pair.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,14 @@ from search.gallery.shards import Gallery
 from search.gallery.units import usable_rows
 from search.options import Linkage
 
-#: Connected objects that are put in order together: their table of pairs then takes 1.6 GB.
-LARGEST = 20_000
+#: Connected objects of which a table may have all pairs: it then takes 1.6 GB.
+_TABLE_OBJECTS = 20_000
+#: Pairs that may be counted one by one instead, beyond that: they then take some 2 GB.
+_LISTED_PAIRS = 10_000_000
+#: Bytes of a pair in a table, and of one that is counted by itself.
+_TABLE_BYTES, _LISTED_BYTES = 4, 200
+#: Connected objects that always have a table: it takes 64 MB.
+_FEW_OBJECTS = 4096
 #: Entries of all tables that are filled at once, unless one table alone has more: 64 MB.
 _ENTRIES = 1 << 24
 
@@ -83,7 +90,7 @@ def form_groups(gallery: Gallery, store: PairStore, rules: Rules, scratch: Path)
         scratch: a folder for what is put in order.
 
     Raises:
-        UsageError: more than `LARGEST` objects would have to be put in order together.
+        UsageError: too many objects would have to be put in order together.
     """
     first = np.where(usable_rows(gallery), store.first, -1)
     classes = _Units(first, rules.sides)
@@ -193,6 +200,17 @@ class _Units:
         joined = np.logical_or.reduceat(np.logical_or.reduceat(compared, starts, axis=0), starts, axis=1)
         np.fill_diagonal(joined, False)
         return joined.astype(np.int32)
+
+    def kinds(self, units: Rows) -> list[tuple[int, ...] | None]:
+        """The sides that some units stand on; None for a unit of several, which is compared with all others.
+
+        Only where there are no two sides: with more of them no unit that is put in order has several.
+        """
+        found: list[tuple[int, ...] | None] = []
+        for unit in units.tolist():
+            kinds = {tuple(int(side[row]) for side in self.sides) for row in self.rows_of(unit).tolist()}
+            found.append(kinds.pop() if len(kinds) == 1 else None)
+        return found
 
     def _compared(self, rows: Rows, others: Rows) -> Mask:
         compared = np.ones(np.broadcast_shapes(rows.shape, others.shape), bool)
@@ -397,24 +415,22 @@ def _put_in_order(pieces: _Pieces, atoms: _Units, label: Rows, chosen: Mask, rul
     connected = label[atoms.first_rows(units)]
     units = units[np.argsort(connected, kind="stable")]
     parts = np.split(units, np.flatnonzero(np.diff(np.sort(connected))) + 1)
-    largest = max(map(len, parts))
-    if largest > LARGEST:
-        raise UsageError(
-            f"{largest} objects are connected by pairs of which some are less similar than the threshold, and at most "
-            f"{LARGEST} can be put in order: raise --threshold, or use --linkage single"
-        )
+    listed = _are_listed(pieces, parts, len(label))
     known: dict[int, list[tuple[int, int]]] = {}
     for some, other in rules.different:
         if label[some] == label[other] >= 0:
             known.setdefault(int(label[some]), []).append((int(atoms.of[some]), int(atoms.of[other])))
-    for batch in _batches(parts):
+    for batch in _batches(parts, listed):
         number, place = np.full(len(label), -1), np.zeros(len(label), np.int64)
-        tables = []
+        tables: list[_Table | _Counts] = []
         for index, members in enumerate(batch):
             number[members], place[members] = index, np.arange(len(members))
             name = int(label[atoms.first_rows(members[:1])[0]])
             different = [(int(place[some]), int(place[other])) for some, other in known.get(name, ())]
-            tables.append(_Table(atoms.table(members), joined_at[members], different, rules.linkage))
+            if int(members[0]) in listed:
+                tables.append(_Counts(atoms.kinds(members), joined_at[members], different, rules.linkage))
+            else:
+                tables.append(_Table(atoms.table(members), joined_at[members], different, rules.linkage))
         for pairs in pieces:
             pairs = pairs.only(number[pairs.some] >= 0)
             columns = number[pairs.some], place[pairs.some], place[pairs.others], pairs.similarities
@@ -426,15 +442,45 @@ def _put_in_order(pieces: _Pieces, atoms: _Units, label: Rows, chosen: Mask, rul
     return clusters, joined_at
 
 
-def _batches(parts: Sequence[Rows]) -> Iterator[list[Rows]]:
+def _are_listed(pieces: _Pieces, parts: Sequence[Rows], rows: int) -> dict[int, int]:
+    """Of what is connected and large, by its first atom, how many pairs it has, where these take less than a table.
+
+    Raises:
+        UsageError: neither would fit into memory.
+    """
+    large = [members for members in parts if len(members) > _FEW_OBJECTS]
+    if not large:
+        return {}
+    number = np.full(rows, -1)
+    for index, members in enumerate(large):
+        number[members] = index
+    counts = np.zeros(len(large), np.int64)
+    for pairs in pieces:
+        counts += np.bincount(number[pairs.some] + 1, minlength=len(large) + 1)[1:]
+    listed = {}
+    for members, pairs_there in zip(large, counts.tolist(), strict=True):
+        fits = len(members) <= _TABLE_OBJECTS
+        if pairs_there > _LISTED_PAIRS and not fits:
+            raise UsageError(
+                f"{len(members)} objects are connected by {pairs_there} pairs, and not each with each other; at most "
+                f"{_LISTED_PAIRS} pairs can be put in order: raise --threshold, or use --linkage single"
+            )
+        if not fits or _LISTED_BYTES * pairs_there < _TABLE_BYTES * len(members) ** 2:
+            listed[int(members[0])] = pairs_there
+    return listed
+
+
+def _batches(parts: Sequence[Rows], listed: dict[int, int]) -> Iterator[list[Rows]]:
     batch: list[Rows] = []
     entries = 0
     for members in parts:
-        if batch and entries + len(members) ** 2 > _ENTRIES:
+        pairs = listed.get(int(members[0]))
+        needed = len(members) ** 2 if pairs is None else pairs * _LISTED_BYTES // _TABLE_BYTES
+        if batch and entries + needed > _ENTRIES:
             yield batch
             batch, entries = [], 0
         batch.append(members)
-        entries += len(members) ** 2
+        entries += needed
     yield batch
 
 
@@ -478,6 +524,83 @@ class _Table:
         left[a] += left[b]
         left[:, a] = left[a]
         self.joined_at[a] = similarity
+
+
+class _Counts:
+    """As `_Table`, for many atoms of which few pairs come: only what was seen is counted."""
+
+    def __init__(
+        self,
+        kinds: list[tuple[int, ...] | None],
+        joined_at: Float64,
+        different: list[tuple[int, int]],
+        linkage: Linkage,
+    ) -> None:
+        count = len(kinds)
+        self._complete = linkage is Linkage.complete
+        self.of = list(range(count))
+        self.joined_at = joined_at.tolist()
+        self._members = [[place] for place in range(count)]
+        #: For each cluster the others that pairs were seen with, and how many; and those it can never join.
+        self._seen: list[dict[int, int]] = [{} for _ in range(count)]
+        self._apart: list[set[int]] = [set() for _ in range(count)]
+        for some, other in different:
+            self._apart[some].add(other)
+            self._apart[other].add(some)
+        #: For each choice of sides and each cluster how many atoms stand where; of atoms that agree none are compared.
+        sides = next((len(kind) for kind in kinds if kind is not None), 0)
+        self._agreeing = [
+            (1 if several % 2 else -1, [Counter() if kind is None else Counter([_part(kind, some)]) for kind in kinds])
+            for several in range(1, sides + 1)
+            for some in combinations(range(sides), several)
+        ]
+
+    def see(self, some: int, other: int, similarity: float) -> None:
+        """Take the next pair."""
+        a, b = self.of[some], self.of[other]
+        if a == b:
+            return
+        if self._complete:
+            self._seen[a][b] = self._seen[b][a] = self._seen[a].get(b, 0) + 1
+            if self._seen[a][b] < self._expected(a, b):
+                return
+        if b in self._apart[a]:
+            return
+        if len(self._members[a]) < len(self._members[b]):
+            a, b = b, a
+        for member in self._members[b]:
+            self.of[member] = a
+        self._members[a] += self._members[b]
+        self._join(a, b)
+        self.joined_at[a] = similarity
+
+    def _expected(self, a: int, b: int) -> int:
+        """How many pairs there are to be seen between two clusters."""
+        pairs = len(self._members[a]) * len(self._members[b])
+        for sign, counts in self._agreeing:
+            fewer, more = sorted((counts[a], counts[b]), key=len)
+            pairs -= sign * sum(number * more[kind] for kind, number in fewer.items())
+        return pairs
+
+    def _join(self, a: int, b: int) -> None:
+        """What is known of b holds for a."""
+        self._seen[a].pop(b, None)
+        for other, count in self._seen[b].items():
+            if other != a:
+                del self._seen[other][b]
+                self._seen[a][other] = self._seen[other][a] = self._seen[a].get(other, 0) + count
+        for other in self._apart[b]:
+            self._apart[other].discard(b)
+            self._apart[other].add(a)
+        self._apart[a] |= self._apart[b]
+        self._seen[b], self._apart[b] = {}, set()
+        for _, counts in self._agreeing:
+            counts[a] += counts[b]
+            counts[b] = Counter()
+
+
+def _part(kind: tuple[int, ...], sides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(kind[side] for side in sides)
 
 
 def _sorted_out(pieces: Iterable[Pairs], atoms: _Units, clusters: Rows) -> tuple[Rows, Between]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
 from search.duplicates.groups import Group, find_groups
 from search.duplicates.linkage import Rules
 from search.gallery.shards import Gallery
@@ -105,14 +106,18 @@ def cases(draw: st.DrawFn) -> tuple[Gallery, float, Rules]:
     return gallery, draw(st.sampled_from([0.3, 0.7, 0.9, 0.99, 1.0])), Rules(linkage, different, sides)
 
 
+@pytest.mark.parametrize("counted", [False, True], ids=["tables", "counts"])
 @pytest.mark.parametrize("dense", [False, True], ids=["pairs", "masks"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(case=cases())
 def test_groups_and_what_lies_between_them_are_those_of_a_brute_force(
-    dense: bool, case: tuple[Gallery, float, Rules]
+    dense: bool, counted: bool, case: tuple[Gallery, float, Rules]
 ) -> None:
     gallery, threshold, rules = case
     with pytest.MonkeyPatch.context() as patch:
+        if counted:
+            patch.setattr("search.duplicates.linkage._FEW_OBJECTS", 0)
+            patch.setattr("search.duplicates.linkage._LISTED_BYTES", 0)
         patch.setattr("search.ranking.arithmetic._LISTED", 1 << 40 if dense else 0)
         patch.setattr("search.duplicates.pairs._FEW", 0)
         groups = list(find_groups(gallery, threshold, rules, panel_rows=7, tile_rows=4))
@@ -145,3 +150,19 @@ def test_groups_and_what_lies_between_them_are_those_of_a_brute_force(
         for other in group.see_also:
             assert other.group == numbers.get(other.row) != group.number
             assert other.similarity >= threshold
+
+
+def test_what_is_connected_may_be_larger_than_any_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain, whose table would have all pairs of its objects."""
+    monkeypatch.setattr("search.duplicates.linkage._FEW_OBJECTS", 100)
+    monkeypatch.setattr("search.duplicates.linkage._TABLE_OBJECTS", 500)
+    monkeypatch.setattr("search.duplicates.linkage._Table", None)
+    angles = np.arange(2000) * (np.pi / 2000)
+    gallery = in_memory(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    # Each reaches the next two, so groups have three at most.
+    groups = list(find_groups(gallery, float(np.cos(np.pi / 2000 * 2.5))))
+    assert all(len(group.members) <= 3 for group in groups)
+    assert sum(len(group.members) for group in groups) > 1300
+    monkeypatch.setattr("search.duplicates.linkage._LISTED_PAIRS", 3000)
+    with pytest.raises(UsageError, match="2000 objects are connected by 39"):
+        find_groups(gallery, float(np.cos(np.pi / 2000 * 2.5)))
