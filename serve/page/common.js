@@ -14,6 +14,9 @@ export function encodeId(id) {
   return parts.map((part, n) => (n % 2 ? "%" + (part.charCodeAt(0) - 0xdc00).toString(16) : encodeURIComponent(part))).join("");
 }
 
+// An error that a person is told; `again`: the same can succeed later.
+const trouble = (message, again) => Object.assign(new Error(message), { again });
+
 // The answer's JSON, null if it has no body; throws an Error whose message is for the person.
 export async function ask(path, options) {
   let answer;
@@ -21,11 +24,11 @@ export async function ask(path, options) {
     answer = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The service does not answer. Is it running?");
+    throw trouble("The service does not answer. Is it running?", true);
   }
   if (answer.status === 401) location.assign("/login");
   const body = answer.status === 204 ? null : await answer.json();
-  if (!answer.ok) throw new Error(body.error);
+  if (!answer.ok) throw trouble(body.error, answer.status === 429 || answer.status >= 500);
   return body;
 }
 

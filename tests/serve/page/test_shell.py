@@ -72,7 +72,7 @@ def test_the_choice_of_a_gallery_goes_along(ruiji: Ruiji, page: Page) -> None:
     write_served_gallery(other, 20)
     page.goto(start(ruiji).origin)
     page.select_option("#gallery", "other")
-    page.wait_for_url("**/?gallery=other")
+    expect(page).to_have_url(re.compile(r"/\?gallery=other$"))
     expect(page.locator("#said")).to_contain_text("20 objects")
     for link in page.locator("header nav a").all():
         assert (link.get_attribute("href") or "").endswith("?gallery=other")
@@ -87,7 +87,7 @@ def test_a_token_is_asked_for_and_forgotten(
     served = start(ruiji, "--web-token-file", str(file))
     page = new_page()
     page.goto(served.origin)
-    page.wait_for_url("**/login")
+    expect(page).to_have_url(re.compile("/login$"))
     check_accessible(page)
     page.fill("#token", "wrong-horse-battery")
     page.press("#token", "Enter")
@@ -97,9 +97,9 @@ def test_a_token_is_asked_for_and_forgotten(
     page.press("#token", "Enter")
     expect(page.locator("#said")).to_contain_text("40 objects")
     page.click("#logout")
-    page.wait_for_url("**/login")
+    expect(page).to_have_url(re.compile("/login$"))
     page.goto(served.origin)
-    page.wait_for_url("**/login")
+    expect(page).to_have_url(re.compile("/login$"))
 
 
 def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page) -> None:
