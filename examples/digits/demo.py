@@ -118,14 +118,15 @@ def demo(output: Path, serve: bool = False) -> None:
         raise DemoError(
             f"rank-1 {answers.rank_1:.3f} is below {LOWEST_RANK_1}: something between file and rank is broken"
         )
+    service = ["serve", *gallery, "--labels", "media/labels.csv"]
     print(f"\nAll good, {time.perf_counter() - started:.0f} s.", end=" ")
     if serve:
         print("Look through the gallery in a browser:", flush=True)
-        become_service(output, gallery)
+        become_service(output, service)
     print("With your own photos:")
     print("   ruiji run --media-dir PHOTOS --feature-dir FEATURES --model MODEL.onnx")
     print("Look through this gallery in a browser:  make demo SERVE=1,  or")
-    print(f"   cd {shown} && ruiji {shlex.join(['serve', *gallery])}")
+    print(f"   cd {shown} && ruiji {shlex.join(service)}")
 
 
 def prepare_folder(output: Path) -> None:
@@ -180,13 +181,13 @@ def ruiji(folder: Path, arguments: Sequence[str], shorten: int = 0) -> str:
     return done.stdout
 
 
-def become_service(folder: Path, gallery: Sequence[str]) -> NoReturn:
+def become_service(folder: Path, service: Sequence[str]) -> NoReturn:
     """Run `ruiji serve` in place of this process, so that Ctrl-C is the service's alone and lets it end in order.
 
     At any free port: somebody else may be at the usual one.
     """
     os.chdir(folder)
-    os.execve(sys.executable, [*_RUIJI, "serve", *gallery, "--port", "0"], _environment(folder))
+    os.execve(sys.executable, [*_RUIJI, *service, "--port", "0"], _environment(folder))
 
 
 def _environment(folder: Path) -> dict[str, str]:

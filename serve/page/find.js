@@ -215,9 +215,8 @@ function whyNone(now) {
 function drawQuery(now, name, object) {
   const facts = [];
   if (object?.path) facts.push(make("p", { className: "name" }, ...folders(now, object.path)));
-  for (const [column, value] of Object.entries(object?.annotations ?? {})) {
-    if (!["img_path", "img_name", "id"].includes(column) && value) facts.push(make("p", { className: "name" }, `${column}: ${value}`));
-  }
+  const known = Object.entries(object?.annotations ?? {}).filter(([column, value]) => value && !["img_path", "img_name", "id"].includes(column));
+  if (known.length) facts.push(make("p", { className: "name" }, known.map(([column, value]) => `${column}: ${value}`).join(" · ")));
   const shown = last.source
     ? make("img", { className: "tile", alt: name, src: last.source })
     : object && picture(where, name, now.id);
