@@ -25,10 +25,11 @@ class ObjectIds(StrEnum):
 
 
 class Role(StrEnum):
-    """What a worker, or one of its processes, does; a process does not do all."""
+    """What a worker, or one of its processes, does; all is embed and reduce, by processes of their own."""
 
     embed = "embed"
     reduce = "reduce"
+    compare = "compare"
     all = "all"
 
 

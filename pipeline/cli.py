@@ -28,7 +28,7 @@ app = Commands(
 )
 
 #: Commands that take up what an interruption left.
-_GO_ON = {"enqueue", "retry", "run"}
+_GO_ON = {"enqueue", "near-duplicates", "retry", "run"}
 
 
 def main() -> None:
@@ -399,6 +399,8 @@ def _print_status(now: "Status") -> None:
     streams.tell(f"{'shard':>7}  {'state':<8} {'objects':>9} {'done':>9} {'failed':>7}")
     for shard in now.shards:
         streams.tell(f"{shard.shard:>7}  {shard.state:<8} {shard.objects:>9} {shard.done:>9} {shard.failed:>7}")
+    if now.comparing:
+        streams.tell(f"near-duplicates: {now.comparing} panels left to compare")
     if now.starting:
         streams.tell("starting: no object list was accepted yet")
         return

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +10,7 @@ from pipeline.choices import Role
 from pipeline.streams import note
 
 if TYPE_CHECKING:
-    from pipeline.status import Status
+    from pipeline.status import Status, WorkerState
 
 #: Into a log file, often enough to see life, rarely enough to read.
 LINE_INTERVAL_S = 10.0
@@ -48,20 +48,20 @@ class Rate:
 
 
 class Attendance:
-    """Whether there are workers of both kinds."""
+    """Whether there are workers of all the roles that are needed."""
 
-    def __init__(self) -> None:
-        self._seen: dict[str, float] = dict.fromkeys((Role.embed, Role.reduce), time.monotonic())
+    def __init__(self, roles: Sequence[Role]) -> None:
+        self._seen: dict[str, float] = dict.fromkeys(roles, time.monotonic())
 
-    def missing(self, status: "Status") -> list[str]:
+    def missing(self, workers: "Iterable[WorkerState]") -> list[str]:
         """What to say of roles that nobody has had for a while."""
         now = time.monotonic()
-        for worker in status.workers:
-            self._seen[worker.role] = now
+        self._seen.update((worker.role, now) for worker in workers if worker.role in self._seen)
         gone = [role for role, seen in self._seen.items() if now - seen > _PATIENCE_S]
-        if len(gone) == len(self._seen):
+        if gone == [Role.embed, Role.reduce]:
             return ["no worker is running: start one with ruiji worker, or make up"]
-        return [f"no worker with the role {role} is running" for role in gone]
+        hint = f": start one with ruiji worker --role {Role.compare}"
+        return [f"no worker with the role {role} is running{hint if role == Role.compare else ''}" for role in gone]
 
 
 def describe(status: "Status", rate: Rate, attendance: Attendance) -> str:
@@ -69,8 +69,9 @@ def describe(status: "Status", rate: Rate, attendance: Attendance) -> str:
     remaining = status.running + status.pending
     words = f"{status.done:,} done, {status.failed:,} failed of {status.objects:,}"
     words += f"  {rate.per_s:,.1f}/s  ETA {rate.eta(remaining)}"
-    waiting = sorted({worker.state for worker in status.workers if worker.state.startswith("waiting")})
-    return "  ".join([words, *waiting, *attendance.missing(status)])
+    workers = [worker for worker in status.workers if worker.role != Role.compare]
+    waiting = sorted({worker.state for worker in workers if worker.state.startswith("waiting")})
+    return "  ".join([words, *waiting, *attendance.missing(workers)])
 
 
 class _Show(Protocol):
@@ -114,7 +115,7 @@ def _display(first_after_s: float) -> Iterator[_Show]:
 @contextmanager
 def show_progress() -> "Iterator[Callable[[Status], None]]":
     """Yields what is to be called with each new status."""
-    rate, attendance = Rate(), Attendance()
+    rate, attendance = Rate(), Attendance((Role.embed, Role.reduce))
     with _display(first_after_s=0) as show:
 
         def update(status: "Status") -> None:

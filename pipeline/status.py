@@ -19,6 +19,7 @@ from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.published import Published
 from pipeline.plans.stops import stopped
 from pipeline.queue.chords import Chords
+from pipeline.queue.comparisons import Comparisons
 from pipeline.queue.keys import worker_key
 from pipeline.store import as_type, read_record
 
@@ -44,7 +45,7 @@ class WorkerState:
     """What a live worker process says of itself.
 
     Attributes:
-        role: embed or reduce.
+        role: embed, reduce or compare.
         state: `idle`, `working`, or what it waits for.
         images, failed: what it has done since it started.
         images_per_s: of late.
@@ -72,6 +73,7 @@ class Status:
         stopped: why the latest plan was stopped before its end; None if it was not.
         workers: what live worker processes say of themselves.
         starting: whether no object list was accepted yet, so that nothing can be counted.
+        comparing: panels of near-duplicates that somebody waits for, and workers compare.
         altered: of a gallery with pixels = 1: images that came out otherwise than people see them; else None.
     """
 
@@ -87,6 +89,7 @@ class Status:
     workers: list[WorkerState] = field(default_factory=list)
     starting: bool = False
     altered: Altered | None = None
+    comparing: int = 0
 
     @property
     def finished(self) -> bool:
@@ -155,7 +158,8 @@ class StatusReader:
             plan=plan.plan_id if plan else None,
             stopped=stopped(self._folder) if plan is None else None,
             shards=sorted(shards, key=lambda shard: shard.shard),
-            workers=self._workers(),
+            workers=[] if self._client is None else live_workers(self._client, self._gallery_id),
+            comparing=0 if self._client is None else Comparisons(self._client, self._gallery_id).asked_for(),
             starting=generation.objects is None,
             altered=self._altered.read(published) if self._altered is not None else None,
         )
@@ -220,11 +224,11 @@ class StatusReader:
         state = "running" if done + failed else "pending"
         return ShardStatus(segment.shard, state, segment.lines, done, failed, segment.retry)
 
-    def _workers(self) -> list[WorkerState]:
-        if self._client is None:
-            return []
-        keys = sorted(self._client.scan_iter(worker_key(self._gallery_id, "*"), count=1000))
-        return [state for value in (self._client.mget(keys) if keys else []) if (state := _worker(value)) is not None]
+
+def live_workers(client: redis.Redis, gallery_id: str) -> list[WorkerState]:
+    """What the live worker processes of a gallery say of themselves."""
+    keys = sorted(client.scan_iter(worker_key(gallery_id, "*"), count=1000))
+    return [state for value in (client.mget(keys) if keys else []) if (state := _worker(value)) is not None]
 
 
 def _worker(value: str | bytes | None) -> WorkerState | None:

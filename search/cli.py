@@ -12,7 +12,17 @@ import typer
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_EMPTY, EXIT_INCOMPLETE, UsageError
-from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, OptionalMediaDir, model_option
+from pipeline.settings import (
+    MAX_PIXELS,
+    FeatureDir,
+    MaxPixels,
+    OptionalMediaDir,
+    RedisPasswordFile,
+    RedisUrl,
+    StateDir,
+    model_option,
+    resolve_redis_url,
+)
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
 from search.duplicates.cli import DecisionsFile, Threshold
@@ -175,6 +185,7 @@ _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --keep pixels,bytes",
     "ruiji near-duplicates --turned --sheet groups.jpg",
     "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
+    "ruiji near-duplicates --distributed",
 ]
 _MAP_EXAMPLES = ["ruiji map --feature-dir FEATURES", "ruiji map --feature-dir FEATURES --projection umap"]
 
@@ -307,6 +318,13 @@ def near_duplicates(
     decisions: DecisionsFile = None,
     decided: Annotated[bool, typer.Option("--decided", help="Show what is decided instead.")] = False,
     skipped: Annotated[bool, typer.Option("--skipped", help="Also show groups that were skipped.")] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option("--distributed", help="Have workers on any number of hosts compare: ruiji worker --role compare."),
+    ] = False,
+    redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
+    state_dir: StateDir = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Find all groups of near-identical objects.
@@ -314,8 +332,9 @@ def near_duplicates(
     Compares each pair once; the result is exact. In a group every pair is at or above the threshold. A pair that is in
     no group is shown as "see also" of the groups that it connects. The similarity of each member is that to the group's
     first, which comes first in the object list, or is the one that --keep chooses; identical_to names the first member
-    whose file has the very same bytes. What was compared is kept: a search that is interrupted goes on. What is decided
-    (ruiji duplicates decide) is left out.
+    whose file has the very same bytes. What was compared is kept: a search that is interrupted goes on. With
+    --distributed, workers compare (ruiji worker --role compare); the groups are the same. What is decided (ruiji
+    duplicates decide) is left out.
     """
     from pipeline.progress import show_steps
     from search.duplicates.keep import parse_rules
@@ -340,6 +359,7 @@ def near_duplicates(
         keep=() if keep is None else parse_rules(keep),
         turned=turned,
         max_pixels=max_pixels,
+        redis_url=resolve_redis_url(redis_url, redis_password_file, state_dir) if distributed else None,
     )
     _check_null(null, paths_wanted)
     found = find(request, note, show_steps)

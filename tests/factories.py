@@ -150,14 +150,18 @@ class Ruiji:
             timeout=240,
         )
 
-    def start(self, *arguments: str, errors: Path | None = None) -> "subprocess.Popen[str]":
-        """Start a command that stays; its output goes to the test's own, and its stderr to a file if one is given."""
-        with errors.open("w") if errors is not None else nullcontext() as stderr:
+    def start(self, *arguments: str, answer: Path | None = None, errors: Path | None = None) -> "subprocess.Popen[str]":
+        """Start a command that stays; its output goes to the test's own, or to files if they are given."""
+        with (
+            answer.open("w") if answer is not None else nullcontext() as stdout,
+            errors.open("w") if errors is not None else nullcontext() as stderr,
+        ):
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline", *arguments],
                 env=self._environment(),
                 cwd=self.media.parent,
                 text=True,
+                stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
             )

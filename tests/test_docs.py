@@ -21,7 +21,7 @@ HISTORY = {"CHANGELOG.md", "decisions.md", "performance-log.md", "evaluation-log
 CURRENT = [path for path in DOCUMENTS if path.name not in HISTORY]
 #: Options of other programs that the documents show.
 OTHERS = {
-    *("--build", "--wait", "--scale", "--rm", "--no-deps", "--require-hashes", "--dist", "--from"),
+    *("--build", "--wait", "--scale", "--profile", "--rm", "--no-deps", "--require-hashes", "--dist", "--from"),
     *("--queries", "--gallery", "--seed", "--quick", "--images", "--rows"),
 }
 #: A path of this repository, or a pattern of some.

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,21 @@ def test_the_python_api_loads_numpy_and_nothing_heavier() -> None:
     assert done.stdout.strip() == "['numpy']"
 
 
-def test_search_reaches_the_workers_in_one_place() -> None:
+def test_search_reaches_the_workers_in_two_places() -> None:
     assert {module for module in modules() if module.startswith("search") and uses(module, "workers")} == {
-        "search.queries"
+        "search.duplicates.comparer",
+        "search.queries",
     }
+
+
+def test_every_role_is_found_by_its_name() -> None:
+    from pipeline.choices import Role
+    from workers.process import ROLES
+    from workers.work import Work
+
+    assert set(ROLES) == set(Role) - {Role.all}
+    for module, name in ROLES.values():
+        assert issubclass(getattr(importlib.import_module(module), name), Work)
 
 
 def test_only_the_queue_knows_celery_and_kombu() -> None:

@@ -103,7 +103,7 @@ def test_all_builds_of_onnx_runtime_have_one_version() -> None:
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker command line")
-@pytest.mark.parametrize("profile", ["", "cli"])
+@pytest.mark.parametrize("profile", ["", "cli", "compare"])
 @pytest.mark.parametrize("hosts", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, hosts: bool, profile: str) -> None:
@@ -119,7 +119,8 @@ def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, host
         pytest.skip("this docker has no compose")
     assert answer.returncode == 0, answer.stderr
     services = json.loads(answer.stdout)["services"]
-    assert set(services) == {"redis", "worker", "reducer"} | ({"cli", "list"} if profile else set())
+    of_profile = {"": set(), "cli": {"cli", "list"}, "compare": {"comparer"}}
+    assert set(services) == {"redis", "worker", "reducer"} | of_profile[profile]
     assert {name for name, service in services.items() if "ports" in service} == ({"redis"} if hosts else set())
     assert ("deploy" in services["worker"]) == gpu
     for name, service in services.items():

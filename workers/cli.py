@@ -16,7 +16,12 @@ from workers.models import cli as models
 
 def register(app: Commands) -> None:
     """Add this package's commands to the root command."""
-    workers = ["ruiji worker --processes 4", "ruiji worker --role embed --device cuda", "ruiji worker --role reduce"]
+    workers = [
+        "ruiji worker --processes 4",
+        "ruiji worker --role embed --device cuda",
+        "ruiji worker --role reduce",
+        "ruiji worker --role compare",
+    ]
     app.command(panel=Panel.embed, examples=workers)(worker)
     app.command(panel=Panel.check, examples=["ruiji doctor"])(doctor)
     app.command("worker-process", hidden=True)(worker_process)
@@ -29,7 +34,13 @@ def worker(
     model: settings.ModelFile,
     redis_url: settings.RedisUrl = None,
     redis_password_file: settings.RedisPasswordFile = None,
-    role: Annotated[Role, typer.Option(help="Run processes that embed, processes that reduce, or both.")] = Role.all,
+    role: Annotated[
+        Role,
+        typer.Option(
+            help="Run processes that embed, processes that reduce, or both (all). compare: look for what ruiji "
+            "near-duplicates --distributed asks for; needs neither images nor the model's file."
+        ),
+    ] = Role.all,
     processes: settings.Processes = None,
     device: settings.WorkerDevice = Device.auto,
     batch_images: settings.BatchImages = None,
@@ -42,7 +53,7 @@ def worker(
     state_dir: settings.StateDir = None,
     log_format: settings.LogFormatOption = LogFormat.text,
 ) -> None:
-    """Embed images and reduce shards until stopped.
+    """Embed images and reduce shards until stopped, or compare features.
 
     Start any number, on any machine, at any time. Ctrl-C and SIGTERM let it finish what it has in hand.
     """
@@ -55,9 +66,10 @@ def worker(
     from workers.supervisor import Supervisor
 
     set_up(log_format)
-    if not media_dir.is_dir():
+    comparing = role is Role.compare
+    if not comparing and not media_dir.is_dir():
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
-    if not os.access(model, os.R_OK):
+    if not comparing and not os.access(model, os.R_OK):
         raise UsageError(f"no readable model at {model}; give an .onnx file with --model or RUIJI_MODEL")
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     # One that is away is waited for by each process; one that cannot be used is refused here, in one line.
@@ -81,11 +93,12 @@ def worker(
     cores = cores_per_slot(gpus, slots_per_device)
     with leased_gpus(url, gpus, slots_per_device, slots) as held:
         places = place_processes(role, held, cores, processes, slots_per_device, gpu_memory_mb)
-        embedding = sum(place.role is Role.embed for place in places)
+        # Those that compute; a reducer takes little.
+        computing = sum(place.role is not Role.reduce for place in places)
         told = replace(
             told,
             device=device if gpus else Device.cpu,
-            threads=threads or max(1, cores * max(1, len(held)) // max(1, embedding)),
+            threads=threads or max(1, cores * max(1, len(held)) // max(1, computing)),
             window_segments=window_segments or (settings.CUDA_WINDOW_SEGMENTS if held else settings.WINDOW_SEGMENTS),
         )
         raise typer.Exit(Supervisor(places, told).run())

@@ -25,8 +25,8 @@ class Place:
     """One process of a worker.
 
     Attributes:
-        role: embed or reduce.
-        gpu: where it embeds; None: on the CPU.
+        role: any but all.
+        gpu: where it computes; None: on the CPU.
     """
 
     role: Role
@@ -53,6 +53,9 @@ def place_processes(
         processes: as asked for, on the CPU or for each slot.
         gpu_memory_mb: limit of one process' arena on CUDA, if there is one.
     """
+    if role is Role.compare:
+        # One process has all cores for its products, and keeps the gallery's rows on its GPU.
+        return [Place(role, gpu) for gpu in gpus or (None,) for _ in range(processes or 1)]
     places = []
     if role is not Role.reduce and not gpus:
         places += [Place(Role.embed)] * (processes or cores)

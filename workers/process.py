@@ -1,6 +1,7 @@
-"""One worker process: a Celery worker for one role, with its heartbeat and, if it reduces, the watchdog."""
+"""One worker process: a Celery worker for one role, with its heartbeat."""
 
 import contextlib
+import importlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import redis
+from celery import Celery
 
 from pipeline.choices import Device, Role
 from pipeline.errors import DeviceFault
@@ -25,16 +27,23 @@ from pipeline.watchdog import Watchdog
 from pipeline.worker_settings import WorkerSettings
 from workers.devices import DEVICE_FAILED
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
-from workers.ledger import Ledger
 from workers.readiness import Readiness
 from workers.roles import Embedder, Reducer, check_versions
 from workers.suspects.in_hand import InHand
+from workers.work import Given, Work
 
 if TYPE_CHECKING:
     from pipeline.model import Model
     from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
+
+#: The module and class of each role. By name: comparing lies above the workers, and nobody pays for another role.
+ROLES = {
+    Role.embed: ("workers.process", "Embedding"),
+    Role.reduce: ("workers.process", "Reducing"),
+    Role.compare: ("search.duplicates.comparer", "Comparing"),
+}
 
 
 def wait_for_gallery(folder: Path, client: redis.Redis, ready: Readiness) -> GalleryInfo:
@@ -56,81 +65,41 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
     """Work until told to stop (SIGTERM: what is in hand is finished first); returns the exit status.
 
     Args:
-        role: embed or reduce.
+        role: any but all.
 
     Raises:
         GalleryMismatch: the gallery belongs to another model. PlanMismatch: its plan wants other libraries.
         UsageError: there is no such device, or this machine cannot run the model. ModelError: nor can any other.
     """
     client = connect(settings.redis_url)
-    folder, threads, window = settings.folder, settings.threads or 1, settings.window_segments or WINDOW_SEGMENTS
     ready = Readiness(settings.state_dir)
-    gallery = wait_for_gallery(folder, client, ready)
+    gallery = wait_for_gallery(settings.folder, client, ready)
     with broker_faults():
-        check_place(folder, gallery, client)
-    encoder, resizing, hand = None, "-", InHand(settings.in_hand if role is Role.embed else None)
-    if role is Role.embed:
-        # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
-        from workers.decode.resize import why_not
-        from workers.trial import proven_encoder
-
-        # The compiled one is proven here, against the installed Pillow.
-        reason = why_not()
-        resizing = "compiled" if reason is None else f"by Pillow: {reason}"
-
-        plan = open_plan(folder)
-        if plan is not None:
-            check_versions(plan)
-
-        def make(model: "Model") -> "Encoder":
-            # Part of the trial: a library that this processor cannot run ends the process.
-            from workers.encoder import Encoder
-
-            return Encoder(model, settings.device, threads, settings.batch_images, settings.gpu_memory_mb)
-
-        try:
-            encoder = proven_encoder(settings.model, folder, gallery, client, hand, make)
-        except DeviceFault as error:
-            logger.error("%s", error, extra={"event": "machine_fault"})
-            return DEVICE_FAILED
-    # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
-    batches = 3 if encoder is not None and encoder.device is Device.cuda else 1
+        check_place(settings.folder, gallery, client)
+    given = Given(settings, gallery, client)
+    module, name = ROLES[role]
+    try:
+        work: Work = getattr(importlib.import_module(module), name)(given)
+    except DeviceFault as error:
+        logger.error("%s", error, extra={"event": "machine_fault"})
+        return DEVICE_FAILED
     app = make_app(
         settings.redis_url,
         gallery.gallery_id,
         visibility_timeout_s=settings.visibility_timeout_s,
-        # Celery multiplies by the threads: two batches wait while `batches` are in hand.
-        prefetch=-(-(batches + 2) * encoder.batch_images // batches) if encoder else 1,
+        prefetch=work.prefetch,
         transport=settings.transport,
     )
-    ledger = Ledger()
     claims = Claims(client, gallery.gallery_id, settings.visibility_timeout_s)
-    report = Report(client, gallery.gallery_id, role, ledger, encoder.device if encoder else Device.cpu)
-    heartbeat = Heartbeat(report, claims, ready, GalleryWatch(folder, gallery.gallery_id))
-    watchdog = None
-    if encoder is not None:
-        decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode") if batches > 1 else None
-        register_batched(
-            app,
-            EMBED_TASK,
-            Embedder(folder, settings.media_dir, encoder, client, report.count, hand, ledger, decoders),
-            batch_images=encoder.batch_images,
-            on_rest=heartbeat.rest,
-            stopping=heartbeat.stopping,
-            busy=lambda: ledger.busy("queue"),
-        )
-        queue = embed_queue(gallery.gallery_id)
-    else:
-        register(app, REDUCE_TASK, Reducer(app, folder, client, window))
-        queue = reduce_queue(gallery.gallery_id)
-        watchdog = Watchdog(app, client, folder, window, settings.stall_timeout_s)
+    report = Report(client, gallery.gallery_id, role, given.ledger, work.device)
+    heartbeat = Heartbeat(report, claims, ready, GalleryWatch(settings.folder, gallery.gallery_id))
+    watchdog = work.register(app, heartbeat, report)
 
     def started() -> None:
         heartbeat.start()
         if watchdog is not None:
             watchdog.start()
-        extra = {"event": "worker_ready", "role": role, "device": encoder.device if encoder else "-"}
-        extra |= {"resize": resizing, "model": gallery.fingerprint[:12]}
+        extra = {"event": "worker_ready", "role": role, **work.facts, "model": gallery.fingerprint[:12]}
         logger.info("ready", extra=extra | library_versions())
 
     def stopping() -> None:
@@ -138,6 +107,78 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
         if watchdog is not None:
             watchdog.stop()
 
-    status = run_worker(app, role, queue, claims, batches=batches, on_ready=started, on_stopping=stopping)
+    status = run_worker(app, role, work.queue, claims, batches=work.batches, on_ready=started, on_stopping=stopping)
     heartbeat.leave()
     return status
+
+
+class Embedding(Work):
+    """The role that turns images into features."""
+
+    def __init__(self, given: Given) -> None:
+        """Make the model ready, and prove that it runs.
+
+        Raises:
+            PlanMismatch, UsageError, ModelError, DeviceFault: as `run_process` and `proven_encoder` say.
+        """
+        # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
+        from workers.decode.resize import why_not
+        from workers.trial import proven_encoder
+
+        # The compiled one is proven here, against the installed Pillow.
+        reason = why_not()
+        settings, folder = given.settings, given.settings.folder
+        plan = open_plan(folder)
+        if plan is not None:
+            check_versions(plan)
+        threads, hand = settings.threads or 1, InHand(settings.in_hand)
+
+        def make(model: "Model") -> "Encoder":
+            # Part of the trial: a library that this processor cannot run ends the process.
+            from workers.encoder import Encoder
+
+            return Encoder(model, settings.device, threads, settings.batch_images, settings.gpu_memory_mb)
+
+        encoder = proven_encoder(settings.model, folder, given.gallery, given.client, hand, make)
+        self._given, self._encoder, self._hand = given, encoder, hand
+        self.queue, self.device = embed_queue(given.gallery.gallery_id), encoder.device
+        # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
+        self.batches = 3 if encoder.device is Device.cuda else 1
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode") if self.batches > 1 else None
+        # Celery multiplies by the threads: two batches wait while `batches` are in hand.
+        self.prefetch = -(-(self.batches + 2) * encoder.batch_images // self.batches)
+        self.facts = {
+            "device": encoder.device,
+            "resize": "compiled" if reason is None else f"by Pillow: {reason}",
+        }
+
+    def register(self, app: Celery, heartbeat: Heartbeat, report: Report) -> None:
+        """As `Work` says."""
+        given, ledger = self._given, self._given.ledger
+        folder, media_dir = given.settings.folder, given.settings.media_dir
+        register_batched(
+            app,
+            EMBED_TASK,
+            Embedder(folder, media_dir, self._encoder, given.client, report.count, self._hand, ledger, self._decoders),
+            batch_images=self._encoder.batch_images,
+            on_rest=heartbeat.rest,
+            stopping=heartbeat.stopping,
+            busy=lambda: ledger.busy("queue"),
+        )
+
+
+class Reducing(Work):
+    """The role that makes shards of features, with the watchdog."""
+
+    def __init__(self, given: Given) -> None:
+        """Nothing takes time before the first task."""
+        self._given = given
+        self.queue = reduce_queue(given.gallery.gallery_id)
+        self.facts = {"device": "-", "resize": "-"}
+
+    def register(self, app: Celery, heartbeat: Heartbeat, report: Report) -> Watchdog:
+        """As `Work` says."""
+        given, folder = self._given, self._given.settings.folder
+        window = given.settings.window_segments or WINDOW_SEGMENTS
+        register(app, REDUCE_TASK, Reducer(app, folder, given.client, window))
+        return Watchdog(app, given.client, folder, window, given.settings.stall_timeout_s)

@@ -172,14 +172,19 @@ class Supervisor:
     def _start(self, place: Place, deaths: int = 0, failed_starts: int = 0) -> _Child:
         command = python_command("pipeline", "worker-process", "--role", place.role)
         in_hand = self._in_hand / secrets.token_hex(8)
+        told = replace(self._settings, in_hand=in_hand)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
         process = start_child(
             command,
-            env={**os.environ, **place.variables(), **replace(self._settings, in_hand=in_hand).environment()},
+            env={**os.environ, **self._threads(place), **place.variables(), **told.environment()},
             stdout=subprocess.DEVNULL,
         )
         return _Child(place, process, in_hand, deaths=deaths, failed_starts=failed_starts)
+
+    def _threads(self, place: Place) -> dict[str, str]:
+        """What numpy and torch multiply with; they ask when they are loaded. The encoder is told otherwise."""
+        return {"OMP_NUM_THREADS": str(self._settings.threads)} if place.role is Role.compare else {}
 
     def _tend(self, child: _Child) -> int:
         if child.due is not None:

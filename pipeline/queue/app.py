@@ -5,7 +5,7 @@ from kombu import Exchange, Queue
 
 from pipeline.choices import Transport
 from pipeline.queue.connection import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S
-from pipeline.queue.keys import embed_queue, reduce_queue, unacked_keys
+from pipeline.queue.keys import compare_queue, embed_queue, reduce_queue, unacked_keys
 
 
 def make_app(
@@ -23,7 +23,7 @@ def make_app(
         prefetch: messages that a thread of a worker holds at most, done ones not counted.
         transport: fast for a worker's own transport and backend, which serve batches; stock for Celery's.
     """
-    queues = (embed_queue(gallery_id), reduce_queue(gallery_id))
+    queues = (embed_queue(gallery_id), reduce_queue(gallery_id), compare_queue(gallery_id))
     fast = transport == Transport.fast
     backend = f"pipeline.queue.chord_parts:Backend+{redis_url}" if fast else redis_url
     app = Celery("ruiji", broker=redis_url, backend=backend, set_as_current=False)

@@ -22,6 +22,7 @@ from pipeline.queue.keys import (
     segment_of,
     unacked_keys,
 )
+from pipeline.queue.messages import sent_id
 from pipeline.store import as_type
 
 #: Longer than a segment may wait for its first member.
@@ -182,10 +183,5 @@ class Chords:
         return found - {-1}
 
     def _segment_in(self, message: str | bytes) -> int:
-        """The segment of one message, or of one in hand, which kombu keeps with its place; -1: none of this plan."""
-        try:
-            content: Any = json.loads(message)
-            content = content[0] if isinstance(content, list) else content
-            return segment_of(str(content["headers"]["id"]), self._plan_id)
-        except (ValueError, KeyError, IndexError, TypeError):
-            return -1  # Not ours; a worker will drop it.
+        """The segment of one message; -1: none of this plan. What is not ours a worker will drop."""
+        return segment_of(sent_id(message), self._plan_id)

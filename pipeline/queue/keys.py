@@ -2,6 +2,7 @@
 
 EMBED_TASK = "ruiji.embed"
 REDUCE_TASK = "ruiji.reduce"
+COMPARE_TASK = "ruiji.compare"
 #: Version of the messages; part of the queues' names, so that a worker of another age never sees them.
 PROTOCOL = 1
 #: Celery counts a group's members in `.j` and `.d`, holds its size in `.s`, claims its body in `.c`.
@@ -18,9 +19,14 @@ def reduce_queue(gallery_id: str) -> str:
     return f"reduce.{gallery_id}.p{PROTOCOL}"
 
 
+def compare_queue(gallery_id: str) -> str:
+    """The queue of one gallery's panels of near-duplicates."""
+    return f"compare.{gallery_id}.p{PROTOCOL}"
+
+
 def task_of(queue: str) -> str:
     """The one task that is in a queue."""
-    return {"embed": EMBED_TASK, "reduce": REDUCE_TASK}[queue.partition(".")[0]]
+    return {"embed": EMBED_TASK, "reduce": REDUCE_TASK, "compare": COMPARE_TASK}[queue.partition(".")[0]]
 
 
 def gallery_of(queue: str) -> str:
@@ -48,8 +54,18 @@ def failed_key(gallery_id: str, plan_id: str, segment: int) -> str:
     return f"{plan_key(gallery_id, plan_id)}:failed:{segment}"
 
 
+def compare_key(gallery_id: str, what: str) -> str:
+    """Of a gallery's panels those that are `asked` for, how often each was `begun`, or their last `faults`."""
+    return f"ruiji:{gallery_id}:compare:{what}"
+
+
+def comparing_key(gallery_id: str, panel: str) -> str:
+    """How far a worker is with a panel."""
+    return f"ruiji:{gallery_id}:comparing:{panel}"
+
+
 def lease_key(gallery_id: str, what: str) -> str:
-    """The lease on one piece of a gallery's work: `arm`, `close` or `reduce.<segment>`."""
+    """The lease on one piece of a gallery's work: `arm`, `close`, `reduce.<segment>` or `compare`."""
     return f"ruiji:{gallery_id}:lease:{what}"
 
 

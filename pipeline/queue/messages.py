@@ -6,6 +6,7 @@ what ruiji's own producers send; what differs is dropped, with one line. Both ch
 """
 
 import binascii
+import json
 import logging
 import re
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from celery.app.task import Context
 
 from pipeline.plans.generations import is_plan_id
-from pipeline.queue.keys import EMBED_TASK, REDUCE_TASK, reduce_queue, task_id
+from pipeline.queue.keys import COMPARE_TASK, EMBED_TASK, REDUCE_TASK, reduce_queue, task_id
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _TIMES = ("eta", "expires")
 #: Of the headers that Celery writes these carry something; the others are empty in ruiji's messages.
 _KNOWN = {"lang", "task", "id", "root_id", "parent_id", "group", "group_index", "retries", "origin", "ignore_result"}
 _KNOWN |= {"argsrepr", "kwargsrepr", "redelivered"}
+#: The types of each task's arguments.
+_ARGUMENTS = {EMBED_TASK: (str, int, str), REDUCE_TASK: (str, int), COMPARE_TASK: (int, int, int, str, float)}
 #: What Celery would take from a header of that name.
 _CELERYS = frozenset(name for name in dir(Context) if not name.startswith("__"))
 
@@ -86,15 +89,20 @@ def _body_fault(headers: dict[str, Any], payload: Any, task: str, gallery_id: st
     # Celery lets the third part replace any part of the request.
     if kwargs != {} or not isinstance(embed, dict) or embed.keys() - {"callbacks", "errbacks", "chain", "chord"}:
         return "its body is not a task's"
-    kinds = (str, int, str) if task == EMBED_TASK else (str, int)
-    if not isinstance(args, list) or tuple(map(type, args)) != kinds or not is_plan_id(args[0]):
+    if not isinstance(args, list) or tuple(map(type, args)) != _ARGUMENTS[task]:
+        return "its arguments are wrong"
+    if task != COMPARE_TASK and not is_plan_id(args[0]):
         return "its arguments are wrong"
     group, chord = headers.get("group"), embed.get("chord")
     if embed.get("callbacks") or embed.get("errbacks") or embed.get("chain"):
         return "it asks for what ruiji does not do"
     if group is None:
         return None if chord is None else "it belongs to a chord but to no group"
-    if not group.startswith(f"{args[0]}.{args[1]}.") or chord != chord_body(group, args[0], args[1], gallery_id):
+    if (
+        task == COMPARE_TASK
+        or not group.startswith(f"{args[0]}.{args[1]}.")
+        or chord != chord_body(group, args[0], args[1], gallery_id)
+    ):
         return "its chord is not its segment's"
     return None if _is_count(headers.get("group_index")) else "its place in the group is not a number"
 
@@ -109,6 +117,17 @@ def chord_body(group: str, plan_id: str, index: int, gallery_id: str) -> dict[st
         "subtask_type": None,
         "immutable": True,
     }
+
+
+def sent_id(message: str | bytes) -> str:
+    """The id of the task in a message as Redis holds it, queued or in hand; empty if it is no message."""
+    try:
+        content: Any = json.loads(message)
+        # In hand it stands with its place.
+        content = content[0] if isinstance(content, list) else content
+        return str(content["headers"]["id"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return ""
 
 
 def report_dropped(queue: str, fault: str) -> None:

@@ -307,6 +307,15 @@ def _sized(precision: Precision, resident: bool, free_bytes: int, length: int, w
     return Way(True, Device.cuda, precision, resident, *at_once, why, products_at_once=sizes.products_at_once)
 
 
+def check_cuda() -> None:
+    """Find out whether torch can compare on CUDA here.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    choose_way(Question(1, 1, 1, purpose=Purpose.pairs), look_at_machine(Device.cuda))
+
+
 def look_at_machine(device: Device) -> Machine:
     """What this machine has; imports torch only where CUDA is asked for.
 

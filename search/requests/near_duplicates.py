@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from pipeline.gallery import read_gallery
 from pipeline.settings import MAX_PIXELS
 from search.duplicates.cleanup import decided_groups, open_groups, with_choices
 from search.duplicates.decided import Decided, decided_in
@@ -53,6 +54,7 @@ class NearDuplicatesRequest:
         keep: rules that choose which file of a group is kept; none: none is chosen.
         turned: also look for copies that were rotated by quarters or mirrored.
         max_pixels: pictures with more are not decoded.
+        redis_url: of the Redis whose workers compare, with its password; None: this process compares.
 
     Raises:
         UsageError: the threshold is 0, or the request contradicts itself.
@@ -73,6 +75,7 @@ class NearDuplicatesRequest:
     keep: tuple[Rule, ...] = ()
     turned: bool = False
     max_pixels: int = MAX_PIXELS
+    redis_url: str | None = None
 
     def __post_init__(self) -> None:
         if self.decided and (self.against or self.not_within_folder):
@@ -91,6 +94,8 @@ class NearDuplicatesRequest:
         if self.decided and (self.keep or self.skipped):
             option = "--keep" if self.keep else "--skipped"
             raise UsageError(f"--decided shows what is decided, {option} is about the rest: give one of them")
+        if self.decided and self.redis_url is not None:
+            raise UsageError("--decided shows what is decided, and compares nothing: leave out --distributed")
         if self.threshold == 0:
             raise UsageError("--threshold must be above 0")
 
@@ -171,6 +176,8 @@ def _open(
     arithmetic = planner.arithmetic(way)
     with progress("pairs") as step, progress("pictures") if request.turned else nullcontext() as looked_at:
         turned = None if looked_at is None else _turned(request, gallery, say, looked_at)
+        if request.redis_url is not None:
+            _distribute(request, request.redis_url, gallery, say, step)
         groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped, turned)
     if not request.keep or request.media_dir is None:
         return compared.reference_first(groups)
@@ -195,6 +202,22 @@ def _turned(
     embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=request.max_pixels)
     upright = model.spec.exif_orientation
     return TurnedCopies(gallery, request.media_dir, embed, upright, request.max_pixels, say, progress)
+
+
+def _distribute(
+    request: NearDuplicatesRequest, redis_url: str, gallery: Gallery, say: Say, step: Callable[[int, int], None]
+) -> None:
+    """Have workers compare what was not compared yet."""
+    # It loads Celery, for which a search on one machine has no use.
+    from search.duplicates.distributed import Workers, compare_with
+
+    folder = request.selection.folder
+    info = read_gallery(folder)
+    if info is None:
+        raise UsageError(
+            f"--distributed: {folder} has no gallery.json, by which workers know it; leave it out to compare here"
+        )
+    compare_with(Workers(redis_url, folder, info), gallery, request.threshold, say, step)
 
 
 def _has_path_below(gallery: Gallery, prefix: str) -> bool:

@@ -42,6 +42,16 @@ def test_what_is_asked_for_counts_for_each_slot() -> None:
     assert place_processes(Role.reduce, [], 16, 3, 1, None) == [Place(Role.reduce)]
 
 
+def test_comparing_takes_one_process_for_all_cores_or_for_each_slot() -> None:
+    one, other = gpu(), Gpu("GPU-b", "NVIDIA H200", (9, 0), 143_000)
+    assert place_processes(Role.compare, [], 16, None, 1, None) == [Place(Role.compare)]
+    assert place_processes(Role.compare, [], 16, 3, 1, None) == [Place(Role.compare)] * 3
+    assert place_processes(Role.compare, [one, other], 16, None, 1, None) == [
+        Place(Role.compare, one),
+        Place(Role.compare, other),
+    ]
+
+
 def test_the_slots_of_a_machine_share_its_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     assert cores_per_slot([], 2) == cores

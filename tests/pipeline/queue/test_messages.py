@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
-from pipeline.queue.keys import embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
+from pipeline.queue.keys import compare_queue, embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
 from pipeline.queue.messages import envelope_fault, task_fault
 from tests.factories import Ruiji, pictures, wait_until
 
@@ -122,9 +122,16 @@ def real_message(queue: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("queue", [embed_queue("g"), reduce_queue("g")])
+ARGUMENTS: dict[str, list[Any]] = {
+    embed_queue("g"): ["0123456789abcdef", 0, "a.png"],
+    reduce_queue("g"): ["0123456789abcdef", 0],
+    compare_queue("g"): [8192, 0, 9000, "0123456789abcdef", 0.95],
+}
+
+
+@pytest.mark.parametrize("queue", list(ARGUMENTS))
 def test_what_is_wrong_is_found_before_kombu_and_celery_see_it(queue: str) -> None:
-    good, args = real_message(queue), ["0123456789abcdef", 0, *(["a.png"] if queue.startswith("embed") else [])]
+    good, args = real_message(queue), ARGUMENTS[queue]
     task, payload = task_of(queue), [args, {}, {}]
 
     def both(change: Callable[[dict[str, Any], list[Any]], Any]) -> str | None:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pipeline import layout
 from pipeline.cache import look_through
 from search.duplicates.groups import Group, find_groups
-from search.duplicates.pairs import find_pairs
-from search.duplicates.panels import collect
-from search.duplicates.store import joined
+from search.duplicates.pairs import find_pairs, first_equals
+from search.duplicates.panels import Comparison, collect, panels_of, whole
+from search.duplicates.store import PairFolder, joined
 from search.gallery.opening import open_gallery
 from search.ranking.arithmetic import Tiles
 from search.ranking.numpy_arithmetic import NumpyArithmetic
@@ -273,3 +273,32 @@ def test_a_search_that_is_killed_goes_on_and_ends_with_the_same_bytes(folder: Pa
     assert kills > 1
     assert kept(folder) == files
     assert json.dumps([str(group) for group in groups_of(folder)]) == json.dumps([str(group) for group in whole])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_panels_compared_anywhere_in_any_order_give_the_groups_of_one_machine(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cuts = rng.integers(1, 40, int(rng.integers(1, 8))).tolist()
+    values = rows(3 * -(-sum(cuts) // 3), seed)
+    values[rng.integers(0, len(values), 3)] = 0
+    for number, end in enumerate(np.cumsum(cuts).tolist()):
+        ids = [f"{number}-{row}" for row in range(cuts[number])]
+        write_article_shard(tmp_path / "g", number, values[end - cuts[number] : end], ids)
+    panel_rows, threshold = int(rng.integers(5, 60)), float(rng.choice([0.5, 0.9, 0.99]))
+    alone = list(find_groups(open_gallery(tmp_path / "g"), threshold, panel_rows=panel_rows))
+    files = kept(tmp_path / "g")
+    for name in files:
+        (tmp_path / "g" / "cache" / name).unlink()
+    # Each worker has opened the gallery by itself.
+    workers = [whole(open_gallery(tmp_path / "g")) for _ in range(2)]
+    panels = list(panels_of(workers[0], panel_rows))
+    made = [
+        Comparison(one, panels, first_equals(one, 16), NumpyArithmetic(), tile_rows)
+        for one, tile_rows in zip(workers, (2048, int(rng.integers(4, 64))), strict=True)
+    ]
+    for number in rng.permutation(len(panels)).tolist():
+        worker = int(rng.integers(2))
+        made[worker].compare(panels[number], threshold, PairFolder(workers[worker]), lambda pairs: None)
+    assert kept(tmp_path / "g").keys() == files.keys()
+    one = open_gallery(tmp_path / "g")
+    assert [str(group) for group in find_groups(one, threshold, panel_rows=panel_rows)] == list(map(str, alone))
