@@ -118,7 +118,7 @@ function draw() {
   const facts = [["done", "Done", number(status.done)], ["failed", "Failed", number(status.failed)]];
   if (status.plan !== null) facts.push(["running", "In hand", number(status.running)]);
   facts.push(["", "Pending", number(status.pending)], ["", "Objects", number(status.objects)]);
-  if (speed > 0) facts.push(["", "Images per second", speed < 10 ? speed.toFixed(1) : number(Math.round(speed))]);
+  if (speed > 0) facts.push(["", "Per second", speed < 10 ? speed.toFixed(1) : number(Math.round(speed))]);
   if (speed > 0 && left) facts.push(["", "Time left", `about ${duration(left / speed)}`]);
   if (status.stale) facts.push(["", "Not on the list any more", number(status.stale)]);
   figures.replaceChildren(
@@ -179,6 +179,8 @@ async function showFailures() {
   element("before").disabled = first === 0;
   element("after").disabled = found.next === null;
   if (!found.total) element("retry").hidden = true;
+  // The list is read less often than the count.
+  if (run !== null && found.total !== run.status.failed) setTimeout(() => mine === asking && showFailures(), AGAIN_MS);
 }
 
 function turn(by) {
