@@ -8,8 +8,8 @@ ARG ACCEL=cpu
 ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/ruiji
 # What changes rarely comes first: the lock, then the code.
-COPY requirements/${ACCEL}.lock requirements/torch.txt /build/requirements/
-RUN pip install --require-hashes -r /build/requirements/${ACCEL}.lock \
+COPY requirements/${ACCEL}.lock requirements/serve.lock requirements/torch.txt /build/requirements/
+RUN pip install --require-hashes -r /build/requirements/${ACCEL}.lock -r /build/requirements/serve.lock \
     && if [ "${ACCEL}" = gpu ]; then pip install -r /build/requirements/torch.txt; fi
 COPY . /build
 # The final image needs no build tools and no tests. Compiled Python files stay: with them it starts in half the time.

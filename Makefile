@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
-# Extras that `make setup` installs and images do without.
+# Extras that `make setup` installs too; an image has the service alone.
 BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
@@ -18,7 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos contract bench bench-search check-models audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos contract bench bench-search bench-serve check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -31,8 +31,8 @@ help: ## Explain the targets
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-# One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock alone;
-# here the embedded Redis and the service come along.
+# One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock, and
+# the service; here the embedded Redis comes along.
 .venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c $(BESIDE) .venv/made
 .venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
 .venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
@@ -125,6 +125,9 @@ test-compose: .venv/dev ## The tests that start containers, one after the other
 bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
 	.venv/bin/python -m benchmarks.search $(PART)
 
+bench-serve: .venv/bench ## Measure the service, about ten minutes (PART=one|many|pictures|memory; needs wrk)
+	.venv/bin/python -m benchmarks.serve $(PART)
+
 build/models/made: requirements/models.txt pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo $(PYTHON_MESSAGE) >&2; exit 1; }
 	@$(PYTHON) -m venv build/models
@@ -161,7 +164,7 @@ worker: $(RUIJI) ## A worker on this machine, until Ctrl-C
 	$(RUIJI) worker $(ARGS)
 
 # Each of these says whether it uses docker compose or this machine alone.
-up: ## Start Redis, reducers, WORKERS=2 workers (GPU=1: one a GPU): with docker compose if an engine answers, else here
+up: ## Start Redis, reducers, WORKERS=2 workers (GPU=1: one a GPU; SERVE=1: and the page): in containers if docker answers, else here
 	@deploy/stack.sh up $${WORKERS:+"$$WORKERS"}
 
 join: ## Start WORKERS=2 workers for the Redis of another host (REDIS_HOST=..., GPU=1)

@@ -40,8 +40,8 @@ engine_answers() {
 read_settings() {
 	found=$({
 		printf 'name: not-set\nservices:\n'
-		for name in COMPOSE_FILE COMPOSE_PROJECT_NAME CONTAINER_USER MODEL_DIR REDIS_HOST REDIS_PORT RUIJI_FEATURE_DIR \
-			RUIJI_MEDIA_DIR RUIJI_MODEL; do
+		for name in COMPOSE_FILE COMPOSE_PROFILES COMPOSE_PROJECT_NAME CONTAINER_USER MODEL_DIR REDIS_HOST REDIS_PORT \
+			RUIJI_FEATURE_DIR RUIJI_MEDIA_DIR RUIJI_MODEL RUIJI_WEB_PORT; do
 			echo "  $name: {image: '$name=\${$name-}'}"
 		done
 	} | docker compose -f - config --images) || exit 2
@@ -91,10 +91,10 @@ only_ours() {
 	done
 }
 
-password() {
-	[ -e secrets/redis_password ] && return
+secret() {
+	[ ! -e "secrets/$1" ] || return 0
 	mkdir -p secrets
-	(umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > secrets/redis_password)
+	(umask 077 && head -c 24 /dev/urandom | base64 | tr -d '+/=\n' > "secrets/$1")
 }
 
 # It talks on stderr even where all is well.
@@ -167,6 +167,18 @@ compose_files() {
 	echo "$files"
 }
 
+# What is up once serves on, until `down`.
+profiles() {
+	profiles=$(setting COMPOSE_PROFILES)
+	before=$(sed -n "s/.*COMPOSE_PROFILES='\(.*\)'$/\1/p" $note 2>/dev/null || true)
+	[ -n "$profiles" ] || profiles=$before
+	if [ "$1" != join ] && [ "${SERVE:-0}" = 1 ]; then
+		case ,$profiles, in *,serve,*) ;; *) profiles=${profiles:+$profiles,}serve ;; esac
+	fi
+	echo "$profiles"
+}
+serves() { case ,${COMPOSE_PROFILES:-}, in *,serve,*) ;; *) return 1 ;; esac; }
+
 # A line for the note: what the shell has by then still wins.
 remember() {
 	eval "value=\${$1:-}"
@@ -191,16 +203,19 @@ compose_up() {
 	export COMPOSE_FILE CONTAINER_USER COMPOSE_PROJECT_NAME
 	only_ours
 	[ -z "$(setting REDIS_HOST)" ] || several_hosts "$1"
-	[ "$1" = join ] || password
+	[ "$1" = join ] || secret redis_password
+	COMPOSE_PROFILES=$(profiles "$1")
+	export COMPOSE_PROFILES
+	! serves || secret web_token
 	# All that containers read; what was copied here by root is root's.
-	for file in redis_password redis_ca redis_certificate redis_key; do
+	for file in redis_password redis_ca redis_certificate redis_key web_token; do
 		[ ! -e secrets/$file ] || own secrets/$file
 	done
 	mkdir -p .up
 	{
 		echo mode="$1"
 		# Settings of this command line hold for later commands too.
-		for name in $({ grep -ohE '\$\{[A-Z_]+|^ +RUIJI_[A-Z_]+: *$' docker-compose*.yml; echo COMPOSE_FILE; } |
+		for name in $({ grep -ohE '\$\{[A-Z_]+|^ +RUIJI_[A-Z_]+: *$' docker-compose*.yml; echo COMPOSE_FILE; echo COMPOSE_PROFILES; } |
 			tr -d '${ :' | sort -u); do
 			remember "$name"
 		done
@@ -304,6 +319,21 @@ here_up() {
 	here_scale "$1"
 }
 
+# The service; it may begin before there is a gallery.
+here_serve() {
+	if ! alive serve; then
+		features=$(ruiji_setting RUIJI_FEATURE_DIR)
+		[ -z "$features" ] || mkdir -p "$features"
+		: > .up/serve.log
+		background serve .venv/bin/ruiji serve
+		until grep -q ' answers; ' .up/serve.log; do
+			kill -0 "$(cat .up/serve.pid)" 2>/dev/null || { cat .up/serve.log >&2; rm .up/serve.pid; exit 1; }
+			sleep 0.2
+		done
+	fi
+	say "the page: $(sed -n 's/ answers; .*//p' .up/serve.log)"
+}
+
 # Whether a worker has started any that embed or reduce; it looks for GPUs in one before.
 processes() {
 	for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do
@@ -351,10 +381,15 @@ up)
 		here
 		[ "${GPU:-0}" = 1 ] || set -- "${1:-2}"
 		here_up "${1:-}"
+		[ "${SERVE:-0}" != 1 ] || here_serve
 	else
 		compose_up compose
 		count=${1:-$(default_workers)}
 		compose_start --scale worker="$count"
+		if serves; then
+			port=$(setting RUIJI_WEB_PORT)
+			say "the page: http://127.0.0.1:${port:-8000}; its token is in secrets/web_token"
+		fi
 	fi ;;
 join)
 	engine_answers || refuse "make join needs a Docker engine; without one: ruiji worker (docs/deployment.md)"
@@ -377,16 +412,16 @@ logs)
 	esac ;;
 down)
 	case $mode in
-	here) say "on this machine"; end worker-before; end worker; end redis ;;
+	here) say "on this machine"; end serve; end worker-before; end worker; end redis ;;
 	'') say "nothing is up here" ;;
-	*) say "with docker compose"; docker compose down ;;
+	*) say "with docker compose"; docker compose --profile serve down ;;
 	esac
 	rm -rf .up ;;
 certificates)
 	found=
 	! docker compose version >/dev/null 2>&1 || read_settings
 	CONTAINER_USER=$(container_user)
-	password
+	secret redis_password
 	own secrets/redis_password
 	certificates "$1"
 	say "secrets/: redis_password and redis_ca go to every other host; redis_key stays here, ca_key can be put away" ;;

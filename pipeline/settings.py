@@ -110,6 +110,12 @@ RedisPasswordFile = Annotated[
         help="File with the password, for a --redis-url without one.",
     ),
 ]
+WebPort = Annotated[
+    int,
+    typer.Option(
+        "--port", envvar="RUIJI_WEB_PORT", min=0, max=65535, metavar="N", help="Where it listens; 0: any that is free."
+    ),
+]
 WebTokenFile = Annotated[
     Path | None,
     typer.Option(

@@ -39,7 +39,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; all but loopback needs a token.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")] = 8000,
+    port: settings.WebPort = 8000,
     web_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name by which the service is reached. Repeatable."),

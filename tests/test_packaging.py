@@ -19,7 +19,7 @@ from workers import cli as workers_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Commands that no container runs, or that get what they need from `ruiji worker`.
-NOT_IN_COMPOSE = {"redis", "run", "serve", "worker-process"}
+NOT_IN_COMPOSE = {"redis", "run", "worker-process"}
 #: What only a process that embeds needs: compose's reducers and commands get no device.
 EMBEDDING = {
     *("RUIJI_DEVICE", "RUIJI_PROCESSES", "RUIJI_THREADS", "RUIJI_BATCH_IMAGES", "RUIJI_GPU_MEMORY_MB"),
@@ -44,14 +44,14 @@ def test_compose_passes_on_every_variable_of_the_commands_that_run_in_it() -> No
     assert {"enqueue", "search", "worker"} <= set(read)
 
     common, _, services = (ROOT / "docker-compose.yml").read_text().partition("\nservices:\n")
-    worker = re.split(r"^  (?=\w)", services, flags=re.MULTILINE)[2]
-    assert worker.startswith("worker:")
-    everywhere, to_workers = (
+    parts = {part.partition(":")[0]: part for part in re.split(r"^  (?=\w)", services, flags=re.MULTILINE)}
+    everywhere, to_workers, to_serve = (
         set(re.findall(r"^ +(RUIJI_\w+):", text, re.MULTILINE))
-        for text in (common, worker + (ROOT / "docker-compose.gpu.yml").read_text())
+        for text in (common, parts["worker"] + (ROOT / "docker-compose.gpu.yml").read_text(), parts["serve"])
     )
     for name in read.keys() - NOT_IN_COMPOSE:
-        assert read[name] - everywhere <= (EMBEDDING & to_workers if name == "worker" else EMBEDDING), name
+        needed = read[name] - everywhere - (to_serve if name == "serve" else set())
+        assert needed <= (EMBEDDING & to_workers if name == "worker" else EMBEDDING), name
 
 
 def test_the_table_of_events_names_every_event_and_no_other() -> None:

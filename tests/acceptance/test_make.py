@@ -1,10 +1,14 @@
 """The make targets that work with containers too, without an engine; `tests/compose` has what needs a real one."""
 
+import json
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +48,29 @@ def test_without_an_engine_the_same_targets_work_on_this_machine_and_say_so(stac
     assert "2 embed processes" in stack.make("scale", "WORKERS=2").stderr
     assert "on this machine" in stack.make("down").stderr
     assert not (stack.folder / ".up").exists() and not (stack.folder.parent / "state" / "redis.url").exists()
+
+
+def test_the_service_comes_up_before_there_is_a_gallery_and_goes_with_down(stack: Stack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    stack.set(RUIJI_WEB_PORT=str(port))
+    said = stack.make("up", "WORKERS=1", "SERVE=1").stderr
+    assert f"the page: http://127.0.0.1:{port}\n" in said
+
+    def health() -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60) as answer:
+            return json.load(answer)
+
+    assert health()["coming"] == ["tiny"]
+    stack.make("list")
+    stack.make("enqueue", "ARGS=--wait")
+    wait_until(lambda: [one["objects"] for one in health()["galleries"]] == [12], what="the gallery")
+    pid = (stack.folder / ".up" / "serve.pid").read_text()
+    stack.make("up", "WORKERS=1", "SERVE=1")
+    assert (stack.folder / ".up" / "serve.pid").read_text() == pid
+    stack.make("down")
+    with pytest.raises(OSError, match="refused"):
+        health()
 
 
 @pytest.mark.parametrize("workers", ["two", "0", "-1", "2 3", "1e3", "1000", "$(id)", "'"])
@@ -148,6 +175,24 @@ def project(stack: Stack) -> str:
     return stack.make("up").stderr.partition(" project ")[2].partition(",")[0]
 
 
+def test_the_service_is_a_profile_with_a_token_of_its_own_until_down(engine: Stack) -> None:
+    engine.make("up")
+    assert not (engine.folder / "secrets" / "web_token").exists()
+    assert "COMPOSE_PROFILES" not in (engine.folder / ".up" / "with").read_text()
+    said = engine.make("up", "SERVE=1", "RUIJI_WEB_PORT=8123").stderr
+    assert "the page: http://127.0.0.1:8123; its token is in secrets/web_token" in said
+    token = engine.folder / "secrets" / "web_token"
+    assert len(token.read_text()) > 20 and token.stat().st_mode & 0o077 == 0
+    before = token.read_text()
+    # A later one without it leaves it up.
+    assert "the page: " in engine.make("up").stderr
+    assert "export COMPOSE_PROFILES='serve'" in (engine.folder / ".up" / "with").read_text()
+    assert token.read_text() == before
+    engine.make("down")
+    assert asked(engine)[-1] == "compose --profile serve down"
+    assert "the page: " not in engine.make("up").stderr
+
+
 def test_clones_in_folders_of_one_name_have_projects_of_their_own(engine: Stack, tmp_path: Path) -> None:
     name = project(engine)
     assert name.startswith("ruiji-") and project(engine) == name
@@ -169,10 +214,10 @@ def test_containers_of_before_go_on_under_their_name_and_those_of_another_clone_
     for target in ("up", "down", "scale", "status"):
         refused = engine.make(target, "WORKERS=2", code=2).stderr
         assert f"containers of the project old are those of {tmp_path}" in refused
-    assert not any(command.startswith("compose down") for command in asked(engine))
+    assert not any(command.endswith(" down") for command in asked(engine))
     monkeypatch.setenv("RUNS", f"old {tmp_path}/moved-away")
     engine.make("down")
-    assert "compose down" in asked(engine)
+    assert "compose --profile serve down" in asked(engine)
 
 
 @pytest.mark.parametrize(

@@ -116,4 +116,15 @@ class Stack:
 
     def remove(self) -> None:
         """Stop everything; its Redis too is lost."""
-        self.compose("--profile", "cli", "down", "--volumes", "--remove-orphans", "--timeout", "20", code=None)
+        self.compose(
+            "--profile",
+            "cli",
+            "--profile",
+            "serve",
+            "down",
+            "--volumes",
+            "--remove-orphans",
+            "--timeout",
+            "20",
+            code=None,
+        )
