@@ -61,6 +61,14 @@ class GroupFormat(StrEnum):
     paths = "paths"
 
 
+class FileFormat(StrEnum):
+    """How a list of files is written."""
+
+    paths = "paths"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
 class ReportFormat(StrEnum):
     """How an evaluation is written to stdout."""
 

@@ -30,8 +30,8 @@ _LEAST_TOKEN = 16
 SESSION_S = 12 * 3600
 #: Bytes of an upload, and seconds in which it has to be here.
 MOST_UPLOAD_BYTES, _UPLOAD_S = 64 << 20, 60.0
-#: Of any other request's body.
-_MOST_BODY_BYTES = 1 << 20
+#: Of decisions, which may name each object of a large group; and of any other request's body.
+_MOST_DECISIONS_BYTES, _MOST_BODY_BYTES = 16 << 20, 1 << 20
 #: What can be had without the token: the form that asks for it.
 _OPEN = frozenset({"/login", "/login.js", "/style.css", "/icon.svg"})
 _MULTIPART_PATHS = frozenset({"/search"})
@@ -194,7 +194,9 @@ class Guard:
 
 def _most_bytes(path: str) -> int:
     """The largest body that a path takes."""
-    return MOST_UPLOAD_BYTES if path in _MULTIPART_PATHS else _MOST_BODY_BYTES
+    if path in _MULTIPART_PATHS:
+        return MOST_UPLOAD_BYTES
+    return _MOST_DECISIONS_BYTES if path == "/decisions" else _MOST_BODY_BYTES
 
 
 class _Body:

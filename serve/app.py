@@ -11,12 +11,13 @@ from starlette.types import ASGIApp, Lifespan
 
 from pipeline.errors import ImageError, ModelError, PlanMismatch, QueryError, RuijiError, UnknownObject, UsageError
 from pipeline.versions import installed_versions
+from search.requests.duplicates import NoDecision
 from serve import pages
 from serve.access import Access, Guard
 from serve.galleries import NoGallery
 from serve.metrics import Measured
 from serve.replies import error_response
-from serve.routes import health, maps, objects, runs, searches
+from serve.routes import duplicates, health, maps, objects, runs, searches
 from serve.searches import Busy
 from serve.service import Service
 
@@ -29,6 +30,7 @@ _STATUS: tuple[tuple[type[RuijiError], int], ...] = (
     (Busy, 429),
     (ImageError, 422),
     (QueryError, 422),
+    (NoDecision, 422),
     (ModelError, 503),
     (UsageError, 409),
     (PlanMismatch, 409),
@@ -52,7 +54,7 @@ def make_app(service: Service, access: Access, cookie: str, lifespan: Lifespan[F
     )
     app.state.service = service
     app.state.access, app.state.cookie = access, cookie
-    for family in (health, maps, objects, runs, searches, pages):
+    for family in (health, maps, objects, runs, searches, duplicates, pages):
         app.include_router(family.router)
     app.exception_handler(RuijiError)(_ruiji_error)
     app.exception_handler(HTTPException)(_http_error)

@@ -1,11 +1,12 @@
 """What is asked and answered, as the OpenAPI document describes it."""
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from search.options import TOP_K, Metric, Projection
+from search.duplicates.decisions import Verdict
+from search.options import THRESHOLD, TOP_K, FileFormat, Linkage, Metric, Projection
 
 #: Hits of one search at most.
 MOST_HITS = 1000
@@ -18,6 +19,18 @@ MOST_VALUES = 500
 #: Conditions of one request, characters of one, and characters of words.
 _MOST_CONDITIONS, MOST_CHARACTERS = 20, 1000
 Condition = Annotated[str, Field(max_length=MOST_CHARACTERS, pattern="^[^=!]+!?=")]
+
+
+#: Objects of one decision at most.
+MOST_DECIDED = 100_000
+
+
+class FileList(StrEnum):
+    """Which files: those that can go, those that are kept, or those that were to go and are not listed."""
+
+    remove = "remove"
+    keep = "keep"
+    left_out = "left_out"
 
 
 class Side(IntEnum):
@@ -243,6 +256,162 @@ class Retried(BaseModel):
 
     objects: int = Field(description="How many; 0 if none failed.")
     plan: str | None = Field(description="The plan that is open with them now; null if none failed.")
+
+
+class ComparingState(StrEnum):
+    """Whether all pairs of a gallery are compared.
+
+    `ready`: they are. `missing`: not all, and nobody does it. `running`: it is being done. `failed`: it ended early.
+    """
+
+    ready = "ready"
+    missing = "missing"
+    running = "running"
+    failed = "failed"
+
+
+class Comparison(BaseModel):
+    """How far the comparison of all pairs is."""
+
+    state: ComparingState
+    done: int = Field(description="Pairs of objects.")
+    total: int = Field(description="Pairs of objects; 0 if it is not known yet.")
+    seconds: float | None = Field(description="That are left, as far as can be told.")
+    error: str | None = Field(description="Why it ended early.")
+
+
+class CompareQuery(Choice):
+    """Which pairs are compared."""
+
+    threshold: float = Field(THRESHOLD, gt=0, le=1, description="The lowest cosine of a pair.")
+
+
+class DuplicatesQuery(CompareQuery):
+    """Which groups of near-duplicates are wanted."""
+
+    linkage: Linkage = Field(
+        Linkage.complete, description="Whether all pairs of a group reach the threshold, or enough to connect it."
+    )
+    keep: str = Field("pixels,bytes", max_length=1000, description="Rules as `ruiji near-duplicates --keep` has them.")
+    skipped: bool = Field(False, description="Also groups that were skipped.")
+    contains: str = Field("", max_length=1000, description="Only groups with a path that has this in it.")
+    identical: bool = Field(False, description="Only groups with identical files.")
+    after: int = Field(-1, ge=-1, le=2**53, description="The name of the group to begin after; -1: none.")
+    count: int = Field(50, ge=1, le=200, description="So many groups at most; fewer if they are large.")
+
+
+class DuplicateMember(BaseModel):
+    """An object of a group, and what is known of its file."""
+
+    object_id: str
+    path: str | None
+    similarity: float = Field(description="The cosine with the first one.")
+    identical_to: str | None = Field(description="Id of the first member whose file has the same bytes.")
+    same_file_as: str | None = Field(description="Id of an earlier member that is the same file under another name.")
+    there: bool | None = Field(description="Whether there is a file; null: there is no media folder to look into.")
+    bytes: int | None
+    width: int | None = Field(description="In pixels.")
+    height: int | None
+    format: str | None
+    modified: str | None = Field(description="In UTC, as ISO 8601.")
+
+
+class AlsoSimilar(BaseModel):
+    """The most similar pair of a group's object and one outside that no group has together."""
+
+    member: str
+    object_id: str
+    path: str | None
+    similarity: float
+    pairs: int = Field(description="How many such pairs there are between the two groups.")
+
+
+class DuplicateGroup(BaseModel):
+    """A group of near-duplicates; the first member is the one that the rules keep."""
+
+    name: int = Field(description="The least gallery row of its members: stays while other groups are decided.")
+    members: list[DuplicateMember]
+    reason: str | None = Field(description="Why the first one is kept; null without a media folder.")
+    pairs: int = Field(description="That reach the threshold.")
+    least_similarity: float | None
+    see_also: list[AlsoSimilar] = Field(description="The five most similar.")
+
+
+class Duplicates(BaseModel):
+    """Some groups, if all pairs are compared."""
+
+    gallery: str
+    comparison: Comparison
+    groups: list[DuplicateGroup]
+    total: int = Field(description="Open groups that are asked for.")
+    open: int = Field(description="Open groups, those that the filters leave out among them.")
+    next: int | None = Field(description="`after` of the next part; null after the last.")
+    gone: int = Field(description="Groups that are left out of this part, because none of their files is there.")
+
+
+class AskedDecision(_Asked):
+    """A decision, as a line of `ruiji duplicates decide`: `same` has `keep` and `remove`, the others `objects`."""
+
+    decision: Verdict
+    objects: list[str] = Field([], max_length=MOST_DECIDED)
+    keep: str | None = None
+    remove: list[str] = Field([], max_length=MOST_DECIDED)
+
+
+class AskedDecisions(_Asked):
+    """Decisions that are recorded together, or none of them."""
+
+    decisions: list[AskedDecision] = Field(min_length=1, max_length=1000)
+
+
+class Recorded(BaseModel):
+    """Decisions that are on the disk."""
+
+    recorded: int
+    warnings: list[str]
+
+
+class DecidedObject(BaseModel):
+    """An object of a decision; without an id if the gallery does not have it any more."""
+
+    object_id: str | None
+    path: str | None
+
+
+class DecisionInForce(BaseModel):
+    """A decision of which something counts."""
+
+    decision: Verdict
+    time: str
+    objects: list[DecidedObject] = Field(description="Those that it counts for; of `same` the kept one first.")
+
+
+class Decisions(BaseModel):
+    """Some decisions, the last one first."""
+
+    decisions: list[DecisionInForce]
+    total: int
+    next: int | None
+
+
+class DecisionsStatus(BaseModel):
+    """How far a clean-up is, with the keys of `ruiji duplicates status --json`."""
+
+    decided: int
+    different: int
+    same: int
+    skip: int
+    kept: int | None = Field(description="Files; this and the next ones are null without a media folder.")
+    to_remove: int | None
+    frees_bytes: int | None
+
+
+class FilesQuery(Choice):
+    """Which list of files is wanted, and how."""
+
+    list: FileList = Field(FileList.remove, description="`left_out`: what is not listed to be removed, and why.")
+    format: FileFormat = FileFormat.paths
+    null: bool = Field(False, description="With `paths`: end each with a null character, for `xargs -0`.")
 
 
 class Login(_Asked):

@@ -12,6 +12,8 @@ from pipeline.failures import FailedObject, failed_objects
 from pipeline.follow import Look, look, redis_of_run
 from pipeline.plans.plan import Limits
 from search.labels import Annotations
+from serve.cleanup import CleanUps
+from serve.comparing import Comparing
 from serve.decoders import Decoders
 from serve.fresh import Fresh
 from serve.galleries import Galleries
@@ -57,6 +59,8 @@ class Service:
     def __post_init__(self) -> None:
         self.decoders = Decoders(self.limits, min(_MOST_DECODERS, len(os.sched_getaffinity(0))))
         self.maps = Maps(lambda: self.closing())
+        self.comparing = Comparing(self.galleries.device)
+        self.cleanups = CleanUps(self.media_dir)
         self.runs: Fresh[Look] = Fresh(lambda folder: look(folder, self.state_dir, self.find_redis))
         self.failures: Fresh[dict[str, FailedObject]] = Fresh(_failures)
         self._retrying = asyncio.Lock()
@@ -99,6 +103,8 @@ class Service:
 
     def close(self) -> None:
         """End what runs beside the event loop."""
+        self.comparing.stop()
+        self.cleanups.close()
         self.searches.close()
         self.maps.close()
         self.decoders.close()

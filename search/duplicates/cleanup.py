@@ -33,6 +33,7 @@ def open_groups(
     Args:
         rules: what else forms a group.
         skipped: also those that were skipped.
+        arithmetic, progress: as `find_groups` has them.
         turned: what looks for copies that were turned; None: nobody does.
 
     Raises:

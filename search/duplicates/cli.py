@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
@@ -12,23 +11,14 @@ from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_INCOMPLETE, UsageError
 from pipeline.settings import FeatureDir, OptionalMediaDir, model_option
-from pipeline.streams import csv_writer, exact_stdout, note, tell, to_json
-from search.options import THRESHOLD
+from pipeline.streams import exact_stdout, note, tell, to_json
+from search.options import THRESHOLD, FileFormat
 
 if TYPE_CHECKING:
-    from search.duplicates.removal import ListedFile
     from search.requests.duplicates import DecisionsRequest
 
 #: What is read of stdin at once: all that is there, up to this.
 _READ_BYTES = 1 << 20
-
-
-class FileFormat(StrEnum):
-    """How a list of files is written to stdout."""
-
-    paths = "paths"
-    csv = "csv"
-    jsonl = "jsonl"
 
 
 DecisionsModel = Annotated[
@@ -168,35 +158,22 @@ def list_files(
 
     Reads all of them again. Names a file to remove only if its bytes are those that were decided about, and if the file
     that is kept for it is there with its own; says which files it leaves out and why. ruiji itself removes nothing.
-    Exit code 3: some files are left out.
+    Exit code 3: some files are left out, other than those that are gone or are a kept file under another name.
     """
-    from search.requests.duplicates import SomeLeftOut, listed, lists
+    from search.requests.duplicates import SomeLeftOut, file_lines, listed, lists
 
     if remove == keep:
         raise UsageError("say which files: --remove or --keep")
     if null and form is not FileFormat.paths:
         raise UsageError("-0 needs --format paths")
     request = _request(feature_dir, model_path, media_dir, decisions)
-    found = lists(request, note)
+    found, out = lists(request, note), exact_stdout()
     try:
-        _write(listed(found.to_remove() if remove else found.to_keep(), note), form, request.media, null)
+        files = listed(found.to_remove() if remove else found.to_keep(), note)
+        for line in file_lines(files, form, request.media, null):
+            out.write(line)
     except SomeLeftOut:
         raise typer.Exit(EXIT_INCOMPLETE) from None
-
-
-def _write(files: "Iterator[ListedFile]", form: FileFormat, media_dir: Path, null: bool) -> None:
-    out = exact_stdout()
-    columns = ("path", "bytes", "sha256", "kept", "time")
-    write_row = csv_writer(out)
-    if form is FileFormat.csv:
-        write_row(columns)
-    for file in files:
-        if form is FileFormat.csv:
-            write_row(getattr(file, column) for column in columns)
-        elif form is FileFormat.jsonl:
-            print(to_json({column: getattr(file, column) for column in columns}), file=out)
-        else:
-            print(media_dir / file.path, end="\0" if null else "\n", file=out)
 
 
 def _batches(stdin: BinaryIO) -> Iterator[list[bytes]]:

@@ -13,6 +13,7 @@ for nothing, and the next writer ends it with a mark.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -134,24 +135,56 @@ def read_decisions(file: Path) -> list[Decision]:
         FileDamaged: a line is not as it must be, or this is not a file. GalleryMismatch: a newer ruiji wrote a line.
         MachineFault: it cannot be read.
     """
+    return DecisionsFile(file).read()
+
+
+class DecisionsFile:
+    """A decisions file that is read again and again: lines that were known before are not parsed anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._decisions: list[Decision] = []
+        #: Of what is parsed: how many bytes and lines, and the bytes' digest.
+        self._bytes = self._lines = 0
+        self._digest = hashlib.sha256().digest()
+
+    def read(self) -> list[Decision]:
+        """All decisions in their order, as `read_decisions` gives them; the list is the caller's.
+
+        Raises:
+            FileDamaged, GalleryMismatch, MachineFault: as `read_decisions`.
+        """
+        data = _read(self.path)
+        if hashlib.sha256(memoryview(data)[: self._bytes]).digest() != self._digest:
+            # Somebody changed what was there.
+            self._decisions, self._bytes, self._lines = [], 0, 0
+        whole = data.rfind(b"\n") + 1
+        lines = data[self._bytes : whole].split(b"\n")[:-1]
+        found = [
+            _parsed(line, f"line {number} of {self.path}")
+            for number, line in enumerate(lines, self._lines + 1)
+            if line and not line.endswith(_CUT_OFF[:-1])
+        ]
+        self._decisions += found
+        self._bytes, self._lines = whole, self._lines + len(lines)
+        self._digest = hashlib.sha256(memoryview(data)[:whole]).digest()
+        return list(self._decisions)
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a file; none if there is no such file."""
     try:
         descriptor = os.open(file, os.O_RDONLY | _OPEN)
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         raise _cannot_open(file, error) from None
     try:
         _require_file(file, descriptor)
         with machine_faults(f"cannot read {file}"), open(descriptor, "rb", closefd=False) as opened:
-            data = opened.read()
+            return opened.read()
     finally:
         os.close(descriptor)
-    *lines, _ = data.split(b"\n")
-    return [
-        _parsed(line, f"line {number} of {file}")
-        for number, line in enumerate(lines, 1)
-        if line and not line.endswith(_CUT_OFF[:-1])
-    ]
 
 
 def append_decisions(file: Path, decisions: Iterable[Decision]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import RuijiError, UsageError
 from search.arrays import Rows
 from search.duplicates.decisions import Verdict
 from search.duplicates.files import FileFacts
@@ -105,6 +105,28 @@ class Group:
     time: str = ""
 
 
+class PairsMissing(RuijiError):
+    """Not all pairs are compared yet.
+
+    Attributes:
+        done, total: pairs of objects.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"{done:,} of {total:,} pairs are compared: run ruiji near-duplicates")
+        self.done, self.total = done, total
+
+
+def only_kept(done: int, total: int) -> None:
+    """A `progress` for groups of pairs that are kept already.
+
+    Raises:
+        PairsMissing: some are not; nothing is compared then.
+    """
+    if done < total:
+        raise PairsMissing(done, total)
+
+
 class Groups:
     """All groups of a gallery, in the order of their first members; each is made when it is asked for.
 
@@ -161,15 +183,28 @@ class Groups:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Group]:
-        for place, first in enumerate(self._firsts.tolist()):
-            rows = self._rows[self._bounds[place] : self._bounds[place + 1]]
-            members = tuple(members_of(self._gallery, rows, self.turned))
-            see_also = tuple(self._see_also(first))
-            pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
-            group = self._change(Group(place + 1, members, pairs, least, see_also))
+        for place in range(len(self)):
+            group = self.made(place)
             if group is not None:
                 yield group
         self._at_end()
+
+    @property
+    def firsts(self) -> Rows:
+        """The first row of each group, ascending, int64[len]: what a group is called while others come and go."""
+        return self._firsts
+
+    def rows(self, place: int) -> Rows:
+        """The rows of the group at a place, from 0, ascending."""
+        return self._rows[self._bounds[place] : self._bounds[place + 1]]
+
+    def made(self, place: int) -> Group | None:
+        """The group at a place, from 0; None if it is left out."""
+        first, rows = int(self._firsts[place]), self.rows(place)
+        members = tuple(members_of(self._gallery, rows, self.turned))
+        see_also = tuple(self._see_also(first))
+        pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
+        return self._change(Group(place + 1, members, pairs, least, see_also))
 
     def _least(self, first: int, rows: Rows) -> float | None:
         least = float(self._clusters.least[first])
@@ -219,7 +254,8 @@ def find_groups(
         threshold: the least similarity of a pair, above 0, at most 1.
         rules: what forms a group; by default complete linkage.
         arithmetic: what multiplies, by default numpy; changes speed, never the answer.
-        progress: called with pairs of different rows compared so far, and all of them.
+        progress: called with pairs of different rows compared so far, and all of them, before the first are compared
+            too; what it raises ends the search.
         panel_rows: as `panels_of`; tile_rows: by default what suits the arithmetic. Neither changes the answer.
         turned: what looks for copies that were turned; None: nobody does.
 

@@ -14,6 +14,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from search.duplicates.decided import Decided, Key, Removal
@@ -38,18 +39,30 @@ class ListedFile:
     time: str
 
 
+class Why(Enum):
+    """Of what kind the reason is that a file is not named.
+
+    `fault`: something is not as it was decided. `gone`: it is only not there any more, while what is kept for it is: it
+    was removed. `same_file`: it is a kept file under another name, by a hard link or a link; removing it would free
+    nothing.
+    """
+
+    fault = "fault"
+    gone = "gone"
+    same_file = "same_file"
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """A file that is not named although it was decided about.
 
     Attributes:
         why: in words.
-        gone: whether it is only not there any more, while what is kept for it is: it was removed.
     """
 
     path: str
     why: str
-    gone: bool = False
+    kind: Why = Why.fault
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ class Lists:
         """
         for key in self._in_order(self._removals):
             there, why = self._stats[key], ""
+            kind = Why.fault
             for removal in reversed(self._removals[key]):
                 problem = self._why_not(removal)
                 if there is not None and not problem:
@@ -118,7 +132,11 @@ class Lists:
                 why = why or problem
             else:
                 kept = any(self._stats.get(removal.keep) is not None for removal in self._removals[key])
-                yield LeftOut(self._path(key), why, gone=there is None and kept)
+                if there is None and kept:
+                    kind = Why.gone
+                elif there is not None and _inode(there) in self._kept:
+                    kind = Why.same_file
+                yield LeftOut(self._path(key), why, kind)
 
     def to_keep(self) -> Iterator[ListedFile | LeftOut]:
         """Each file that is kept, in the order of paths; every byte of it is read.
@@ -202,3 +220,10 @@ class Lists:
 
 def _inode(there: os.stat_result) -> tuple[int, int]:
     return there.st_dev, there.st_ino
+
+
+def inode_of(path: Path) -> tuple[int, int] | None:
+    """What is the same for all names of one file, and for no two files; None if there is no such file."""
+    with absent_is_none(path):
+        return _inode(os.stat(path))
+    return None

@@ -1,5 +1,6 @@
 """The plain functions under `ruiji duplicates`: decide, undo, where it stands, and the lists."""
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
+from pipeline.streams import csv_writer, to_json
 from pipeline.targets import check_targets
 from search.duplicates.contents import rows_with
 from search.duplicates.decided import Decided, decided_in, object_of
@@ -24,8 +26,14 @@ from search.duplicates.decisions import (
     check_objects,
     read_decisions,
 )
-from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, file_digest
+from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, Why, file_digest, inode_of
+from search.gallery.shards import Gallery
+from search.options import FileFormat
 from search.requests.selection import Say, Selection
+
+
+class NoDecision(UsageError):
+    """What is asked for is no decision, or is about an object that the gallery does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +127,7 @@ def decide(request: DecisionsRequest, lines: Iterable[Sequence[bytes]], say: Say
             before are recorded, and those of its own batch before it.
         MachineFault: as `append_decisions`.
     """
-    recorder = _Recorder(request, say)
+    recorder = _recorder(request, say)
     number = 0
     for batch in lines:
         asked: list[tuple[int, Asked]] = []
@@ -144,7 +152,7 @@ def undo(request: DecisionsRequest, object_ids: Sequence[str], say: Say) -> None
         UsageError: nothing is decided about them.
         MachineFault: as `append_decisions`.
     """
-    recorder = _Recorder(request, say)
+    recorder = _recorder(request, say)
     asked = Asked(Verdict.undo, tuple(object_ids))
     decision = recorder.decision(asked, recorder.rows([asked]))
     before = recorder.decided([])
@@ -169,25 +177,67 @@ def listed(found: Iterable[ListedFile | LeftOut], say: Say) -> Iterator[ListedFi
     """The files of a list; what is left out is said.
 
     Raises:
-        SomeLeftOut: at the end, if any was that is not merely gone.
+        SomeLeftOut: at the end, if any was about which something can be done.
     """
-    left = gone = 0
+    left = 0
+    settled: Counter[Why] = Counter()
     for one in found:
         if isinstance(one, ListedFile):
             yield one
-        elif one.gone:
-            gone += 1
-        else:
+        elif one.kind is Why.fault:
             left += 1
             say(f"left out: {one.path}: {one.why}")
-    if gone:
-        say(f"{gone} files are gone already")
+        else:
+            settled[one.kind] += 1
+    if settled[Why.gone]:
+        say(f"{settled[Why.gone]} files are gone already")
+    if settled[Why.same_file]:
+        say(f"{settled[Why.same_file]} are other names of files that are kept: removing them would free nothing")
     if left:
         raise SomeLeftOut(left)
 
 
+def file_lines(files: Iterable[ListedFile], form: FileFormat, media_dir: Path, null: bool = False) -> Iterator[str]:
+    """What programs read of a list of files, line by line, line ends included.
+
+    Args:
+        media_dir: what paths begin with in the format `paths`; in the others they are relative to it.
+        null: with `paths`: end each with a null character.
+    """
+    return _lines(files, ("path", "bytes", "sha256", "kept", "time"), form, media_dir, null)
+
+
+def _lines(
+    files: Iterable[ListedFile] | Iterable[LeftOut],
+    columns: Sequence[str],
+    form: FileFormat,
+    media_dir: Path,
+    null: bool,
+) -> Iterator[str]:
+    if form is FileFormat.csv:
+        yield _csv_line(columns)
+    for file in files:
+        if form is FileFormat.csv:
+            yield _csv_line([getattr(file, column) for column in columns])
+        elif form is FileFormat.jsonl:
+            yield to_json({column: getattr(file, column) for column in columns}) + "\n"
+        else:
+            yield f"{media_dir / file.path}" + ("\0" if null else "\n")
+
+
+def _csv_line(values: Sequence[object]) -> str:
+    line = io.StringIO(newline="")
+    csv_writer(line)(values)
+    return line.getvalue()
+
+
+def left_out_lines(files: Iterable[LeftOut], form: FileFormat, media_dir: Path, null: bool = False) -> Iterator[str]:
+    """As `file_lines`, of files that are left out; with the reason, but for `paths`."""
+    return _lines(files, ("path", "why"), form, media_dir, null)
+
+
 class SomeLeftOut(Exception):
-    """Some files are not named, although they were decided about."""
+    """Some files are not named, although they were decided about, and are there."""
 
 
 @dataclass(frozen=True)
@@ -212,24 +262,52 @@ def standing(request: DecisionsRequest, say: Say) -> Standing:
     """
     media_dir = request.media
     decided = decided_in(request.selection.open(say), read_decisions(request.file))
-    counted = Counter(decision.decision.value for decision, _ in decided.in_force())
-    by_verdict = {verdict.value: counted[verdict.value] for verdict in Verdict if verdict is not Verdict.undo}
+    by_verdict = count_verdicts(decided)
     return Standing(sum(by_verdict.values()), by_verdict, Lists(decided, media_dir).totals())
 
 
-class _Recorder:
-    """Turns what is asked into decisions about the objects of a gallery."""
+def count_verdicts(decided: Decided) -> dict[str, int]:
+    """How many decisions count, by what was decided."""
+    counted = Counter(decision.decision.value for decision, _ in decided.in_force())
+    return {verdict.value: counted[verdict.value] for verdict in Verdict if verdict is not Verdict.undo}
 
-    def __init__(self, request: DecisionsRequest, say: Say) -> None:
-        self._request, self._say = request, say
-        self._gallery = request.selection.open(say)
-        info = read_gallery(request.selection.folder)
-        self._object_id = None if info is None else ObjectIds(info.object_id)
+
+class Recorder:
+    """Turns what is asked into decisions about the objects of a gallery, and writes them."""
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        object_id: ObjectIds | None,
+        file: Path,
+        decisions: list[Decision],
+        media_dir: Path | None,
+        say: Say,
+    ) -> None:
+        """Nothing is looked at before something is asked.
+
+        Args:
+            object_id: what ids are made from in the gallery; None where nothing says it.
+            file: of the decisions.
+            decisions: that it has; read before, so that a file that is no decisions file is not written to.
+            media_dir: where the pictures are; None: not known.
+            say: called with warnings.
+        """
+        self._gallery, self._object_id, self._file, self._decisions = gallery, object_id, file, decisions
+        self._media_dir, self._say = media_dir, say
         self._digests: dict[int, str | None] = {}
         self._copies: dict[str, int] = {}
-        # Also, so that a file that is no decisions file is not written to.
-        self._decisions = read_decisions(request.file)
         self._said = False
+
+    def record_all(self, asked: Sequence[Asked]) -> None:
+        """Write all of them or, if one cannot be, none.
+
+        Raises:
+            NoDecision: one is no decision, or names an object that the gallery does not have.
+            MachineFault: as `append_decisions`.
+        """
+        rows = self.rows(asked)
+        append_decisions(self._file, [self.decision(one, rows) for one in asked])
 
     def record(self, asked: Sequence[tuple[int, Asked]]) -> Iterator[Confirmed]:
         """Write a batch, up to the first that cannot be."""
@@ -242,7 +320,7 @@ class _Recorder:
             except UsageError as error:
                 problem = UsageError(f"line {number}: {error}; nothing from this line on is recorded")
                 break
-        append_decisions(self._request.file, decisions)
+        append_decisions(self._file, decisions)
         self._decisions += decisions
         for (number, one), _ in zip(asked, decisions, strict=False):
             yield Confirmed(number, one.decision, len(one.ids))
@@ -261,14 +339,16 @@ class _Recorder:
         """A decision as it is written.
 
         Raises:
-            UsageError: an object is not there, or there is no such decision.
+            NoDecision: an object is not there, or there is no such decision.
         """
         if asked.decision is Verdict.same and (asked.keep is None or asked.objects):
-            raise UsageError("same has keep, one object, and remove, a list")
+            raise NoDecision("same has keep, one object, and remove, a list")
         if asked.decision is not Verdict.same and (asked.keep is not None or asked.remove):
-            raise UsageError(f"{asked.decision} has objects, a list, and neither keep nor remove")
+            raise NoDecision(f"{asked.decision} has objects, a list, and neither keep nor remove")
         if problem := check_objects(asked.decision, asked.ids):
-            raise UsageError(problem)
+            raise NoDecision(problem)
+        if asked.decision is Verdict.same:
+            self._say_same_files(asked, rows)
         objects = tuple(self._object(object_id, rows[object_id], asked.decision) for object_id in asked.ids)
         return Decision(asked.decision, objects, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", self._object_id)
 
@@ -278,12 +358,26 @@ class _Recorder:
 
     def _object(self, object_id: str, rows: list[int], verdict: Verdict) -> DecidedObject:
         if len(rows) > 1:
-            raise UsageError(f"the gallery has {len(rows)} objects with the id {object_id}")
+            raise NoDecision(f"the gallery has {len(rows)} objects with the id {object_id}")
         if verdict is Verdict.undo and (one := self._named_before(object_id, rows)) is not None:
             return one
         if not rows:
-            raise UsageError(f"the gallery has no object {object_id}")
+            raise NoDecision(f"the gallery has no object {object_id}")
         return self._known(rows[0])
+
+    def _say_same_files(self, asked: Asked, rows: dict[str, list[int]]) -> None:
+        """Say which of the files to go are the kept one under another name."""
+        kept, *others = (self._inode(rows[object_id]) for object_id in asked.ids)
+        for object_id, inode in zip(asked.remove, others, strict=True):
+            if inode is not None and inode == kept:
+                self._say(
+                    f"{object_id} is the same file as {asked.keep}, under another name: removing it would free "
+                    "nothing, and it is never listed to be removed"
+                )
+
+    def _inode(self, rows: list[int]) -> tuple[int, int] | None:
+        path = None if self._media_dir is None or len(rows) != 1 else self._gallery.path(rows[0])
+        return None if path is None or self._media_dir is None else inode_of(self._media_dir / path)
 
     def _named_before(self, object_id: str, rows: list[int]) -> DecidedObject | None:
         """As the last decision about it names it, which may have left the gallery since."""
@@ -302,7 +396,7 @@ class _Recorder:
 
     def _read_digest(self, row: int, one: DecidedObject) -> str | None:
         if row not in self._digests:
-            media_dir = self._request.media_dir
+            media_dir = self._media_dir
             found = None if media_dir is None or one.path is None else file_digest(media_dir / one.path)
             self._digests[row] = None if found is None else found[1]
         if self._digests[row] is None and not self._said:
@@ -312,6 +406,12 @@ class _Recorder:
                 "path, and no such file is ever listed to be removed; give --media-dir"
             )
         return self._digests[row]
+
+
+def _recorder(request: DecisionsRequest, say: Say) -> Recorder:
+    gallery, info = request.selection.open(say), read_gallery(request.selection.folder)
+    object_id = None if info is None else ObjectIds(info.object_id)
+    return Recorder(gallery, object_id, request.file, read_decisions(request.file), request.media_dir, say)
 
 
 def _asked(line: bytes) -> Asked:

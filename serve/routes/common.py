@@ -42,11 +42,16 @@ UPLOAD: dict[int | str, dict[str, Any]] = {
     413: {"model": bodies.Error, "description": "The body is too large."},
     415: {"model": bodies.Error, "description": "The body is not multipart/form-data."},
 }
+#: Of what is sent as JSON.
+SENT: dict[int | str, dict[str, Any]] = {
+    **{status: UPLOAD[status] for status in (400, 403, 408, 413)},
+    415: {"model": bodies.Error, "description": "The body is not application/json."},
+}
 
 
-def answer(body: BaseModel) -> Response:
+def answer(body: BaseModel, status: int = 200) -> Response:
     """An answer as JSON."""
-    return json_response(body.model_dump())
+    return json_response(body.model_dump(), status)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

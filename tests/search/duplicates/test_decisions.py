@@ -16,7 +16,14 @@ import pytest
 from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, RuijiError, UsageError
-from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions, read_decisions
+from search.duplicates.decisions import (
+    DecidedObject,
+    Decision,
+    DecisionsFile,
+    Verdict,
+    append_decisions,
+    read_decisions,
+)
 from tests.chaos.harness import sized
 from tests.conftest import ROOT
 from tests.factories import wait_until
@@ -119,6 +126,28 @@ def test_a_damaged_line_is_said_and_nothing_is_guessed(
     file.write_bytes(BYTES.splitlines(keepends=True)[0] + damaged + b"\n" + BYTES)
     with pytest.raises(kind, match=told):
         read_decisions(file)
+
+
+def test_a_file_that_is_read_again_is_what_it_is_now(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    file = DecisionsFile(path)
+    assert file.read() == []
+    append_decisions(path, LINES)
+    first = file.read()
+    assert tuple(first) == LINES
+    with path.open("ab") as torn:
+        torn.write(BYTES[:30])
+    append_decisions(path, [different("next")])
+    again = file.read()
+    assert again == [*first, different("next")] == read_decisions(path)
+    # What was known is not parsed anew; and what somebody changed, or took away, is.
+    assert all(one is other for one, other in zip(first, again, strict=False))
+    path.write_bytes(path.read_bytes().replace(b"next", b"last"))
+    assert file.read() == [*first, different("last")]
+    path.write_bytes(BYTES[: BYTES.index(b"\n") + 1])
+    assert file.read() == first[:1]
+    path.unlink()
+    assert file.read() == []
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from search.duplicates.decided import Decided
 from search.duplicates.decisions import DecidedObject, Decision, Verdict
-from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals
+from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, Why
 
 TIME = "2026-11-29T08:00:00Z"
 
@@ -114,6 +114,8 @@ def test_names_of_one_file_are_one_file(tmp_path: Path, link: Callable[[Path, Pa
     keep, remove = ("link", "real") if kept_is_link else ("real", "link")
     decision = Decision(Verdict.same, (one(keep, "real"), one(remove, "real")), TIME)
     assert told(lists(tmp_path, decision)) == ([], {remove: f"it is the same file as {keep}"})
+    (left,) = lists(tmp_path, decision).to_remove()
+    assert isinstance(left, LeftOut) and left.kind is Why.same_file
     assert lists(tmp_path, decision).totals() == Totals(1, 0, 0)
 
 
@@ -154,12 +156,12 @@ def test_a_decision_without_digests_names_nothing(tmp_path: Path) -> None:
 def test_what_was_removed_is_gone_and_no_fault(tmp_path: Path) -> None:
     write(tmp_path, "a")
     (gone,) = lists(tmp_path, same("a", "b")).to_remove()
-    assert gone == LeftOut("b", "there is no such file any more", gone=True)
+    assert gone == LeftOut("b", "there is no such file any more", Why.gone)
     assert lists(tmp_path, same("a", "b")).totals() == Totals(1, 0, 0)
     # Of a folder that is not mounted everything is gone.
     (tmp_path / "a").unlink()
     (lost,) = lists(tmp_path, same("a", "b")).to_remove()
-    assert isinstance(lost, LeftOut) and not lost.gone
+    assert isinstance(lost, LeftOut) and lost.kind is Why.fault
 
 
 NAMES = "abcdef"

@@ -1,0 +1,212 @@
+"""Near-duplicates by the page, decisions about them, and the lists that come of these."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Query
+from starlette.concurrency import iterate_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+
+from pipeline.errors import UsageError
+from search.duplicates.decided import Decided
+from search.duplicates.decisions import Decision
+from search.duplicates.groups import Group, PairsMissing
+from search.duplicates.keep import parse_rules
+from search.duplicates.removal import LeftOut, ListedFile, Why
+from search.gallery.shards import Gallery
+from search.options import FileFormat
+from search.requests.duplicates import Asked, file_lines, left_out_lines
+from serve import bodies
+from serve.bodies import Choice, CompareQuery, ComparingState, DuplicatesQuery, FileList, FilesQuery, ListQuery
+from serve.cleanup import CleanUps, Page, Shown, Wanted, modified
+from serve.comparing import Step
+from serve.routes.common import BUSY, ERRORS, SENT, Kept, answer
+from serve.searches import Busy
+
+#: Of what leads out of a group so much is told.
+_SEE_ALSO = 5
+_KINDS = {
+    FileFormat.paths: ("text/plain; charset=utf-8", "txt"),
+    FileFormat.csv: ("text/csv; charset=utf-8", "csv"),
+    FileFormat.jsonl: ("application/jsonl", "jsonl"),
+}
+router = APIRouter(responses=ERRORS | BUSY)
+
+
+@router.get("/duplicates", response_model=bodies.Duplicates)
+async def duplicates(service: Kept, asked: Annotated[DuplicatesQuery, Query()]) -> Response:
+    """Groups of near-duplicates that are not decided, as far as all pairs are compared; `POST` has that done."""
+    resident = service.galleries.get(asked.gallery)
+    wanted = Wanted(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
+    try:
+        rules = parse_rules(asked.keep)
+    except UsageError as error:
+        raise HTTPException(422, str(error)) from None
+    folder = resident.gallery.folder
+    comparing = service.comparing.step(folder, asked.threshold)
+    page, comparison = Page([], 0, 0, None, 0), _comparison(comparing)
+    # Who waits for a comparison asks often; what is kept of it need not be read each time.
+    if comparison.state is not ComparingState.running:
+        try:
+            page = await service.cleanups.ask(folder, lambda one: one.page(wanted, rules, asked.after, asked.count))
+            comparison = bodies.Comparison(state=ComparingState.ready, done=0, total=0, seconds=None, error=None)
+        except PairsMissing as missing:
+            comparison.done, comparison.total = missing.done, missing.total
+    found = bodies.Duplicates(
+        gallery=resident.name,
+        comparison=comparison,
+        groups=[_group(*each) for each in page.groups],
+        total=page.total,
+        open=page.open,
+        next=page.next,
+        gone=page.gone,
+    )
+    return answer(found)
+
+
+@router.post("/duplicates/compare", status_code=202, response_model=bodies.Comparison, responses=SENT)
+async def compare(service: Kept, asked: Annotated[CompareQuery, Query()]) -> Response:
+    """Have all pairs compared, in the background, if they are not yet; `GET /duplicates` says how far it is."""
+    folder = service.galleries.get(asked.gallery).gallery.folder
+    service.comparing.start(folder, asked.threshold)
+    return answer(_comparison(service.comparing.step(folder, asked.threshold)), 202)
+
+
+@router.post("/duplicates/stop", status_code=204, responses=SENT)
+async def stop(service: Kept) -> Response:
+    """End the comparison that is running, if there is one; the next one goes on where it was."""
+    service.comparing.stop()
+    return Response(status_code=204)
+
+
+@router.get("/decisions", response_model=bodies.Decisions)
+async def decisions(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
+    """Decisions of which something counts, the last one first."""
+    folder = service.galleries.get(asked.gallery).gallery.folder
+    found, total, gallery, decided = await service.cleanups.ask(
+        folder, lambda one: one.decided(asked.first, asked.count)
+    )
+    after = asked.first + asked.count
+    listed = [_decision(gallery, decided, *each) for each in found]
+    return answer(bodies.Decisions(decisions=listed, total=total, next=after if after < total else None))
+
+
+@router.post("/decisions", response_model=bodies.Recorded, responses=SENT)
+async def decide(
+    service: Kept, given: Annotated[bodies.AskedDecisions, Body()], asked: Annotated[Choice, Query()]
+) -> Response:
+    """Record decisions, all of them or none; they are on the disk when this is answered. `undo` takes others back."""
+    folder = service.galleries.get(asked.gallery).gallery.folder
+    wanted = [Asked(one.decision, tuple(one.objects), one.keep, tuple(one.remove)) for one in given.decisions]
+    warnings = await service.cleanups.ask(folder, lambda one: one.record(wanted))
+    return answer(bodies.Recorded(recorded=len(wanted), warnings=warnings))
+
+
+@router.get("/decisions/status", response_model=bodies.DecisionsStatus)
+async def status(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+    """How far the clean-up is."""
+    folder = service.galleries.get(asked.gallery).gallery.folder
+    stand = await service.cleanups.ask(folder, lambda one: one.stand())
+    totals = stand.totals
+    found = bodies.DecisionsStatus(
+        decided=sum(stand.by_verdict.values()),
+        **stand.by_verdict,
+        kept=None if totals is None else totals.kept,
+        to_remove=None if totals is None else totals.remove,
+        frees_bytes=None if totals is None else totals.frees_bytes,
+    )
+    return answer(found)
+
+
+@router.get(
+    "/decisions/files",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "The list.", "content": {kind.partition(";")[0]: {} for kind, _ in _KINDS.values()}}
+    },
+)
+async def files(service: Kept, asked: Annotated[FilesQuery, Query()]) -> Response:
+    """The files that can go, as `ruiji duplicates list` prints them; all of them are read again. Nothing is removed."""
+    if asked.null and asked.format is not FileFormat.paths:
+        raise HTTPException(422, "null needs format=paths")
+    folder, cleanups = service.galleries.get(asked.gallery).gallery.folder, service.cleanups
+    if cleanups.listing:
+        raise Busy("the files are being read for another list; try again when that has ended")
+    found = await cleanups.ask(folder, lambda one: one.files(asked.list is not FileList.keep))
+    kind, ending = _KINDS[asked.format]
+    name = f'attachment; filename="ruiji-{asked.list.replace("_", "-")}.{ending}"'
+    lines = _lines(asked, found, service.media_dir or Path())
+    return StreamingResponse(_listed(cleanups, lines), headers={"content-disposition": name}, media_type=kind)
+
+
+def _lines(asked: FilesQuery, found: Iterator[ListedFile | LeftOut], media_dir: Path) -> Iterator[str]:
+    if asked.list is FileList.left_out:
+        left = (one for one in found if isinstance(one, LeftOut) and one.kind is not Why.gone)
+        return left_out_lines(left, asked.format, media_dir, asked.null)
+    named = (one for one in found if isinstance(one, ListedFile))
+    return file_lines(named, asked.format, media_dir, asked.null)
+
+
+async def _listed(cleanups: CleanUps, lines: Iterator[str]) -> AsyncIterator[bytes]:
+    """Each line, once its file is read."""
+    cleanups.listing = True
+    try:
+        async for line in iterate_in_threadpool(lines):
+            yield line.encode("utf-8", "surrogateescape")
+    finally:
+        cleanups.listing = False
+
+
+def _comparison(comparing: tuple[bool, Step] | None) -> bodies.Comparison:
+    running, step = comparing or (False, Step())
+    state = ComparingState.running if running else ComparingState.failed if step.failed else ComparingState.missing
+    seconds = step.seconds if running else None
+    return bodies.Comparison(state=state, done=step.done, total=step.total, seconds=seconds, error=step.failed)
+
+
+def _group(name: int, group: Group, shown: list[Shown]) -> bodies.DuplicateGroup:
+    return bodies.DuplicateGroup(
+        name=name,
+        members=[_member(one) for one in shown],
+        reason=group.reason,
+        pairs=group.pairs,
+        least_similarity=group.least_similarity,
+        see_also=[
+            bodies.AlsoSimilar(
+                member=one.member,
+                object_id=one.object_id,
+                path=one.path,
+                similarity=one.similarity,
+                pairs=one.pairs,
+            )
+            for one in group.see_also[:_SEE_ALSO]
+        ],
+    )
+
+
+def _member(one: Shown) -> bodies.DuplicateMember:
+    member, facts = one.member, one.member.facts
+    is_picture = facts is not None and facts.format
+    return bodies.DuplicateMember(
+        object_id=member.object_id,
+        path=member.path,
+        similarity=member.similarity,
+        identical_to=member.identical_to,
+        same_file_as=one.same_file_as,
+        there=one.there,
+        bytes=facts.bytes if facts else None,
+        width=facts.width if facts and is_picture else None,
+        height=facts.height if facts and is_picture else None,
+        format=facts.format if facts and is_picture else None,
+        modified=modified(member),
+    )
+
+
+def _decision(gallery: Gallery, decided: Decided, decision: Decision, keys: list[int]) -> bodies.DecisionInForce:
+    objects = [
+        bodies.DecidedObject(object_id=gallery.object_id(key) if key >= 0 else None, path=decided.objects[key].name)
+        for key in keys
+    ]
+    return bodies.DecisionInForce(decision=decision.decision, time=decision.time, objects=objects)

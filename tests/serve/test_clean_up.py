@@ -1,0 +1,288 @@
+"""Cleaning up through the service: groups, decisions that stick, and the lists that come of them."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.factories import Ruiji, wait_until
+from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
+from tests.serve.conftest import Answer, Served, start
+
+
+def decide(served: Served, *decisions: dict[str, Any]) -> Answer:
+    return send(served, "/decisions", {"decisions": list(decisions)})
+
+
+def names(groups: list[dict[str, Any]]) -> list[list[str]]:
+    return [[member["object_id"] for member in group["members"]] for group in groups]
+
+
+@pytest.fixture
+def ready(ruiji: Ruiji) -> Served:
+    """A service on six groups of two, compared."""
+    write_look_alikes(ruiji, 6)
+    served = start(ruiji)
+    compare(served)
+    return served
+
+
+def test_groups_come_with_what_decides_about_them(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 3, members=3)
+    served = start(ruiji)
+    before = look(served)
+    assert (before["comparison"]["state"], before["groups"], before["comparison"]["total"]) == ("missing", [], 36)
+    compare(served)
+    found = look(served)
+    assert (found["total"], found["open"], found["next"], found["gone"]) == (3, 3, None, 0)
+    assert [group["name"] for group in found["groups"]] == [0, 3, 6]
+    assert names(found["groups"])[1] == ["001-large.jpg", "001-small1.jpg", "001-small2.jpg"]
+    assert found["groups"][1]["reason"] == "most pixels (128 x 96)"
+    kept, other, _ = found["groups"][1]["members"]
+    assert (kept["path"], kept["width"], kept["height"], kept["format"]) == ("001/001-large.jpg", 128, 96, "JPEG")
+    assert kept["bytes"] == (ruiji.media / kept["path"]).stat().st_size and kept["there"] is True
+    assert 0.99 < other["similarity"] < 1 and other["identical_to"] is None and other["same_file_as"] is None
+    assert other["modified"].endswith("Z")
+    # Another rule, another choice; and one that is none.
+    oldest = ruiji.media / "001/001-small2.jpg"
+    os.utime(oldest, (10**9, 10**9))
+    chosen = look(served, "?keep=oldest")["groups"][1]
+    assert chosen["members"][0]["object_id"] == "001-small2.jpg" and chosen["reason"].startswith("oldest (2001-09-09")
+    assert served.get("/duplicates?keep=biggest").status == 422
+    # The command has the same groups.
+    lines = ruiji("near-duplicates", "--keep", "pixels,bytes", "--format", "jsonl").stdout.splitlines()
+    assert [[member["object_id"] for member in json.loads(line)["members"]] for line in lines] == names(found["groups"])
+
+
+def test_what_is_decided_does_not_come_back_until_it_is_undone(ruiji: Ruiji, ready: Served) -> None:
+    done = decide(
+        ready,
+        {"decision": "same", "keep": "000-large.jpg", "remove": ["000-small1.jpg"]},
+        {"decision": "different", "objects": ["001-large.jpg", "001-small1.jpg"]},
+        {"decision": "skip", "objects": ["002-large.jpg", "002-small1.jpg"]},
+    )
+    assert (done.status, done.json()) == (200, {"recorded": 3, "warnings": []})
+    assert [group["name"] for group in look(ready)["groups"]] == [6, 8, 10]
+    assert [group["name"] for group in look(ready, "?skipped=true")["groups"]] == [4, 6, 8, 10]
+    status = ready.get("/decisions/status").json()
+    told = json.loads(ruiji("duplicates", "status", "--json").stdout)
+    assert told.pop("open") == look(ready)["open"] == 3
+    assert status == told
+    assert status["frees_bytes"] == (ruiji.media / "000/000-small1.jpg").stat().st_size
+    listed = ready.get("/decisions").json()
+    assert [one["decision"] for one in listed["decisions"]] == ["skip", "different", "same"] and listed["total"] == 3
+    assert [one["object_id"] for one in listed["decisions"][2]["objects"]] == ["000-large.jpg", "000-small1.jpg"]
+    # A service that is started anew knows it too; and so does one that was there when the command undid it.
+    again = start(ruiji, log=ruiji.media.parent / "again.log")
+    assert [group["name"] for group in look(again)["groups"]] == [6, 8, 10]
+    ruiji("duplicates", "undo", "001-large.jpg", "001-small1.jpg")
+    assert [group["name"] for group in look(ready)["groups"]] == [2, 6, 8, 10]
+    assert decide(again, {"decision": "undo", "objects": ["000-large.jpg", "000-small1.jpg"]}).status == 200
+    assert [group["name"] for group in look(ready)["groups"]] == [0, 2, 6, 8, 10]
+
+
+def test_decisions_are_recorded_together_or_not_at_all(ruiji: Ruiji, ready: Served) -> None:
+    good = {"decision": "different", "objects": ["001-large.jpg", "001-small1.jpg"]}
+    for bad in (
+        {"decision": "different", "objects": ["001-large.jpg"]},
+        {"decision": "different", "objects": ["001-large.jpg", "nobody.jpg"]},
+        {"decision": "same", "objects": ["001-large.jpg", "001-small1.jpg"]},
+        {"decision": "same", "keep": "001-large.jpg", "remove": ["001-large.jpg"]},
+        {"decision": "delete", "objects": ["001-large.jpg", "001-small1.jpg"]},
+        {"decision": "skip", "objects": ["001-large.jpg", "001-small1.jpg"], "more": 1},
+    ):
+        answer = decide(ready, good, bad)
+        assert (answer.status, "Traceback" in answer.error) == (422, False), bad
+    assert not (ruiji.features / "decisions.jsonl").exists() and len(look(ready)["groups"]) == 6
+    body = {"decisions": [good]}
+    assert send(ready, "/decisions", body, Origin="http://evil.example").status == 403
+    assert send(ready, "/decisions", body, Content_Type="text/plain").status == 415
+    assert send(ready, "/duplicates/compare", {}, Origin="http://evil.example").status == 403
+    assert not (ruiji.features / "decisions.jsonl").exists()
+
+
+def test_the_lists_are_those_of_the_command_and_nothing_is_removed(ruiji: Ruiji, ready: Served) -> None:
+    decide(
+        ready, *({"decision": "same", "keep": f"00{n}-large.jpg", "remove": [f"00{n}-small1.jpg"]} for n in range(4))
+    )
+    changed, gone = ruiji.media / "001/001-small1.jpg", ruiji.media / "002/002-small1.jpg"
+    changed.write_bytes(b"edited")
+    gone.unlink()
+    there = {path: path.read_bytes() for path in ruiji.media.rglob("*.jpg")}
+    for which in ("remove", "keep"):
+        for form in ("paths", "csv", "jsonl"):
+            told = ruiji("duplicates", "list", f"--{which}", "--format", form, code=None).stdout
+            answer = ready.get(f"/decisions/files?list={which}&format={form}")
+            assert answer.status == 200 and answer.body.decode() == told and told
+            assert f"ruiji-{which}." in answer.headers["content-disposition"]
+    null = ready.get("/decisions/files?null=true").body.decode()
+    wanted = [ruiji.media / f"00{n}/00{n}-small1.jpg" for n in (0, 3)]
+    assert null == "".join(f"{path}\0" for path in wanted)
+    left = ready.get("/decisions/files?list=left_out&format=jsonl").body.decode()
+    assert [json.loads(line) for line in left.splitlines()] == [
+        {"path": "001/001-small1.jpg", "why": "it changed since it was decided"}
+    ]
+    assert ready.get("/decisions/files?null=true&format=csv").status == 422
+    assert {path: path.read_bytes() for path in ruiji.media.rglob("*.jpg")} == there
+
+
+def test_a_file_with_two_names_frees_nothing_and_is_said_to(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 1)
+    os.link(ruiji.media / "000/000-large.jpg", ruiji.media / "000/linked.jpg")
+    shutil.copy(ruiji.media / "000/000-large.jpg", ruiji.media / "000/copied.jpg")
+    add_rows(ruiji, ["000/linked.jpg", "000/copied.jpg"], look_alikes(1, 2))
+    served = start(ruiji)
+    compare(served)
+    (group,) = look(served)["groups"]
+    links = {member["object_id"]: member["same_file_as"] for member in group["members"]}
+    assert [name for name, other in links.items() if other] in (["linked.jpg"], ["000-large.jpg"])
+    same = {member["object_id"]: member["identical_to"] for member in group["members"]}
+    assert sorted(other is None for other in same.values()) == [False, False, True, True]
+    small = "000-small1.jpg"
+    said = decide(
+        served, {"decision": "same", "keep": "000-large.jpg", "remove": ["linked.jpg", "copied.jpg", small]}
+    ).json()
+    assert said["recorded"] == 1 and len(said["warnings"]) == 1
+    assert "linked.jpg is the same file as 000-large.jpg" in said["warnings"][0]
+    assert look(served)["groups"] == []
+    # It is settled: no list waits for it, and none has it.
+    listed = ruiji("duplicates", "list", "--remove", code=0)
+    assert [Path(line).name for line in listed.stdout.splitlines()] == [small, "copied.jpg"]
+    assert "1 are other names of files that are kept" in listed.stderr
+    assert served.get("/decisions/files?list=left_out&format=jsonl").body.count(b"linked.jpg") == 1
+
+
+def test_groups_come_by_the_page_and_by_what_is_in_their_paths(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 7)
+    same = ruiji.media / "003/003-small1.jpg"
+    shutil.copy(same, ruiji.media / "003/equal.jpg")
+    add_rows(ruiji, ["003/equal.jpg"], look_alikes(7)[7:8])
+    served = start(ruiji)
+    compare(served)
+    seen: list[int] = []
+    after = -1
+    while after is not None:
+        page = look(served, f"?count=3&after={after}")
+        assert page["total"] == 7 and len(page["groups"]) <= 3
+        seen += [group["name"] for group in page["groups"]]
+        if after == -1:
+            # What is decided meanwhile moves nothing.
+            decide(served, {"decision": "skip", "objects": ["000-large.jpg", "000-small1.jpg"]})
+            decide(served, {"decision": "undo", "objects": ["000-large.jpg", "000-small1.jpg"]})
+        after = page["next"]
+    assert seen == [0, 2, 4, 6, 8, 10, 12]
+    found = look(served, "?contains=005%2F005-LARGE")
+    assert (names(found["groups"]), found["total"], found["open"]) == ([["005-large.jpg", "005-small1.jpg"]], 1, 7)
+    found = look(served, "?identical=true")
+    assert [group["name"] for group in found["groups"]] == [6] and found["total"] == 1
+    assert look(served, "?linkage=single")["total"] == 7
+    assert look(served, "?after=12")["groups"] == []
+    assert served.get("/duplicates?threshold=0").status == 422
+
+
+def test_without_media_folder_there_are_ids_and_decisions(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 2)
+    ruiji.environment |= {"RUIJI_MEDIA_DIR": ""}
+    served = start(ruiji)
+    compare(served)
+    group = look(served)["groups"][0]
+    assert names([group]) == [["000-large.jpg", "000-small1.jpg"]] and group["reason"] is None
+    assert {group["members"][0][key] for key in ("there", "bytes", "width", "modified")} == {None}
+    assert decide(served, {"decision": "same", "keep": "000-large.jpg", "remove": ["000-small1.jpg"]}).status == 200
+    status = served.get("/decisions/status").json()
+    assert (status["same"], status["frees_bytes"], len(look(served)["groups"])) == (1, None, 1)
+    answer = served.get("/decisions/files")
+    assert (answer.status, "--media-dir" in answer.error) == (409, True)
+
+
+def test_a_media_folder_that_is_gone_is_said_and_files_that_are_gone_are_counted(ruiji: Ruiji, ready: Served) -> None:
+    shutil.rmtree(ruiji.media / "001")
+    (ruiji.media / "002/002-large.jpg").unlink()
+    found = look(ready)
+    assert [group["name"] for group in found["groups"]] == [0, 4, 6, 8, 10] and found["gone"] == 1
+    # One that is there is kept rather than one that is not.
+    assert [member["there"] for member in found["groups"][1]["members"]] == [True, False]
+    ruiji.media.rename(ruiji.media.parent / "away")
+    answer = ready.get("/decisions/status")
+    assert (answer.status, "there is no media folder" in answer.error) == (409, True)
+
+
+def test_a_damaged_decisions_file_and_a_full_disk_are_said_and_lose_nothing(ruiji: Ruiji, ready: Served) -> None:
+    file = ruiji.features / "decisions.jsonl"
+    skip = [{"decision": "skip", "objects": [f"00{n}-large.jpg", f"00{n}-small1.jpg"]} for n in range(6)]
+    assert decide(ready, skip[0]).status == 200
+    whole = file.read_bytes()
+    # No file of this process may grow beyond this: what a full disk does.
+    resource.prlimit(ready.process.pid, resource.RLIMIT_FSIZE, (len(whole) + 10, resource.RLIM_INFINITY))
+    answer = decide(ready, skip[1])
+    assert (answer.status, answer.error.startswith(f"cannot write {file}")) == (503, True)
+    resource.prlimit(ready.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert [group["name"] for group in look(ready)["groups"]] == [2, 4, 6, 8, 10]
+    assert decide(ready, skip[2]).status == 200
+    assert [group["name"] for group in look(ready)["groups"]] == [2, 6, 8, 10]
+    sound = file.read_bytes()
+    file.write_bytes(sound.replace(b'"skip"', b'"slip"', 1))
+    for answer in (ready.get("/duplicates"), ready.get("/decisions/status"), decide(ready, skip[3])):
+        assert answer.status == 503 and f"line 1 of {file}" in answer.error
+    file.write_bytes(sound)
+    assert [group["name"] for group in look(ready)["groups"]] == [2, 6, 8, 10]
+    assert "Traceback" not in ready.log.read_text()
+
+
+def test_new_pictures_are_compared_only_when_that_is_asked_for(ruiji: Ruiji, ready: Served) -> None:
+    new = ruiji.media / "new.jpg"
+    new.write_bytes(b"another")
+    add_rows(ruiji, ["new.jpg"], look_alikes(6)[:1])
+    # The process of the comparison before may have to end yet.
+    wait_until(lambda: look(ready)["comparison"]["state"] == "missing", what="the state")
+    comparison = look(ready)["comparison"]
+    assert 0 < comparison["total"] - comparison["done"] <= 78
+    compare(ready)
+    assert names(look(ready)["groups"])[0] == ["000-large.jpg", "000-small1.jpg", "new.jpg"]
+    # A higher threshold needs no other comparison.
+    assert look(ready, "?threshold=0.999")["comparison"]["state"] == "ready"
+    assert look(ready, "?threshold=0.9")["comparison"]["state"] == "missing"
+
+
+def test_one_comparison_runs_at_a_time_and_ends_with_the_service(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 2)
+    add_many(ruiji)
+    served = start(ruiji)
+    assert send(served, "/duplicates/compare").status == 202
+    (child,) = comparers(served)
+    os.kill(child, signal.SIGSTOP)
+    assert look(served)["comparison"]["state"] == "running"
+    assert send(served, "/duplicates/compare").status == 202 and comparers(served) == [child]
+    other = send(served, "/duplicates/compare?threshold=0.9")
+    assert (other.status, "being compared with the threshold 0.95" in other.error) == (409, True)
+    assert send(served, "/duplicates/stop").status == 204 and comparers(served) == []
+    assert look(served)["comparison"]["state"] == "missing"
+
+    send(served, "/duplicates/compare")
+    (child,) = comparers(served)
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: look(served)["comparison"]["state"] == "failed", what="its end")
+    assert "SIGKILL" in look(served)["comparison"]["error"]
+    compare(served)
+
+    send(served, "/duplicates/compare?threshold=0.5")
+    (child,) = comparers(served)
+    served.process.terminate()
+    assert served.process.wait(60) == 0
+    assert not Path(f"/proc/{child}").exists()
+    assert "Traceback" not in served.log.read_text()
+
+
+def add_many(ruiji: Ruiji, rows: int = 3000) -> None:
+    """Rows of no picture, so that a comparison takes a while."""
+    paths = [f"many/{n:06d}.jpg" for n in range(rows)]
+    (ruiji.media / "many").mkdir()
+    for path in paths:
+        (ruiji.media / path).touch()
+    add_rows(ruiji, paths, np.random.default_rng(5).normal(size=(rows, 12)).astype(np.float32), rows)
