@@ -1,0 +1,260 @@
+"""The Clean up page in a real browser."""
+
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, expect
+
+from tests.factories import Ruiji, wait_until
+from tests.serve.cleaning import compare, comparers, write_look_alikes
+from tests.serve.conftest import Served, start
+from tests.serve.page.conftest import Watch, check_accessible, check_fits
+
+#: Milliseconds; the process that compares has a low priority.
+COMPARED_MS = 120_000
+
+
+def open_clean(served: Served, page: Page, query: str = "") -> None:
+    """The page with its first group."""
+    page.goto(f"{served.origin}/clean{query}")
+    expect(page.locator("#group")).to_be_visible()
+
+
+def counts(page: Page, decided: int, groups: int) -> None:
+    expect(page.locator("#counts")).to_contain_text(f"{decided} of {groups} groups decided")
+
+
+def standing(served: Served) -> Any:
+    return served.get("/decisions/status").json()
+
+
+def first_of(page: Page) -> str:
+    return page.locator("#members .path").first.inner_text()
+
+
+def test_a_hundred_groups_are_decided_by_keyboard_undone_and_stay_decided(ruiji: Ruiji, page: Page) -> None:
+    write_look_alikes(ruiji, 103)
+    served = start(ruiji)
+    page.goto(f"{served.origin}/clean")
+    expect(page.locator("#notice-text")).to_contain_text("206 pictures will be compared")
+    page.locator("#act").click()
+    expect(page.locator("#group")).to_be_visible(timeout=COMPARED_MS)
+    counts(page, 0, 103)
+    assert (first_of(page), page.locator("#members .fact").first.inner_text()) == (
+        "000/000-large.jpg",
+        "most pixels (128 x 96)",
+    )
+    # One after the other.
+    for key in ["Enter"] * 60 + ["d"] * 20 + ["s"] * 20:
+        page.keyboard.press(key)
+    counts(page, 100, 103)
+    wait_until(lambda: standing(served)["decided"] == 100, what="the decisions")
+    assert [standing(served)[verdict] for verdict in ("same", "different", "skip")] == [60, 20, 20]
+    told = json.loads(ruiji("duplicates", "status", "--json").stdout)
+    assert (told["open"], told["decided"], told["to_remove"]) == (3, 100, 60)
+    freed = sum((ruiji.media / f"{n:03d}/{n:03d}-small1.jpg").stat().st_size for n in range(60))
+    assert told["frees_bytes"] == freed
+    expect(page.locator("#counts")).to_contain_text(f"{freed / 1000:.1f} kB would be freed")
+    for _ in range(100):
+        page.keyboard.press("z")
+    counts(page, 0, 103)
+    wait_until(lambda: standing(served)["decided"] == 0, what="the undoing")
+    assert first_of(page) == "000/000-large.jpg"
+    # All at once.
+    page.keyboard.press("Shift+Enter")
+    counts(page, 100, 103)
+    page.keyboard.press("z")
+    counts(page, 0, 103)
+    page.keyboard.press("Shift+Enter")
+    wait_until(lambda: standing(served)["same"] == 100, what="the decisions")
+    page.reload()
+    counts(page, 100, 103)
+    assert first_of(page) == "100/100-large.jpg"
+    # What was decided before can be undone where it is listed.
+    page.locator("#show").select_option("decided")
+    rows = page.locator("#decisions li")
+    expect(rows).to_have_count(100)
+    expect(rows.first).to_contain_text("Keep 099/099-large.jpg, remove 099/099-small1.jpg")
+    rows.first.get_by_role("button").click()
+    expect(rows).to_have_count(99)
+    page.locator("#show").select_option("open")
+    counts(page, 99, 103)
+    assert first_of(page) == "099/099-large.jpg"
+    assert not [path for path in ruiji.media.rglob("*-small1.jpg") if not path.is_file()]
+
+
+def test_pictures_are_chosen_compared_and_listed(ruiji: Ruiji, page: Page) -> None:
+    write_look_alikes(ruiji, 4, members=3)
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    marks = page.locator("#members .mark")
+    expect(marks).to_have_text(["Keep", "Remove", "Remove"])
+    page.keyboard.press("2")
+    expect(marks).to_have_text(["Remove", "Keep", "Remove"])
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("x")
+    expect(marks).to_have_text(["Remove", "Keep", "Keep"])
+    expect(page.locator("#accept")).to_contain_text("Keep 2, remove 1")
+    # Side by side, and in turn in one place.
+    page.keyboard.press("c")
+    figures = page.locator("dialog[open] figure")
+    expect(figures).to_have_count(2)
+    page.keyboard.press("f")
+    expect(figures.nth(1)).to_be_hidden()
+    first = figures.nth(0).locator("img")
+    box = first.bounding_box()
+    page.keyboard.press("Space")
+    expect(figures.nth(0)).to_be_hidden()
+    second = figures.nth(1).locator("img")
+    assert second.bounding_box() == box and second.get_attribute("alt") != "000-small1.jpg"
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog[open]")).to_have_count(0)
+    page.keyboard.press("Enter")
+    counts(page, 1, 4)
+    # With the mouse: another picture is kept, and that is accepted by key.
+    page.locator(".shot").nth(2).click()
+    expect(marks).to_have_text(["Remove", "Remove", "Keep"])
+    page.keyboard.press("Enter")
+    # None is kept: nothing to accept.
+    page.keyboard.press("x")
+    expect(page.locator("#accept")).to_be_disabled()
+    page.keyboard.press("Enter")
+    page.keyboard.press("n")
+    expect(page.locator("#about")).to_contain_text("Group 2")
+    page.keyboard.press("p")
+    expect(page.locator("#about")).to_contain_text("Group 1")
+    wait_until(lambda: standing(served)["same"] == 2, what="the decisions")
+    groups = served.get("/duplicates").json()["groups"]
+    assert [group["name"] for group in groups] == [6, 9]
+    kept = ruiji("duplicates", "list", "--keep").stdout.splitlines()
+    assert [Path(line).name for line in kept] == ["000-small1.jpg", "001-small2.jpg"]
+    page.locator("#list").click()
+    expect(page.locator("#listing")).to_contain_text("ruiji deletes nothing.")
+    for form, option in (("paths", "paths"), ("csv", "csv"), ("jsonl", "jsonl")):
+        page.locator("#format").select_option(form)
+        with page.expect_download() as downloading:
+            page.locator("#download").click()
+        text = Path(downloading.value.path()).read_text()
+        assert text == ruiji("duplicates", "list", "--remove", "--format", option).stdout
+        assert downloading.value.suggested_filename.startswith("ruiji-remove.")
+        expect(page.locator("#read")).to_have_text("3 files listed.")
+
+
+def test_what_is_wrong_is_said_and_nothing_is_taken_for_recorded(ruiji: Ruiji, page: Page, watch: Watch) -> None:
+    write_look_alikes(ruiji, 3)
+    served = start(ruiji)
+    file = ruiji.features / "decisions.jsonl"
+    page.goto(f"{served.origin}/clean")
+    page.locator("#act").click()
+    wait_until(lambda: comparers(served), what="the comparison")
+    os.kill(comparers(served)[0], signal.SIGSTOP)
+    expect(page.locator("#notice-title")).to_have_text("Comparing all pictures…")
+    os.kill(comparers(served)[0], signal.SIGKILL)
+    expect(page.locator("#notice-title")).to_have_text("The comparison ended early")
+    expect(page.locator("#notice-text")).to_contain_text("SIGKILL")
+    page.locator("#act").click()
+    expect(page.locator("#group")).to_be_visible(timeout=COMPARED_MS)
+
+    # A full disk: the groups come back.
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    page.keyboard.press("Enter")
+    page.keyboard.press("d")
+    expect(page.locator("#said")).to_contain_text(f"Not recorded: cannot write {file}")
+    watch.expect("503 .*/decisions")
+    counts(page, 0, 3)
+    assert first_of(page) == "000/000-large.jpg"
+    expect(page.locator("#undo")).to_be_disabled()
+    resource.prlimit(served.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    page.keyboard.press("Enter")
+    wait_until(lambda: standing(served)["same"] == 1, what="the decision")
+
+    sound = file.read_bytes()
+    file.write_bytes(sound + b"{}\n")
+    page.reload()
+    expect(page.locator("#notice-text")).to_contain_text(f"of {file} is damaged")
+    watch.expect("503 .*/decisions/status")
+    expect(page.locator("#group")).to_be_hidden()
+    file.write_bytes(sound)
+    page.locator("#act").click()
+    counts(page, 1, 3)
+    # Filters that leave nothing, and the end of all groups.
+    page.locator("#contains").fill("nowhere")
+    page.locator("#contains").press("Enter")
+    expect(page.locator("#notice-title")).to_have_text("No group is like that")
+    page.locator("#contains").fill("002")
+    page.locator("#contains").press("Enter")
+    expect(page.locator("#about")).to_have_text("Group 1 of 1 open group · 2 pictures")
+    assert first_of(page) == "002/002-large.jpg"
+    open_clean(served, page)
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice-title")).to_have_text("All groups are decided")
+    # One that is hidden, and asked for with the keyboard's undo.
+    page.keyboard.press("z")
+    counts(page, 2, 3)
+    ruiji.media.rename(ruiji.media.parent / "away")
+    page.reload()
+    expect(page.locator("#notice-text")).to_contain_text("there is no media folder")
+    watch.expect("409 .*/decisions/status")
+
+
+def test_without_media_folder_there_are_names_and_what_is_missing(ruiji: Ruiji, page: Page) -> None:
+    write_look_alikes(ruiji, 2)
+    ruiji.environment |= {"RUIJI_MEDIA_DIR": ""}
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    expect(page.locator("#said")).to_contain_text("start the service with --media-dir")
+    expect(page.locator("img")).to_have_count(0)
+    expect(page.locator("#members .path")).to_have_text(["000/000-large.jpg", "000/000-small1.jpg"])
+    expect(page.locator("#list")).to_be_disabled()
+    page.keyboard.press("d")
+    counts(page, 1, 2)
+    wait_until(lambda: standing(served)["different"] == 1, what="the decision")
+
+
+def test_it_is_accessible_and_works_with_a_finger(
+    ruiji: Ruiji, new_page: Callable[..., Page], page: Page, phone: Page
+) -> None:
+    write_look_alikes(ruiji, 5, members=2)
+    served = start(ruiji)
+    page.goto(f"{served.origin}/clean")
+    expect(page.locator("#act")).to_be_visible()
+    check_accessible(page)
+    compare(served)
+    open_clean(served, page)
+    check_accessible(page)
+    check_fits(page)
+    page.keyboard.press("c")
+    expect(page.locator("dialog[open]")).to_be_visible()
+    check_accessible(page)
+    page.keyboard.press("Escape")
+
+    open_clean(served, phone)
+    check_accessible(phone)
+    check_fits(phone)
+    expect(phone.locator("#tools")).to_be_hidden()
+    phone.locator("#accept").tap()
+    counts(phone, 1, 5)
+    phone.locator("#undo").tap()
+    counts(phone, 0, 5)
+    phone.locator(".shot").nth(1).tap()
+    expect(phone.locator("#members .mark")).to_have_text(["Remove", "Keep"])
+    phone.locator("#accept").tap()
+    phone.locator("#different").tap()
+    phone.locator("#skip").tap()
+    counts(phone, 3, 5)
+    wait_until(lambda: standing(served)["decided"] == 3, what="the decisions")
+    phone.locator("#list").tap()
+    check_fits(phone)
+    check_accessible(phone)
+    page.goto(f"{served.origin}/clean?show=decided")
+    expect(page.locator("#decisions li")).to_have_count(3)
+    check_accessible(page)
+    check_fits(page)
