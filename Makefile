@@ -136,8 +136,9 @@ build/models/made: requirements/models.txt pyproject.toml
 
 check-models: build/models/made ## Compare with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
-	@OMP_NUM_THREADS=1 build/models/bin/python -W ignore -m tests.models.architectures
+	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.architectures $(if $(RECORD),--record)
 	@build/models/bin/python -m tests.models.words $(if $(RECORD),--record)
+	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.towers
 
 lint: .venv/dev ## Check style
 	.venv/bin/ruff check .

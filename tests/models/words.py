@@ -11,9 +11,12 @@ import gzip
 import hashlib
 import json
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,10 +50,32 @@ def strings() -> list[str]:
     return made
 
 
-Maker = Callable[[str], list[int]]
+@dataclass(frozen=True)
+class LibraryTokenizer:
+    """A library's tokenizer, and what a `.toml` says of the same.
+
+    Attributes:
+        path: its `tokenizer.json`. keys: of `[text]`.
+        ids: from words to token ids, as the library makes them.
+        stated: `tokenizer_config.json`.
+        library: of transformers. size: how many tokens it has. end: the one that ends words.
+    """
+
+    path: Path
+    keys: dict[str, Any]
+    ids: Callable[[str], list[int]]
+    stated: dict[str, Any]
+    library: Any
+    size: int
+    end: int
+
+    def save(self, folder: Path) -> None:
+        """Write what lies beside a model."""
+        shutil.copyfile(self.path, folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text(json.dumps(self.stated))
 
 
-def clip(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
+def clip(folder: Path) -> Iterator[LibraryTokenizer]:
     """CLIP's tokenizer of transformers, and open_clip's own, with its vocabulary."""
     import open_clip
     from transformers import CLIPTokenizer
@@ -63,19 +88,19 @@ def clip(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
     fast.backend_tokenizer.save(str(folder / "clip.json"))
     end = simple.eot_token_id
     options = {"padding": "max_length", "truncation": True, "max_length": 77}
-    yield (
-        "clip.json",
+    stated = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    both = partial(LibraryTokenizer, folder / "clip.json", stated=stated, library=fast, size=len(vocabulary), end=end)
+    yield both(
         {"length": 77, "pad_id": end, "reference": "huggingface", "clean": "none"},
         lambda text: list(fast(text, **options)["input_ids"]),
     )
-    yield (
-        "clip.json",
+    yield both(
         {"length": 77, "pad_id": 0, "reference": "open_clip", "clean": "lower"},
         lambda text: simple(text)[0].tolist(),
     )
 
 
-def webli(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
+def webli(folder: Path) -> Iterator[LibraryTokenizer]:
     """SigLIP's cleaning, and SigLIP 2's class, on tokenizers that are trained here."""
     from open_clip.tokenizer import _clean_canonicalize
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -95,13 +120,13 @@ def webli(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
     options = {"padding": "max_length", "truncation": True, "max_length": 64}
     slow = SiglipTokenizer.__new__(SiglipTokenizer)
     slow.__dict__["do_lower_case"] = True
-    yield (
-        "siglip.json",
+    stated = {"tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "pad_token": "</s>"}
+    both = partial(LibraryTokenizer, folder / "siglip.json", stated=stated, library=fast, size=len(fast), end=1)
+    yield both(
         {"length": 64, "pad_id": 1, "reference": "huggingface", "clean": "canonicalize"},
         lambda text: list(fast(SiglipTokenizer.canonicalize_text(slow, text), **options)["input_ids"]),
     )
-    yield (
-        "siglip.json",
+    yield both(
         {"length": 64, "pad_id": 1, "reference": "open_clip", "clean": "canonicalize"},
         lambda text: list(fast(_clean_canonicalize(text), **options)["input_ids"]),
     )
@@ -125,11 +150,21 @@ def webli(folder: Path) -> Iterator[tuple[str, dict[str, Any], Maker]]:
     # What is published has no lower case in its file: the class puts it before.
     written["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     (folder / "siglip2.json").write_text(json.dumps(written))
-    yield (
-        "siglip2.json",
+    yield LibraryTokenizer(
+        folder / "siglip2.json",
         {"length": 64, "pad_id": 0, "reference": "huggingface", "clean": "lower"},
         lambda text: list(second(text, **options)["input_ids"]),
+        # Of SigLIP 2 before it had a class of its own, as it is published.
+        {"tokenizer_class": "GemmaTokenizer", "model_max_length": 64, "pad_token": "<pad>", "padding_side": "right"},
+        second,
+        len(second),
+        1,
     )
+
+
+def tokenizers(folder: Path) -> list[LibraryTokenizer]:
+    """All of them; their files lie in the folder."""
+    return [*clip(folder), *webli(folder)]
 
 
 def _is_written_out(keys: dict[str, Any], text: str) -> bool:
@@ -142,28 +177,27 @@ def main() -> None:
     from pipeline.text_spec import TextSpec
     from workers.words import Words
 
-    texts, kinds, tokenizers, differ = strings(), [], {}, 0
+    texts, kinds, files, differ = strings(), [], {}, 0
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for made_by in (clip, webli):
-            for file, keys, make in made_by(folder):
-                words = Words(TextSpec(Path(), folder / file, padding_side="right", **keys))
-                theirs = [make(text) for text in texts]
-                odd = [
-                    text
-                    for text, ids in zip(texts, theirs, strict=True)
-                    if words.tokens(text).ids.tolist() != ids and not _is_written_out(keys, text)
-                ]
-                differ += len(odd)
-                print(f"{keys['reference']:<12} {keys['clean']:<13} {file:<13} {len(texts)} strings, {len(odd)} differ")
-                for text in odd[:5]:
-                    print(f"  {text!r}")
-                tokenizers[file] = json.loads((folder / file).read_text())
-                digests = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in theirs]
-                kinds.append({"file": file, "keys": keys, "ids": theirs[:KEPT], "digests": digests})
+        for made in tokenizers(Path(scratch)):
+            file, keys = made.path.name, made.keys
+            words = Words(TextSpec(Path(), made.path, padding_side="right", **keys))
+            theirs = [made.ids(text) for text in texts]
+            odd = [
+                text
+                for text, ids in zip(texts, theirs, strict=True)
+                if words.tokens(text).ids.tolist() != ids and not _is_written_out(keys, text)
+            ]
+            differ += len(odd)
+            print(f"{keys['reference']:<12} {keys['clean']:<13} {file:<13} {len(texts)} strings, {len(odd)} differ")
+            for text in odd[:5]:
+                print(f"  {text!r}")
+            files[file] = json.loads(made.path.read_text())
+            digests = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in theirs]
+            kinds.append({"file": file, "keys": keys, "ids": theirs[:KEPT], "digests": digests})
     if "--record" in sys.argv:
         # CLIP's vocabulary is open_clip's to give.
-        kept = {name: value for name, value in tokenizers.items() if name != "clip.json"}
+        kept = {name: value for name, value in files.items() if name != "clip.json"}
         values = {
             "versions": {name: version(name) for name in LIBRARIES},
             "tokenizers": kept,
