@@ -62,7 +62,7 @@ def test_collapsed_hits_are_those_of_a_brute_force(
     assert [(hit.row, hit.others) for hit in found.hits] == brute_force(gallery, query, criteria)
 
 
-def test_a_thousand_copies_before_another_are_gone_through() -> None:
+def test_duplicates_are_collapsed_in_hits_a_thousand_before_another_smartscan_196() -> None:
     features = np.ones((1501, 4), np.float32)
     features[-1, 0] = -1
     query = Query("q", features[0])

@@ -40,7 +40,7 @@ def test_all_are_compared_if_nothing_is_said(folder: Path) -> None:
     assert found(folder) == [[a, c, new_a, new_c], [b, new_b]]
 
 
-def test_against_compares_only_new_objects_with_the_reference_which_comes_first(folder: Path) -> None:
+def test_a_new_set_against_a_reference_set_which_comes_first_czkawka_686_1524_imagededup_170(folder: Path) -> None:
     a, b, c, new_a, new_b, new_c = PATHS
     assert found(folder, "path=archive/") == [[a, c, new_a, new_c], [b, new_b]]
     assert found(folder, "path=new/x/") == [[new_c, a, c, new_a]]
@@ -52,7 +52,7 @@ def test_against_compares_only_new_objects_with_the_reference_which_comes_first(
     assert group.pairs == 4
 
 
-def test_objects_of_one_folder_are_not_compared(folder: Path) -> None:
+def test_groups_within_one_folder_are_hidden_czkawka_1361(folder: Path) -> None:
     a, b, c, new_a, new_b, new_c = PATHS
     (first, second) = ruiji.open_gallery(folder).near_duplicates(0.99, not_within_folder=True)
     assert [[member.path for member in group.members] for group in (first, second)] == [

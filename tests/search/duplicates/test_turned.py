@@ -147,8 +147,10 @@ def test_similarities_are_those_of_the_picture_turned_back(request_of: NearDupli
         assert other.similarity == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
 
 
-def test_a_copy_whose_exif_says_how_it_is_turned_is_upright(request_of: NearDuplicatesRequest, tmp_path: Path) -> None:
-    """czkawka 1540: it looks upright, so nothing is turned; the model is told to see it so."""
+def test_a_copy_whose_exif_says_how_it_is_turned_is_upright_czkawka_1540(
+    request_of: NearDuplicatesRequest, tmp_path: Path
+) -> None:
+    """It looks upright, so nothing is turned; the model is told to see it so."""
     assert request_of.media_dir is not None
     model = tiny_model(tmp_path / "upright.onnx", size=16, length=96, seed=3)
     layout.toml_file(model).write_text("[input]\nexif_orientation = true\n")
