@@ -14,6 +14,9 @@ from search.ranking.rank import QUERIES_AT_ONCE, nearest
 
 #: The library's own default, the row itself among them.
 _NEIGHBOURS = 15
+#: Of 1, the usual distance of neighbours: room for pictures. The library's own 0.1 lays them over one
+#: another.
+_LEAST_DISTANCE = 0.9
 #: Fewer objects have no shape that UMAP could find.
 _LEAST = 4
 _SEED = 1
@@ -52,6 +55,7 @@ def umap_plane(
         warnings.simplefilter("ignore")
         library = UMAP(
             n_neighbors=neighbours.shape[1],
+            min_dist=_LEAST_DISTANCE,
             init=start,
             random_state=_SEED,
             n_jobs=1,
