@@ -187,7 +187,7 @@ async function watch(turn) {
 function draw() {
   drawStanding();
   element("notice").hidden = true;
-  at = Math.min(at, groups.length - 1);
+  at = Math.max(0, Math.min(at, groups.length - 1));
   element("group").hidden = !groups.length;
   if (groups.length) {
     here = 0;
