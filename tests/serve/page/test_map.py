@@ -249,6 +249,7 @@ def test_a_gallery_that_changes_is_loaded_again(ruiji: Ruiji, page: Page, watch:
 def test_what_cannot_be_shown_is_said(ruiji: Ruiji, page: Page, watch: Watch) -> None:
     features = np.zeros((3, LENGTH), np.float32)
     write_gallery(ruiji.gallery, load_model(ruiji.model), features, ["a.png", "b.png", "c.png"], 3)
+    ruiji.environment |= {"RUIJI_MEDIA_DIR": ""}
     served = start(ruiji)
     page.goto(f"{served.origin}/map")
     expect(page.locator("#said")).to_have_text("None of the objects can be ranked, so there is no map.")
