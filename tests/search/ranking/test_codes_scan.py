@@ -76,8 +76,8 @@ def test_the_first_block_leaves_most_rows_out(multiply: MakeCodesMultiply) -> No
 
 def test_rows_of_one_value_are_left_to_numpy() -> None:
     torch_scans = pytest.importorskip("search.ranking.torch_arithmetic", reason=NO_TORCH)
-    # oneDNN refuses them, and torch does not tell.
-    assert not torch_scans.sums_integers(1)
+    # oneDNN refuses them, and torch does not tell. Without AVX-512 torch 2.13 does not ask oneDNN.
+    assert "avx512f" not in cpu_flags() or not torch_scans.sums_integers(1)
     features = features_of("random", 50, 1)
     gallery = in_memory(features)
     way = Way(True, "cpu", Precision.int8, False, 20, 10, "")
@@ -119,8 +119,8 @@ print(sums_integers(1280))
         text=True,
         check=True,
     )
-    # A CPU of another family has other instructions, which may be exact.
-    assert run.stdout.strip() in (("False",) if "avx2" in cpu_flags() else ("False", "True"))
+    # Without AVX-512 torch 2.13 makes these sums itself, exactly.
+    assert run.stdout.strip() in (("False",) if "avx512f" in cpu_flags() else ("False", "True"))
 
 
 def cpu_flags() -> str:
