@@ -164,7 +164,8 @@ class Supervisor:
                     children[number] = self._start(child.place, child.deaths, child.failed_starts)
         self._end(children)
         self._find_suspects(children)
-        return code
+        # One may have found out while it was told to stop.
+        return code or next((status for child in children if (status := child.process.returncode) in _HOPELESS), 0)
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
