@@ -6,7 +6,7 @@ Made once, deterministically, below `build/bench`, which git ignores.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,15 +63,21 @@ def media_folder(size: tuple[int, int], count: int) -> Path:
     need_shared()
     pictures = _pictures(size)
     folder = BUILD / f"media-{size[0]}x{size[1]}"
+    link_objects(folder, count, lambda number: pictures / f"{number % DISTINCT:05d}.jpg")
+    return folder
+
+
+def link_objects(folder: Path, count: int, file_of: Callable[[int], Path]) -> None:
+    """Make `folder` a media folder with at least so many objects, each a link to a file."""
     marker = folder / ".count"
     present = int(marker.read_text()) if marker.exists() else 0
     for number in range(present, count):
         path = folder / object_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        os.link(pictures / f"{number % DISTINCT:05d}.jpg", path)
+        os.link(file_of(number), path)
+    folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(str(max(present, count)))
-    return folder
 
 
 def object_path(number: int) -> str:
@@ -135,12 +141,12 @@ def warm(media: Path, listed: Path) -> None:
                 file.read()
 
 
-def no_op_model() -> Path:
-    """An ONNX graph from 64 x 64 RGB to 1280 values that costs next to nothing: mean color times a matrix."""
-    path = BUILD / "no_op.onnx"
+def no_op_model(size: tuple[int, int] = SMALL) -> Path:
+    """An ONNX graph from RGB to 1280 values that costs next to nothing: mean color times a matrix."""
+    path = BUILD / f"no_op-{size[0]}x{size[1]}.onnx"
     if not path.exists():
         weights = np.random.default_rng(0).normal(size=(3, FEATURE_LENGTH)).astype(np.float32)
-        shape = ["n", SMALL[1], SMALL[0], 3]
+        shape = ["n", size[1], size[0], 3]
         graph = helper.make_graph(
             [
                 helper.make_node("ReduceMean", ["inputs:0"], ["color"], axes=[1, 2], keepdims=0),

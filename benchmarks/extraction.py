@@ -32,6 +32,7 @@ from benchmarks.data import (
     object_path,
     scratch,
 )
+from benchmarks.feed import feed as feed_figures
 from benchmarks.pipeline import Ruiji, ruiji, wait_until
 from benchmarks.processes import Watch, Window, adopt_orphans, command_line, descendants, process_cpu_s
 from benchmarks.results import FOLDER, Figure, save, show
@@ -112,6 +113,7 @@ class Sizes:
         memory: images of the shorter and the longer run with a no-op encoder.
         worker_images: for the workers' memory; bulk: for the run of small images; lines: of the long list.
         camera_photos: large photos, decoded in two ways.
+        fed: images of a run with decoders and an encoder that only sleep.
     """
 
     seconds: float = 68.0
@@ -123,9 +125,10 @@ class Sizes:
     bulk: int = 120_000
     lines: int = 10_000_000
     camera_photos: int = 100
+    fed: int = 60_000
 
 
-QUICK = Sizes(4.0, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000, 4)
+QUICK = Sizes(4.0, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000, 4, 4_000)
 
 
 @dataclass
@@ -618,7 +621,13 @@ def _read_and_write(files: list[Path], target: Path, keep: bool) -> None:
             os.unlink(file)
 
 
-PARTS = {part.__name__: part for part in (pipeline, peers, others, queue, memory, enqueue, bulk, reduce, draft, fit)}
+def feed(sizes: Sizes) -> list[Figure]:
+    """Whether an accelerator would be fed: see `benchmarks.feed`."""
+    return feed_figures(sizes.fed, sizes.rounds)
+
+
+_PARTS = (pipeline, peers, others, queue, memory, enqueue, bulk, reduce, draft, fit, feed)
+PARTS = {part.__name__: part for part in _PARTS}
 
 
 def main() -> int:

@@ -65,16 +65,24 @@ class Ruiji:
         self.gallery_info = claim_gallery(self.gallery, load_model(model), IdScheme(ObjectIds.basename))
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
-    def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
-        """Start a command that stays, with further variables; its stderr goes to a log in the working folder."""
-        with (self._work / f"{arguments[0]}.log").open("ab") as log:
+    def start(
+        self, *arguments: str, module: str = "pipeline", log: str | None = None, **variables: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start a command that stays, with further variables; its stderr goes to a log in the working folder.
+
+        Args:
+            module: of which it is a command.
+            log: the log's name; by default the command's.
+        """
+        name = log or arguments[0]
+        with (self._work / f"{name}.log").open("ab") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=self._environment | variables,
                 cwd=self._work,
-                stderr=log,
+                stderr=stderr,
             )
-        self._running.append((arguments[0], process))
+        self._running.append((name, process))
         return process
 
     def run(self, *arguments: str) -> None:
