@@ -8,14 +8,14 @@ Celery's public API has neither tasks that are computed in batches nor a consume
 state of Redis, and kombu's Redis transport loses the message that it has popped and not yet booked if it is killed just
 then. So the room leans on internals of Celery 5.7 and kombu 5.7, which pyproject.toml pins:
 
-* `transport`: kombu's `Channel`, `QoS` and `Transport` for Redis, how they book a message that is in hand, and the JSON
-  of a message. Fetches and books many messages in one script, and acknowledges them together.
-* `batches`: a task's `Strategy`, `create_request_cls`, `fast_trace_task`. Computes many requests at once, and traces
-  each by itself.
+* `transport`: kombu's `Channel`, `QoS`, `Message` and `Transport` for Redis, how they book a message that is in hand,
+  and the JSON of a message. Fetches and books many messages in one script, and acknowledges them together.
+* `batches`: a task's `Strategy`. Computes many messages at once, without requests and the tracer.
 * `chord_parts`: how `RedisBackend` counts a chord's members. Stores the parts of a batch together.
-* `publish`, `messages`: `as_task_v2` and `send_task_message`, headers and body of a task. Sends a round trip's worth of
-  tasks at once; drops what another sender made up.
-* `consumer`, `worker`, `outages`: `Consumer`, its `Blueprint`, `worker.state`. Waits for Redis as long as it takes.
+* `publish`, `messages`: headers, body and envelope of a task. Writes tasks as Celery and kombu would, a round trip's
+  worth at once; reads them back strictly; drops what another sender made up.
+* `consumer`, `worker`, `outages`: `Consumer`, its `Blueprint`, its `strategies`, `worker.state`. Waits for Redis as
+  long as it takes.
 * `claims`: `qos._delivered` and `reserved_requests`. Renews the stamps of what this process holds.
 * `chords`, `comparisons`: the keys of Celery's chords and of kombu's messages in hand. Say how far a plan is, and which
   panels nobody has.

@@ -1,26 +1,23 @@
-"""Plain functions as Celery tasks: one that computes many requests at once, by a `Task.Strategy`, and one alone.
+"""Plain functions as Celery tasks: one that computes many messages at once, by a `Task.Strategy`, and one alone.
 
-Requests of a batch are buffered and computed together; then every one passes Celery's own tracer, which picks
-up its outcome and stores its chord part, and is acknowledged last.
+Messages are buffered and computed together; then the chord parts of all are stored, and each is acknowledged last. What
+Celery would do for each besides (a request, its tracer, signals) takes four times as long, and nothing here listens.
 """
 
 import logging
-import os
 import threading
-import time
+import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import redis
-from celery import Celery, Task
-from celery.app import trace
+from celery import Celery, states
+from celery import Task as CeleryTask
 from celery.exceptions import Reject
-from celery.utils.imports import symbol_by_name
-from celery.worker.request import create_request_cls
-from celery.worker.state import task_ready, task_reserved
 
 from pipeline.errors import MachineFault, RuijiError
+from pipeline.queue.messages import Task
 from pipeline.queue.outages import ending, noted
 
 logger = logging.getLogger(__name__)
@@ -43,21 +40,20 @@ def register_batched(
     stopping: threading.Event,
     busy: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Register a task whose requests are computed in batches.
+    """Register a task whose messages are computed in batches.
 
     If `compute` raises, the process rests and the batch goes back to its queue.
 
     Args:
-        compute: takes the positional arguments of each request, which nobody has checked; returns one small constant
-            for each.
-        batch_images: the most requests per batch.
+        compute: takes the arguments of each task; returns one small constant for each.
+        batch_images: the most messages per batch.
         on_rest: called with the reason why the worker rests, and with None when it goes on.
         stopping: set once the process is told to stop.
-        busy: entered while requests take time besides computing.
+        busy: entered while messages take time besides computing.
     """
     task = type("BatchTask", (_BatchTask,), {"name": name})()
     task.compute, task.batch_images, task.on_rest = compute, batch_images, on_rest
-    task.stopping, task.busy, task._outcomes = stopping, busy, {}
+    task.stopping, task.busy = stopping, busy
     app.register_task(task)
 
 
@@ -72,65 +68,52 @@ def register(app: Celery, name: str, work: Callable[..., None]) -> None:
             raise Reject(str(error), requeue=True) from error
 
 
-class _BatchTask(Task):  # type: ignore[misc]
+class _Batch:
+    """Messages that are computed together, with what they say."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self.tasks: list[Task] = []
+
+
+#: Batches that are filled or computed; one whose connection was lost before it was full goes by itself.
+_batches: "weakref.WeakSet[_Batch]" = weakref.WeakSet()
+
+
+def working() -> bool:
+    """Whether this process has any message in hand that goes with a batch."""
+    return bool(_batches)
+
+
+class _BatchTask(CeleryTask):  # type: ignore[misc]
     """What `register_batched` registers."""
 
     abstract = True
-    acks_late = True
-    # The arguments of a request are checked by `compute`, not by Celery.
-    typing = False
     compute: Callable[[list[tuple[Any, ...]]], list[str]]
     batch_images = 1
     on_rest: Callable[[str | None], None]
     stopping: threading.Event
     busy: Callable[[], AbstractContextManager[None]]
-    _outcomes: dict[str, str]
 
-    def run(self, *args: Any) -> str:
-        """Give Celery's tracer the outcome that was computed with the batch."""
-        return self._outcomes.pop(self.request.id)
-
-    def Strategy(self, task: Task, app: Any, consumer: Any) -> Callable[..., None]:  # noqa: N802 (Celery's name)
-        """Celery's hook: returns what handles each message that arrives."""
-        request_class = create_request_cls(
-            symbol_by_name(task.Request), task, consumer.pool, consumer.hostname, consumer.event_dispatcher, app=app
-        )
-        buffer: list[Any] = []
+    def Strategy(self, task: CeleryTask, app: Any, consumer: Any) -> Callable[..., None]:  # noqa: N802 (Celery's name)
+        """Celery's hook: returns what handles each message that arrives, once it was checked."""
+        filling: list[_Batch] = []
         timer: list[Any] = []
 
         def flush() -> None:
             while timer:
                 timer.pop().cancel()
-            if buffer:
-                requests = buffer[:]
-                buffer.clear()
-                consumer.pool.apply_async(_run_batch, (task, requests, wake))
+            if filling:
+                consumer.pool.apply_async(_run_batch, (task, filling.pop(), consumer))
 
-        def wake() -> None:
-            # The event loop sleeps while the window is full; a batch that ends makes room in it.
-            if consumer.hub is not None:
-                consumer.hub.call_soon(_nothing)
-
-        def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> None:
-            with task.busy():
-                # What could not become a request was dropped by the consumer before.
-                request = request_class(
-                    message,
-                    on_ack=ack,
-                    on_reject=reject,
-                    app=app,
-                    hostname=consumer.hostname,
-                    eventer=consumer.event_dispatcher,
-                    task=task,
-                    connection_errors=consumer.connection_errors,
-                    body=message.body,
-                    headers=message.headers,
-                    decoded=False,
-                    utc=True,
-                )
-                task_reserved(request)
-            buffer.append(request)
-            if len(buffer) >= task.batch_images:
+        def handle(message: Any, opened: Task) -> None:
+            if not filling:
+                filling.append(_Batch())
+                _batches.add(filling[0])
+            (batch,) = filling
+            batch.messages.append(message)
+            batch.tasks.append(opened)
+            if len(batch.messages) >= task.batch_images:
                 flush()
             elif not timer:
                 timer.append(consumer.timer.call_after(FLUSH_INTERVAL_S, flush))
@@ -138,15 +121,13 @@ class _BatchTask(Task):  # type: ignore[misc]
         return handle
 
 
-def _nothing() -> None:
-    pass
-
-
-def _run_batch(task: _BatchTask, requests: list[Any], wake: Callable[[], None]) -> None:
-    # Whatever fails outside a task's body (a chord part that cannot be stored, Redis away) must give the
-    # messages back: else they stay in the prefetch window for ever and the worker silently stops.
+def _run_batch(task: _BatchTask, batch: _Batch, consumer: Any) -> None:
+    # Whatever fails (a chord part that cannot be stored, Redis away) must give the messages back: else they stay in the
+    # prefetch window for ever and the worker silently stops.
     try:
-        _compute_and_trace(task, requests)
+        outcomes = task.compute([opened.args for opened in batch.tasks])
+        with task.busy():
+            _store_parts(task, list(zip(batch.tasks, outcomes, strict=True)))
     except Exception as error:
         if isinstance(error, RuijiError):
             event = "machine_fault" if isinstance(error, MachineFault) else "batch_failed"
@@ -158,45 +139,41 @@ def _run_batch(task: _BatchTask, requests: list[Any], wake: Callable[[], None]) 
         # Rest before giving back: the window stays full meanwhile, so nothing more is taken.
         task.on_rest(str(error))
         task.stopping.wait(REST_S)
-        for request in requests:
-            if not request.acknowledged:
-                try:
-                    request.reject(requeue=True)
-                except Exception:
-                    # Redis is away too; its visibility timeout brings the message back.
-                    logger.warning("could not give a message back", extra={"event": "give_back_failed"})
-            task_ready(request)
+        consumer.call_soon_ack(_give_back, batch.messages)
         task.on_rest(None)
-    wake()
+    else:
+        # Acknowledged only now, in the event loop, which wakes up for it: a batch that ends makes room in the window.
+        consumer.call_soon_ack(_acknowledge, batch.messages, consumer)
+    finally:
+        _batches.discard(batch)
 
 
-def _compute_and_trace(task: _BatchTask, requests: list[Any]) -> None:
-    now, pid = time.monotonic(), os.getpid()
-    for request in requests:
-        request.on_accepted(pid, now)
-    outcomes = task.compute([tuple(request.args) for request in requests])
-    with task.busy():
-        traced = []
-        backend = task.backend
-        # The stock backend stores the part of each member within its trace.
-        batched = hasattr(backend, "store_parts")
-        with backend.collected_parts() if batched else nullcontext([]) as parts:
-            for request, outcome in zip(requests, outcomes, strict=True):
-                task._outcomes[request.id] = outcome
-                arguments = (task.name, request.id, request.request_dict, request._payload, None, None)
-                traced.append((request, trace.fast_trace_task(*arguments)))
-        if batched:
-            _store_parts(task, backend, parts)
-        for request, result in traced:
-            # Acknowledged only now, when the chord parts of the whole batch are stored.
-            request.on_success(result)
+def _acknowledge(messages: list[Any], consumer: Any) -> None:
+    for message in messages:
+        message.ack_log_error(logger, consumer.connection_errors)
 
 
-def _store_parts(task: _BatchTask, backend: Any, parts: list[Any]) -> None:
+def _give_back(messages: list[Any]) -> None:
+    for message in messages:
+        try:
+            message.reject(requeue=True)
+        except Exception:
+            # Redis is away too; its visibility timeout brings the message back.
+            logger.warning("could not give a message back", extra={"event": "give_back_failed"})
+
+
+def _store_parts(task: _BatchTask, parts: list[tuple[Task, str]]) -> None:
     """Store a batch's chord parts. The features are on disk: with Redis away there is nothing better than to wait."""
+    backend: Any = task.backend
     while True:
         try:
-            backend.store_parts(parts)
+            if hasattr(backend, "store_parts"):
+                backend.store_parts(parts)
+            else:
+                # The stock backend stores the part of each member by itself.
+                for opened, outcome in parts:
+                    if opened.group is not None:
+                        backend.on_chord_part_return(opened, states.SUCCESS, outcome)
             return
         except redis.RedisError as error:
             noted(error)

@@ -3,12 +3,15 @@
 Leans on internals of Celery 5.7's chords.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from typing import Any
 
+from celery import states
 from celery.backends.redis import RedisBackend
+from msgspec.json import encode as quoted
+
+from pipeline.queue.messages import Task
 
 #: The first half of Celery's own script, for many members of one chord: notes each member's part once, by its task id
 #: and index, unless the body was sent already. KEYS: the chord's results, members, claim, size. ARGV: member, part, …
@@ -30,43 +33,30 @@ class Backend(RedisBackend):  # type: ignore[misc]
     arming's: it set them long.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._collected = threading.local()
+    def _unpack_chord_result(self, tup: Any, decode: Any, *args: Any, **kwargs: Any) -> None:
+        # Celery gives the body what its members returned. Ours takes nothing, and to decode ten thousand words in JSON
+        # takes as long as reducing a tenth of the segment.
+        return None
 
-    @contextmanager
-    def collected_parts(self) -> Iterator[list[tuple[Any, str, Any]]]:
-        """While this is open, this thread's chord parts are collected instead of stored."""
-        parts: list[tuple[Any, str, Any]] = []
-        self._collected.parts = parts
-        try:
-            yield parts
-        finally:
-            self._collected.parts = None
-
-    def on_chord_part_return(self, request: Any, state: str, result: Any, propagate: Any = None, **kwargs: Any) -> None:
-        """Celery's hook for each member that ends."""
-        parts = getattr(self._collected, "parts", None)
-        if parts is None:
-            super().on_chord_part_return(request, state, result, propagate, **kwargs)
-        else:
-            parts.append((request, state, result))
-
-    def store_parts(self, parts: list[tuple[Any, str, Any]]) -> None:
-        """Store collected parts; running it again after a failure changes nothing that is stored.
+    def store_parts(self, parts: Sequence[tuple[Task, str]]) -> None:
+        """Store what members of chords returned; running it again after a failure changes nothing that is stored.
 
         Raises:
             redis.RedisError: Redis is away.
         """
-        groups: dict[str, list[tuple[Any, str, Any]]] = {}
+        groups: dict[str, list[tuple[Task, str]]] = {}
         for part in parts:
-            groups.setdefault(part[0].group, []).append(part)
+            if part[0].group is not None:
+                groups.setdefault(part[0].group, []).append(part)
         note = self.client.register_script(_NOTE)
-        for group, (*most, last) in groups.items():
+        for group, (*most, (last, last_result)) in groups.items():
             arguments: list[str | bytes] = []
-            for request, state, result in most:
-                part = self.encode([1, request.id, state, self.encode_result(result, state)])
-                arguments += [f"{request.id}:{request.group_index}", part]
+            for task, result in most:
+                # `encode` of Celery, whose encoder takes as long as a fifth of the tracer.
+                part_of = b'[1, %b, "%b", %b]' % (quoted(task.id), states.SUCCESS.encode(), quoted(result))
+                arguments += [f"{task.id}:{task.group_index}", part_of]
             keys = [self.get_key_for_group(group, ending) for ending in (".j", ".d", ".c", ".s")]
             if note(keys=keys, args=arguments):
-                super().on_chord_part_return(*last)
+                # It takes the chord's body apart.
+                last = last._replace(chord=copy.deepcopy(last.chord))
+                self.on_chord_part_return(last, states.SUCCESS, last_result)

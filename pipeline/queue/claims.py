@@ -12,6 +12,7 @@ from typing import Any
 import redis
 from celery.worker.state import reserved_requests
 
+from pipeline.queue import batches
 from pipeline.queue.keys import unacked_keys
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Claims:
 
     def working(self) -> bool:
         """Whether the process works on any message."""
-        return bool(reserved_requests)
+        return bool(reserved_requests) or batches.working()
 
     def alive(self) -> bool:
         """Whether the consumer showed life of late; what it holds while it does not must go to another worker."""

@@ -11,8 +11,8 @@ from celery.worker import consumer as stock
 
 from pipeline.errors import UsageError
 from pipeline.queue.connection import passes
-from pipeline.queue.keys import gallery_of, task_of
-from pipeline.queue.messages import report_dropped, task_fault
+from pipeline.queue.keys import EMBED_TASK, gallery_of, task_of
+from pipeline.queue.messages import report_dropped, task_fault, task_in
 from pipeline.queue.outages import give_up, outage
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,16 @@ class Consumer(stock.Consumer):  # type: ignore[misc]
         task, gallery_id = task_of(queue), gallery_of(queue)
 
         def checked(message: Any) -> None:
+            # As the workers' own transport delivers most.
+            if (opened := getattr(message, "task", None)) is not None:
+                self.strategies[task](message, opened)
+                return
             try:
                 # Decoded once; Celery finds it in the message.
                 fault = task_fault(message.headers, message.payload, task, gallery_id)
-                if fault is None:
+                if fault is None and task == EMBED_TASK:
+                    self.strategies[task](message, task_in(message.headers, message.payload))
+                elif fault is None:
                     handle(message)
             except (redis.RedisError, OSError):
                 raise

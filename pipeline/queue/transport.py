@@ -1,12 +1,13 @@
 """kombu's Redis transport with a cheaper and safer consuming side, for workers.
 
-Four changes; the messages, the keys and the visibility timeout stay kombu's, so that workers with and without
+Five changes; the messages, the keys and the visibility timeout stay kombu's, so that workers with and without
 it mix freely:
 
 * messages move from the queue to the unacknowledged ones in one script, many at a time. Stock kombu pops a message and
   books it afterwards: a worker that is killed in between loses it for ever;
 * acknowledgements are sent together, once a turn of the event loop;
 * one client is kept, where kombu makes a new one for each call;
+* an embed task of ruiji's producers is read and checked in one go (`messages.opened`), and kombu decodes nothing;
 * what is no message is dropped before kombu sees it: one that it cannot read ends the process, again and again.
 
 Leans on internals of kombu 5.7. It expects queues as `pipeline.queue.app` declares them: one a worker, without
@@ -18,13 +19,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
-from pipeline.queue.messages import envelope_fault, report_dropped
+from pipeline.queue.keys import EMBED_TASK
+from pipeline.queue.messages import Task, envelope_fault, opened, report_dropped
 
 #: Moves up to ARGV[1] messages from the queue KEYS[1] to the hash KEYS[2] and its index KEYS[3], at the time ARGV[2].
 #: Never more than a quarter of the queue, so that the last ones of a run are shared out among the workers.
@@ -37,16 +39,16 @@ local share = math.ceil(redis.call('LLEN', KEYS[1]) / 4)
 if share == 0 then return {} end
 redis.call('HLEN', KEYS[2])
 redis.call('ZCARD', KEYS[3])
-local fetched = {}
+local fetched, booked = {}, ', "", "' .. KEYS[1] .. '"]'
 for _, message in ipairs(redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))) do
   local tag = string.match(message, '"delivery_tag": *"([^"]+)"') or ''
-  if #tag > 255 or redis.call('HEXISTS', KEYS[2], tag) == 1 then tag = '' end
-  if tag ~= '' then
-    redis.call('HSET', KEYS[2], tag, '[' .. message .. ', "", "' .. KEYS[1] .. '"]')
+  if #tag > 255 or tag == '' or redis.call('HSETNX', KEYS[2], tag, '[' .. message .. booked) == 0 then
+    tag = ''
+  else
     redis.call('ZADD', KEYS[3], ARGV[2], tag)
   end
-  table.insert(fetched, tag)
-  table.insert(fetched, message)
+  fetched[#fetched + 1] = tag
+  fetched[#fetched + 1] = message
 end
 return fetched
 """
@@ -66,6 +68,32 @@ return 1
 _WORTH_A_FETCH = 4
 #: Messages a fetch at most: one script holds Redis for some 10 us a message.
 _FETCH_MESSAGES = 128
+
+
+class _Fetched(NamedTuple):
+    """What is delivered of a message that was opened already."""
+
+    task: Task
+    tag: str
+
+
+class Message(virtual.Message):  # type: ignore[misc]
+    """A message to kombu.
+
+    Attributes:
+        task: what it says, if nothing is left to decode.
+    """
+
+    task: Task | None = None
+
+    def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
+        if not isinstance(payload, _Fetched):
+            super().__init__(payload, channel, **kwargs)
+            return
+        # Of its own, kombu makes ten attributes more.
+        self.channel, self.delivery_tag, self._state = channel, payload.tag, "RECEIVED"
+        self.task = payload.task
+        self.headers = {"task": EMBED_TASK, "id": self.task.id}
 
 
 class QoS(stock.QoS):  # type: ignore[misc]
@@ -125,6 +153,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     """A channel that peeks at its queue and then fetches many messages at once."""
 
     QoS = QoS
+    Message = Message
     _kept: Any = None
     _peeked = ""
 
@@ -165,7 +194,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if not fetched:
             raise Empty  # Another worker took them.
         for tag, raw in zip(fetched[0::2], fetched[1::2], strict=True):
-            message, fault = _opened(raw, self._peeked, tag.decode(errors="replace"))
+            if tag and (task := opened(raw, tag, self._peeked)) is not None:
+                self.connection._deliver(_Fetched(task, tag.decode()), self._peeked)
+                continue
+            message, fault = _parsed(raw, self._peeked, tag.decode(errors="replace"))
             if fault is None:
                 self.connection._deliver(message, self._peeked)
             else:
@@ -207,7 +239,7 @@ class StockTransport(stock.Transport):  # type: ignore[misc]
             report_dropped(queue, fault)
 
 
-def _opened(raw: bytes, queue: str, tag: str) -> tuple[Any, str | None]:
+def _parsed(raw: bytes, queue: str, tag: str) -> tuple[Any, str | None]:
     """A message as kombu wants it, or what is wrong with it."""
     if not tag:
         return None, "it has no delivery tag of its own"

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from celery.worker.state import reserved_requests
-
 from pipeline.queue import batches, worker
 from pipeline.queue.app import make_app
 from pipeline.queue.claims import Claims
@@ -61,7 +59,7 @@ def main(url: str, gallery: str, queue: str, transport: str, faults: str) -> Non
         # Acknowledgements of the batch before may be on their way.
         told["in_hand"] = wait_for(lambda: held() and held() <= set(client.zrange(index, 0, -1)))
         live = held()
-        told["reserved"], told["working"] = len(reserved_requests), claims.working()
+        told["working"] = claims.working()
         before = claims._turned
         told["turned"] = wait_for(lambda: claims.alive() and claims._turned > before)
         client.zadd(index, dict.fromkeys(live, 1.0), xx=True)
@@ -72,7 +70,7 @@ def main(url: str, gallery: str, queue: str, transport: str, faults: str) -> Non
         return ["done"] * len(calls)
 
     def reduce(*args: object) -> None:
-        told["reduced"] = args
+        told["reduced"], told["working"] = args, claims.working()
         end_process(DONE)
 
     def end_when_settled() -> None:

@@ -2,23 +2,20 @@
 
 import pytest
 from celery import Celery
-from celery.app.task import Context
 
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import reduce_queue
+from pipeline.queue.messages import Task
 from tests.pipeline.queue.test_transport import GALLERY, app_for
 
 
-def member(number: int, app: Celery) -> Context:
+def member(number: int, app: Celery) -> Task:
     body = app.signature("ruiji.reduce", args=("plan", 0), immutable=True, task_id="body", queue=reduce_queue(GALLERY))
-    return Context({"id": f"m{number}", "group": "group", "group_index": number, "chord": dict(body)})
+    return Task(f"m{number}", ("plan", 0, "a.png"), "group", number, dict(body))
 
 
 def store(app: Celery, numbers: list[int]) -> None:
-    with app.backend.collected_parts() as parts:
-        for number in numbers:
-            app.backend.on_chord_part_return(member(number, app), "SUCCESS", "done")
-    app.backend.store_parts(parts)
+    app.backend.store_parts([(member(number, app), "done") for number in numbers])
 
 
 def test_a_batch_of_chord_parts_counts_each_member_once_and_sends_the_body_once(redis_url: str) -> None:

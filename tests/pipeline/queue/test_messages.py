@@ -12,7 +12,7 @@ import pytest
 from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import compare_queue, embed_queue, gallery_of, reduce_queue, task_of, unacked_keys
-from pipeline.queue.messages import envelope_fault, task_fault
+from pipeline.queue.messages import envelope_fault, opened, task_fault, task_in, written
 from tests.factories import Ruiji, pictures, wait_until
 
 #: What is put in the place of any part of a message.
@@ -150,3 +150,49 @@ def test_what_is_wrong_is_found_before_kombu_and_celery_see_it(queue: str) -> No
     assert both(lambda message, body: message["headers"].update({"of_a_later_celery": "x"})) is None
     assert envelope_fault(good, queue, "other")
     assert envelope_fault(good, "another", "t")
+
+
+PLAN, GALLERY = "0123456789abcdef", "fedcba9876543210"
+GROUP, QUEUE = f"{PLAN}.3.01234567", embed_queue(GALLERY)
+
+
+def both_ways(raw: str, queue: str) -> tuple[Any, Any]:
+    """What the strict reading takes of a message, and what the checks leave of it."""
+    try:
+        message = json.loads(raw)
+        tag = str(message["properties"]["delivery_tag"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return opened(raw.encode(errors="replace"), b"t", queue), None
+    read = opened(raw.encode(errors="replace"), tag.encode(errors="replace"), queue)
+    if envelope_fault(message, queue, tag) is not None:
+        return read, None
+    try:
+        body = json.loads(base64.b64decode(message["body"]))
+    except ValueError:
+        return read, None
+    fault = task_fault(message["headers"], body, task_of(queue), gallery_of(queue))
+    return read, task_in(message["headers"], body) if fault is None and len(body[0]) == 3 else None
+
+
+@pytest.mark.parametrize("path", ["a.png", 'é/"\\\U0001f426 \x7f.png', "x" * 4000])
+def test_what_is_written_is_what_is_read(path: str) -> None:
+    (raw,) = written([(2, 5, path)], PLAN, 3, GROUP, GALLERY)
+    read, left = both_ways(raw.decode(), QUEUE)
+    assert read == left
+    assert read.args == (PLAN, 3, path) and (read.id, read.group, read.group_index) == (f"{GROUP}.5", GROUP, 2)
+    assert opened(raw, b"another", QUEUE) is None
+    for queue in (reduce_queue(GALLERY), embed_queue("another")):
+        assert opened(raw.replace(QUEUE.encode(), queue.encode()), read.id.encode(), queue) is None
+
+
+def test_the_strict_reading_takes_nothing_that_the_checks_refuse() -> None:
+    (raw,) = written([(2, 5, "a.png")], PLAN, 3, GROUP, GALLERY)
+    random_, taken = random.Random(0), 0
+    for _ in range(5000):
+        text = mutated(json.loads(raw), random_)
+        read, left = both_ways(text, QUEUE)
+        taken += read is not None
+        assert read is None or read == left, text
+    assert taken > 50, "now and then nothing is wrong"
+    for garbage in GARBAGE:
+        assert opened(garbage.encode(), b"a", QUEUE) is None
