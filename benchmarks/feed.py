@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from pipeline.spec import ModelSpec
 from pipeline.status import StatusReader
 from pipeline.worker_settings import WorkerSettings
 
-_Array = TypeVar("_Array", bound=NDArray[Any])
+_T = TypeVar("_T")
 
 #: The pretended encoder of one GPU, all processes together.
 ENCODER_IMAGES_PER_S = 12_000.0
@@ -194,16 +195,17 @@ class _Pretended:
         self.spent_s = 0.0
 
     def decode(
-        self, file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None
+        self, file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str], room: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
-        """In place of `workers.decode.images.decode`: a sleep, and new pixels."""
-        return self._counted(DECODE_S, self._pixels.copy)
+        """In place of `workers.decode.images.decode`: a sleep, and pixels where they belong."""
+        self._counted(DECODE_S, partial(np.copyto, room, self._pixels))
+        return room
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """In place of `Encoder.encode`: a sleep, and new features."""
         return self._counted(len(pixels) / self._images_per_s, self._features[: len(pixels)].copy)
 
-    def _counted(self, seconds: float, make: Callable[[], _Array]) -> _Array:
+    def _counted(self, seconds: float, make: Callable[[], _T]) -> _T:
         before = time.thread_time()
         time.sleep(seconds)
         made = make()
@@ -232,7 +234,7 @@ def _embed_process(images_per_s: float, spent: Path) -> int:
     from workers.decode import images
 
     pretended = _Pretended(images_per_s)
-    images.decode = pretended.decode
+    images.decode = pretended.decode  # type: ignore[assignment]
     encoder.Encoder = lambda model, *_: _Encoder(pretended, model)  # type: ignore[assignment, misc]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told = WorkerSettings.from_environment(os.environ)

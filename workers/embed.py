@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.plans.plan import Plan, Segment
 from pipeline.spec import ModelSpec
 from pipeline.store import Embedded
+from workers.decode.ahead import Decoders, pixels_for
 from workers.decode.images import Decoded, decode_whole, open_image
 from workers.decode.media import check_media
 from workers.ledger import Ledger
@@ -48,7 +48,7 @@ class Job:
 
 
 #: From an open image file to pixels and digest, as `workers.decode.images.decode_whole`.
-Decode = Callable[[BinaryIO, ModelSpec, int, list[str]], Decoded]
+Decode = Callable[[BinaryIO, ModelSpec, int, list[str], NDArray[np.uint8]], Decoded]
 
 
 def embed_guarded(
@@ -58,7 +58,7 @@ def embed_guarded(
     media_dir: Path,
     hand: InHand,
     ledger: Ledger | None = None,
-    decoders: Executor | None = None,
+    decoders: Decoders | None = None,
 ) -> list[str]:
     """As `embed_batch`; suspects run alone, and what runs is told, in case this process dies of it."""
     names = suspect_names(plan)
@@ -83,7 +83,7 @@ def _embed_ordinary(
     encoder: "Encoder",
     media_dir: Path,
     ledger: Ledger | None,
-    decoders: Executor | None,
+    decoders: Decoders | None,
 ) -> list[str]:
     try:
         return embed_batch(plan, batch, encoder, media_dir, ledger, decoders)
@@ -136,6 +136,7 @@ def _decode_suspect(
     spec: ModelSpec,
     max_pixels: int,
     altered: list[str],
+    room: NDArray[np.uint8],
 ) -> Decoded:
     """Decode from the path, not from the file that this process has open."""
     limits = plan.limits_of(job.segment)
@@ -150,7 +151,7 @@ def embed_batch(
     encoder: "Encoder | _Alone",
     media_dir: Path,
     ledger: Ledger | None = None,
-    decoders: Executor | None = None,
+    decoders: Decoders | None = None,
     decode_file: Decode = decode_whole,
 ) -> list[str]:
     """Embed a batch; afterwards every object has a feature file, an error file or a published shard.
@@ -179,11 +180,12 @@ def embed_batch(
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
     load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
-    loaded = (decoders.map if decoders else map)(load, (job for _, job in waiting))
-    # As many at once as the encoder runs at once, so that a feature is on disk as soon as it can be.
-    for start in range(0, len(waiting), encoder.run_images):
-        part = waiting[start : start + encoder.run_images]
-        for number, outcome in _embed(plan, part, loaded, encoder, ledger):
+    # Where they are decoded one after the other, only as many as the encoder runs at once: so a feature is on disk as
+    # soon as it can be.
+    step = encoder.run_images if decoders is None else max(1, len(waiting))
+    for start in range(0, len(waiting), step):
+        part = waiting[start : start + step]
+        for number, outcome in _embed_part(plan, part, load, encoder, ledger, decoders):
             outcomes[number] = outcome
     if waiting and not plan.keep_features:
         published = _published(plan, jobs)
@@ -195,30 +197,56 @@ def embed_batch(
     return outcomes
 
 
+def _embed_part(
+    plan: Plan,
+    part: list[tuple[int, Job]],
+    load: "Callable[[Job, NDArray[np.uint8]], bytes | ImageError]",
+    encoder: "Encoder | _Alone",
+    ledger: Ledger,
+    decoders: Decoders | None,
+) -> Iterator[tuple[int, str]]:
+    """Decode and encode some jobs' images and write what becomes of them; yields the jobs' numbers and outcomes."""
+    spec, count = encoder.model.spec, len(part)
+    room = contextlib.nullcontext(pixels_for(spec, count)) if decoders is None else decoders.batch(count)
+    with room as pixels:
+
+        def load_one(place: int) -> bytes | ImageError:
+            return load(part[place][1], pixels[place])
+
+        loaded = list(map(load_one, range(count))) if decoders is None else decoders.run(load_one, count)
+        yield from _embed(plan, part, loaded, pixels, encoder, ledger)
+
+
 def _embed(
     plan: Plan,
     part: list[tuple[int, Job]],
-    loaded: "Iterator[Decoded | ImageError]",
+    loaded: list[bytes | ImageError],
+    pixels: NDArray[np.uint8],
     encoder: "Encoder | _Alone",
     ledger: Ledger,
 ) -> Iterator[tuple[int, str]]:
-    """Take the pixels of some jobs, encode and write them; yields the jobs' numbers and outcomes."""
-    ready: list[tuple[int, Job, Decoded]] = []
-    for number, job in part:
-        decoded = next(loaded)
-        if isinstance(decoded, ImageError):
-            yield number, _fail(plan, job, decoded)
+    """Encode what was loaded and write what becomes of it, as `_embed_part`.
+
+    Args:
+        loaded: of each the digest of its file, or why it has no pixels.
+        pixels: uint8[len(part), h, w, c]; anything where there are none.
+    """
+    ready: list[tuple[int, Job, bytes]] = []
+    for (number, job), digest in zip(part, loaded, strict=True):
+        if isinstance(digest, ImageError):
+            yield number, _fail(plan, job, digest)
         else:
-            ready.append((number, job, decoded))
+            ready.append((number, job, digest))
     if not ready:
         return
-    batch = np.stack([decoded.pixels for _, _, decoded in ready]) if len(ready) > 1 else ready[0][2].pixels[np.newaxis]
-    for (number, job, decoded), feature in zip(ready, _encode(encoder, batch, ledger), strict=True):
+    if len(ready) < len(part):
+        pixels = pixels[[not isinstance(digest, ImageError) for digest in loaded]]
+    for (number, job, digest), feature in zip(ready, _encode(encoder, pixels, ledger), strict=True):
         if isinstance(feature, ImageError):
             yield number, _fail(plan, job, feature)
         elif np.isfinite(feature).all():
             with ledger.busy("write"):
-                plan.keep_feature(job.segment, plan.scheme.object_id(job.path), Embedded(feature, decoded.digest))
+                plan.keep_feature(job.segment, plan.scheme.object_id(job.path), Embedded(feature, digest))
             yield number, DONE
         else:
             error = ImageError("the model gives values that are not finite", Reason.not_finite)
@@ -256,22 +284,25 @@ def _load(
     ledger: Ledger,
     decode_file: Decode,
     job: Job,
-) -> Decoded | ImageError:
-    """The pixels and the digest of one object, or why it has none."""
+    room: NDArray[np.uint8],
+) -> bytes | ImageError:
+    """Put the pixels of one object into `room`, uint8[h, w, c]; returns its file's digest, or why it has none."""
     if (problem := plan.scheme.bad_name(job.path)) is not None:
         return ImageError(problem, Reason.bad_name)
     spec = encoder.model.spec
 
-    def read() -> Decoded:
+    def read() -> bytes:
         altered: list[str] = []
         with ledger.busy("read"):
             file = open_image(f"{media_dir}/{job.path}", media_root)
         with file, ledger.busy("decode"):
-            decoded = decode_file(file, spec, plan.limits_of(job.segment).max_pixels, altered)
+            decoded = decode_file(file, spec, plan.limits_of(job.segment).max_pixels, altered, room)
+            if decoded.pixels is not room:
+                room[...] = decoded.pixels
         if altered:
             # Before its feature is there: what is done is not looked at again.
             mark(plan, job.path, altered)
-        return decoded
+        return decoded.digest
 
     try:
         try:

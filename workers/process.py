@@ -1,10 +1,10 @@
 """One worker process: a Celery worker for one role, with its heartbeat."""
 
 import contextlib
+import gc
 import importlib
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,9 @@ def run_process(role: Role, settings: WorkerSettings) -> int:
     watchdog = work.register(app, heartbeat, report)
 
     def started() -> None:
+        # What is there by now stays. Python would look through it again and again for what is not needed any more.
+        gc.collect()
+        gc.freeze()
         heartbeat.start()
         if watchdog is not None:
             watchdog.start()
@@ -122,6 +125,7 @@ class Embedding(Work):
             PlanMismatch, UsageError, ModelError, DeviceFault: as `run_process` and `proven_encoder` say.
         """
         # ONNX Runtime and the reader of graphs take most of the time to start; a reducer needs neither.
+        from workers.decode.ahead import Decoders
         from workers.decode.resize import why_not
         from workers.trial import proven_encoder
 
@@ -144,7 +148,7 @@ class Embedding(Work):
         self.queue, self.device = embed_queue(given.gallery.gallery_id), encoder.device
         # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.
         self.batches = 3 if encoder.device is Device.cuda else 1
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode") if self.batches > 1 else None
+        self._decoders = Decoders(threads, encoder.model.spec) if self.batches > 1 else None
         # Celery multiplies by the threads: two batches wait while `batches` are in hand.
         self.prefetch = -(-(self.batches + 2) * encoder.batch_images // self.batches)
         self.facts = {

@@ -7,7 +7,6 @@ the plan (docs/reliability.md, "What passes and what does not"). If they raise, 
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from pipeline.queue.chords import Chords
 from pipeline.queue.outages import end_process, noted
 from pipeline.segments import LATE_FILE_WAIT_S, Segments
 from pipeline.versions import other_versions
+from workers.decode.ahead import Decoders
 from workers.devices import DEVICE_FAILED
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_guarded
 from workers.ledger import Ledger
@@ -62,7 +62,7 @@ class Embedder:
         on_batch: Callable[[list[str]], None],
         hand: InHand,
         ledger: Ledger,
-        decoders: Executor | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
         """Make ready for the gallery in a folder.
 
@@ -147,9 +147,11 @@ class Embedder:
     def _note_failures(self, plan: Plan, jobs: list[Job], outcomes: list[str]) -> None:
         failed: dict[int, list[str]] = {}
         for job, outcome in zip(jobs, outcomes, strict=True):
+            if outcome not in (FAILED, SKIPPED):
+                continue
             object_id = plan.scheme.object_id(job.path)
             # What failed in a batch that was given back is noted when it comes again.
-            if outcome == FAILED or (outcome == SKIPPED and plan.has_failed(job.segment, object_id)):
+            if outcome == FAILED or plan.has_failed(job.segment, object_id):
                 failed.setdefault(job.segment.index, []).append(object_id)
         for index, object_ids in failed.items():
             Chords(self._client, plan.gallery_id, plan.plan_id).note_failed(index, object_ids)

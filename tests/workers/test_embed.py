@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pipeline.plans.plan import Plan
 from pipeline.segments import reduce_segment
 from tests.pipeline.galleries import new_plan
 from workers.decode import images
+from workers.decode.ahead import Decoders
 from workers.decode.images import Decoded, decode_whole
 from workers.embed import DONE, FAILED, LATE, SKIPPED, Job, embed_batch
 from workers.encoder import Encoder
@@ -68,8 +68,8 @@ def test_a_feature_has_the_digest_of_its_file(
     batch = jobs(plan)
     (tmp_path / "media" / batch[2].path).write_bytes((tmp_path / "media" / batch[1].path).read_bytes())
     expected = [hashlib.sha256((tmp_path / "media" / job.path).read_bytes()).digest() for job in batch]
-    with ThreadPoolExecutor(2) as threads:
-        embed_batch(plan, batch, encoder, tmp_path / "media", decoders=threads if ahead else None)
+    decoders = Decoders(2, encoder.model.spec) if ahead else None
+    embed_batch(plan, batch, encoder, tmp_path / "media", decoders=decoders)
     assert digests(plan, batch) == expected
     assert expected[1] == expected[2] != expected[0]
     reduce_segment(plan, plan.segments[0], lambda: None)
@@ -187,8 +187,8 @@ def test_decoding_ahead_in_threads_changes_no_outcome_and_no_bit(
     (tmp_path / "media" / batch[1].path).write_text("no image")
     ledger = Ledger()
     fused = Encoder(load_model(model_path), "cpu", batch_images=4)
-    with ThreadPoolExecutor(3) as decoders:
-        outcomes = embed_batch(plan, batch, fused, tmp_path / "media", ledger, decoders)
+    decoders = Decoders(3, encoder.model.spec)
+    outcomes = embed_batch(plan, batch, fused, tmp_path / "media", ledger, decoders)
     assert outcomes == [DONE, FAILED, DONE, DONE]
     ahead = [plan.feature_file(plan.scheme.object_id(job.path)) for job in batch if outcomes[batch.index(job)] == DONE]
     bits = [path.read_bytes() for path in ahead]

@@ -177,21 +177,28 @@ def _opened_path(descriptor: int, path: str | Path) -> str:
         return os.path.realpath(path)
 
 
-def decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> NDArray[np.uint8]:
+def decode(
+    file: BinaryIO,
+    spec: ModelSpec,
+    max_pixels: int,
+    altered: list[str] | None = None,
+    room: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
     """Decode an open image file and bring it to the spec's orientation, color and size.
 
     Args:
         altered: told how `pixels` of 1 made it another picture than people see, as `pipeline.altered` names that.
+        room: uint8[h, w, c], contiguous: where the pixels may go.
 
     Returns:
-        uint8[h, w, c].
+        uint8[h, w, c]; `room` itself if they went there.
 
     Raises:
         ImageError: with reason `too-large`, `truncated`, `undecodable` or `memory`.
         MachineFault: the disk or network below the file failed.
     """
     try:
-        return _decode(file, spec, max_pixels, altered if altered is not None else [])
+        return _decode(file, spec, max_pixels, altered if altered is not None else [], room)
     except (ImageError, MachineFault):
         raise
     except Exception as error:
@@ -218,7 +225,13 @@ class Decoded(NamedTuple):
     digest: bytes
 
 
-def decode_whole(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> Decoded:
+def decode_whole(
+    file: BinaryIO,
+    spec: ModelSpec,
+    max_pixels: int,
+    altered: list[str] | None = None,
+    room: NDArray[np.uint8] | None = None,
+) -> Decoded:
     """As `decode`, with the digest of exactly the bytes that were decoded.
 
     Raises:
@@ -226,7 +239,7 @@ def decode_whole(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list
         MachineFault: as `decode`.
     """
     before = _state(file)
-    pixels = decode(file, spec, max_pixels, altered)
+    pixels = decode(file, spec, max_pixels, altered, room)
     try:
         file.seek(0)
         digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
@@ -246,7 +259,9 @@ def _state(file: BinaryIO) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]) -> NDArray[np.uint8]:
+def _decode(
+    file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str], room: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
     decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
     if decoded is None:
         decoded = _opened(file, spec, max_pixels, altered)
@@ -260,7 +275,7 @@ def _decode(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     seen = (max(0, left), max(0, top), min(right, placed.size[0]), min(bottom, placed.size[1]))
     pixels = None
     if not isinstance(decoded, Image.Image) and decoded.shape[2] == 4:
-        pixels = resize(decoded, placed.size, seen, spec.resize)
+        pixels = resize(decoded, placed.size, seen, spec.resize, room if seen == placed.window else None)
     if pixels is None:
         image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded[:, :, :3])
         if image.mode != spec.color:

@@ -32,7 +32,11 @@ def has_filter(name: str) -> bool:
 
 
 def resize(
-    pixels: NDArray[np.uint8], size: tuple[int, int], window: tuple[int, int, int, int], filter_name: str
+    pixels: NDArray[np.uint8],
+    size: tuple[int, int],
+    window: tuple[int, int, int, int],
+    filter_name: str,
+    room: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8] | None:
     """Bring pixels to another size and crop them. Only the pixels of the window are computed.
 
@@ -41,6 +45,7 @@ def resize(
         size: width and height of the whole resized picture.
         window: the part of it to return: left, top, right, bottom, in Pillow's order.
         filter_name: one that `has_filter`.
+        room: uint8[bottom - top, right - left, 3], contiguous: where they go, instead of into an array of their own.
 
     Returns:
         uint8[bottom - top, right - left, 3]; None: Pillow has to do it, because the library cannot be used here, or a
@@ -48,15 +53,19 @@ def resize(
 
     Raises:
         MemoryError: there is none left.
-        ValueError: the pixels or the window are not as said above.
+        ValueError: the pixels, the window or the room are not as said above.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 4 or not pixels.flags.c_contiguous:
         raise ValueError("pixels must be uint8[h, w, 4], contiguous")
     left, top, right, bottom = window
     if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
         raise ValueError(f"the window {window} does not lie within {size}")
+    if room is None:
+        room = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+    elif room.shape != (bottom - top, right - left, 3) or room.dtype != np.uint8 or not room.flags.c_contiguous:
+        raise ValueError("room must be uint8 of the window's height and width and 3 channels, contiguous")
     library = _library()
-    return None if isinstance(library, str) else _resize(library, pixels, size, window, filter_name)
+    return None if isinstance(library, str) else _resize(library, pixels, size, window, filter_name, room)
 
 
 def _resize(
@@ -65,9 +74,9 @@ def _resize(
     size: tuple[int, int],
     window: tuple[int, int, int, int],
     filter_name: str,
+    out: NDArray[np.uint8],
 ) -> NDArray[np.uint8] | None:
-    left, top, right, bottom = window
-    out = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+    left, top, _, _ = window
     outcome = library.ruiji_resize_window(
         pixels.ctypes.data,
         *pixels.shape[:2],
@@ -113,8 +122,8 @@ def _has_pillows_bits(library: ctypes.CDLL) -> bool:
         image = Image.fromarray(pixels[:, :, :3])
         for name in _FILTERS:
             expected = np.asarray(image.resize((24, 24), Image.Resampling[name.upper()]))
-            whole = _resize(library, pixels, (24, 24), (0, 0, 24, 24), name)
-            part = _resize(library, pixels, (24, 24), (5, 3, 20, 21), name)
+            whole = _resize(library, pixels, (24, 24), (0, 0, 24, 24), name, np.empty((24, 24, 3), np.uint8))
+            part = _resize(library, pixels, (24, 24), (5, 3, 20, 21), name, np.empty((18, 15, 3), np.uint8))
             if whole is None or part is None or (whole != expected).any() or (part != expected[3:21, 5:20]).any():
                 return False
     return True

@@ -211,16 +211,21 @@ class World:
 
     def embed(self, plan: Plan, segment: Segment) -> None:
         """One batch, by a worker that has read its plan."""
-        encoder: Any = SimpleNamespace(run_images=8, turn=threading.Lock(), encode=lambda batch: batch[:, 0, 0, :])
-        encoder.model = SimpleNamespace(spec=SimpleNamespace(pixels=2))
 
-        def decode(file: Any, spec: Any, max_pixels: int, altered: list[str]) -> Any:
+        def encode(pixels: Any) -> Any:
+            return np.ascontiguousarray(pixels[:, 0, 0, :]).view(np.float32)
+
+        # A picture's pixels are the bytes of its feature.
+        encoder: Any = SimpleNamespace(run_images=8, turn=threading.Lock(), encode=encode)
+        encoder.model = SimpleNamespace(spec=SimpleNamespace(pixels=2, height=1, width=1, channels=4 * LENGTH))
+
+        def decode(file: Any, spec: Any, max_pixels: int, altered: list[str], room: Any) -> Any:
             name = file.read().decode()
             if name == BAD:
                 raise ImageError("broken", "undecodable")
             if name == BIG and max_pixels < LARGE:
                 raise ImageError("too large", "too-large")
-            return Decoded(feature_of(name, plan.versions).reshape(1, 1, LENGTH), digest_of(name))
+            return Decoded(feature_of(name, plan.versions).view(np.uint8).reshape(room.shape), digest_of(name))
 
         jobs = [Job(segment, path) for path in plan.paths(segment)]
         # A late duplicate can lose the file that it writes; it is given back, and dropped at its next try.
