@@ -71,39 +71,42 @@ def write_atomic(
     # Plain strings: this runs once per image, and paths as objects would cost as much as the writing.
     folder = os.path.dirname(path) or "."
     temporary = f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
-    with machine_faults(f"cannot write {path}"):
+    try:
+        descriptor = _create(temporary, folder)
         try:
-            descriptor = _create(temporary, folder)
-            try:
-                for chunk in chunks:
-                    _write_all(descriptor, chunk)
-                if sync:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if not exclusive:
-                os.replace(temporary, path)
-                return True
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                # A network folder may repeat a call that had succeeded: whose file it is tells, not the answer.
-                return os.path.samefile(temporary, path)
-            finally:
-                os.unlink(temporary)
+            for chunk in chunks:
+                _write_all(descriptor, chunk)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if not exclusive:
+            os.replace(temporary, path)
             return True
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # A network folder may repeat a call that had succeeded: whose file it is tells, not the answer.
+            return os.path.samefile(temporary, path)
+        finally:
+            os.unlink(temporary)
+        return True
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise MachineFault(f"cannot write {path}: {error.strerror}") from error
+        raise
 
 
 def _create(path: str, folder: str) -> int:
     # Descriptors, because a file object asks the system for more than it needs; twice, because a plan that ends removes
     # empty folders.
     for _ in range(2):
-        with suppress(FileNotFoundError):
+        try:
             return os.open(path, _NEW_FILE, 0o666)
+        except FileNotFoundError:
+            pass
         try:
             # Mostly only the last one is missing.
             os.mkdir(folder)
@@ -113,9 +116,10 @@ def _create(path: str, folder: str) -> int:
 
 
 def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
+    # Mostly in one call.
     view = memoryview(chunk).cast("B")
-    while view:
-        view = view[os.write(descriptor, view) :]
+    while view and (written := os.write(descriptor, view)) < len(view):
+        view = view[written:]
 
 
 def sync_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Collection, Iterable
@@ -14,7 +15,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import GalleryMismatch
 from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
-from pipeline.objects import IdScheme
+from pipeline.objects import MAX_ID_BYTES, IdScheme
 from pipeline.plans.generations import read_generation
 from pipeline.store import (
     DIGEST_BYTES,
@@ -32,6 +33,10 @@ from pipeline.store import (
 
 #: Length of a segment's digest, which finds accidents, not forgeries.
 _DIGEST_DIGITS = 16
+#: What lines have of which something could be wrong: empty parts, dots where they mean folders, what may begin a
+#: control character of two bytes; and the others, but for the newline.
+_ODD = (b"\n\n", b"//", b"/\n", b"\n/", b"..", b".\n", b"/./", b"\n./", b"\xc2")
+_CONTROLS = bytes(byte for byte in (*range(32), 127) if byte != 10)
 
 
 @dataclass(frozen=True)
@@ -190,17 +195,22 @@ class Plan:
         try:
             with self._open_todo() as file:
                 file.seek(segment.offset)
-                lines = [file.readline() for _ in range(segment.lines)]
+                lines = list(itertools.islice(file, segment.lines))
         except FileNotFoundError:
             raise GalleryMismatch(f"{self.todo} is lost, which says what the plan's objects are; {advice}") from None
-        stripped = [line.removesuffix(b"\n") for line in lines]
+        block = b"".join(lines)
         # A digest proves that list and plan belong together, not that either is ours.
-        if (segment.digest and segment_digest(lines) != segment.digest) or any(map(self._foreign, stripped)):
+        if (
+            len(lines) != segment.lines
+            or (segment.digest and segment_digest([block]) != segment.digest)
+            or (not _is_plain(block, lines) and any(map(self._foreign, lines)))
+        ):
             raise GalleryMismatch(f"{self.todo} is not as its plan says; {advice}")
-        return [line.decode() for line in stripped]
+        return block.removesuffix(b"\n").decode().split("\n")
 
     def _foreign(self, line: bytes) -> bool:
         """Whether no checked list has such a line, so that it would name a file elsewhere."""
+        line = line.removesuffix(b"\n")
         return not line.endswith(b"/") and self.scheme.problem(line) is not None
 
     @cached_property
@@ -293,8 +303,11 @@ class Plan:
         """Delete an object's feature and error file."""
         object_id = self.scheme.object_id(path)
         for ending in layout.NESTED_ENDINGS:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.object_file(object_id, ending))
+            file = self.object_file(object_id, ending)
+            # Mostly there is no error file, and to ask takes less time than to fail to delete.
+            if ending == FEATURE_ENDING or os.access(file, os.F_OK):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file)
 
     def record(self, segment: Segment) -> Record | None:
         """The segment's record, or None while it is not published."""
@@ -362,6 +375,18 @@ class Plan:
             return False
         del self.__dict__["_seen_left"]
         return not self._left
+
+
+def _is_plain(block: bytes, lines: list[bytes]) -> bool:
+    """Whether nothing in these lines can be a fault to `IdScheme.problem`; all at once: every process reads them."""
+    framed = b"\n%b\n" % block.removesuffix(b"\n")
+    if max(map(len, lines), default=0) > MAX_ID_BYTES or any(odd in framed for odd in _ODD):
+        return False
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return len(block.translate(None, _CONTROLS)) == len(block)
 
 
 def segment_digest(lines: Iterable[bytes]) -> str:

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from pipeline.choices import ObjectIds
 from pipeline.errors import GalleryMismatch, PlanMismatch, RuijiError
 from pipeline.gallery import claim_gallery, read_gallery
 from pipeline.model import load_model
-from pipeline.objects import ObjectList
+from pipeline.objects import IdScheme, ObjectList
 from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.generations import current, read_marks
-from pipeline.plans.plan import segment_digest
+from pipeline.plans.plan import _is_plain, segment_digest
 from pipeline.plans.planning import PlanSettings, check_matches, plan_list
 from pipeline.plans.repair import plan_repair
 from pipeline.segments import reduce_segment
@@ -360,3 +363,16 @@ def test_a_line_that_no_list_has_names_no_file(tmp_path: Path, model_path: Path,
     assert hostile is not None
     with pytest.raises(GalleryMismatch, match="not as its plan says"):
         hostile.paths(hostile.segments[0])
+
+
+@given(
+    st.lists(st.text(alphabet="a.é/\x85\\ \x7f", max_size=8) | st.sampled_from(["a" * 231, "é" * 116, "a/b.png", "é"]))
+)
+@example(["a.png", "b/c é.png"])
+def test_lines_are_taken_together_only_where_each_could_be_taken_alone(lines: list[str]) -> None:
+    block = [f"{line}\n".encode() for line in lines]
+    if _is_plain(b"".join(block), block):
+        for kind in ObjectIds:
+            assert [IdScheme(kind).problem(line[:-1]) for line in block] == [None] * len(block)
+    else:
+        assert lines != ["a.png", "b/c é.png"]
