@@ -15,7 +15,7 @@ def test_messages_that_are_not_ours_are_no_segments(
 ) -> None:
     segments.fill_window(1)
     nearly = json.dumps({"headers": {"id": f"{plan.plan_id}.x.y"}})
-    for junk in ("no json", "[]", "3", "{}", nearly):
+    for junk in ("no json", "[]", "3", "{}", "[" * 100_000, nearly):
         client.lpush(embed_queue(plan.gallery_id), junk)
         client.hset(unacked_keys(plan.gallery_id)["unacked_key"], junk, junk)
     assert chords.queued_segments() == {0}
