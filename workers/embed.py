@@ -241,16 +241,23 @@ def _embed(
         return
     if len(ready) < len(part):
         pixels = pixels[[not isinstance(digest, ImageError) for digest in loaded]]
-    for (number, job, digest), feature in zip(ready, _encode(encoder, pixels, ledger), strict=True):
-        if isinstance(feature, ImageError):
-            yield number, _fail(plan, job, feature)
-        elif np.isfinite(feature).all():
-            with ledger.busy("write"):
+    features = _encode(encoder, pixels, ledger)
+    finite: list[bool]
+    if isinstance(features, np.ndarray):
+        # All at once, which takes numpy as long as a few of them.
+        finite = list(map(bool, np.all(np.isfinite(features), axis=1)))
+    else:
+        finite = [not isinstance(feature, ImageError) and bool(np.isfinite(feature).all()) for feature in features]
+    with ledger.busy("write"):
+        for (number, job, digest), feature, good in zip(ready, features, finite, strict=True):
+            if isinstance(feature, ImageError):
+                yield number, _fail(plan, job, feature)
+            elif good:
                 plan.keep_feature(job.segment, plan.scheme.object_id(job.path), Embedded(feature, digest))
-            yield number, DONE
-        else:
-            error = ImageError("the model gives values that are not finite", Reason.not_finite)
-            yield number, _fail(plan, job, error)
+                yield number, DONE
+            else:
+                error = ImageError("the model gives values that are not finite", Reason.not_finite)
+                yield number, _fail(plan, job, error)
 
 
 def _encode(

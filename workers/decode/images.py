@@ -241,8 +241,11 @@ def decode_whole(
     before = _state(file)
     pixels = decode(file, spec, max_pixels, altered, room)
     try:
-        file.seek(0)
-        digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
+        if isinstance(file, io.BytesIO):
+            digest = hashlib.sha256(file.getbuffer()).digest()
+        else:
+            file.seek(0)
+            digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
         after = _state(file)
     except OSError as error:
         raise MachineFault(f"cannot read an image: {error.strerror}") from error
