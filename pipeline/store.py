@@ -116,8 +116,8 @@ def _create(path: str, folder: str) -> int:
 
 
 def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
-    # Mostly in one call.
     view = memoryview(chunk).cast("B")
+    # Mostly in one call.
     while view and (written := os.write(descriptor, view)) < len(view):
         view = view[written:]
 
