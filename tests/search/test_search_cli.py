@@ -694,8 +694,11 @@ def test_near_duplicates_are_told_in_every_format(own_world: World, tmp_path: Pa
     # xargs -0 would take an empty record for a path.
     members = [own_world.paths[0], "c/0.png", "c/1.png", own_world.paths[1], "c/2.png"]
     assert found("paths", "-0").stdout == "".join(f"{path}\0" for path in members)
-    assert found("csv").stdout.splitlines()[0] == "group,object_id,path,similarity,least_similarity,identical_to,sha256"
-    assert found("csv").stdout.splitlines()[3].endswith(f",{first},{digests[1].tobytes().hex()}")
+    assert (
+        found("csv").stdout.splitlines()[0]
+        == "group,object_id,path,similarity,least_similarity,identical_to,turned,sha256"
+    )
+    assert found("csv").stdout.splitlines()[3].endswith(f",{first},,{digests[1].tobytes().hex()}")
     table = found("table")
     assert "group 1: 3 objects, 3 pairs" in table.stdout
     columns = [line.split() for line in table.stdout.splitlines() if line.startswith("object_id")]

@@ -52,6 +52,7 @@ class Watch:
 
     complaints: list[str] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
 
     def expect(self, pattern: str) -> None:
         """Let pass what matches; at least one complaint must."""
@@ -66,9 +67,17 @@ class Watch:
         if message.type in ("error", "warning"):
             self.complaints.append(f"{message.text} ({message.location.get('url')})")
 
+    def allow(self, pattern: str) -> None:
+        """Something is complained of or not, depending on what comes first."""
+        self.allowed.append(pattern)
+
     def check(self) -> None:
         """Fail if there was anything but what was expected, or not that."""
-        left = [one for one in self.complaints if not any(re.search(pattern, one) for pattern in self.expected)]
+        left = [
+            one
+            for one in self.complaints
+            if not any(re.search(pattern, one) for pattern in [*self.expected, *self.allowed])
+        ]
         assert not left, f"the browser complains: {left}"
         for pattern in self.expected:
             assert any(re.search(pattern, one) for one in self.complaints), f"no complaint was like {pattern}"
