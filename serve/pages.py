@@ -14,7 +14,7 @@ from serve import bodies
 from serve.access import SESSION_S, Access
 
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-#: What the header of a page leads to, in this order, if the page is there.
+#: What the header of a page leads to, in this order.
 _TITLES = {"index": "Find", "clean": "Clean up", "map": "Map", "run": "Run"}
 _HEADER = """<header>
   <a class="brand" href="/">ruiji</a>
@@ -35,7 +35,6 @@ def _page(name: str) -> bytes:
     links = "".join(
         f'<a href="{_route(other)}"{" aria-current=page" * (other == name)}>{title}</a>'
         for other, title in _TITLES.items()
-        if (_FOLDER / f"{other}.html").is_file()
     )
     text = (_FOLDER / f"{name}.html").read_text(encoding="utf-8")
     return text.replace("<header></header>", _HEADER.format(links=links), 1).encode()
