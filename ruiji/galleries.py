@@ -35,6 +35,7 @@ from search.options import THRESHOLD, TOP_K, Linkage, Metric, Projection
 from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
+from search.requests.near_duplicates import turned_copies
 from search.requests.selection import provenance_warnings, version_warnings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from pipeline.model import Model
     from pipeline.spec import ModelSpec
+    from search.duplicates.turned import TurnedCopies
     from workers.encoder import Encoder
     from workers.words import TextEncoder
 
@@ -386,6 +388,8 @@ class Gallery:
         linkage: str = Linkage.complete,
         against: Sequence[str] = (),
         not_within_folder: bool = False,
+        turned: bool = False,
+        media_dir: "str | os.PathLike[str] | None" = None,
         decisions: "str | os.PathLike[str] | None" = None,
     ) -> NearDuplicates:
         """Find all groups of near-identical objects.
@@ -397,13 +401,17 @@ class Gallery:
             against: conditions, as `only` takes them: objects that meet them are only compared with those that do not,
                 and come first in each group.
             not_within_folder: compare only objects of different folders.
+            turned: also find copies that were rotated by quarters or mirrored; the gallery needs its model then, and
+                `media_dir`, where its pictures are. Pictures that cannot be read are a `RuijiWarning`.
             progress: called with how many pairs are compared, and how many there are.
             decisions: a decisions file, as `ruiji duplicates decide` writes it: what is decided or skipped is left out.
 
         Raises:
             GalleryMismatch: the decisions file is damaged, or a newer ruiji wrote it.
-            UsageError: the threshold is out of its bounds, a condition cannot be read or leaves nothing to compare, or
-                more objects are connected, and not each with each other, than can be put in order.
+            UsageError: the threshold is out of its bounds, a condition cannot be read or leaves nothing to compare,
+                more objects are connected, and not each with each other, than can be put in order, or something is
+                missing that turned copies need.
+            ModelError, MachineFault: the model is needed and fails.
         """
         shards = self._shards
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
@@ -412,8 +420,19 @@ class Gallery:
         compared = Compared(shards, against, self._annotations, not_within_folder)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
-        groups = open_groups(shards, decided, threshold, rules, arithmetic, step)
+        said: list[str] = []
+        copies = self._turned_copies(shards, media_dir, said.append) if turned else None
+        groups = open_groups(shards, decided, threshold, rules, arithmetic, step, turned=copies)
+        for warning in said:
+            _warn(warning)
         return NearDuplicates(tuple(compared.reference_first(groups)))
+
+    def _turned_copies(
+        self, shards: Shards, media_dir: "str | os.PathLike[str] | None", say: Callable[[str], None]
+    ) -> "TurnedCopies":
+        if media_dir is None:
+            raise UsageError("turned=True looks at the pictures: say where they are with media_dir")
+        return turned_copies(shards, Path(media_dir), lambda: self._model(shards), self._max_pixels, say)
 
     def embed(self, pictures: "Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.

@@ -123,8 +123,8 @@ class SearchResults(_Table):
 class NearDuplicates(_Table):
     """Groups of near-identical objects.
 
-    As a table: one row for each member, with group (from 1), object_id, path, similarity to the group's first, and
-    identical_to, the id of the first member whose file has the same bytes.
+    As a table: one row for each member, with group (from 1), object_id, path, similarity to the group's first,
+    identical_to, the id of the first member whose file has the same bytes, and turned, how it is turned, in words.
 
     Attributes:
         groups: in the order of their first members.
@@ -136,6 +136,7 @@ class NearDuplicates(_Table):
         "path": "string",
         "similarity": "float64",
         "identical_to": "string",
+        "turned": "string",
     }
 
     groups: tuple[Group, ...]
@@ -149,7 +150,8 @@ class NearDuplicates(_Table):
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for number, group in enumerate(self.groups, 1):
             for member in group.members:
-                yield number, member.object_id, member.path, member.similarity, member.identical_to
+                known = member.similarity, member.identical_to, member.turned
+                yield number, member.object_id, member.path, *known
 
 
 def _library(name: str, method: str) -> Any:

@@ -367,8 +367,11 @@ def near_duplicates(
     write_groups(groups, output_format, media_dir, null, DECIDED if decided else CHOSEN if keep is not None else ())
     if isinstance(groups, tuple):
         note(f"{len(groups)} decisions")
+    elif len(groups):
+        more = groups.objects - len(groups)
+        note(f"{len(groups)} groups are open; {more} objects besides the first of each group")
     else:
-        note(f"{len(groups)} groups; {groups.objects - len(groups)} objects besides the first of each group")
+        note("nothing is open")
     if sheet is not None:
         from search.requests.pictures import draw_sheet
 

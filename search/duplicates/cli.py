@@ -70,7 +70,8 @@ def decide(
         count += 1
         value = {"line": done.line, "decision": done.decision, "objects": done.objects}
         print(to_json(value), file=out, flush=True)
-    note(f"{count} decisions recorded in {request.file}")
+    again = "; run ruiji near-duplicates again until it says that nothing is open" if count else ""
+    note(f"{count} decisions recorded in {request.file}{again}")
 
 
 @app.command(examples=["ruiji duplicates undo IMG_0042.jpg", "ruiji duplicates undo IMG_0042.jpg IMG_0043.jpg"])

@@ -69,7 +69,7 @@ def compare_with(
     client = connect(workers.redis_url)
     with broker_faults():
         check_place(workers.folder, workers.info, client)
-    _Asking(workers, client, whole(gallery), threshold, say).wait(progress)
+    _Asking(workers, client, whole(gallery), threshold, say).compare(progress)
 
 
 class _Asking:
@@ -84,7 +84,7 @@ class _Asking:
         self._redis = Comparisons(client, gallery_id)
         self._app = make_app(workers.redis_url, gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S)
         panels = list(panels_of(gallery, PANEL_ROWS))
-        self._count, self._pairs = len(panels), sum(map(_pairs, panels))
+        self._panels, self._pairs = panels, sum(map(_pairs, panels))
         # The largest first, so that at the end no worker has a large one alone.
         self._missing = {
             PanelTask(PANEL_ROWS, panel.number, panel.end, panel.key, threshold): panel for panel in reversed(panels)
@@ -93,9 +93,14 @@ class _Asking:
         self._published = -_PUBLISH_S
         self._told: set[str] = set()
 
-    def wait(self, progress: Callable[[int, int], None]) -> None:
-        """Wait until every panel has its file."""
+    def compare(self, progress: Callable[[int, int], None]) -> None:
+        """Have every panel in a file, and those of no use removed."""
         self._take_done()
+        if self._missing:
+            self._wait(progress)
+            self._folder.tidy(set(self._panels), self._threshold)
+
+    def _wait(self, progress: Callable[[int, int], None]) -> None:
         # Whoever asks anew wants another try.
         self._with_redis(lambda: self._redis.forget([task.name for task in self._missing]))
         while self._missing:
@@ -110,8 +115,9 @@ class _Asking:
                 self._tell(_words(self._missing[task], seen[task]))
             if self._missing and len(given_up) == len(self._missing):
                 raise RuijiError(
-                    f"workers could not compare {len(given_up)} of {self._count} panels; their logs say more. Run it "
-                    "again to have them tried again, or without --distributed to compare them here. The others are kept"
+                    f"workers could not compare {len(given_up)} of {len(self._panels)} panels; their logs say more. "
+                    "Run it again to have them tried again, or without --distributed to compare them here. The others "
+                    "are kept"
                 )
             if self._missing:
                 time.sleep(_LOOK_S)

@@ -47,6 +47,7 @@ class Member:
         digest: of its file, as `Gallery.digest` has it.
         identical_to: id of the first member whose file has the same bytes; None for that member itself, for one whose
             bytes no other has, and if the digest is not known.
+        turned: how it is turned as the first member sees it, in words; None if it is not.
     """
 
     row: int

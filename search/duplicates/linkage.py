@@ -6,7 +6,6 @@ its least similar one. What is connected and has all its pairs is one group in a
 counting, and only the rest is put in order. Single linkage joins two groups at the first pair.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from search.arrays import Float64, Mask, Rows
+from search.duplicates.joining import Joining, ListedJoining, TableJoining
 from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys
 from search.gallery.shards import Gallery
 from search.gallery.units import usable_rows
@@ -422,15 +422,15 @@ def _put_in_order(pieces: _Pieces, atoms: _Units, label: Rows, chosen: Mask, rul
             known.setdefault(int(label[some]), []).append((int(atoms.of[some]), int(atoms.of[other])))
     for batch in _batches(parts, listed):
         number, place = np.full(len(label), -1), np.zeros(len(label), np.int64)
-        tables: list[_Table | _Counts] = []
+        tables: list[Joining] = []
         for index, members in enumerate(batch):
             number[members], place[members] = index, np.arange(len(members))
             name = int(label[atoms.first_rows(members[:1])[0]])
             different = [(int(place[some]), int(place[other])) for some, other in known.get(name, ())]
             if int(members[0]) in listed:
-                tables.append(_Counts(atoms.kinds(members), joined_at[members], different, rules.linkage))
+                tables.append(ListedJoining(atoms.kinds(members), joined_at[members], different, rules.linkage))
             else:
-                tables.append(_Table(atoms.table(members), joined_at[members], different, rules.linkage))
+                tables.append(TableJoining(atoms.table(members), joined_at[members], different, rules.linkage))
         for pairs in pieces:
             pairs = pairs.only(number[pairs.some] >= 0)
             columns = number[pairs.some], place[pairs.some], place[pairs.others], pairs.similarities
@@ -482,125 +482,6 @@ def _batches(parts: Sequence[Rows], listed: dict[int, int]) -> Iterator[list[Row
         batch.append(members)
         entries += needed
     yield batch
-
-
-class _Table:
-    """Some atoms that are connected, and how many pairs of their clusters are still to be seen.
-
-    Attributes:
-        of: the cluster of each atom, by the place of one of its atoms.
-        joined_at: of each cluster the similarity of the last pair that joined it, by that place.
-    """
-
-    def __init__(
-        self, compared: NDArray[np.int32], joined_at: Float64, different: list[tuple[int, int]], linkage: Linkage
-    ) -> None:
-        count = len(compared)
-        self._complete = linkage is Linkage.complete
-        # Single linkage waits for no pair; those that are known to be different never come.
-        self._left = compared if self._complete else np.zeros_like(compared)
-        for some, other in different:
-            self._left[some, other] = self._left[other, some] = 1
-        self.of = list(range(count))
-        self.joined_at = joined_at.tolist()
-        self._members = [[place] for place in range(count)]
-
-    def see(self, some: int, other: int, similarity: float) -> None:
-        """Take the next pair."""
-        a, b = self.of[some], self.of[other]
-        if a == b:
-            return
-        left = self._left
-        if self._complete:
-            left[a, b] -= 1
-            left[b, a] -= 1
-        if left[a, b]:
-            return
-        if len(self._members[a]) < len(self._members[b]):
-            a, b = b, a
-        for member in self._members[b]:
-            self.of[member] = a
-        self._members[a] += self._members[b]
-        left[a] += left[b]
-        left[:, a] = left[a]
-        self.joined_at[a] = similarity
-
-
-class _Counts:
-    """As `_Table`, for many atoms of which few pairs come: only what was seen is counted."""
-
-    def __init__(
-        self,
-        kinds: list[tuple[int, ...] | None],
-        joined_at: Float64,
-        different: list[tuple[int, int]],
-        linkage: Linkage,
-    ) -> None:
-        count = len(kinds)
-        self._complete = linkage is Linkage.complete
-        self.of = list(range(count))
-        self.joined_at = joined_at.tolist()
-        self._members = [[place] for place in range(count)]
-        #: For each cluster the others that pairs were seen with, and how many; and those it can never join.
-        self._seen: list[dict[int, int]] = [{} for _ in range(count)]
-        self._apart: list[set[int]] = [set() for _ in range(count)]
-        for some, other in different:
-            self._apart[some].add(other)
-            self._apart[other].add(some)
-        #: For each choice of sides and each cluster how many atoms stand where; of atoms that agree none are compared.
-        sides = next((len(kind) for kind in kinds if kind is not None), 0)
-        self._agreeing = [
-            (1 if several % 2 else -1, [Counter() if kind is None else Counter([_part(kind, some)]) for kind in kinds])
-            for several in range(1, sides + 1)
-            for some in combinations(range(sides), several)
-        ]
-
-    def see(self, some: int, other: int, similarity: float) -> None:
-        """Take the next pair."""
-        a, b = self.of[some], self.of[other]
-        if a == b:
-            return
-        if self._complete:
-            self._seen[a][b] = self._seen[b][a] = self._seen[a].get(b, 0) + 1
-            if self._seen[a][b] < self._expected(a, b):
-                return
-        if b in self._apart[a]:
-            return
-        if len(self._members[a]) < len(self._members[b]):
-            a, b = b, a
-        for member in self._members[b]:
-            self.of[member] = a
-        self._members[a] += self._members[b]
-        self._join(a, b)
-        self.joined_at[a] = similarity
-
-    def _expected(self, a: int, b: int) -> int:
-        """How many pairs there are to be seen between two clusters."""
-        pairs = len(self._members[a]) * len(self._members[b])
-        for sign, counts in self._agreeing:
-            fewer, more = sorted((counts[a], counts[b]), key=len)
-            pairs -= sign * sum(number * more[kind] for kind, number in fewer.items())
-        return pairs
-
-    def _join(self, a: int, b: int) -> None:
-        """What is known of b holds for a."""
-        self._seen[a].pop(b, None)
-        for other, count in self._seen[b].items():
-            if other != a:
-                del self._seen[other][b]
-                self._seen[a][other] = self._seen[other][a] = self._seen[a].get(other, 0) + count
-        for other in self._apart[b]:
-            self._apart[other].discard(b)
-            self._apart[other].add(a)
-        self._apart[a] |= self._apart[b]
-        self._seen[b], self._apart[b] = {}, set()
-        for _, counts in self._agreeing:
-            counts[a] += counts[b]
-            counts[b] = Counter()
-
-
-def _part(kind: tuple[int, ...], sides: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(kind[side] for side in sides)
 
 
 def _sorted_out(pieces: Iterable[Pairs], atoms: _Units, clusters: Rows) -> tuple[Rows, Between]:

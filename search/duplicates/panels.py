@@ -81,7 +81,9 @@ def collect(
     for start in range(0, len(missing), comparison.panels_at_once):
         some = missing[start : start + comparison.panels_at_once]
         known.update(zip(some, comparison.compare_all(some, threshold, folder, count), strict=True))
-    folder.tidy(fitting, threshold)
+    if missing:
+        # Who only reads leaves what others have found to them.
+        folder.tidy(fitting, threshold)
     return PairStore([part for parts in known.values() for part in parts or ()], first)
 
 

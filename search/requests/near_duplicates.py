@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
 from pipeline.choices import Device
@@ -29,6 +29,9 @@ from search.requests.pictures import check_picture_targets, check_pictures, grou
 from search.requests.selection import Progress, Say, Selection, say_undigested, say_unusable
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from pipeline.model import Model
     from search.duplicates.turned import TurnedCopies
     from search.labels import Annotations
     from search.views.sheet import SheetLine
@@ -166,6 +169,7 @@ def _open(
     say: Say,
     progress: Progress,
 ) -> Groups:
+    media_dir, model_path = request.media_dir, request.selection.model_path
     compared = Compared(gallery, request.against, annotations, request.not_within_folder)
     planner = Planner(request.device)
     # Every row is a query here.
@@ -175,33 +179,50 @@ def _open(
     rules = Rules(request.linkage, sides=compared.sides)
     arithmetic = planner.arithmetic(way)
     with progress("pairs") as step, progress("pictures") if request.turned else nullcontext() as looked_at:
-        turned = None if looked_at is None else _turned(request, gallery, say, looked_at)
+        turned = None
+        if looked_at is not None and media_dir is not None and model_path is not None:
+            load = partial(query_encoder, model_path, gallery, request.device, pictures=gallery.rows)
+            turned = turned_copies(gallery, media_dir, load, request.max_pixels, say, looked_at)
         if request.redis_url is not None:
             _distribute(request, request.redis_url, gallery, say, step)
         groups = open_groups(gallery, decided, request.threshold, rules, arithmetic, step, request.skipped, turned)
-    if not request.keep or request.media_dir is None:
+    if not request.keep or media_dir is None:
         return compared.reference_first(groups)
-    return with_choices(gallery, groups, Files(gallery, request.media_dir), request.keep, say)
+    return with_choices(gallery, groups, Files(gallery, media_dir), request.keep, say)
 
 
-def _turned(
-    request: NearDuplicatesRequest, gallery: Gallery, say: Say, progress: Callable[[int, int], None]
+def turned_copies(
+    gallery: Gallery,
+    media_dir: Path,
+    load: "Callable[[], tuple[Model, Future[Any]]]",
+    max_pixels: int,
+    say: Say,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "TurnedCopies":
+    """What looks for turned copies in a gallery.
+
+    Args:
+        media_dir: where its pictures are.
+        load: gives the model that made it, and what encodes, as `query_encoder` does; called once all else is there.
+        max_pixels, say, progress: as `TurnedCopies` takes them.
+
+    Raises:
+        UsageError: the gallery knows no paths, or there is no media folder or no library.
+        GalleryMismatch, ModelError, MachineFault: as `load` raises them.
+    """
     if gallery.fingerprint is None:
-        raise UsageError("--turned: this gallery has no gallery.json and does not know paths, only object ids")
-    assert request.media_dir is not None and request.selection.model_path is not None
-    if not request.media_dir.is_dir():
-        raise UsageError(f"--turned: there is no media folder {request.media_dir}; mount it, or check --media-dir")
+        raise UsageError("turned copies: this gallery has no gallery.json and does not know paths, only object ids")
+    if not media_dir.is_dir():
+        raise UsageError(f"turned copies: there is no media folder {media_dir}; mount it, or name another")
     try:
         from search.duplicates.turned import TurnedCopies
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"--turned needs the library {error.name}: run make setup, or pip install 'ruiji[turned]'"
+            f"to find turned copies needs the library {error.name}: run make setup, or pip install 'ruiji[turned]'"
         ) from None
-    model, encoder = query_encoder(request.selection.model_path, gallery, request.device, pictures=gallery.rows)
-    embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=request.max_pixels)
-    upright = model.spec.exif_orientation
-    return TurnedCopies(gallery, request.media_dir, embed, upright, request.max_pixels, say, progress)
+    model, encoder = load()
+    embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=max_pixels)
+    return TurnedCopies(gallery, media_dir, embed, model.spec.exif_orientation, max_pixels, say, progress)
 
 
 def _distribute(

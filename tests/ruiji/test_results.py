@@ -23,8 +23,8 @@ HIT_ROWS = [
     {"query": "r", "rank": 1, "object_id": "a.jpg", "path": "x/a.jpg", "similarity": 1.0, "distance": 0.0},
 ]
 GROUP_ROWS = [
-    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0, "identical_to": None},
-    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99, "identical_to": "a"},
+    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0, "identical_to": None, "turned": None},
+    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99, "identical_to": "a", "turned": None},
 ]
 
 

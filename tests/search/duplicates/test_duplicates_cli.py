@@ -102,7 +102,9 @@ def test_decisions_from_stdin_are_confirmed_one_by_one_and_kept_with_paths_and_d
         {"line": 1, "decision": "same", "objects": 3},
         {"line": 2, "decision": "different", "objects": 2},
     ]
-    assert result.stderr == f"2 decisions recorded in {world.file}\n"
+    assert result.stderr == (
+        f"2 decisions recorded in {world.file}; run ruiji near-duplicates again until it says that nothing is open\n"
+    )
     first, second = map(json.loads, world.file.read_text().splitlines())
     assert first["keep"]["path"] == "cat/a.png" and first["object_id"] == "basename"
     assert [one["path"] for one in first["remove"]] == ["cat/b1.png", "dog/c.png"]

@@ -99,6 +99,25 @@ def planted(camera: Camera, groups: int, alone: int, chains: int) -> dict[str, b
     return files | {f"alone{seed}.jpg": encoded(photo(3 * 10**6 + seed)) for seed in range(alone)}
 
 
+def test_cropped_copies_czkawka_1575(tmp_path: Path) -> None:
+    """A copy without its margins, a tenth of each side: found by its feature, beside the decoy that is not."""
+    camera = Camera(tiny_model(tmp_path / "m.onnx", size=16, length=64))
+    home = Home(tmp_path / "media", tmp_path / "features", camera.model)
+    width, height = SIZE
+    margins = (width // 20, height // 20, width - width // 20, height - height // 20)
+    files = {}
+    for seed in range(12):
+        picture = photo(seed)
+        files[f"{seed}.jpg"] = encoded(picture)
+        files[f"{seed}-cropped.jpg"] = encoded(picture.crop(margins))
+        files[f"{seed}-decoy.jpg"] = camera.decoy(picture, 10**6 + seed)
+    home.add(camera.features(files), files)
+    groups = home.found()
+    for seed in range(12):
+        (group,) = [one for one in groups if f"{seed}.jpg" in one]
+        assert f"{seed}-cropped.jpg" in group and f"{seed}-decoy.jpg" not in group
+
+
 def test_planted_copies_of_real_pictures_are_decided_once_and_new_ones_all_appear(tmp_path: Path) -> None:
     decide_planted(tmp_path, groups=7, alone=10, chains=1, new=5)
 

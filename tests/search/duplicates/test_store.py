@@ -83,6 +83,18 @@ def test_a_higher_threshold_uses_the_files_of_a_lower_one(folder: Path, monkeypa
     assert higher != lower
 
 
+def test_who_only_reads_leaves_files_of_all_thresholds(folder: Path) -> None:
+    groups_of(folder, 0.99)
+    files = kept(folder)
+    groups_of(folder, 0.9)
+    assert not files.keys() & kept(folder).keys()
+    files |= kept(folder)
+    for name, content in files.items():
+        (folder / "cache" / name).write_bytes(content)
+    groups_of(folder, 0.95)
+    assert kept(folder) == files
+
+
 def test_masks_say_nothing_of_a_higher_threshold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     higher = groups_of(folder, 0.99)
     monkeypatch.setattr("search.ranking.arithmetic._LISTED", 1 << 40)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ruiji
 from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import UsageError
@@ -229,6 +230,22 @@ def test_output_says_how_a_copy_is_turned(
     write_groups(groups[:1], GroupFormat.jsonl, request_of.media_dir, null=False)
     members = json.load(io.StringIO(capsys.readouterr().out))["members"]
     assert [member["turned"] for member in members].count("mirrored") == 1
+
+
+def test_python_finds_the_same(request_of: NearDuplicatesRequest) -> None:
+    selection, media = request_of.selection, request_of.media_dir
+    gallery = ruiji.open_gallery(selection.feature_dir, model=selection.model_path)
+    duplicates = gallery.near_duplicates(THRESHOLD, turned=True, media_dir=media)
+    assert list(duplicates) == found(request_of)
+    assert "mirrored" in duplicates.to_arrow().column("turned").to_pylist()
+    with pytest.raises(UsageError, match="say where they are with media_dir"):
+        gallery.near_duplicates(THRESHOLD, turned=True)
+    with pytest.raises(UsageError, match="give it to open_gallery as model"):
+        ruiji.open_gallery(selection.feature_dir).near_duplicates(THRESHOLD, turned=True, media_dir=media)
+    assert media is not None
+    (media / "00-turned.jpg").unlink()
+    with pytest.warns(ruiji.RuijiWarning, match="1 pictures could not be read"):
+        gallery.near_duplicates(THRESHOLD, turned=True, media_dir=media)
 
 
 def test_what_it_needs_is_said(request_of: NearDuplicatesRequest, monkeypatch: pytest.MonkeyPatch) -> None:
