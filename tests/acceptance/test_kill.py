@@ -19,8 +19,8 @@ from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
 
-#: Four shards of pictures that take some 40 ms each: enough to be killed in the middle.
-COUNT, ROWS = 120, "30"
+#: Four shards of pictures that take some 40 ms each: enough that a run on a fast machine still goes on after three kills.
+COUNT, ROWS = 240, "60"
 #: Short, so that what a dead worker held comes back soon; both are documented settings.
 FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": ROWS}
 
@@ -82,14 +82,14 @@ def test_embed_processes_killed_again_and_again_lose_nothing(
 ) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url, "RUIJI_TRANSPORT": transport}
     ruiji("enqueue")
+    # A kill hits a write by chance only. It is there before the run can end, which looks for such files.
+    (ruiji.gallery / ".tmp-0123456789abcdef-4").write_bytes(b"half of it")
     ruiji.start("worker", "--processes", "2")
     for round_number in range(3):
         wait_until(lambda: len(processes("embed")) == 2, what="two embed processes")
         wait_for_progress(ruiji)
         for process in processes("embed")[: 1 + round_number % 2]:
             process.kill()
-    # A kill hits a write by chance only.
-    (ruiji.gallery / ".tmp-0123456789abcdef-4").write_bytes(b"half of it")
     finish(ruiji, expected)
     assert ruiji("verify").stdout == ""
 
