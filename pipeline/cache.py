@@ -74,9 +74,11 @@ class CacheFolder:
 
     Attributes:
         path: of the folder, which need not exist.
+        read_only: whether nothing is written to it; of a gallery that another one is compared with.
     """
 
     path: Path
+    read_only: bool = False
     _names: dict[str, list[str]] | None = None
     _said: bool = False
 
@@ -144,6 +146,8 @@ class ShardCache:
 
     def write(self, kind: str, array: NDArray[Any]) -> bool:
         """Keep an array and remove what was made of earlier rows; False if the folder cannot be written to."""
+        if self.folder.read_only:
+            return False
         try:
             self.folder.path.mkdir(exist_ok=True)
             for name in self.folder.names_of(self.shard):
@@ -157,16 +161,21 @@ class ShardCache:
 
 def look_through(folder: Path) -> Iterator[tuple[str, bool, str]]:
     """What is not as it should be in a gallery's cache, every byte read: (file, whether it is damaged, why)."""
-    place = layout.cache_folder(folder)
+    cache = layout.cache_folder(folder)
+    for place in (cache, *layout.against_folders(cache)):
+        yield from _look_through(place, str(place.relative_to(folder)))
+
+
+def _look_through(place: Path, called: str) -> Iterator[tuple[str, bool, str]]:
     try:
         names = sorted(os.listdir(place))
     except FileNotFoundError:
         return
     except OSError as error:
-        yield layout.CACHE_FOLDER, True, f"it cannot be read: {error.strerror}"
+        yield called, True, f"it cannot be read: {error.strerror}"
         return
     for name in names:
-        shown = f"{layout.CACHE_FOLDER}/{name}"
+        shown = f"{called}/{name}"
         if name.startswith(layout.TEMPORARY_PREFIX):
             yield shown, False, "a killed process left it half-written"
         elif layout.is_cache_file(name):

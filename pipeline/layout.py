@@ -210,6 +210,25 @@ def panel_of(name: str) -> tuple[int, str, float, int] | None:
         return None
 
 
+#: Pairs with objects of other galleries, in the cache.
+_AGAINST_FOLDER: Final = "against"
+
+
+def against_folder(cache: Path, gallery_id: str) -> Path:
+    """The pairs with objects of another gallery.
+
+    Args:
+        cache: the cache folder.
+        gallery_id: of the other one.
+    """
+    return cache / _AGAINST_FOLDER / gallery_id
+
+
+def against_folders(cache: Path) -> list[Path]:
+    """Those that there are."""
+    return sorted((cache / _AGAINST_FOLDER).glob("*/"))
+
+
 _MAP_FILE = re.compile(r"map\.[0-9a-f]{16}\.([a-z]+)\.npy")
 
 

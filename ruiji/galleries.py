@@ -24,6 +24,7 @@ from search.duplicates.cleanup import open_groups
 from search.duplicates.decided import decided_in
 from search.duplicates.decisions import read_decisions
 from search.duplicates.linkage import Rules
+from search.duplicates.matches import Settled, find_matches
 from search.duplicates.sides import Compared
 from search.filters import Condition, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
@@ -36,6 +37,7 @@ from search.queries import Query, embed_pictures, encode_pixels, load_encoder, q
 from search.ranking.exact import unusable
 from search.ranking.planner import Planner, Purpose
 from search.requests.near_duplicates import turned_copies
+from search.requests.reference import put_together
 from search.requests.selection import provenance_warnings, version_warnings
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from pipeline.model import Model
     from pipeline.spec import ModelSpec
     from search.duplicates.turned import TurnedCopies
+    from search.ranking.arithmetic import Arithmetic
     from workers.encoder import Encoder
     from workers.words import TextEncoder
 
@@ -387,6 +390,7 @@ class Gallery:
         *,
         linkage: str = Linkage.complete,
         against: Sequence[str] = (),
+        against_gallery: "Gallery | None" = None,
         not_within_folder: bool = False,
         turned: bool = False,
         media_dir: "str | os.PathLike[str] | None" = None,
@@ -400,6 +404,9 @@ class Gallery:
                 that is connected by such pairs.
             against: conditions, as `only` takes them: objects that meet them are only compared with those that do not,
                 and come first in each group.
+            against_gallery: another gallery of the same model, the reference. Each object that has near-duplicates
+                there is a group with them, and `member.reference` says which these are. Objects that the decisions
+                beside the other gallery's folder want removed take no part. It goes with `decisions` only.
             not_within_folder: compare only objects of different folders.
             turned: also find copies that were rotated by quarters or mirrored; the gallery needs its model then, and
                 `media_dir`, where its pictures are. Pictures that cannot be read are a `RuijiWarning`.
@@ -417,6 +424,10 @@ class Gallery:
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
         if linkage not in set(Linkage):
             raise UsageError(f"there is no linkage {linkage!r}: name one of {', '.join(Linkage)}")
+        if against_gallery is not None:
+            if against or not_within_folder or turned or Linkage(linkage) is not Linkage.complete:
+                raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
+            return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
         compared = Compared(shards, against, self._annotations, not_within_folder)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
@@ -426,6 +437,22 @@ class Gallery:
         for warning in said:
             _warn(warning)
         return NearDuplicates(tuple(compared.reference_first(groups)))
+
+    def _matches(
+        self,
+        other: "Gallery",
+        threshold: float,
+        arithmetic: "Arithmetic",
+        progress: Callable[[int, int], None] | None,
+        decisions: "str | os.PathLike[str] | None",
+    ) -> NearDuplicates:
+        file = None if decisions is None else Path(decisions)
+        both = put_together(self._folder, self._shards, other._folder, other._shards, file)
+        decided = decided_in(both.gallery, [] if file is None else read_decisions(file))
+        step = progress or (lambda done, total: None)
+        return NearDuplicates(
+            tuple(find_matches(both.gallery, threshold, Settled(decided, both.gone), arithmetic, step))
+        )
 
     def _turned_copies(
         self, shards: Shards, media_dir: "str | os.PathLike[str] | None", say: Callable[[str], None]

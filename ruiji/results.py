@@ -124,7 +124,8 @@ class NearDuplicates(_Table):
     """Groups of near-identical objects.
 
     As a table: one row for each member, with group (from 1), object_id, path, similarity to the group's first,
-    identical_to, the id of the first member whose file has the same bytes, and turned, how it is turned, in words.
+    identical_to, the id of the first member whose file has the same bytes, turned, how it is turned, in words, and
+    reference, whether it is an object of the gallery that was compared with.
 
     Attributes:
         groups: in the order of their first members.
@@ -137,6 +138,7 @@ class NearDuplicates(_Table):
         "similarity": "float64",
         "identical_to": "string",
         "turned": "string",
+        "reference": "bool",
     }
 
     groups: tuple[Group, ...]
@@ -150,7 +152,7 @@ class NearDuplicates(_Table):
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for number, group in enumerate(self.groups, 1):
             for member in group.members:
-                known = member.similarity, member.identical_to, member.turned
+                known = member.similarity, member.identical_to, member.turned, member.reference
                 yield number, member.object_id, member.path, *known
 
 

@@ -25,7 +25,7 @@ from pipeline.settings import (
 )
 from pipeline.streams import exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
-from search.duplicates.cli import DecisionsFile, Threshold
+from search.duplicates.cli import AgainstGallery, AgainstMediaDir, DecisionsFile, Threshold, reference_of
 from search.evaluation import cli as evaluation_cli
 from search.options import THRESHOLD, TOP_K, GroupFormat, Linkage, Metric, OutputFormat, Projection
 
@@ -182,6 +182,7 @@ _SEARCH_EXAMPLES = [
 _NEAR_DUPLICATES_EXAMPLES = [
     "ruiji near-duplicates --threshold 0.95 --sheet groups.jpg",
     "ruiji near-duplicates --against path=archive/ --format csv",
+    "ruiji near-duplicates --against-gallery ARCHIVE_FEATURES",
     "ruiji near-duplicates --keep pixels,bytes",
     "ruiji near-duplicates --turned --sheet groups.jpg",
     "ruiji near-duplicates --keep path=originals/,oldest --format jsonl | ruiji duplicates decide",
@@ -294,6 +295,8 @@ def near_duplicates(
             "as of --where. One of them comes first in each group.",
         ),
     ] = None,
+    against_gallery: AgainstGallery = None,
+    against_media_dir: AgainstMediaDir = None,
     not_within_folder: Annotated[
         bool, typer.Option("--not-within-folder", help="Do not compare objects of the same folder.")
     ] = False,
@@ -335,19 +338,26 @@ def near_duplicates(
     whose file has the very same bytes. What was compared is kept: a search that is interrupted goes on. With
     --distributed, workers compare (ruiji worker --role compare); the groups are the same. What is decided (ruiji
     duplicates decide) is left out.
+
+    With --against-gallery a group is one object with what it matches in the reference, the other gallery, which is what
+    is kept.
     """
     from pipeline.progress import show_steps
     from search.duplicates.keep import parse_rules
     from search.requests.near_duplicates import NearDuplicatesRequest
     from search.requests.near_duplicates import near_duplicates as find
-    from search.views.output import CHOSEN, DECIDED, write_groups
+    from search.views.output import CHOSEN, DECIDED, MATCHED, write_groups
 
     paths_wanted = output_format is GroupFormat.paths
+    reference = reference_of(against_gallery, against_media_dir)
+    if paths_wanted and reference is not None and (media_dir is None or against_media_dir is None):
+        raise UsageError("--format paths has paths of two folders then: give --media-dir and --against-media-dir")
     request = NearDuplicatesRequest(
         selection=_selection(feature_dir, model_path, labels, where, include_stale, paths_wanted),
         threshold=threshold,
         linkage=linkage,
         against=tuple(against or ()),
+        reference=reference,
         not_within_folder=not_within_folder,
         media_dir=media_dir,
         device=device,
@@ -364,9 +374,12 @@ def near_duplicates(
     _check_null(null, paths_wanted)
     found = find(request, note, show_steps)
     groups = found.groups
-    write_groups(groups, output_format, media_dir, null, DECIDED if decided else CHOSEN if keep is not None else ())
+    columns = DECIDED if decided else CHOSEN if keep is not None else MATCHED if reference is not None else ()
+    write_groups(groups, output_format, media_dir, null, columns, against_media_dir, reference is not None)
     if isinstance(groups, tuple):
         note(f"{len(groups)} decisions")
+    elif reference is not None and len(groups):
+        note(f"{len(groups)} objects have near-duplicates in the reference")
     elif len(groups):
         more = groups.objects - len(groups)
         note(f"{len(groups)} groups are open; {more} objects besides the first of each group")

@@ -16,6 +16,7 @@ from search.options import THRESHOLD, FileFormat
 
 if TYPE_CHECKING:
     from search.requests.duplicates import DecisionsRequest
+    from search.requests.reference import Reference
 
 #: What is read of stdin at once: all that is there, up to this.
 _READ_BYTES = 1 << 20
@@ -37,6 +38,20 @@ DecisionsFile = Annotated[
     ),
 ]
 
+AgainstGallery = Annotated[
+    Path | None,
+    typer.Option(
+        "--against-gallery",
+        metavar="FOLDER",
+        help="Another gallery of the same model, the reference, for instance of an archive: its FEATURE_DIR or its own "
+        "folder. It is only read.",
+    ),
+]
+AgainstMediaDir = Annotated[
+    Path | None,
+    typer.Option("--against-media-dir", metavar="FOLDER", help="Where the pictures of the reference are."),
+]
+
 app = Commands(help="Decide about near-duplicates, and list the files that can go.")
 
 
@@ -56,15 +71,19 @@ def decide(
     model_path: DecisionsModel = None,
     media_dir: OptionalMediaDir = None,
     decisions: DecisionsFile = None,
+    against_gallery: AgainstGallery = None,
+    against_media_dir: AgainstMediaDir = None,
 ) -> None:
     """Record decisions from stdin.
 
     Each line is a JSON object: {"decision": "different", "objects": [ID, ID]}, {"decision": "same", "keep": ID,
-    "remove": [ID]}, or "skip" or "undo" with objects. Prints a line for each decision once it is on the disk.
+    "remove": [ID]}, or "skip" or "undo" with objects. An object of the reference is {"reference": ID}. Prints a line
+    for each decision once it is on the disk.
     """
     from search.requests.duplicates import decide as record
 
-    request = _request(feature_dir, model_path, media_dir, decisions)
+    reference = reference_of(against_gallery, against_media_dir)
+    request = _request(feature_dir, model_path, media_dir, decisions, reference)
     out, count = exact_stdout(), 0
     for done in record(request, _batches(sys.stdin.buffer), note):
         count += 1
@@ -98,6 +117,8 @@ def status(
     model_path: DecisionsModel = None,
     media_dir: OptionalMediaDir = None,
     decisions: DecisionsFile = None,
+    against_gallery: AgainstGallery = None,
+    against_media_dir: AgainstMediaDir = None,
     threshold: Threshold = THRESHOLD,
     device: Annotated[
         Device,
@@ -108,15 +129,17 @@ def status(
     """Show how far a clean-up is.
 
     Groups that are open, decisions, files that are kept and that can go, and the bytes that removing these would free.
+    With --against-gallery, the groups are of objects with what the reference has of them.
     """
     from pipeline.progress import show_steps
     from search.requests.duplicates import standing
     from search.requests.near_duplicates import NearDuplicatesRequest, near_duplicates
 
-    request = _request(feature_dir, model_path, media_dir, decisions)
+    reference = reference_of(against_gallery, against_media_dir)
+    request = _request(feature_dir, model_path, media_dir, decisions, reference)
     now = standing(request, note)
     wanted = NearDuplicatesRequest(
-        selection=request.selection, threshold=threshold, device=device, decisions=request.file
+        selection=request.selection, threshold=threshold, device=device, decisions=request.file, reference=reference
     )
     groups = near_duplicates(wanted, note, show_steps).groups
     facts = {
@@ -147,6 +170,8 @@ def list_files(
     model_path: DecisionsModel = None,
     media_dir: OptionalMediaDir = None,
     decisions: DecisionsFile = None,
+    against_gallery: AgainstGallery = None,
+    against_media_dir: AgainstMediaDir = None,
     remove: Annotated[bool, typer.Option("--remove", help="List the files that can go.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="List the files that are kept.")] = False,
     form: Annotated[FileFormat, typer.Option("--format", help="How they are written to stdout.")] = FileFormat.paths,
@@ -158,7 +183,8 @@ def list_files(
     """List the files that can go, or that are kept.
 
     Reads all of them again. Names a file to remove only if its bytes are those that were decided about, and if the file
-    that is kept for it is there with its own; says which files it leaves out and why. ruiji itself removes nothing.
+    that is kept for it is there with its own; says which files it leaves out and why. ruiji itself removes nothing. A
+    file that is kept in another gallery is looked for there, with --against-gallery and --against-media-dir.
     Exit code 3: some files are left out, other than those that are gone or are a kept file under another name.
     """
     from search.requests.duplicates import SomeLeftOut, file_lines, listed, lists
@@ -167,7 +193,8 @@ def list_files(
         raise UsageError("say which files: --remove or --keep")
     if null and form is not FileFormat.paths:
         raise UsageError("-0 needs --format paths")
-    request = _request(feature_dir, model_path, media_dir, decisions)
+    reference = reference_of(against_gallery, against_media_dir)
+    request = _request(feature_dir, model_path, media_dir, decisions, reference)
     found, out = lists(request, note), exact_stdout()
     try:
         files = listed(found.to_remove() if remove else found.to_keep(), note)
@@ -188,11 +215,24 @@ def _batches(stdin: BinaryIO) -> Iterator[list[bytes]]:
         yield [rest]
 
 
+def reference_of(folder: Path | None, media_dir: Path | None) -> "Reference | None":
+    """What `--against-gallery` and `--against-media-dir` name; None if there is no reference."""
+    from search.requests.reference import Reference
+
+    if folder is None and media_dir is not None:
+        raise UsageError("--against-media-dir has the pictures of a second gallery: name that with --against-gallery")
+    return None if folder is None else Reference(feature_dir=folder, media_dir=media_dir)
+
+
 def _request(
-    feature_dir: Path, model_path: Path | None, media_dir: Path | None, decisions: Path | None
+    feature_dir: Path,
+    model_path: Path | None,
+    media_dir: Path | None,
+    decisions: Path | None,
+    reference: "Reference | None" = None,
 ) -> "DecisionsRequest":
     from search.requests.duplicates import DecisionsRequest
     from search.requests.selection import Selection
 
     selection = Selection(feature_dir=feature_dir, model_path=model_path)
-    return DecisionsRequest(selection=selection, decisions=decisions, media_dir=media_dir)
+    return DecisionsRequest(selection=selection, decisions=decisions, media_dir=media_dir, reference=reference)

@@ -4,6 +4,9 @@
 *same* says that one file goes and another stays, so it is about files. Between files of equal bytes every decision is
 about files: contents could not tell them apart.
 
+One object of a line may be of another gallery, the reference. It is looked for in the reference only, if one is there;
+what is said of its content holds for every file.
+
 The file of an object is the one at its path, if that has its bytes still. Else it was renamed, if the gallery has these
 bytes in a file that no decision names. A file that is to go is looked for only if it was the only one with its bytes,
 and the kept one has others: any other copy is one that nobody decided about.
@@ -156,6 +159,10 @@ class Decided:
         some = itertools.chain.from_iterable(keys[:2] for keys in kinds.values())
         return all(self._is_skipped(one, other) for one, other in itertools.combinations(some, 2))
 
+    def skipped_with(self, one: Key, others: Sequence[Key]) -> bool:
+        """Whether each pair of one object with some others was skipped, and nothing later was decided about it."""
+        return one in self.objects and all(self._is_skipped(one, other) for other in others)
+
     def _is_skipped(self, one: Key, other: Key) -> bool:
         last = self.last(one, other)
         return last is not None and last.decision is Verdict.skip
@@ -185,37 +192,45 @@ def _resolved(decisions: Sequence[Decision], objects: Mapping[Key, DecidedObject
     """The object that each object of a decision is now."""
     by_name = {_name(one): key for key, one in objects.items()}
     keys: dict[DecidedObject, Key] = {}
-    bound: set[tuple[str, str | None]] = set()
+    bound: set[tuple[str | None, str, str | None]] = set()
     for decision in decisions:
         for one in decision.objects:
             key = by_name.get(_name(one))
-            if key is not None and len({one.sha256, objects[key].sha256} - {None}) < 2:
+            if key is not None and _is_same(one, objects[key]):
                 keys[one] = key
         for one in decision.remove:
             if not one.alone or one.sha256 == decision.objects[0].sha256:
-                bound.add((one.name, one.sha256))
-    free: dict[str, list[Key]] = defaultdict(list)
+                bound.add((None, one.name, one.sha256))
+    free: dict[tuple[bool, str | None], list[Key]] = defaultdict(list)
     claimed = set(keys.values())
     for key, one in sorted(objects.items(), reverse=True):
         if one.sha256 is not None and key not in claimed:
-            free[one.sha256].append(key)
-    moved: dict[tuple[str, str | None], Key] = {}
+            free[one.gallery is None, one.sha256].append(key)
+    moved: dict[tuple[str | None, str, str | None], Key] = {}
     for one in itertools.chain.from_iterable(decision.objects for decision in decisions):
         if one not in keys:
-            at = (one.name, one.sha256)
+            at = (one.gallery, one.name, one.sha256)
             if at not in moved:
-                left = free.get(one.sha256 or "") if at not in bound else None
+                left = free.get((one.gallery is None, one.sha256)) if at not in bound else None
                 moved[at] = left.pop() if left else -1 - len(moved)
             keys[one] = moved[at]
     return keys
 
 
-def _name(one: DecidedObject) -> tuple[str | None, str | None]:
-    return one.path, one.id if one.path is None else None
+def _name(one: DecidedObject) -> tuple[bool, str | None, str | None]:
+    return one.gallery is None, one.path, one.id if one.path is None else None
+
+
+def _is_same(one: DecidedObject, there: DecidedObject) -> bool:
+    """Whether an object with this name is the one that was decided about."""
+    if one.gallery != there.gallery:
+        # The reference of another model, or another reference: only equal bytes tell.
+        return one.sha256 is not None and one.sha256 == there.sha256
+    return len({one.sha256, there.sha256} - {None}) < 2
 
 
 def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
-    """What is decided about the objects of a gallery that are still on its list.
+    """What is decided about the objects of a gallery, and of its reference, that are still on the list.
 
     Raises:
         ShardCorrupt: as `Gallery.path`.
@@ -225,9 +240,12 @@ def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
         every = {one for decision in decisions for one in decision.objects}
         digests = {bytes.fromhex(one.sha256) for one in every if one.sha256 is not None}
         rows = set(itertools.chain.from_iterable(rows_with(gallery, digests).values()))
-        paths, ids = {one.path for one in every}, {one.id for one in every if one.path is None}
-        for shard, first in zip(gallery.shards, gallery.firsts, strict=True):
-            names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, paths)
+        own = {one for one in every if one.gallery is None}
+        paths, ids = {one.path for one in own}, {one.id for one in own if one.path is None}
+        there = {one.path for one in every - own}
+        for number, (shard, first) in enumerate(zip(gallery.shards, gallery.firsts, strict=True)):
+            known = there if number < gallery.reference_shards else paths
+            names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, known)
             for local, name in enumerate(names):
                 if name in wanted and (shard.stale is None or not shard.stale[local]):
                     rows.add(first + local)
@@ -238,4 +256,6 @@ def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
 def object_of(gallery: Gallery, row: int) -> DecidedObject:
     """A row as decisions name it."""
     path, digest = gallery.path(row), gallery.digest(row)
-    return DecidedObject(path, gallery.object_id(row) if path is None else None, digest.hex() if digest else None)
+    object_id = gallery.object_id(row) if path is None else None
+    reference = gallery.reference_id if row < gallery.reference_rows else None
+    return DecidedObject(path, object_id, digest.hex() if digest else None, gallery=reference)

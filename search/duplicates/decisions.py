@@ -5,7 +5,8 @@
 
 A line is about every pair of its objects, and of several lines about a pair the last one counts. An object is known
 again by the sha256 of its file's bytes, so that a decision survives another model, another name and another extraction;
-if either side has none, by its path, or by its id in a gallery that knows no paths.
+if either side has none, by its path, or by its id in a gallery that knows no paths. One object of a line may be of
+another gallery, which the gallery was compared with.
 
 One process writes at a time (`search.duplicates.lock`), at the end. What it has written is on the disk before it says
 so. A process that is killed leaves a last line without its newline at the most: that line was never confirmed, counts
@@ -19,7 +20,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,14 @@ class DecidedObject:
         id: the object id, only where the path is not known.
         sha256: of the file's bytes, hex; None if it was not known.
         alone: whether no other object of the gallery had these bytes when it was decided.
+        gallery: of an object of another gallery that gallery's id; its path is relative to that one's media folder.
     """
 
     path: str | None = None
     id: str | None = None
     sha256: str | None = None
     alone: bool = False
+    gallery: str | None = None
 
     @property
     def name(self) -> str:
@@ -115,11 +118,11 @@ class _Line:
     remove: tuple[DecidedObject, ...] = ()
 
 
-def check_objects(decision: Verdict, names: Sequence[str]) -> str | None:
+def check_objects(decision: Verdict, names: Sequence[object]) -> str | None:
     """Why there is no such decision about these objects, or None.
 
     Args:
-        names: of all of them.
+        names: of all of them; equal only for one object.
     """
     if len(set(names)) != len(names):
         return "it names an object twice"
@@ -253,13 +256,27 @@ def _parsed(line: bytes, where: str) -> Decision:
         raise FileDamaged(f"{error}; {advice}") from None
     kept = () if found.keep is None else (found.keep,)
     objects = (*kept, *found.remove) if found.decision is Verdict.same else found.objects
-    if problem := _problem(objects) or check_objects(found.decision, [one.name for one in objects]):
+    objects = tuple(map(_placed, objects))
+    names = [(one.gallery is None, one.name) for one in objects]
+    if problem := _problem(objects) or check_objects(found.decision, names):
         raise FileDamaged(f"{where} is damaged: {problem}; {advice}")
+    if any(one.gallery is not None for one in (objects[1:] if found.decision is Verdict.same else objects[:0])):
+        raise FileDamaged(f"{where} is damaged: an object of another gallery is to be removed; {advice}")
     return Decision(found.decision, objects, found.time, found.object_id)
+
+
+def _placed(one: DecidedObject) -> DecidedObject:
+    """An object as it was written: one of another gallery has its path behind that gallery's id."""
+    if one.gallery is None:
+        return one
+    path = (one.id or "").removeprefix(f"{one.gallery}/")
+    return replace(one, path=None if path == one.id else path, id=None)
 
 
 def _problem(objects: Sequence[DecidedObject]) -> str | None:
     """What no object of a decision can be: lists of paths are made of them, for programs that remove files."""
+    if sum(one.gallery is not None for one in objects) > 1:
+        return "two objects of another gallery are in it"
     for one in objects:
         if not one.name:
             return "an object has neither path nor id"
@@ -286,4 +303,7 @@ def _bytes(decision: Decision) -> bytes:
 
 
 def _known(one: DecidedObject) -> dict[str, Any]:
+    if one.gallery is not None:
+        # Who does not know of other galleries must not take it for an object of its own.
+        one = replace(one, path=None, id=f"{one.gallery}/{one.path}")
     return {name: value for name, value in asdict(one).items() if value not in (None, False)}

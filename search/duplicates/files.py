@@ -93,10 +93,11 @@ class Files:
     Args:
         gallery: knows paths.
         media_dir: which they are relative to.
+        reference_media: which those of its reference are relative to, if it has one.
     """
 
-    def __init__(self, gallery: Gallery, media_dir: Path) -> None:
-        self._gallery, self._media_dir = gallery, media_dir
+    def __init__(self, gallery: Gallery, media_dir: Path, reference_media: Path | None = None) -> None:
+        self._gallery, self._media_dir, self._reference_media = gallery, media_dir, reference_media
         self._tables: dict[int, NDArray[np.int64]] = {}
         self._changed: set[int] = set()
 
@@ -107,14 +108,15 @@ class Files:
             MachineFault, ShardCorrupt: as `read_facts` and `Gallery.path`.
         """
         path = self._gallery.path(row)
-        if path is None:
+        media_dir = self._reference_media if row < self._gallery.reference_rows else self._media_dir
+        if path is None or media_dir is None:
             return None
         index = int(np.searchsorted(self._gallery.firsts, row, side="right")) - 1
         shard, local = self._gallery.shards[index], row - self._gallery.firsts[index]
         if index not in self._tables:
             self._tables[index] = _kept(shard)
         known = _from_line(self._tables[index][local])
-        facts = read_facts(self._media_dir / path, known)
+        facts = read_facts(media_dir / path, known)
         if facts is not None and facts != known:
             self._tables[index][local] = _to_line(facts)
             self._changed.add(index)

@@ -48,6 +48,7 @@ class Member:
         identical_to: id of the first member whose file has the same bytes; None for that member itself, for one whose
             bytes no other has, and if the digest is not known.
         turned: how it is turned as the first member sees it, in words; None if it is not.
+        reference: whether it is an object of another gallery, which the gallery is compared with.
     """
 
     row: int
@@ -58,6 +59,7 @@ class Member:
     digest: bytes | None = None
     identical_to: str | None = None
     turned: str | None = None
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,15 @@ class Group:
 
     Attributes:
         number: from 1, in the order of the groups.
-        members: two or more, in the order of the gallery; one that is to be kept first.
+        members: two or more, in the order of the gallery; one that is to be kept first. Of two galleries: an object,
+            and then what it matches in the reference.
         pairs: how many pairs of them reach the threshold; with complete linkage all that are compared.
         least_similarity: of two of its objects that are compared. Of objects that are all but equal it is what no pair
             is below, within 1e-9. None for more than 5,000 objects that single linkage connects.
         see_also: pairs that reach the threshold and lead out of the group, the most similar first.
         reason: why the first member is kept, in words; None if no rule chose it.
         decision, time: what is decided of these objects, and when, if this is a decision; its pairs are not counted.
+        kept: place of the member that is kept, if one is.
     """
 
     number: int
@@ -104,6 +108,12 @@ class Group:
     reason: str | None = None
     decision: Verdict | None = None
     time: str = ""
+    kept: int = 0
+
+    @property
+    def to_remove(self) -> tuple[Member, ...]:
+        """The members that can go if one is kept; nothing of the reference ever does."""
+        return tuple(one for place, one in enumerate(self.members) if place != self.kept and not one.reference)
 
 
 class PairsMissing(RuijiError):
@@ -264,8 +274,7 @@ def find_groups(
         UsageError: the threshold is out of its bounds, or too many objects would have to be put in order.
         MachineFault: there is no place for the pairs.
     """
-    if not 0 < threshold <= 1:
-        raise UsageError(f"the threshold must be above 0 and at most 1, not {threshold}")
+    check_threshold(threshold)
     arithmetic = arithmetic or NumpyArithmetic()
     with TemporaryDirectory(prefix="ruiji-pairs-") as scratch:
         store = collect(gallery, threshold, arithmetic, Path(scratch), progress, panel_rows, tile_rows)
@@ -274,6 +283,12 @@ def find_groups(
         if found is not None:
             store = PairStore([*store.parts, found.part()], store.first)
         return Groups(gallery, form_groups(gallery, store, rules, Path(scratch)), found)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises a UsageError if a threshold is out of its bounds."""
+    if not 0 < threshold <= 1:
+        raise UsageError(f"the threshold must be above 0 and at most 1, not {threshold}")
 
 
 def least_similarity(gallery: Gallery, rows: Rows) -> float:
@@ -321,4 +336,5 @@ def members_of(gallery: Gallery, rows: Rows, turned: "TurnedPairs | None" = None
                 first_with[digest] = object_id
             back = None if turned is None else turned.between(int(rows[0]), row)
             similarity, how = (similarity, None) if back is None else back
-            yield Member(row, object_id, gallery.path(row), similarity, digest=digest, identical_to=same, turned=how)
+            path, reference = gallery.path(row), row < gallery.reference_rows
+            yield Member(row, object_id, path, similarity, None, digest, same, how, reference)

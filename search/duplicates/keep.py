@@ -50,10 +50,12 @@ class Candidate:
     Attributes:
         path: relative to the media folder.
         facts: None if there is no such file; one that exists is always better.
+        reference: whether it is in the reference; of files that are equally good, such a one is kept.
     """
 
     path: str
     facts: FileFacts | None
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ def choose(candidates: Sequence[Candidate], rules: Sequence[Rule]) -> Choice:
         if min(values) != best:
             left = [number for number, value in zip(left, values, strict=True) if value == best]
             reasons.append(_said(rule, candidates[left[0]]))
+    in_reference = [number for number in left if candidates[number].reference]
+    if in_reference and in_reference != left:
+        left = in_reference
+        reasons.append("in the reference")
     if len(left) > 1:
         left = [min(left, key=lambda number: (len(path := _bytes(candidates[number].path)), path))]
         reasons.append("shortest path")

@@ -112,7 +112,7 @@ class Sides:
 
 
 def find_pairs(
-    sides: Sides, panels: Sequence[int], threshold: float, pass_rows: int
+    sides: Sides, panels: Sequence[int], threshold: float, pass_rows: int, reference_panels: int = 0
 ) -> Iterator[tuple[int, int, list[NearPairs | NearTable]]]:
     """Find every pair of some panels' rows, and of these with rows before, that reaches the threshold, once.
 
@@ -120,13 +120,15 @@ def find_pairs(
         panels: their numbers, ascending.
         threshold: the least similarity of a pair.
         pass_rows: rows of these panels that are held at once, to be compared with all before.
+        reference_panels: if there are any, only pairs with rows of these, the first ones, are looked for; `panels` has
+            none of them.
 
     Yields:
         For each tile a panel, how many of its pairs were compared, and what was found.
     """
     for held in sides.passes(panels, pass_rows):
         here = {place: sides.at(place) for place in held}
-        for place in sides.places(range(held[-1][0] + 1)):
+        for place in sides.places(range(reference_panels or held[-1][0] + 1)):
             tile = here.get(place) or sides.at(place)
             for other, side in here.items():
                 if other >= place:
@@ -135,7 +137,7 @@ def find_pairs(
 
 
 def first_equals(gallery: Gallery, block_rows: int) -> Rows:
-    """For each row the first that is equal to it bit for bit, int64[n]; -1 for a row that is not compared."""
+    """For each row the first of its gallery that is equal to it bit for bit, int64[n]; -1 if it is not compared."""
     first = np.full(gallery.rows, -1)
     sums = np.empty(gallery.rows, np.uint64)
     for block in gallery.blocks(block_rows):
@@ -143,6 +145,8 @@ def first_equals(gallery: Gallery, block_rows: int) -> Rows:
         here = slice(block.first, block.first + len(block.features))
         first[here] = np.where(usable, np.arange(here.start, here.stop), -1)
         sums[here] = _sums(block.features)
+    # Equal rows of two galleries are a pair, so their numbers must not be the same.
+    sums[: gallery.reference_rows] += np.uint64(1)
     compared = np.flatnonzero(first >= 0)
     order = compared[np.argsort(sums[compared], kind="stable")]
     starts = np.flatnonzero(np.diff(sums[order], prepend=~sums[order[:1]]))

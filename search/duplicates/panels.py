@@ -4,6 +4,9 @@ A panel is some shards in a row, compared with themselves and all shards before.
 alone, so that machines of every kind have the same ones. Any process that has these shards can
 compare any panel, in any order: this one does so with one after the other, and
 `search.duplicates.distributed` has workers do it.
+
+Of two galleries that are joined, the reference has the first panels. They only say which of its rows are equal; the
+others are compared with them, and not with each other.
 """
 
 import hashlib
@@ -66,9 +69,9 @@ def collect(
         first = _known_equals(usable, known.values())
     else:
         # It takes a look at all rows to find those that are equal: until then each counts.
-        progress(*_compared(known, np.flatnonzero(usable)))
+        progress(*_compared(known, np.flatnonzero(usable), gallery.reference_rows))
         first = first_equals(compared, tile_rows or arithmetic.tiles(gallery.length).tile_rows)
-    done, total = _compared(known, np.flatnonzero(_is_first(first)))
+    done, total = _compared(known, np.flatnonzero(_is_first(first)), gallery.reference_rows)
     progress(done, total)
 
     def count(pairs: int) -> None:
@@ -114,6 +117,7 @@ class Comparison:
         different = np.flatnonzero(_is_first(first))
         rows = [different[slice(*np.searchsorted(different, [panel.first, panel.end]))] for panel in panels]
         self._first = first
+        self._reference_panels = sum(panel.end <= gallery.reference_rows for panel in panels)
         self._sides = Sides(gallery, rows, arithmetic, tile_rows or tiles.tile_rows, tiles.kept_rows)
         self._pass_rows = tiles.pass_rows
         self.panels_at_once = max(1, tiles.pass_rows // (2 * PANEL_ROWS))
@@ -137,7 +141,9 @@ class Comparison:
     ) -> list[list[Part]]:
         """As `compare`, of several panels, ascending; rows before them are read once for all if memory allows."""
         writing = {panel.number: Writing(folder, panel, threshold, _equals_in(self._first, panel)) for panel in panels}
-        for number, count, near in find_pairs(self._sides, list(writing), threshold, self._pass_rows):
+        compared = [number for number in writing if number >= self._reference_panels]
+        given = self._sides, compared, threshold, self._pass_rows, self._reference_panels
+        for number, count, near in find_pairs(*given):
             writing[number].add(near)
             progress(count)
         return [one.end() for one in writing.values()]
@@ -155,8 +161,13 @@ def panels_of(gallery: Gallery, panel_rows: int = PANEL_ROWS) -> Iterator[Panel]
         panel_rows: of a panel, at least.
     """
     digest, first, ends = hashlib.sha256(f"{_FORMAT} {gallery.length}".encode()), 0, []
-    names = []
-    for shard, start in zip(gallery.shards, gallery.firsts, strict=True):
+    names: list[str] = []
+    for number, (shard, start) in enumerate(zip(gallery.shards, gallery.firsts, strict=True)):
+        if 0 < number == gallery.reference_shards:
+            if first < start:
+                ends.append((start, len(names)))
+                first = start
+            names.append(" against")
         end = start + len(shard.features)
         names.append(f" {shard.name}.{shard.cache.key if shard.cache else ''}")
         if shard.wanted is not None and not shard.wanted.all():
@@ -196,11 +207,16 @@ def _known_equals(usable: Mask, panels: Iterable[list[Part] | None]) -> Rows:
     return first
 
 
-def _compared(panels: Mapping[Panel, list[Part] | None], rows: Rows) -> tuple[int, int]:
+def _compared(panels: Mapping[Panel, list[Part] | None], rows: Rows, reference_rows: int) -> tuple[int, int]:
     """How many pairs of some rows are compared already, and how many there are."""
+    reference = int(np.searchsorted(rows, reference_rows))
+
+    def up_to(count: int) -> int:
+        return max(0, count - reference) * reference if reference_rows else count * (count - 1) // 2
+
     done = 0
     for panel, parts in panels.items():
         start, end = np.searchsorted(rows, [panel.first, panel.end]).tolist()
         if parts is not None:
-            done += end * (end - 1) // 2 - start * (start - 1) // 2
-    return done, len(rows) * (len(rows) - 1) // 2
+            done += up_to(end) - up_to(start)
+    return done, up_to(len(rows))

@@ -6,6 +6,9 @@ a kept file for each of it. Of a file that is kept for one and to go for another
 for stays until that is decided again.
 
 Files are compared by device and inode: hard links, and links that lead to one file, are one file.
+
+A kept file may be one of the reference, another gallery. Then it must be there with its own digest too, and not be to
+go by the decisions of that gallery. Nothing of the reference is ever to go here.
 """
 
 import hashlib
@@ -26,9 +29,9 @@ class ListedFile:
     """A file of one of the lists.
 
     Attributes:
-        path: relative to the media folder.
+        path: relative to the media folder; of a file of the reference the whole path, from the root.
         sha256: of its bytes, which were read just now.
-        kept: the path of the file that is kept for it; its own for one that is kept.
+        kept: the path of the file that is kept for it, likewise; its own for one that is kept.
         time: when it was decided.
     """
 
@@ -42,9 +45,9 @@ class ListedFile:
 class Why(Enum):
     """Of what kind the reason is that a file is not named.
 
-    `fault`: something is not as it was decided. `gone`: it is only not there any more, while what is kept for it is: it
-    was removed. `same_file`: it is a kept file under another name, by a hard link or a link; removing it would free
-    nothing.
+    `fault`: something is not as it was decided. `gone`: it is only not there any more, while what is kept for it is, or
+    is in another gallery that was not named: it was removed. `same_file`: it is a kept file under another name, by a
+    hard link or a link; removing it would free nothing.
     """
 
     fault = "fault"
@@ -79,6 +82,21 @@ class Totals:
     frees_bytes: int
 
 
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """The files of the gallery that objects were compared with.
+
+    Attributes:
+        media_dir: where they are.
+        gone: keys of those that are to go, as the decisions of that gallery say.
+        decisions: the file of these.
+    """
+
+    media_dir: Path
+    gone: frozenset[Key]
+    decisions: Path
+
+
 def file_digest(path: Path) -> tuple[os.stat_result, str] | None:
     """The sha256 of a file's bytes, hex; None if there is no such file, or if it may not be read.
 
@@ -98,16 +116,17 @@ class Lists:
 
     Args:
         decided: of paths that are relative to that folder.
+        reference: the files of the reference, whose rows `decided` has too; None: there is none.
     """
 
-    def __init__(self, decided: Decided, media_dir: Path) -> None:
-        self._decided, self._media_dir = decided, media_dir
+    def __init__(self, decided: Decided, media_dir: Path, reference: ReferenceFiles | None = None) -> None:
+        self._decided, self._media_dir, self._reference = decided, media_dir, reference
         self._removals: dict[Key, list[Removal]] = defaultdict(list)
         for removal in decided.removals():
             self._removals[removal.remove].append(removal)
         self._keeps: dict[Key, list[Removal]] = defaultdict(list)
         for removal in self._every():
-            if removal.keep not in self._removals:
+            if removal.keep not in self._removals and not self._why_not_kept(removal.keep):
                 self._keeps[removal.keep].append(removal)
         self._stats = {key: self._stat(key) for key in {*self._removals, *self._keeps}}
         #: Whatever else was decided about it, none of these files is named.
@@ -132,7 +151,8 @@ class Lists:
                 why = why or problem
             else:
                 kept = any(self._stats.get(removal.keep) is not None for removal in self._removals[key])
-                if there is None and kept:
+                elsewhere = any(self._decided.objects[one.keep].gallery is not None for one in self._removals[key])
+                if there is None and (kept or (elsewhere and self._reference is None)):
                     kind = Why.gone
                 elif there is not None and _inode(there) in self._kept:
                     kind = Why.same_file
@@ -173,8 +193,10 @@ class Lists:
         if there is None:
             return "there is no such file any more"
         inside = os.path.realpath(self._media_dir) + os.sep
-        if not os.path.realpath(self._media_dir / self._path(removal.remove)).startswith(inside):
+        if not os.path.realpath(self._file(removal.remove)).startswith(inside):
             return "a link leads out of the media folder"
+        if why := self._why_not_kept(removal.keep):
+            return f"the file that is kept for it, {kept}, {why}"
         if removal.keep not in self._keeps:
             instead = self._path(self._removals[removal.keep][-1].keep)
             return f"the file that was kept for it, {kept}, is to go itself; decide about this one and {instead}"
@@ -186,6 +208,18 @@ class Lists:
             return f"of the file that is kept for it, {kept}: {why}"
         return self._changed(removal.remove, removal.sha256)
 
+    def _why_not_kept(self, key: Key) -> str:
+        """Why a file of the reference keeps no other one alive; empty if it may, or if this is no such file."""
+        if self._decided.objects[key].gallery is None:
+            return ""
+        if self._reference is None:
+            return "is in another gallery: name that with --against-gallery, and its pictures with --against-media-dir"
+        if key < 0:
+            return "is not in the gallery that --against-gallery names"
+        if key in self._reference.gone:
+            return f"is to go itself, as {self._reference.decisions} says; decide about this one and another"
+        return ""
+
     def _changed(self, key: Key, sha256: str | None) -> str:
         """Why a file is not the one that was decided about; empty if it is."""
         if self._stats[key] is None:
@@ -193,7 +227,7 @@ class Lists:
         if sha256 is None:
             return "its bytes were not known when it was decided; decide again"
         if key not in self._digests:
-            found = file_digest(self._media_dir / self._path(key))
+            found = file_digest(self._file(key))
             self._digests[key] = None if found is None else found[1]
             if found is not None and _inode(found[0]) != _inode(self._stats[key] or found[0]):
                 self._digests[key] = None
@@ -208,10 +242,19 @@ class Lists:
         return sorted(keys, key=lambda key: self._path(key).encode("utf-8", "surrogateescape"))
 
     def _path(self, key: Key) -> str:
-        return self._decided.objects[key].name
+        """As people and lists have it."""
+        one = self._decided.objects[key]
+        if one.gallery is None:
+            return one.name
+        if self._reference is None or key < 0:
+            return f"{one.name} of gallery {one.gallery}"
+        return os.path.abspath(self._reference.media_dir / one.name)
+
+    def _file(self, key: Key) -> Path:
+        return self._media_dir / self._path(key)
 
     def _stat(self, key: Key) -> os.stat_result | None:
-        path = self._media_dir / self._path(key)
+        path = self._file(key)
         with absent_is_none(path):
             there = os.stat(path)
             return there if stat.S_ISREG(there.st_mode) else None

@@ -219,8 +219,10 @@ class PairFolder:
         Args:
             scratch: the folder for now; None: what cannot be kept is a fault.
         """
-        cache = gallery.shards[0].cache if gallery.shards else None
-        self._kept = None if cache is None else cache.folder.path
+        own = gallery.shards[gallery.reference_shards :]
+        self._kept = own[0].cache.folder.path if own and own[0].cache is not None else None
+        if self._kept is not None and gallery.reference_shards:
+            self._kept = layout.against_folder(self._kept, gallery.reference_id)
         self._scratch, self._keeping = scratch, self._kept is not None
         self._told: set[Path] = set()
         self.look()
@@ -263,7 +265,7 @@ class PairFolder:
         """
         assert self._kept is not None
         with machine_faults(f"pairs cannot be kept in {self._kept}"):
-            self._kept.mkdir(exist_ok=True)
+            self._kept.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self._kept, prefix=layout.TEMPORARY_PREFIX):
                 pass
 
@@ -278,7 +280,7 @@ class PairFolder:
         if self._kept is not None and self._keeping:
             path = layout.pairs_file(self._kept, panel.number, panel.key, threshold, len(parts))
             try:
-                self._kept.mkdir(exist_ok=True)
+                self._kept.mkdir(parents=True, exist_ok=True)
                 write_array(path, array)
                 return _parsed(path, before)
             except (OSError, MachineFault) as error:

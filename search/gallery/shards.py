@@ -192,6 +192,9 @@ class Gallery:
         fingerprint: of the model that made the features; None if nothing says it (an article's shards).
         versions: the different sets of library versions that made the shards.
         contract: of that model, as `Model.contract` has it; None if it was not kept.
+        reference_shards: so many shards at the beginning are of another gallery, whose objects are only compared with:
+            `search.duplicates.reference.join` puts two together.
+        reference_id: that gallery's id; empty if there is none.
     """
 
     length: int
@@ -199,6 +202,8 @@ class Gallery:
     fingerprint: str | None = None
     versions: tuple[dict[str, str], ...] = ()
     contract: dict[str, Any] | None = None
+    reference_shards: int = 0
+    reference_id: str = ""
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -227,6 +232,11 @@ class Gallery:
     def stale_rows(self) -> int:
         """Rows that are left out, because their object is no longer on the list."""
         return sum(int(shard.stale.sum()) for shard in self.shards if shard.stale is not None)
+
+    @cached_property
+    def reference_rows(self) -> int:
+        """Rows of another gallery, at the beginning."""
+        return sum(len(shard.features) for shard in self.shards[: self.reference_shards])
 
     @property
     def size_bytes(self) -> int:

@@ -1,12 +1,14 @@
 """The plain functions under `ruiji duplicates`: decide, undo, where it stands, and the lists."""
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -26,9 +28,19 @@ from search.duplicates.decisions import (
     check_objects,
     read_decisions,
 )
-from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, Why, file_digest, inode_of
+from search.duplicates.removal import (
+    LeftOut,
+    ListedFile,
+    Lists,
+    ReferenceFiles,
+    Totals,
+    Why,
+    file_digest,
+    inode_of,
+)
 from search.gallery.shards import Gallery
 from search.options import FileFormat
+from search.requests.reference import Reference
 from search.requests.selection import Say, Selection
 
 
@@ -43,6 +55,7 @@ class DecisionsRequest:
     Attributes:
         decisions: the file; None: beside the gallery.
         media_dir: where the pictures are.
+        reference: the gallery that objects were compared with; None: objects of other galleries are not known.
 
     Raises:
         UsageError: the file lies where ruiji writes none.
@@ -51,6 +64,7 @@ class DecisionsRequest:
     selection: Selection
     decisions: Path | None = None
     media_dir: Path | None = None
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         if self.decisions is not None:
@@ -80,6 +94,17 @@ class DecisionsRequest:
 
 
 @dataclass(frozen=True)
+class InReference:
+    """An object of the reference, by its id there."""
+
+    reference: str
+
+
+#: An object as a caller names it: by its id, or as one of the reference.
+Named: TypeAlias = str | InReference
+
+
+@dataclass(frozen=True)
 class Asked:
     """A decision as a caller asks for it, objects by their ids.
 
@@ -89,13 +114,13 @@ class Asked:
     """
 
     decision: Verdict
-    objects: tuple[str, ...] = ()
-    keep: str | None = None
-    remove: tuple[str, ...] = ()
+    objects: tuple[Named, ...] = ()
+    keep: Named | None = None
+    remove: tuple[Named, ...] = ()
 
     @property
-    def ids(self) -> tuple[str, ...]:
-        """All object ids, of *same* the kept one first."""
+    def names(self) -> tuple[Named, ...]:
+        """All objects, of *same* the kept one first."""
         return (self.keep or "", *self.remove) if self.decision is Verdict.same else self.objects
 
 
@@ -154,12 +179,12 @@ def undo(request: DecisionsRequest, object_ids: Sequence[str], say: Say) -> None
     """
     recorder = _recorder(request, say)
     asked = Asked(Verdict.undo, tuple(object_ids))
-    decision = recorder.decision(asked, recorder.rows([asked]))
+    decisions = recorder.decisions(asked, recorder.rows([asked]))
     before = recorder.decided([])
-    after = recorder.decided([decision])
+    after = recorder.decided(decisions)
     if list(before.in_force()) == list(after.in_force()):
         raise UsageError(f"nothing is decided about {', '.join(object_ids)}")
-    append_decisions(request.file, [decision])
+    append_decisions(request.file, decisions)
 
 
 def lists(request: DecisionsRequest, say: Say) -> Lists:
@@ -169,8 +194,18 @@ def lists(request: DecisionsRequest, say: Say) -> Lists:
         UsageError: there is no media folder, or the gallery knows no paths.
         FileDamaged, GalleryMismatch, ShardCorrupt: as `read_decisions` and `open_gallery`.
     """
-    media_dir = request.media
-    return Lists(decided_in(request.selection.open(say), read_decisions(request.file)), media_dir)
+    return _held_against_files(request, say)[1]
+
+
+def _held_against_files(request: DecisionsRequest, say: Say) -> tuple[Decided, Lists]:
+    """What is decided, and what it comes to."""
+    media_dir, gallery, files = request.media, request.selection.open(say), None
+    if request.reference is not None:
+        reference_media = request.reference.media
+        both = request.reference.put_before(request.selection.folder, gallery, request.file, say)
+        gallery, files = both.gallery, ReferenceFiles(reference_media, both.gone, both.decisions)
+    decided = decided_in(gallery, read_decisions(request.file))
+    return decided, Lists(decided, media_dir, files)
 
 
 def listed(found: Iterable[ListedFile | LeftOut], say: Say) -> Iterator[ListedFile]:
@@ -201,7 +236,8 @@ def file_lines(files: Iterable[ListedFile], form: FileFormat, media_dir: Path, n
     """What programs read of a list of files, line by line, line ends included.
 
     Args:
-        media_dir: what paths begin with in the format `paths`; in the others they are relative to it.
+        media_dir: what paths begin with in the format `paths`; in the others they are relative to it. Those of the
+            reference are whole in all.
         null: with `paths`: end each with a null character.
     """
     return _lines(files, ("path", "bytes", "sha256", "kept", "time"), form, media_dir, null)
@@ -260,10 +296,9 @@ def standing(request: DecisionsRequest, say: Say) -> Standing:
     Raises:
         UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `lists`.
     """
-    media_dir = request.media
-    decided = decided_in(request.selection.open(say), read_decisions(request.file))
+    decided, on_files = _held_against_files(request, say)
     by_verdict = count_verdicts(decided)
-    return Standing(sum(by_verdict.values()), by_verdict, Lists(decided, media_dir).totals())
+    return Standing(sum(by_verdict.values()), by_verdict, on_files.totals())
 
 
 def count_verdicts(decided: Decided) -> dict[str, int]:
@@ -283,6 +318,7 @@ class Recorder:
         decisions: list[Decision],
         media_dir: Path | None,
         say: Say,
+        reference_media: Path | None = None,
     ) -> None:
         """Nothing is looked at before something is asked.
 
@@ -292,7 +328,9 @@ class Recorder:
             decisions: that it has; read before, so that a file that is no decisions file is not written to.
             media_dir: where the pictures are; None: not known.
             say: called with warnings.
+            reference_media: where the pictures of the gallery's reference are; None: not known.
         """
+        self._reference_media = reference_media
         self._gallery, self._object_id, self._file, self._decisions = gallery, object_id, file, decisions
         self._media_dir, self._say = media_dir, say
         self._digests: dict[int, str | None] = {}
@@ -307,36 +345,46 @@ class Recorder:
             MachineFault: as `append_decisions`.
         """
         rows = self.rows(asked)
-        append_decisions(self._file, [self.decision(one, rows) for one in asked])
+        append_decisions(self._file, [line for one in asked for line in self.decisions(one, rows)])
 
     def record(self, asked: Sequence[tuple[int, Asked]]) -> Iterator[Confirmed]:
         """Write a batch, up to the first that cannot be."""
         rows = self.rows([one for _, one in asked])
-        decisions: list[Decision] = []
+        decisions: list[list[Decision]] = []
         problem = None
         for number, one in asked:
             try:
-                decisions.append(self.decision(one, rows))
+                decisions.append(self.decisions(one, rows))
             except UsageError as error:
                 problem = UsageError(f"line {number}: {error}; nothing from this line on is recorded")
                 break
-        append_decisions(self._file, decisions)
-        self._decisions += decisions
+        lines = list(itertools.chain.from_iterable(decisions))
+        append_decisions(self._file, lines)
+        self._decisions += lines
         for (number, one), _ in zip(asked, decisions, strict=False):
-            yield Confirmed(number, one.decision, len(one.ids))
+            yield Confirmed(number, one.decision, len(one.names))
         if problem is not None:
             raise problem
 
-    def rows(self, asked: Iterable[Asked]) -> dict[str, list[int]]:
-        """The gallery rows of all ids that are asked for."""
-        found = self._gallery.rows_of({object_id for one in asked for object_id in one.ids})
-        digests = {digest for rows in found.values() for row in rows if (digest := self._gallery.digest(row))}
+    def rows(self, asked: Iterable[Asked]) -> dict[Named, list[int]]:
+        """The gallery rows of all objects that are asked for."""
+        names = {name for one in asked for name in one.names}
+        rows = self._gallery.rows_of({name if isinstance(name, str) else name.reference for name in names})
+        own = self._gallery.reference_rows
+        found: dict[Named, list[int]] = {
+            name: [row for row in rows[name] if row >= own]
+            if isinstance(name, str)
+            else [row for row in rows[name.reference] if row < own]
+            for name in names
+        }
+        digests = {digest for some in found.values() for row in some if (digest := self._gallery.digest(row))}
         # At once, because all digests of the gallery are looked through.
-        self._copies |= {digest.hex(): len(rows) for digest, rows in rows_with(self._gallery, digests).items()}
+        copies = rows_with(self._gallery, digests)
+        self._copies |= {digest.hex(): sum(row >= own for row in some) for digest, some in copies.items()}
         return found
 
-    def decision(self, asked: Asked, rows: dict[str, list[int]]) -> Decision:
-        """A decision as it is written.
+    def decisions(self, asked: Asked, rows: dict[Named, list[int]]) -> list[Decision]:
+        """A decision as it is written: a line for each object of the reference, if there are several.
 
         Raises:
             NoDecision: an object is not there, or there is no such decision.
@@ -345,46 +393,68 @@ class Recorder:
             raise NoDecision("same has keep, one object, and remove, a list")
         if asked.decision is not Verdict.same and (asked.keep is not None or asked.remove):
             raise NoDecision(f"{asked.decision} has objects, a list, and neither keep nor remove")
-        if problem := check_objects(asked.decision, asked.ids):
+        if problem := check_objects(asked.decision, asked.names):
             raise NoDecision(problem)
         if asked.decision is Verdict.same:
+            if any(isinstance(name, InReference) for name in asked.remove):
+                raise NoDecision("what is in the reference is never removed")
             self._say_same_files(asked, rows)
-        objects = tuple(self._object(object_id, rows[object_id], asked.decision) for object_id in asked.ids)
-        return Decision(asked.decision, objects, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", self._object_id)
+        time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return [
+            Decision(
+                asked.decision,
+                tuple(self._object(name, rows[name], asked.decision) for name in names),
+                time,
+                self._object_id,
+            )
+            for names in _lines_of(asked.names)
+        ]
 
     def decided(self, more: Sequence[Decision]) -> Decided:
         """What is decided so far, and with more."""
         return decided_in(self._gallery, [*self._decisions, *more])
 
-    def _object(self, object_id: str, rows: list[int], verdict: Verdict) -> DecidedObject:
+    def _object(self, name: Named, rows: list[int], verdict: Verdict) -> DecidedObject:
+        which, object_id = ("gallery", name) if isinstance(name, str) else ("reference", name.reference)
         if len(rows) > 1:
-            raise NoDecision(f"the gallery has {len(rows)} objects with the id {object_id}")
-        if verdict is Verdict.undo and (one := self._named_before(object_id, rows)) is not None:
+            raise NoDecision(f"the {which} has {len(rows)} objects with the id {object_id}")
+        if verdict is Verdict.undo and (one := self._named_before(name, rows)) is not None:
             return one
+        if not rows and which == "reference" and not self._gallery.reference_shards:
+            raise NoDecision(f"{object_id} is in another gallery: name that with --against-gallery")
         if not rows:
-            raise NoDecision(f"the gallery has no object {object_id}")
+            raise NoDecision(f"the {which} has no object {object_id}")
         return self._known(rows[0])
 
-    def _say_same_files(self, asked: Asked, rows: dict[str, list[int]]) -> None:
+    def _say_same_files(self, asked: Asked, rows: dict[Named, list[int]]) -> None:
         """Say which of the files to go are the kept one under another name."""
-        kept, *others = (self._inode(rows[object_id]) for object_id in asked.ids)
+        kept, *others = (self._inode(rows[name]) for name in asked.names)
+        instead = asked.keep.reference if isinstance(asked.keep, InReference) else asked.keep
         for object_id, inode in zip(asked.remove, others, strict=True):
             if inode is not None and inode == kept:
                 self._say(
-                    f"{object_id} is the same file as {asked.keep}, under another name: removing it would free "
+                    f"{object_id} is the same file as {instead}, under another name: removing it would free "
                     "nothing, and it is never listed to be removed"
                 )
 
-    def _inode(self, rows: list[int]) -> tuple[int, int] | None:
-        path = None if self._media_dir is None or len(rows) != 1 else self._gallery.path(rows[0])
-        return None if path is None or self._media_dir is None else inode_of(self._media_dir / path)
+    def _file_of(self, row: int) -> Path | None:
+        """Where a row's file is; None if that is not known."""
+        media_dir = self._reference_media if row < self._gallery.reference_rows else self._media_dir
+        path = self._gallery.path(row)
+        return None if media_dir is None or path is None else media_dir / path
 
-    def _named_before(self, object_id: str, rows: list[int]) -> DecidedObject | None:
+    def _inode(self, rows: list[int]) -> tuple[int, int] | None:
+        file = self._file_of(rows[0]) if len(rows) == 1 else None
+        return None if file is None else inode_of(file)
+
+    def _named_before(self, named: Named, rows: list[int]) -> DecidedObject | None:
         """As the last decision about it names it, which may have left the gallery since."""
+        own, object_id = (True, named) if isinstance(named, str) else (False, named.reference)
         name = object_of(self._gallery, rows[0]).name if rows else object_id
         for decision in reversed(self._decisions):
             for one in decision.objects:
-                if one.name == name or (not rows and one.name.rpartition("/")[2] == name):
+                same = one.name == name or (not rows and one.name.rpartition("/")[2] == name)
+                if same and (one.gallery is None) is own:
                     return one
         return None
 
@@ -392,12 +462,12 @@ class Recorder:
         one = object_of(self._gallery, row)
         if one.sha256 is None:
             return replace(one, sha256=self._read_digest(row, one))
-        return replace(one, alone=self._copies[one.sha256] == 1)
+        return replace(one, alone=one.gallery is None and self._copies[one.sha256] == 1)
 
     def _read_digest(self, row: int, one: DecidedObject) -> str | None:
         if row not in self._digests:
-            media_dir = self._media_dir
-            found = None if media_dir is None or one.path is None else file_digest(media_dir / one.path)
+            file = self._file_of(row)
+            found = None if file is None else file_digest(file)
             self._digests[row] = None if found is None else found[1]
         if self._digests[row] is None and not self._said:
             self._said = True
@@ -411,7 +481,23 @@ class Recorder:
 def _recorder(request: DecisionsRequest, say: Say) -> Recorder:
     gallery, info = request.selection.open(say), read_gallery(request.selection.folder)
     object_id = None if info is None else ObjectIds(info.object_id)
-    return Recorder(gallery, object_id, request.file, read_decisions(request.file), request.media_dir, say)
+    reference_media = None
+    if request.reference is not None:
+        gallery = request.reference.put_before(request.selection.folder, gallery, request.file, say).gallery
+        reference_media = request.reference.media_dir
+    decisions = read_decisions(request.file)
+    return Recorder(gallery, object_id, request.file, decisions, request.media_dir, say, reference_media)
+
+
+def _lines_of(names: Sequence[Named]) -> list[Sequence[Named]]:
+    """The objects of each line: those of the reference are decided about one by one, not with each other."""
+    reference = [name for name in names if isinstance(name, InReference)]
+    if len(reference) < 2:
+        return [names]
+    own = [name for name in names if isinstance(name, str)]
+    if not own:
+        raise NoDecision("objects of the reference are not compared with each other")
+    return [[*own, name] for name in reference]
 
 
 def _asked(line: bytes) -> Asked:

@@ -19,6 +19,7 @@ from search.duplicates.files import Files
 from search.duplicates.groups import Group, Groups
 from search.duplicates.keep import Rule, RuleKind
 from search.duplicates.linkage import Rules
+from search.duplicates.matches import Matches, Settled, find_matches, with_kept
 from search.duplicates.sides import Compared
 from search.filters import apply_conditions
 from search.gallery.shards import Gallery
@@ -26,6 +27,7 @@ from search.options import THRESHOLD, Linkage
 from search.queries import embed_pictures, query_encoder
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
+from search.requests.reference import Reference
 from search.requests.selection import Progress, Say, Selection, say_undigested, say_unusable
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class NearDuplicatesRequest:
         decided: look for what is decided, instead of for what is open.
         skipped: also groups that were skipped.
         against: conditions as of `--where`; objects that meet them are only compared with those that do not.
+        reference: a second gallery of the same model; only pairs of an object with one of the reference are looked for.
         not_within_folder: compare only objects of different folders.
         keep: rules that choose which file of a group is kept; none: none is chosen.
         turned: also look for copies that were rotated by quarters or mirrored.
@@ -74,6 +77,7 @@ class NearDuplicatesRequest:
     decided: bool = False
     skipped: bool = False
     against: tuple[str, ...] = ()
+    reference: Reference | None = None
     not_within_folder: bool = False
     keep: tuple[Rule, ...] = ()
     turned: bool = False
@@ -101,6 +105,24 @@ class NearDuplicatesRequest:
             raise UsageError("--decided shows what is decided, and compares nothing: leave out --distributed")
         if self.threshold == 0:
             raise UsageError("--threshold must be above 0")
+        if self.reference is not None:
+            self._check_reference(self.reference)
+
+    def _check_reference(self, reference: Reference) -> None:
+        without = {
+            "--against": bool(self.against),
+            "--not-within-folder": self.not_within_folder,
+            "--turned": self.turned,
+            "--distributed": self.redis_url is not None,
+            "--linkage single": self.linkage is Linkage.single,
+        }
+        for option, given in without.items():
+            if given:
+                raise UsageError(f"{option} is about one gallery, and does not go with --against-gallery: leave it out")
+        shown = {"--keep": bool(self.keep), "--sheet": self.sheet is not None}
+        for option, given in shown.items():
+            if given and reference.media_dir is None:
+                raise UsageError(f"{option} opens files of the reference too: give --against-media-dir")
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ class NearDuplicatesResult:
         lines: what a sheet shows; empty if none is wanted.
     """
 
-    groups: Groups | tuple[Group, ...]
+    groups: Groups | Matches | tuple[Group, ...]
     lines: "tuple[SheetLine, ...]"
 
 
@@ -134,18 +156,30 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     gallery = apply_conditions(selection.open(say), conditions, annotations)
     say_unusable(gallery, say)
     say_undigested(gallery, say)
-    _check_keep(request, gallery)
     file = request.decisions or layout.decisions_file(selection.folder)
+    gone: frozenset[int] = frozenset()
+    if request.reference is not None:
+        both = request.reference.put_before(selection.folder, gallery, file, say)
+        gallery, gone = both.gallery, both.gone
+        if gone:
+            say(f"left out {len(gone)} objects of the reference that are to go, as decided in {both.decisions}")
+    _check_keep(request, gallery)
     decided = decided_in(gallery, read_decisions(file))
     if request.decided:
-        groups: Groups | tuple[Group, ...] = tuple(decided_groups(gallery, decided))
+        groups: Groups | Matches | tuple[Group, ...] = tuple(decided_groups(gallery, decided))
     else:
-        groups = _open(request, gallery, annotations, decided, say, progress)
+        if request.reference is not None:
+            groups = _matches(
+                request, request.reference, gallery, Settled(decided, gone, request.skipped), say, progress
+            )
+        else:
+            groups = _open(request, gallery, annotations, decided, say, progress)
         if decided.decisions:
             say(f"left out what is decided in {file}; --decided shows it")
     lines: list[SheetLine] = []
     if request.sheet is not None and media_dir is not None:
-        lines = group_lines(groups, annotations, media_dir)
+        reference_media = None if request.reference is None else request.reference.media_dir
+        lines = group_lines(groups, annotations, media_dir, reference_media)
     return NearDuplicatesResult(groups, tuple(lines))
 
 
@@ -156,9 +190,30 @@ def _check_keep(request: NearDuplicatesRequest, gallery: Gallery) -> None:
         raise UsageError("--keep: this gallery has no gallery.json and does not know paths, only object ids")
     if request.media_dir is None or not request.media_dir.is_dir():
         raise UsageError(f"--keep: there is no media folder {request.media_dir}; mount it, or check --media-dir")
+    which = "reference" if gallery.reference_shards else "gallery"
     for rule in request.keep:
         if rule.kind is RuleKind.path and not _has_path_below(gallery, rule.prefix):
-            raise UsageError(f"--keep path={rule.prefix}: no path of the gallery begins with it")
+            raise UsageError(f"--keep path={rule.prefix}: no path of the {which} begins with it")
+
+
+def _matches(
+    request: NearDuplicatesRequest,
+    reference: Reference,
+    gallery: Gallery,
+    settled: Settled,
+    say: Say,
+    progress: Progress,
+) -> Matches:
+    planner = Planner(request.device)
+    way = planner.way(gallery, Purpose.pairs, gallery.rows)
+    if request.explain:
+        say(f"plan: {way}")
+    with progress("pairs") as step:
+        matches = find_matches(gallery, request.threshold, settled, planner.arithmetic(way), step)
+    if not request.keep or request.media_dir is None:
+        return matches
+    files = Files(gallery, request.media_dir, reference.media)
+    return with_kept(matches, files, request.keep, say)
 
 
 def _open(
@@ -242,4 +297,6 @@ def _distribute(
 
 
 def _has_path_below(gallery: Gallery, prefix: str) -> bool:
-    return any(path.startswith(prefix) for shard in gallery.shards for path in shard.paths or ())
+    # With a reference, what is kept is one of its files.
+    shards = gallery.shards[: gallery.reference_shards] or gallery.shards
+    return any(path.startswith(prefix) for shard in shards for path in shard.paths or ())

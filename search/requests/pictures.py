@@ -11,7 +11,7 @@ from search.requests.selection import Say, Selection
 
 if TYPE_CHECKING:
     from search.answers import Answer
-    from search.duplicates.groups import Group
+    from search.duplicates.groups import Group, Member
     from search.labels import Annotations
     from search.views.sheet import SheetLine
 
@@ -95,8 +95,16 @@ def answer_lines(answers: "Sequence[Answer]", annotations: "Annotations | None",
     return lines
 
 
-def group_lines(groups: "Iterable[Group]", annotations: "Annotations | None", media_dir: Path) -> "list[SheetLine]":
+def group_lines(
+    groups: "Iterable[Group]",
+    annotations: "Annotations | None",
+    media_dir: Path,
+    reference_media: Path | None = None,
+) -> "list[SheetLine]":
     """A line for each of the first groups.
+
+    Args:
+        reference_media: where the pictures of the reference are, if groups have any.
 
     Raises:
         UsageError: lines of the annotations contradict each other.
@@ -106,15 +114,24 @@ def group_lines(groups: "Iterable[Group]", annotations: "Annotations | None", me
     lines = []
     for group in itertools.islice(groups, GROUP_LINES):
         labels = [
-            None if annotations is None else annotations.label(member.object_id, member.path)
+            None if annotations is None or member.reference else annotations.label(member.object_id, member.path)
             for member in group.members
         ]
         first, *rest = (
-            SheetHit(member.object_id, media_dir / member.path if member.path else None, member.similarity, label)
+            SheetHit(_called(member), _picture(member, media_dir, reference_media), member.similarity, label)
             for member, label in zip(group.members[: GROUP_HITS + 1], labels, strict=False)
         )
         lines.append(SheetLine(first.picture, tuple(rest), first.label, first.object_id))
     return lines
+
+
+def _called(member: "Member") -> str:
+    return f"reference: {member.object_id}" if member.reference else member.object_id
+
+
+def _picture(member: "Member", media_dir: Path, reference_media: Path | None) -> Path | None:
+    folder = reference_media if member.reference else media_dir
+    return None if folder is None or member.path is None else folder / member.path
 
 
 def draw_sheet(

@@ -10,17 +10,19 @@ from search.views.table import aligned
 
 if TYPE_CHECKING:
     from search.answers import Answer
-    from search.duplicates.groups import Group
+    from search.duplicates.groups import Group, Member
 
 #: Of what leads out of a group a table shows so many.
 _SEE_ALSO = 5
 #: A hit as it is written, keys in the order of the columns.
 Row: TypeAlias = dict[str, "int | float | str | None"]
 
-#: Columns of a CSV about groups of which one member is to be kept, and about decisions.
+#: Columns of a CSV about groups of which a rule chose the member to keep, about decisions, and about matches in the
+#: reference, which is kept.
 CHOSEN, DECIDED = ("decision", "bytes", "width", "height", "reason"), ("decision", "time")
+MATCHED = ("decision", "reason")
 
-_LEFT = {"object_id", "path", "identical_to", "label", "turned"}
+_LEFT = {"gallery", "object_id", "path", "identical_to", "label", "turned"}
 
 
 def printable(text: str) -> str:
@@ -76,11 +78,19 @@ def _hit_columns(found: "Sequence[tuple[str, list[Row]]]") -> tuple[str, ...]:
 
 
 def write_groups(
-    groups: "Iterable[Group]", form: GroupFormat, media_dir: Path | None, null: bool, more: Sequence[str] = ()
+    groups: "Iterable[Group]",
+    form: GroupFormat,
+    media_dir: Path | None,
+    null: bool,
+    more: Sequence[str] = (),
+    reference_media: Path | None = None,
+    galleries: bool = False,
 ) -> None:
     """Write groups of near-duplicates, each as soon as it comes.
 
     Args:
+        reference_media: what paths of the reference begin with.
+        galleries: whether a CSV says of which gallery each member is; the other formats do if a group is of two.
         more: columns of a CSV that these groups have besides, see `CHOSEN` and `DECIDED`.
         null: with `paths`, end each by a null character instead of a new line; nothing is then between groups, because
             `xargs -0` would take it for one more path.
@@ -92,6 +102,7 @@ def write_groups(
     elif form is GroupFormat.csv:
         columns = (
             "group",
+            *(("gallery",) if galleries else ()),
             "object_id",
             "path",
             "similarity",
@@ -109,7 +120,8 @@ def write_groups(
             for line in _table(_table_columns(rows), rows):
                 print(line)
             if group.reason is not None:
-                print(shown(f"keep {group.members[0].object_id}: {group.reason}"))
+                kept = group.members[group.kept]
+                print(shown(f"keep {kept.object_id}{' of the reference' * kept.reference}: {group.reason}"))
             for other in group.see_also[:_SEE_ALSO]:
                 where = f"group {other.group}, " if other.group is not None else ""
                 print(f"see also {where}{shown(other.object_id)}: {other.similarity:.6f} to {shown(other.member)}")
@@ -119,7 +131,8 @@ def write_groups(
         for place, group in enumerate(groups):
             if place and not null:
                 print()
-            _write_paths((member.path for member in group.members), media_dir, null)
+            places = ((reference_media if one.reference else media_dir, one.path) for one in group.members)
+            _write_paths((path if folder is None else folder / str(path) for folder, path in places), None, null)
 
 
 def _heading(group: "Group") -> str:
@@ -132,12 +145,15 @@ def _heading(group: "Group") -> str:
 def _group_rows(group: "Group") -> list[Row]:
     """A group's members as rows, the first one first; with what is known of their files if one is to be kept."""
     rows: list[Row] = []
+    two = any(member.reference for member in group.members)
+    chosen = any(member.facts for member in group.members)
     for member in group.members:
-        row: Row = {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
+        row: Row = {} if not two else {"gallery": "reference" if member.reference else "own"}
+        row |= {"object_id": member.object_id, "path": member.path, "similarity": member.similarity}
         row["identical_to"] = member.identical_to
         row["turned"] = member.turned
         row["sha256"] = None if member.digest is None else member.digest.hex()
-        if group.reason is not None:
+        if chosen:
             facts = member.facts
             row["bytes"] = None if facts is None else facts.bytes
             row["width"] = None if facts is None else facts.width
@@ -161,20 +177,21 @@ def _csv_rows(group: "Group", columns: Sequence[str]) -> Iterator[Row]:
         "time": group.time,
     }
     one_is_kept = group.reason is not None or group.decision == "same"
-    for place, row in enumerate(_group_rows(group)):
-        decision: Row = {"decision": "remove" if place else "keep"} if one_is_kept else {}
-        every = {**of_group, **row, **decision}
+    for place, (member, row) in enumerate(zip(group.members, _group_rows(group), strict=True)):
+        said = "keep" if place == group.kept else None if member.reference else "remove"
+        decision: Row = {"decision": said} if one_is_kept else {}
+        every = {"gallery": "own", **of_group, **row, **decision}
         yield {column: every[column] for column in columns}
 
 
 def _group_object(group: "Group") -> dict[str, object]:
     """A group as JSON has it; one that is decided, or could be, as `ruiji duplicates decide` reads it."""
-    ids = [member.object_id for member in group.members]
     value: dict[str, object] = {"group": group.number}
     if group.reason is not None or group.decision == "same":
-        value |= {"decision": "same", "keep": ids[0], "remove": ids[1:]}
+        remove = [one.object_id for one in group.to_remove]
+        value |= {"decision": "same", "keep": _named(group.members[group.kept]), "remove": remove}
     elif group.decision is not None:
-        value |= {"decision": group.decision, "objects": ids}
+        value |= {"decision": group.decision, "objects": [_named(one) for one in group.members]}
     if group.decision is not None:
         return {**value, "time": group.time, "members": _group_rows(group)}
     if group.reason is not None:
@@ -197,6 +214,11 @@ def _group_object(group: "Group") -> dict[str, object]:
         "members": _group_rows(group),
         "see_also": see_also,
     }
+
+
+def _named(member: "Member") -> str | dict[str, str]:
+    """As `ruiji duplicates decide` reads it: an id of the reference could be one of the gallery too."""
+    return {"reference": member.object_id} if member.reference else member.object_id
 
 
 def _write_json_list(values: Iterable[object]) -> None:

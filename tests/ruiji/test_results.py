@@ -22,9 +22,10 @@ HIT_ROWS = [
     {"query": "q.jpg", "rank": 2, "object_id": "b.jpg", "path": None, "similarity": 0.1 + 0.2, "distance": 1.25},
     {"query": "r", "rank": 1, "object_id": "a.jpg", "path": "x/a.jpg", "similarity": 1.0, "distance": 0.0},
 ]
+_OWN = {"turned": None, "reference": False}
 GROUP_ROWS = [
-    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0, "identical_to": None, "turned": None},
-    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99, "identical_to": "a", "turned": None},
+    {"group": 1, "object_id": "a", "path": "x/a", "similarity": 1.0, "identical_to": None, **_OWN},
+    {"group": 1, "object_id": "b", "path": "x/b", "similarity": 0.99, "identical_to": "a", **_OWN},
 ]
 
 
