@@ -59,8 +59,10 @@ help: ## Explain the targets
 	@$(PIP) install -r $<
 	@touch $@
 
-# Beside dev, whose versions it is locked to; torch is there for the peer that loads with it.
+# Beside dev, whose versions they are locked to; torch is there for the peer that loads with it.
 .venv/bench: requirements/bench.lock .venv/torch
+.venv/map: requirements/map.lock .venv/dev
+.venv/bench .venv/map:
 	@echo "installing $<"
 	@$(PIP) install --require-hashes -r $<
 	@touch $@
@@ -82,10 +84,10 @@ demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis a
 mnist: .venv/mnist ## Train on MNIST, search its test set, measure (half an hour; DATA=folder of the four files)
 	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(ARGS)
 
-test: .venv/dev ## The tests; those that need torch, a GPU or compose are skipped
+test: .venv/dev ## The tests; those that need torch, UMAP, a GPU or compose are skipped
 	$(PYTEST) -m "not slow and not compose and not chaos" $(ARGS)
 
-test-all: .venv/mnist ## All tests that can run here, torch included; see  make chaos  for the long ones
+test-all: .venv/mnist .venv/map ## All tests that can run here, torch and UMAP included; see  make chaos  for the long ones
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
 
 # Debian's, where this may install packages; else the one that Playwright brings.
@@ -215,7 +217,7 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		--extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
-	@for extra in embedded serve turned; do \
+	@for extra in embedded map serve turned; do \
 		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
 			-o requirements/$$extra.lock || exit 1; \
