@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import ImageError, MachineFault
 from pipeline.spec import ModelSpec
+from pipeline.store import write_atomic
 from search.views.thumbnail import make_thumbnail
 from workers.decode.images import decode
 from workers.suspects.alone import limit_memory
@@ -50,11 +51,20 @@ def _answer(request: dict[str, Any], requests: BinaryIO, max_pixels: int) -> tup
         made = make_thumbnail(Path(request["path"]), request["side"], max_pixels, request["inside"])
         if made is None:
             raise ImageError("its picture is missing, or cannot be decoded")
-        return {"kind": made.kind}, made.data
+        return {"kind": made.kind, "unkept": _keep(request["file"], made.data)}, made.data
     except ImageError as error:
         return {"reason": error.reason, "message": str(error)}, b""
     except MachineFault as error:
         return {"fault": str(error)}, b""
+
+
+def _keep(file: str, data: bytes) -> str | None:
+    """Write a file; why that cannot be done, None if it is."""
+    try:
+        write_atomic(file, [data])
+    except MachineFault as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _lifespan(service: Service, url: str) -> Lifespan[FastAPI]:
             yield
         finally:
             looking.cancel()
-            await asyncio.to_thread(service.close)
+            await service.close()
 
     return lifespan
 

@@ -101,13 +101,11 @@ class Service:
             self._thumbnails[folder] = Thumbnails(folder, self.media_dir, self.decoders)
         return self._thumbnails[folder]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End what runs beside the event loop."""
-        self.comparing.stop()
-        self.cleanups.close()
-        self.searches.close()
-        self.maps.close()
-        self.decoders.close()
+        for end in (self.comparing.stop, self.cleanups.close, self.searches.close, self.maps.close):
+            await asyncio.to_thread(end)
+        await self.decoders.close()
 
 
 def _failures(folder: Path) -> dict[str, FailedObject]:

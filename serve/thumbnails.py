@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline import layout
 from pipeline.choices import Reason
-from pipeline.errors import ImageError, MachineFault
-from pipeline.store import write_atomic
+from pipeline.errors import ImageError
 from pipeline.streams import note
 from search.views.thumbnail import Thumbnail
 from serve.decoders import Decoders
@@ -22,7 +22,7 @@ MOST_BYTES = 256 << 20
 #: Reasons of failed objects whose pictures are not decoded again, for people neither.
 DEADLY = frozenset({Reason.crashed_worker, Reason.memory, Reason.timeout})
 #: Changes whenever the same file would give another picture.
-_VERSION = 1
+_VERSION = 2
 _JPEG, _JPEG_END, _PNG, _PNG_END = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -35,40 +35,44 @@ class Thumbnails:
         # Files that took their decoder along, by all that a picture is made of: not tried again.
         self._deadly: dict[str, ImageError] = {}
 
-    async def get(self, path: str, side: int) -> Thumbnail:
+    async def get(self, find: Callable[[], str], side: int) -> Thumbnail:
         """The small picture of an object.
 
         Args:
-            path: relative to the media folder, as the gallery has it.
+            find: gives its path relative to the media folder, as the gallery has it; called in a thread.
             side: one of `SIDES`.
 
         Raises:
             ImageError: it has none; says why.
             MachineFault: there is no process to decode it. Busy: too many pictures wait already.
+            RuijiError: as `find` raises it.
         """
-        digest, kept = await asyncio.to_thread(self._look, path, side)
+        path, digest, kept = await asyncio.to_thread(self._look, find, side)
         if kept is not None:
             return kept
         if digest in self._deadly:
             raise self._deadly[digest]
         try:
-            made = await self._decoders.thumbnail(f"{self._media}/{path}", side, self._media)
+            made = await self._decoders.thumbnail(path, side, self._media, self._cache.file(digest), self._cache.note)
         except ImageError as error:
             if error.reason in DEADLY:
                 self._deadly[digest] = error
             raise
-        await asyncio.to_thread(self._cache.write, digest, made)
+        if self._cache.is_full:
+            await asyncio.to_thread(self._cache.make_room)
         return made
 
-    def _look(self, path: str, side: int) -> tuple[str, Thumbnail | None]:
-        """What a picture is kept under, and the picture if it is."""
+    def _look(self, find: Callable[[], str], side: int) -> tuple[str, str, Thumbnail | None]:
+        """Where a picture is, what its small one is kept under, and that if it is."""
+        relative = find()
+        path = f"{self._media}/{relative}"
         try:
-            status = os.stat(f"{self._media}/{path}")
+            status = os.stat(path)
         except OSError as error:
             raise ImageError(f"its picture cannot be opened: {error.strerror}", Reason.missing) from None
-        made_of = (_VERSION, path, side, status.st_size, status.st_mtime_ns)
+        made_of = (_VERSION, relative, side, status.st_size, status.st_mtime_ns)
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:40]
-        return digest, self._cache.read(digest)
+        return path, digest, self._cache.read(digest)
 
 
 class _Cache:
@@ -81,8 +85,12 @@ class _Cache:
         self._bytes: int | None = None
         self._said = False
 
+    def file(self, digest: str) -> Path:
+        """Where a picture is kept."""
+        return layout.thumbnail_file(self._folder, digest)
+
     def read(self, digest: str) -> Thumbnail | None:
-        file = layout.thumbnail_file(self._folder, digest)
+        file = self.file(digest)
         try:
             data = file.read_bytes()
             os.utime(file)
@@ -95,23 +103,27 @@ class _Cache:
             return Thumbnail(data, "png")
         return None
 
-    def write(self, digest: str, made: Thumbnail) -> None:
-        """Keep a picture, if the folder can be written to; if it cannot, say so once."""
-        try:
-            write_atomic(layout.thumbnail_file(self._folder, digest), [made.data])
-        except MachineFault as error:
-            if not self._said:
-                note(f"warning: small pictures are not kept: {error}")
+    def note(self, size: int, unkept: str | None) -> None:
+        """Count a picture that was written; say once if the folder cannot be written to."""
+        if unkept is None:
+            self._bytes = None if self._bytes is None else self._bytes + size
+        elif not self._said:
+            note(f"warning: small pictures are not kept: {unkept}")
             self._said = True
-            return
-        with self._lock:
-            if self._bytes is not None:
-                self._bytes += len(made.data)
-            if self._bytes is None or self._bytes > self._most_bytes:
-                self._bytes = self._make_room()
 
-    def _make_room(self) -> int:
-        """Remove the oldest down to nine tenths of the bound if it is exceeded; returns how many bytes there are."""
+    @property
+    def is_full(self) -> bool:
+        """Whether there may be more than the bound allows."""
+        return self._bytes is None or self._bytes > self._most_bytes
+
+    def make_room(self) -> None:
+        """Remove the oldest down to nine tenths of the bound if it is exceeded."""
+        with self._lock:
+            if self.is_full:
+                self._bytes = self._left()
+
+    def _left(self) -> int:
+        """How many bytes there are, once there is room."""
         found = []
         for place, _, names in os.walk(self._folder):
             for name in names:

@@ -4,6 +4,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from search.queries import open_picture
 
 
@@ -37,7 +39,7 @@ def make_thumbnail(image: Path, side: int, max_pixels: int, inside: str | None =
     if picture is None:
         return None
     kind = "png" if max(picture.size) <= side // 4 else "jpeg"
-    picture.thumbnail((side, side))
+    picture.thumbnail((side, side), Image.Resampling.HAMMING)
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=85)
     return Thumbnail(buffer.getvalue(), kind)

@@ -11,6 +11,7 @@ import ruiji
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, UnknownObject, UsageError
 from search.labels import Annotations
+from search.views.thumbnail import Thumbnail
 from serve import bodies
 from serve.bodies import Choice, ListQuery, SampleQuery, ThumbnailQuery
 from serve.galleries import NoGallery
@@ -88,10 +89,8 @@ async def thumbnail(
     request: Request, service: Kept, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
 ) -> Response:
     """The small picture of an object; of one that failed, too, unless its picture ended its decoder."""
-    thumbnails = service.thumbnails(service.galleries.folder(asked.gallery))
     try:
-        path = await _path_of(service, asked.gallery, object_id)
-        made = await unless_gone(request, thumbnails.get(path, asked.size))
+        made = await unless_gone(request, _small(service, asked, object_id))
     except ImageError as error:
         # Its reason is one of ours; what a file says never stands in a header.
         headers = {"x-ruiji-reason": error.reason, "cache-control": "no-store"}
@@ -99,18 +98,22 @@ async def thumbnail(
     return Response(made.data, headers={"cache-control": "private, max-age=3600"}, media_type=f"image/{made.kind}")
 
 
-async def _path_of(service: Service, gallery: str | None, object_id: str) -> str:
-    """Where an object's picture is, relative to the media folder; a gallery without shards has failed objects too.
+async def _small(service: Service, asked: ThumbnailQuery, object_id: str) -> Thumbnail:
+    """The small picture of an object; a gallery without shards has failed objects too.
 
     Raises:
         UnknownObject: it is neither in the gallery nor among the failed ones. NoGallery: of one that is not open.
-        ImageError: nobody may decode it again, or the gallery does not know paths.
+        ImageError: nobody may decode it again, or the gallery does not know paths; or as `Thumbnails.get`.
+        UsageError, MachineFault, Busy: as `Service.thumbnails` and `Thumbnails.get`.
     """
+    folder = service.galleries.folder(asked.gallery)
+    thumbnails = service.thumbnails(folder)
     try:
-        path = (await asyncio.to_thread(service.galleries.get(gallery).gallery.find, object_id)).path
+        gallery = service.galleries.get(asked.gallery).gallery
+        return await thumbnails.get(lambda: _known(gallery.find(object_id).path), asked.size)
     except (UnknownObject, NoGallery):
         try:
-            failed = (await service.failures.get(service.galleries.folder(gallery))).get(object_id)
+            failed = (await service.failures.get(folder)).get(object_id)
         except UsageError:
             # A gallery that ruiji did not make has no records of failures.
             failed = None
@@ -119,6 +122,10 @@ async def _path_of(service: Service, gallery: str | None, object_id: str) -> str
         if failed.reason in DEADLY:
             raise ImageError(failed.message, Reason(failed.reason)) from None
         path = failed.path
+    return await thumbnails.get(lambda: _known(path), asked.size)
+
+
+def _known(path: str | None) -> str:
     if path is None:
         raise ImageError("the gallery does not know where its pictures are", Reason.missing)
     return path

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,26 +117,39 @@ def test_a_decoder_that_is_killed_is_replaced(serve: Callable[..., Served], tmp_
 
 
 def test_a_picture_that_is_waited_for_by_nobody_is_not_decoded(tmp_path: Path) -> None:
-    file = picture(tmp_path / "a.png")
+    picture(tmp_path / "small.png")
+    picture(tmp_path / "large.png", 1, (400, 400))
+    kept: dict[str, tuple[int, str | None]] = {}
 
-    async def ask() -> int:
+    async def ask() -> tuple[int, Thumbnail]:
         decoders = Decoders(Limits(10**6, 10, 512), 1)
         await decoders.start()
+
+        def thumbnail(name: str, place: str) -> "asyncio.Task[Thumbnail]":
+            file = tmp_path / "kept" / place
+            asked = (f"{tmp_path}/{name}", 128, str(tmp_path), file)
+            return asyncio.create_task(decoders.thumbnail(*asked, lambda *told: kept.update({place: told})))
+
         (pid,) = decoders.pids
         # One stands still, and the others wait behind it.
         os.kill(pid, signal.SIGSTOP)
-        tasks = [asyncio.create_task(decoders.thumbnail(str(file), 128, str(tmp_path))) for _ in range(20)]
+        tasks = [thumbnail("small.png", str(n)) for n in range(20)]
         await asyncio.sleep(0.1)
-        for task in tasks[1:]:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks[1:], return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         waiting = decoders.pending
         os.kill(pid, signal.SIGCONT)
-        assert (await tasks[0]).kind == "png"
-        decoders.close()
-        return waiting
+        # Nobody takes the answer to the one that was in hand for his own.
+        other = await thumbnail("large.png", "other")
+        await decoders.close()
+        return waiting, other
 
-    assert asyncio.run(ask()) == 1
+    waiting, other = asyncio.run(ask())
+    assert waiting == 1 and other.kind == "jpeg"
+    # That one is kept, and counted.
+    assert kept.keys() == {"0", "other"} == {file.name for file in (tmp_path / "kept").iterdir()}
+    assert kept["other"] == (len(other.data), None)
 
 
 def test_thumbnails_are_small_upright_and_kept(serve: Callable[..., Served], ruiji: Ruiji) -> None:
@@ -242,14 +256,14 @@ def test_the_cache_stays_within_its_bound_and_the_last_used_stay(tmp_path: Path)
         decoders = Decoders(Limits(10**6, 10, 512), 1)
         await decoders.start()
         thumbnails = Thumbnails(tmp_path / "gallery", media, decoders, most_bytes=100_000)
-        first = await thumbnails.get("0.png", 256)
+        first = await thumbnails.get(lambda: "0.png", 256)
         for seed in range(30):
-            await thumbnails.get(f"{seed}.png", 256)
-            await thumbnails.get("0.png", 256)
+            await thumbnails.get(lambda seed=seed: f"{seed}.png", 256)
+            await thumbnails.get(lambda: "0.png", 256)
         files = [path for path in layout.thumbnails_folder(tmp_path / "gallery").rglob("*") if path.is_file()]
         with pytest.raises(ImageError, match="cannot be opened"):
-            await thumbnails.get("none.png", 256)
-        decoders.close()
+            await thumbnails.get(lambda: "none.png", 256)
+        await decoders.close()
         return first, sum(path.stat().st_size for path in files), len(files)
 
     first, size, count = asyncio.run(ask())
@@ -257,6 +271,15 @@ def test_the_cache_stays_within_its_bound_and_the_last_used_stay(tmp_path: Path)
     assert first.data in [
         path.read_bytes() for path in layout.thumbnails_folder(tmp_path / "gallery").rglob("*") if path.is_file()
     ]
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_once(serve: Callable[..., Served], ruiji: Ruiji) -> None:
+    served = serve()
+    shutil.rmtree(ruiji.gallery / "cache", ignore_errors=True)
+    (ruiji.gallery / "cache").write_text("in the way")
+    for one in served.get("/objects?count=3").json()["objects"]:
+        assert thumb(served, one["object_id"]).headers["content-type"] == "image/png"
+    assert served.log.read_text().count("warning: small pictures are not kept: cannot write ") == 1
 
 
 def test_without_a_media_folder_it_says_so(ruiji: Ruiji) -> None:
