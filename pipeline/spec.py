@@ -228,6 +228,12 @@ def resolve(
             f"resize_size {spec.resize_size} is less than the {spec.width} x {spec.height} that are cut out of the "
             "resized picture"
         )
+    if spec.fit == "crop" and spec.reference == "timm" and spec.height != spec.width:
+        # It resizes to what covers the window's shape, which no resize_size says.
+        raise ModelError(
+            f'reference "timm" crops squares alone, and the input is {spec.width} x {spec.height}; to resize the '
+            'shorter side, take "torchvision"'
+        )
     if type(spec.pixels) is not int or spec.pixels not in PIXELS:
         refuse_pixels(spec.pixels)
     if spec.resize not in RESIZE_FILTERS:
@@ -352,7 +358,7 @@ def _check_constants(constants: dict[str, Any], inputs: list[Tensor], source: Te
     for name, value in constants.items():
         if name not in named:
             raise ModelError(f"[constants] {name}: the graph has no such input beside the images")
-        shape, wanted = _shape(name, value), named[name].shape
+        shape, wanted = _shape(name, value, named[name].dtype), named[name].shape
         if wanted is not None and (
             len(wanted) != len(shape) or any(n not in (None, m) for n, m in zip(wanted, shape, strict=True))
         ):
@@ -361,14 +367,19 @@ def _check_constants(constants: dict[str, Any], inputs: list[Tensor], source: Te
         raise ModelError(f"its inputs {'; '.join(missing)} get no value; give them one in <model>.toml: [constants]")
 
 
-def _shape(name: str, value: Any) -> tuple[int, ...]:
+def _shape(name: str, value: Any, dtype: str) -> tuple[int, ...]:
     if isinstance(value, list):
-        shapes = {_shape(name, part) for part in value}
+        shapes = {_shape(name, part, dtype) for part in value}
         if len(shapes) != 1:
             raise ModelError(f"[constants] {name} is empty, or its lists have different lengths")
         return (len(value), *shapes.pop())
     if not isinstance(value, bool | int | float):
         raise ModelError(f"[constants] {name}: {value!r} is not a number")
+    if dtype.startswith(("int", "uint")):
+        least, bits = (0 if dtype.startswith("u") else -1), int(dtype.lstrip("uint"))
+        # numpy would cut off what follows the point.
+        if isinstance(value, float) or not least << (bits - 1) <= value < 1 << (bits + least):
+            raise ModelError(f"[constants] {name}: {value!r} is no {dtype}, which its input takes")
     return ()
 
 

@@ -11,6 +11,7 @@ proves the same without the libraries.
 import io
 import itertools
 import json
+import logging
 import sys
 import tempfile
 import warnings
@@ -345,8 +346,12 @@ def alike_of(features: Any) -> float:
 def main() -> None:
     """Measure all, or those that an argument names; record, or compare with what is kept."""
     import torch
+    import transformers
 
+    # Of what they write, only what is wrong.
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     names = [argument for argument in sys.argv[1:] if argument != "--record"]
     if "--record" in sys.argv:
         record()

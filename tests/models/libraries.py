@@ -59,6 +59,13 @@ def by_timm(image: Image.Image, kind: dict[str, Any]) -> NDArray[np.uint8]:
     """What `create_transform` makes for evaluation; it takes the part of the side that the crop keeps."""
     from timm.data.transforms_factory import transforms_imagenet_eval
 
+    if kind["fit"] == "pad" and kind["height"] != kind["width"]:
+        # Whose colour of the bars is the mean; open_clip pads squares alone.
+        mean = tuple(value / 255 for value in kind["pad_color"])
+        steps = transforms_imagenet_eval(
+            (kind["height"], kind["width"]), 1.0, "border", interpolation=kind["resize"], mean=mean, normalize=False
+        )
+        return np.asarray(steps(image)).transpose(1, 2, 0)
     if kind["fit"] == "pad":
         return by_open_clip(image, kind)
     part = kind["height"] / kind["resize_size"]
@@ -103,14 +110,31 @@ def hugging_face_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]
         SiglipImageProcessorPil(size={"height": 256, "width": 256}, resample=2),
         ConvNextImageProcessorPil(size={"shortest_edge": 224}),
         ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+        CLIPImageProcessorPil(size={"height": 224, "width": 224}),
+        CLIPImageProcessorPil(size={"height": 200, "width": 168}, do_center_crop=False, resample=5),
+        CLIPImageProcessorPil(size={"shortest_edge": 257}, crop_size={"height": 200, "width": 257}, do_normalize=False),
+        ViTImageProcessorPil(size={"height": 256, "width": 192}),
     ):
-        written = json.loads(processor.to_json_string())
+        yield _hugging_face(processor, json.loads(processor.to_json_string()))
+    # As people have written it, which is not what transformers would write.
+    for kind, changed in (
+        (CLIPImageProcessorPil, {"size": 224, "crop_size": 224}),
+        (CLIPImageProcessorPil, {"size": [224, 224], "crop_size": [224, 224]}),
+        (CLIPImageProcessorPil, {"size": 224, "default_to_square": True}),
+        (ViTImageProcessorPil, {"size": 224}),
+        (ViTImageProcessorPil, {"size": [224, 192]}),
+        (ConvNextImageProcessorPil, {"size": 224, "crop_pct": 0.9, "do_center_crop": False}),
+    ):
+        written = json.loads(kind().to_json_string()) | changed
+        yield _hugging_face(kind.from_dict(written), written)
 
-        def make(image: Image.Image, whole: bool, processor: Any = processor) -> NDArray[Any]:
-            options = {} if whole else {"do_rescale": False, "do_normalize": False}
-            return np.asarray(processor(image, return_tensors="np", **options)["pixel_values"][0])
 
-        yield "preprocessor_config.json", written, make
+def _hugging_face(processor: Any, written: dict[str, Any]) -> tuple[str, dict[str, Any], Maker]:
+    def make(image: Image.Image, whole: bool) -> NDArray[Any]:
+        options = {} if whole else {"do_rescale": False, "do_normalize": False}
+        return np.asarray(processor(image, return_tensors="np", **options)["pixel_values"][0])
+
+    return "preprocessor_config.json", written, make
 
 
 def timm_configurations() -> Iterator[tuple[str, dict[str, Any], Maker]]:

@@ -18,4 +18,7 @@ KINDS: list[dict[str, Any]] = [
     {"fit": "crop", "reference": "timm", "resize": "lanczos", "resize_size": 235, "height": 224, "width": 224},
     {"fit": "pad", "reference": "timm", "resize": "bicubic", "pad_color": [124, 116, 104], "height": 224, "width": 224},
     {"fit": "pad", "reference": "timm", "resize": "bilinear", "pad_color": [0, 0, 0], "height": 225, "width": 225},
+    {"fit": "crop", "reference": "torchvision", "resize": "bicubic", "resize_size": 257, "height": 225, "width": 192},
+    {"fit": "crop", "reference": "huggingface", "resize": "hamming", "resize_size": 256, "height": 193, "width": 256},
+    {"fit": "pad", "reference": "timm", "resize": "bicubic", "pad_color": [9, 8, 7], "height": 225, "width": 160},
 ]

@@ -88,6 +88,20 @@ def test_a_toml_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path, tom
     assert words in str(caught.value)
 
 
+def test_timm_crops_no_input_that_is_not_square(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    graph = onnx.load(path)
+    for dimension in graph.graph.input[0].type.tensor_type.shape.dim[1:3]:
+        dimension.dim_param = "open"
+    onnx.save(graph, path)
+    toml = '[input]\nheight = 8\nwidth = 6\nfit = "crop"\nresize_size = 9\nreference = '
+    path.with_suffix(".toml").write_text(toml + '"torchvision"\n')
+    assert (load_model(path).spec.width, load_model(path).spec.height) == (6, 8)
+    path.with_suffix(".toml").write_text(toml + '"timm"\n')
+    with pytest.raises(ModelError, match=r'"timm" crops squares alone, and the input is 6 x 8; .* "torchvision"'):
+        load_model(path)
+
+
 def test_a_crop_and_a_padding_are_declared_remembered_and_part_of_the_fingerprint(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.onnx")
     stretched = load_model(path)

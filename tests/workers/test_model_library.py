@@ -22,6 +22,9 @@ from workers.models.library import add_model, added_models
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "fit.json").read_text())["conventions"]
 CLIP = RECORDED[0]["written"]
+SIGLIP = {"image_processor_type": "SiglipImageProcessor", "do_center_crop": False}
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": 224, "do_center_crop": False}
+OPEN_CLIP: dict[str, Any] = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
 README = "---\nlicense: apache-2.0\ntags: []\n---\n# A model\n"
 
 
@@ -85,8 +88,12 @@ def test_a_convention_is_read_as_its_library_reads_it(case: dict[str, Any], tmp_
         ),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.Y"}}, "code of its own"),
         ("preprocessor_config.json", {"do_pad": True}, "do_pad is True"),
-        ("preprocessor_config.json", {"do_resize": False}, "do_resize is False"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize is false"),
         ("preprocessor_config.json", {"do_resize": 1}, "do_resize is 1"),
+        ("preprocessor_config.json", {"do_rescale": None}, "do_rescale is null"),
+        ("preprocessor_config.json", {"do_normalize": None}, "do_normalize is null"),
+        ("preprocessor_config.json", {"do_center_crop": None}, "do_center_crop is null"),
+        ("preprocessor_config.json", {"do_center_crop": "false"}, 'do_center_crop is "false"'),
         ("preprocessor_config.json", {"image_processor_type": None}, "does not say its image_processor_type"),
         ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
         ("preprocessor_config.json", {"resample": True}, "resample is True"),
@@ -111,12 +118,44 @@ def test_a_convention_is_read_as_its_library_reads_it(case: dict[str, Any], tmp_
             "one of the ways",
         ),
         ("preprocessor_config.json", {"color_jitter": 0.4}, "color_jitter is 0.4"),
+        ("preprocessor_config.json", {"antialias": False}, "antialias is False"),
+        ("preprocessor_config.json", {"offset": 0}, "offset is 0"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean is 0.5, not a list"),
+        ("preprocessor_config.json", {"resample": "bicubic"}, "resample is 'bicubic'"),
+        ("preprocessor_config.json", {"pad_size": {"height": 300, "width": 300}}, "pad_size is {'height'"),
+        ("preprocessor_config.json", {"default_to_square": 1, "size": 224}, "default_to_square is 1"),
+        ("preprocessor_config.json", {"size": 224, "crop_size": 256}, "less than the 256 x 256"),
+        ("preprocessor_config.json", {"size": [256, 256]}, "one of the ways"),
+        ("preprocessor_config.json", {"size": {"height": 256, "width": 256}}, "one of the ways"),
+        ("preprocessor_config.json", {"crop_size": {"shortest_edge": 224}}, "one of the ways"),
+        # One number is the shorter side to SigLIP's, which then does not crop.
+        ("preprocessor_config.json", SIGLIP | {"size": 224}, "one of the ways"),
+        ("preprocessor_config.json", SIGLIP | {"do_center_crop": True, "crop_size": 200}, "one of the ways"),
+        ("preprocessor_config.json", CONVNEXT | {"do_center_crop": True}, "one of the ways"),
+        ("preprocessor_config.json", CONVNEXT | {"crop_pct": 0}, "crop_pct is 0"),
+        ("preprocessor_config.json", CONVNEXT | {"crop_pct": float("nan")}, "crop_pct is nan"),
+        ("config.json", {"crop_pct": 0}, "crop_pct is 0"),
+        ("config.json", {"crop_pct": float("nan")}, "crop_pct is nan"),
+        ("config.json", {"crop_pct": 1.1}, "crop_pct is 1.1"),
+        ("config.json", {"crop_mode": "border"}, "'border' with crop_pct 0.95"),
+        ("config.json", {"crop_mode": "squash"}, "'squash' with crop_pct 0.95"),
+        ("config.json", {"interpolation": None}, "has no interpolation"),
+        ("config.json", {"mean": [0.5]}, "mean has 1 values for 3 channels"),
+        ("config.json", {"std": [0, 1, 1]}, "std may not be 0"),
         ("config.json", {"crop_mode": "corner"}, "not one of the ways"),
         ("config.json", {"interpolation": "random"}, "interpolation is 'random'"),
         ("config.json", {"input_size": [3, 224, 256]}, "one whole number"),
         ("config.json", {"crop_pct": "0.9"}, "not a number"),
         ("preprocess_cfg.json", {"resize_mode": "fill"}, "none of shortest"),
         ("preprocess_cfg.json", {"mode": "L"}, "mode is 'L'"),
+        ("preprocess_cfg.json", {"interpolation": "random"}, "interpolation is 'random'"),
+        ("preprocess_cfg.json", {"mean": None}, "has no mean"),
+        ("preprocess_cfg.json", {"resize_mode": "longest", "fill_color": 1.5}, "pad_color 1.5"),
+        (
+            "open_clip_config.json",
+            {"model_cfg": {"vision_cfg": {"image_size": 256}}, "preprocess_cfg": OPEN_CLIP},
+            "has the size 224, and vision_cfg the image_size 256",
+        ),
         ("preprocess_cfg.json", {"size": [224, 256]}, "one whole number"),
         ("preprocess_cfg.json", {"antialias": "none"}, "antialias is 'none'"),
     ],
@@ -124,7 +163,7 @@ def test_a_convention_is_read_as_its_library_reads_it(case: dict[str, Any], tmp_
 def test_what_cannot_be_followed_is_refused_by_its_name(
     tmp_path: Path, file: str, changed: dict[str, Any], words: str
 ) -> None:
-    written = json.loads(json.dumps(next(case["written"] for case in RECORDED if case["file"] == file)))
+    written = json.loads(json.dumps(next((case["written"] for case in RECORDED if case["file"] == file), {})))
     inner = written.get("pretrained_cfg", written)
     inner.update(changed)
     with pytest.raises(ModelError) as caught:

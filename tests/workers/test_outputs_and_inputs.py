@@ -148,6 +148,8 @@ def test_a_mean_of_no_token_is_the_models_fault(tmp_path: Path) -> None:
         ("[constants]\nids = [[1, 2], [3]]\n", "different lengths"),
         ("[constants]\nids = []\n", "is empty"),
         ('[constants]\nids = [["a", "b"]]\n', "'a' is not a number"),
+        ("[constants]\nids = [[1, 2.5]]\n", "2.5 is no int64"),
+        ("[constants]\nids = [[1, 9223372036854775808]]\n", "9223372036854775808 is no int64"),
         ("[constants]\nids = [[1, 2]]\nmask = [[1]]\n", "no such input beside the images"),
         ("[constants]\npixel_values = 1\nids = [[1, 2]]\n", "0 inputs"),
     ],

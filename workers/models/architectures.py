@@ -6,6 +6,7 @@ Their weights are loaded as such: with `TORCH_FORCE_WEIGHTS_ONLY_LOAD`, torch un
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -25,6 +26,8 @@ from workers.models.text_export import CompareWords, export_words
 
 #: What a source begins with, and what has to be installed for it.
 PREFIXES = {"timm:": "torch timm onnxscript", "open_clip:": "torch open_clip_torch onnxscript"}
+#: Of a terminal, in what torch says.
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 #: What the article's contract means, for a graph that scales its pixels itself.
 _ARTICLE_TOML = """# The article's contract: RGB in [0, 1], stretched. Mean and std are part of the graph.
 [input]
@@ -216,6 +219,7 @@ def named_errors(given: str, needed: str) -> Iterator[None]:
     Args:
         needed: what is to be installed.
     """
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -223,14 +227,14 @@ def named_errors(given: str, needed: str) -> Iterator[None]:
             yield
     except ModuleNotFoundError as error:
         raise UsageError(f"{given} is exported here, and {error.name} is missing; run: pip install {needed}") from None
-    except ModelError:
+    except ModelError as error:
+        raise type(error)(str(error) if given in str(error) else f"{given}: {error}") from None
+    except RuijiError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, RuijiError):
-            raise
-        why = " ".join(str(error).split())[:300]
+    except Exception as error:  # What these libraries raise for a folder or a name that they cannot use is anything.
+        why = " ".join(_COLORS.sub("", str(error)).split())[:300] or type(error).__name__
         raise RuijiError(
             f"{given} cannot be had or exported: {why}. Try again, or export it elsewhere and give its folder"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

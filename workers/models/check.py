@@ -199,11 +199,11 @@ def transformers_feature(network: Any, values: Any, name: str) -> Any:
     if name == "image_embeds" and hasattr(network, "get_image_features"):
         found = network.get_image_features(pixel_values=values)
         return getattr(found, "pooler_output", found)
-    tower = getattr(network, "vision_model", network)
-    output = getattr(tower(pixel_values=values), name, None)
-    base = getattr(network, "base_model", network)
-    # A classifier's own output has only its classes.
-    return getattr(base(pixel_values=values), name, None) if output is None and base is not tower else output
+    found = getattr(network, "vision_model", network)(pixel_values=values)
+    if hasattr(found, "logits"):
+        # A classifier's own output has only its classes.
+        found = network.base_model(pixel_values=values)
+    return getattr(found, name, None)
 
 
 def _transformers_pipeline(folder: Path, spec: ModelSpec) -> Pipeline:

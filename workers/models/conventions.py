@@ -17,10 +17,13 @@ from pipeline.errors import ModelError
 _MAX_BYTES = 1 << 20
 #: Pillow's numbers for its filters, which transformers keeps.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-#: Image processors of transformers that resize the shorter side and crop, those that stretch, and one that does either.
-_SHORTER_SIDE = ("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor")
+#: Image processors of transformers that crop unless they are told not to, those that stretch, and one that does either.
+_CROPPING = ("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor")
 _STRETCHING = ("ViTImageProcessor", "ViTFeatureExtractor", "SiglipImageProcessor", "DINOv3ViTImageProcessor")
 _CONVNEXT = ("ConvNextImageProcessor", "ConvNextFeatureExtractor")
+_PROCESSORS = (*_CROPPING, *_STRETCHING, *_CONVNEXT)
+#: Those to which one number as the size means both sides; to the others it means the shorter one.
+_SQUARE = ("ViTImageProcessor", "ViTFeatureExtractor", "DINOv3ViTImageProcessor")
 #: Up to this side ConvNext's processor crops; from it on, it stretches.
 _CONVNEXT_STRETCHES = 384
 #: Keys that change no pixel, for us: channels are always converted, and tensors are our own.
@@ -32,7 +35,6 @@ _NEUTRAL = {
         "device",
         "disable_grouping",
         "_valid_processor_keys",
-        "default_to_square",
     ),
     "image_seq_length",
 }
@@ -78,6 +80,20 @@ class _Keys:
             raise self.refuse(f"{key} is {value!r}, not a number")
         return float(value)
 
+    def truth(self, key: str, default: bool) -> bool:
+        """True or false. Null is refused: it is the default to one release of a library, and false to another."""
+        value = self._left.pop(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(f"{key} is {json.dumps(value)}, neither true nor false")
+        return value
+
+    def part(self, key: str, default: Any = ...) -> float:
+        """How much of a side a crop keeps."""
+        value = self.number(key, default)
+        if not 0 < value <= 1:
+            raise self.refuse(f"{key} is {value:g}, and the part of a side that is kept is above 0 and at most 1")
+        return value
+
     def side(self, key: str, value: Any) -> int:
         if isinstance(value, list) and len(set(map(str, value))) == 1:
             value = value[0]
@@ -85,16 +101,32 @@ class _Keys:
             raise self.refuse(f"{key} is {value!r}; ruiji takes one whole number of pixels, or the same one twice")
         return value
 
-    def only(self, key: str, allowed: Any, default: Any = ...) -> None:
-        """Refuse all values of a key but one."""
-        value = self.take(key, default)
+    def sides(self, key: str, value: Any, square: Any) -> dict[str, int]:
+        """A size by the names of its sides, as `get_size_dict` of transformers has it.
+
+        Args:
+            square: whether one number means both sides, and not the shorter one.
+        """
+        if not isinstance(square, bool):
+            raise self.refuse(f"default_to_square is {square!r}, neither true nor false")
+        if isinstance(value, dict):
+            return {name: self.side(f"{key}.{name}", side) for name, side in value.items() if side is not None}
+        if isinstance(value, list) and len(value) == 2:
+            return {"height": self.side(key, value[0]), "width": self.side(key, value[1])}
+        side = self.side(key, value)
+        return {"height": side, "width": side} if square else {"shortest_edge": side}
+
+    def only(self, key: str, allowed: Any) -> None:
+        """Refuse all values of a key but one, which is also meant if it is absent."""
+        value = self.take(key, allowed)
         if type(value) is not type(allowed) or value != allowed:
             raise self.refuse(f"{key} is {value!r}, and ruiji can only do {allowed!r}")
 
     def end(self, neutral: set[str]) -> None:
         """Refuse what is left and could change a pixel."""
         for key, value in self._left.items():
-            if key not in neutral and value not in (None, False):
+            not_done = value is None or (value is False and key.startswith("do_"))
+            if key not in neutral and not not_done:
                 raise self.refuse(f"{key} is {value!r}, which ruiji does not know how to follow")
 
 
@@ -168,62 +200,60 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
         raise keys.refuse("it does not say its image_processor_type, and so not what is done to pictures; add it")
     if "auto_map" in values:
         raise keys.refuse("it names code of its own (auto_map), which ruiji does not run")
-    if family not in (*_SHORTER_SIDE, *_STRETCHING, *_CONVNEXT):
-        known = ", ".join((*_SHORTER_SIDE, *_STRETCHING, *_CONVNEXT))
-        raise keys.refuse(f"the image processor {kind} is none of those that ruiji knows: {known}")
-    keys.only("do_resize", True, True)
-    keys.only("do_rescale", True, True)
+    if family not in _PROCESSORS:
+        raise keys.refuse(f"the image processor {kind} is none of those that ruiji knows: {', '.join(_PROCESSORS)}")
+    for key in ("do_resize", "do_rescale"):
+        if not keys.truth(key, True):
+            raise keys.refuse(f"{key} is false, and ruiji can only do true")
     if not math.isclose(factor := keys.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise keys.refuse(f"rescale_factor is {factor}, and ruiji can only do 1/255")
     resample = keys.take("resample")
     if type(resample) is not int or resample not in _RESAMPLE:
         raise keys.refuse(f"resample is {resample!r}, none of Pillow's filters")
     said = {"resize": Said(_RESAMPLE[resample], f"{path.name}: resample {resample}")}
-    size = keys.take("size")
-    sides = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else None
-    if sides is not None and sides.keys() == {"height", "width"} and family not in _CONVNEXT:
-        exact = (keys.side("size.height", sides["height"]), keys.side("size.width", sides["width"]))
-        shortest = None
-    elif sides is None or (sides.keys() == {"shortest_edge"} and family not in _STRETCHING):
-        shortest = keys.side("size", size if sides is None else sides["shortest_edge"])
-        exact = (shortest, shortest)
-    else:
-        raise keys.refuse(f"{kind} with size {size!r} is not one of the ways that ruiji knows")
-    crops = keys.take("do_center_crop", family in _SHORTER_SIDE)
-    crop = keys.take("crop_size", None)
-    if family in _CONVNEXT:
-        part = keys.number("crop_pct", 224 / 256)
-        crops, crop = exact[0] < _CONVNEXT_STRETCHES, exact[0]
-        shortest = int(exact[0] / part)
-    if crops and shortest is not None and family not in _STRETCHING:
-        if crop is None:
-            raise keys.refuse("it crops and has no crop_size, and what the library takes instead is not written there")
-        height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
-        said |= {
-            "fit": Said("crop", f"{kind} crops the centre"),
-            "resize_size": Said(shortest, f"{path.name}: size"),
-            "reference": Said("huggingface", f"{kind}, as transformers does it with Pillow"),
-            "height": Said(keys.side("crop_size", height), f"{path.name}: crop_size"),
-            "width": Said(keys.side("crop_size", width), f"{path.name}: crop_size"),
-        }
-    elif crops or (family in _SHORTER_SIDE and shortest is not None):
-        raise keys.refuse(
-            f"{kind} with size {size!r} and do_center_crop {crops!r} is not one of the ways that ruiji knows"
-        )
-    else:
-        said |= {
-            "fit": Said("stretch", f"{kind} resizes both sides"),
-            "height": Said(exact[0], f"{path.name}: size"),
-            "width": Said(exact[1], f"{path.name}: size"),
-        }
-    normalizes = keys.take("do_normalize", True)
-    if normalizes is not True and normalizes is not False:
-        raise keys.refuse(f"do_normalize is {normalizes!r}, neither true nor false")
+    said |= _hugging_face_fit(keys, kind, family)
+    normalizes = keys.truth("do_normalize", True)
     if normalizes:
         said |= dict(_colors(keys, "image_mean", "image_std"))
     # Configurations have these also if nothing uses them.
     keys.end({*_NEUTRAL, *(() if normalizes else ("image_mean", "image_std")), "crop_pct", "crop_size"})
     return said
+
+
+def _hugging_face_fit(keys: _Keys, kind: str, family: str) -> dict[str, Said]:
+    """How a picture's shape becomes the model's."""
+    size = keys.take("size")
+    sides = keys.sides("size", size, keys.take("default_to_square", family in _SQUARE))
+    crops = keys.truth("do_center_crop", True) if family in _CROPPING else keys.take("do_center_crop", False)
+    # Many configurations have one that nothing uses.
+    crop = keys.take("crop_size", None)
+    if crops and crop is None:
+        raise keys.refuse("it crops and has no crop_size, and what the library takes instead is not written there")
+    window = keys.sides("crop_size", crop, True) if crops else None
+    file = keys.path.name
+    if sides.keys() == {"shortest_edge"} and family in _CONVNEXT and not crops:
+        side, part = sides["shortest_edge"], keys.part("crop_pct", 224 / 256)
+        shape = {"height": Said(side, f"{file}: size"), "width": Said(side, f"{file}: size")}
+        if side >= _CONVNEXT_STRETCHES:
+            return {"fit": Said("stretch", f"{kind} resizes both sides from {_CONVNEXT_STRETCHES} on"), **shape}
+        return _hugging_face_crop(kind, Said(int(side / part), f"{file}: size / crop_pct {part:g}"), shape)
+    if window and sides.keys() == {"shortest_edge"} and window.keys() == {"height", "width"} and family in _CROPPING:
+        shape = {name: Said(side, f"{file}: crop_size") for name, side in window.items()}
+        return _hugging_face_crop(kind, Said(sides["shortest_edge"], f"{file}: size"), shape)
+    # A crop to the size that a picture has already leaves it as it is.
+    if sides.keys() == {"height", "width"} and window in (None, sides) and family not in _CONVNEXT:
+        shape = {name: Said(side, f"{file}: size") for name, side in sides.items()}
+        return {"fit": Said("stretch", f"{kind} resizes both sides"), **shape}
+    raise keys.refuse(f"{kind} with size {size!r} and do_center_crop {crops!r} is not one of the ways that ruiji knows")
+
+
+def _hugging_face_crop(kind: str, resize_size: Said, shape: dict[str, Said]) -> dict[str, Said]:
+    return {
+        "fit": Said("crop", f"{kind} crops the centre"),
+        "resize_size": resize_size,
+        "reference": Said("huggingface", f"{kind}, as transformers does it with Pillow"),
+        **shape,
+    }
 
 
 def _processor(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
@@ -241,7 +271,7 @@ def _timm(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
     if not isinstance(shape, list) or len(shape) != 3:
         raise keys.refuse(f"input_size is {shape!r}, not [channels, height, width]")
     side = keys.side("input_size", shape[1:])
-    part, mode = keys.number("crop_pct"), keys.take("crop_mode", "center")
+    part, mode = keys.part("crop_pct"), keys.take("crop_mode", "center")
     interpolation = keys.take("interpolation")
     if interpolation not in _RESAMPLE.values():
         raise keys.refuse(f"interpolation is {interpolation!r}, which ruiji does not know how to follow")
@@ -254,7 +284,7 @@ def _timm(path: Path, values: dict[str, Any]) -> dict[str, Said] | None:
     if mode == "center":
         return said | {
             "fit": Said("crop", f"{path.name}: crop_mode center"),
-            "resize_size": Said(math.floor(side / part), f"{path.name}: input_size / crop_pct {part}"),
+            "resize_size": Said(math.floor(side / part), f"{path.name}: input_size / crop_pct {part:g}"),
             "reference": Said("timm", "timm's own transforms"),
         }
     if part != 1:
@@ -274,16 +304,17 @@ def _open_clip(path: Path, values: dict[str, Any]) -> dict[str, Said]:
     """`open_clip_config.json`, and immich's `preprocess_cfg.json`, which is its inner part."""
     inner = values.get("preprocess_cfg", values)
     keys = _Keys(path, inner if isinstance(inner, dict) else {})
-    size = keys.take("size", None)
-    if size is None:
-        vision = values.get("model_cfg", {})
-        vision = vision.get("vision_cfg", {}) if isinstance(vision, dict) else {}
-        size = vision.get("image_size") if isinstance(vision, dict) else None
-    side = keys.side("size", size)
+    network = values.get("model_cfg")
+    vision = network.get("vision_cfg") if isinstance(network, dict) else None
+    of_network = vision.get("image_size") if isinstance(vision, dict) else None
+    side = keys.side("size", keys.take("size", of_network))
+    # open_clip goes by its network.
+    if of_network is not None and keys.side("image_size", of_network) != side:
+        raise keys.refuse(f"preprocess_cfg has the size {side}, and vision_cfg the image_size {of_network}")
     mode, interpolation = keys.take("resize_mode", "shortest"), keys.take("interpolation", "bicubic")
     if interpolation not in ("bicubic", "bilinear"):
         raise keys.refuse(f"interpolation is {interpolation!r}, which ruiji does not know how to follow")
-    keys.only("mode", "RGB", "RGB")
+    keys.only("mode", "RGB")
     color = keys.take("fill_color", 0)
     said = {
         "height": Said(side, f"{path.name}: size"),

@@ -270,9 +270,12 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
         return load_model(path)
     except ModelError as error:
         origin = next(iter(said.values())).origin.partition(":")[0]
+        # A graph that was made or downloaded here is gone, or nobody's to write beside.
+        yourself = f", or write {layout.toml_file(found)} yourself"
+        other = "" if found.is_relative_to(folder.parent.parent) else yourself
         raise ModelError(
-            f"{error}. Its .toml was made of {origin}, --output and --pooling: change those, or write "
-            f"{layout.toml_file(found)} yourself, and add the model again"
+            f"{error}. Its .toml was made of {origin}, --output and --pooling: change those{other}, and add the model "
+            "again"
         ) from None
 
 

@@ -145,14 +145,16 @@ def check_export(
         found = np.asarray(session.run([target.name], {source.name: batch.numpy()})[0])
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise ExportError(
-                f"{path} gives {found.dtype}{list(found.shape)}, torch gives {expected.dtype}{list(expected.shape)}"
+                f"the exported graph gives {found.dtype}{list(found.shape)}, torch gives "
+                f"{expected.dtype}{list(expected.shape)}"
             )
         difference = float(np.abs(found - expected).max())
         allowed = tolerance * max(1.0, float(np.abs(expected).max()))
         # Written so that a NaN, which compares as false, is refused too.
         if not difference <= allowed:
             raise ExportError(
-                f"{path} differs from torch by {difference:.3g} in a batch of {len(batch)}; allowed are {allowed:.3g}"
+                f"the exported graph differs from torch by {difference:.3g} in a batch of {len(batch)}; allowed are "
+                f"{allowed:.3g}"
             )
         worst = max(worst, difference)
     return worst
