@@ -81,8 +81,8 @@ setup: .venv/$(ACCEL) ## Fill .venv (ACCEL=cpu: onnxruntime, no torch; ACCEL=gpu
 demo: .venv/demo ## From 1,797 digits to ranked look-alikes, on embedded Redis and the CPU (SERVE=1: and a page)
 	@.venv/bin/python -m examples.digits.demo $(if $(SERVE),--serve)
 
-mnist: .venv/mnist ## Train on MNIST, search its test set, measure (half an hour; DATA=folder of the four files)
-	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(ARGS)
+mnist: .venv/mnist ## Train on MNIST, search its test set, measure (FULL=1: longer; ARGS="--seed 1"; DATA=folder of the four files)
+	@.venv/bin/python -m examples.mnist all $(if $(DATA),--from "$(DATA)") $(if $(FULL),--full) $(ARGS)
 
 test: .venv/dev ## The tests; those that need torch, UMAP, a GPU or compose are skipped
 	$(PYTEST) -m "not slow and not compose and not chaos" $(ARGS)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,12 +172,14 @@ def test_the_articles_table_and_label_counts() -> None:
 def test_targets_are_judged_as_they_stand() -> None:
     from examples.mnist.__main__ import Network, judge
 
-    def metrics(rank_1: float, average: float) -> dict[str, dict[str, float]]:
-        return {"rank_1": {"value": rank_1}, "map": {"value": average}}
+    def answer(rank_1: float, average: float, valid: int = 10_000) -> dict[str, Any]:
+        metrics = {"rank_1": {"value": rank_1}, "map": {"value": average}}
+        return {"queries": {"given": 10_000, "valid": valid}, "metrics": metrics}
 
-    assert judge(Network.two, metrics(0.98, 0.98))
-    assert not judge(Network.two, metrics(0.99, 0.9799))
-    assert not judge(Network.many, metrics(0.9969, 0.999))
+    assert judge(Network.many, answer(0.992, 0.992)) == []
+    assert judge(Network.many, answer(0.9919, 0.993)) == ["64d has rank_1 0.99190, not 0.992"]
+    assert judge(Network.many_full, answer(0.994, 0.9939)) == ["64d-full has map 0.99390, not 0.994"]
+    assert judge(Network.many, answer(1, 1, 9_999)) == ["64d has scores of 9999 queries only, of 10000"]
 
 
 def test_a_step_before_its_draw_says_which_to_run_first(tmp_path: Path) -> None:
