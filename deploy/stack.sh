@@ -112,16 +112,23 @@ certificates() {
 	cd secrets
 	umask 077
 	new="req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+	ca_name="/CN=ruiji's own CA"
+	ca="-x509 -days 3650 -addext keyUsage=critical,keyCertSign,cRLSign -out redis_ca"
 	# Every other host trusts this one.
 	if [ -e redis_ca ]; then
 		[ -e ca_key ] || refuse "secrets/redis_ca has lost its ca_key: put that back, or remove redis_ca for a new CA," \
 			"whose redis_ca every other host then needs"
 		say "with the CA that is in secrets/; Redis takes its new certificate at the next make down and make up"
+		# Python 3.13 refuses a CA that does not say what it signs. Its key stays, so those with the old redis_ca trust it.
+		openssl x509 -in redis_ca -noout -text | grep -q 'Certificate Sign' || {
+			openssl_quietly req -key ca_key -subj "$ca_name" $ca
+			say "redis_ca is new, of the same key: hosts with Python 3.13 or later need it, the others can keep theirs"
+		}
 	else
-		openssl_quietly $new -x509 -days 3650 -subj "/CN=ruiji's own CA" -keyout ca_key -out redis_ca
+		openssl_quietly $new -subj "$ca_name" -keyout ca_key $ca
 	fi
 	openssl_quietly $new -subj "/CN=$host" -keyout new_key -out request
-	echo "subjectAltName=$name,DNS:redis,DNS:localhost,IP:127.0.0.1" > extensions
+	printf '%s\n' "subjectAltName=$name,DNS:redis,DNS:localhost,IP:127.0.0.1" authorityKeyIdentifier=keyid > extensions
 	openssl_quietly x509 -req -in request -CA redis_ca -CAkey ca_key -CAcreateserial -days 3650 -extfile extensions \
 		-out new_certificate
 	mv new_key redis_key

@@ -122,10 +122,24 @@ def test_a_second_certificate_keeps_the_ca_that_other_hosts_trust(certificates: 
     assert (certificates / "redis_certificate").read_bytes() != first
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificates / "redis_certificate", certificates / "redis_key")
-    look = ["openssl", "verify", "-CAfile", "redis_ca", "-verify_ip", "fd00::1", "redis_certificate"]
+    # As strictly as Python does from 3.13 on.
+    look = ["openssl", "verify", "-x509_strict", "-CAfile", "redis_ca", "-verify_ip", "fd00::1", "redis_certificate"]
     subprocess.run(look, cwd=certificates, check=True)
     (certificates / "ca_key").unlink()
     assert "put that back" in make_certificates(certificates, "gpu-a.lan", code=2)
+
+
+def test_a_ca_that_newer_pythons_refuse_is_made_anew_and_others_can_keep_theirs(certificates: Path) -> None:
+    # As ruiji made it first: it does not say what its key is for.
+    old = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout ca_key -out redis_ca -subj"
+    subprocess.run(["openssl", *old.split(), "/CN=ruiji's own CA"], cwd=certificates, check=True, capture_output=True)
+    shutil.copy(certificates / "redis_ca", certificates / "old_ca")
+    assert "hosts with Python 3.13 or later need it" in make_certificates(certificates, "127.0.0.1")
+    assert (certificates / "redis_ca").read_bytes() != (certificates / "old_ca").read_bytes()
+    for check in ("-x509_strict -CAfile redis_ca", "-CAfile old_ca"):
+        look = ["openssl", "verify", *check.split(), "-verify_ip", "127.0.0.1", "redis_certificate"]
+        subprocess.run(look, cwd=certificates, check=True)
+    assert "Python 3.13" not in make_certificates(certificates, "127.0.0.1")
 
 
 def test_a_certificate_that_cannot_be_made_says_why_and_leaves_the_old_one(certificates: Path, tmp_path: Path) -> None:
