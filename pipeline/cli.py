@@ -38,6 +38,7 @@ def main() -> None:
     # A SIGTERM ends a command as Ctrl-C does, in order; workers have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     streams.open_streams()
+    atexit.register(streams.drop_unwritten_notes)
     try:
         code, message = _run()
     finally:

@@ -54,6 +54,14 @@ def note(line: object) -> None:
         print(shown(line), file=sys.stderr, flush=True)
 
 
+def drop_unwritten_notes() -> None:
+    """Let what `note` could not write go nowhere: from Python 3.13 on, a command that leaves it ends with code 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def exact_stdout() -> TextIO:
     """Standard output for what programs read."""
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
