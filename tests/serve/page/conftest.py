@@ -2,12 +2,14 @@
 
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright._impl._driver import compute_driver_executable
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
 _FLAGS = [
@@ -34,6 +36,10 @@ def chromium(own: str) -> str | None:
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """One browser for all tests of the pages."""
+    node, _ = compute_driver_executable()
+    started = subprocess.run([node, "--version"], capture_output=True, text=True)
+    if started.returncode:
+        pytest.skip(f"Playwright's driver does not start: run  make test-page  ({started.stderr.strip()})")
     with sync_playwright() as playwright:
         found = chromium(playwright.chromium.executable_path)
         if found is None:
