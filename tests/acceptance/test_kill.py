@@ -19,7 +19,7 @@ from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
 
-#: Four shards of pictures that take some 40 ms each: enough that a run on a fast machine still goes on after three kills.
+#: Four shards of pictures that take some 40 ms each: so many that a run on a fast machine goes on after three kills.
 COUNT, ROWS = 240, "60"
 #: Short, so that what a dead worker held comes back soon; both are documented settings.
 FAST = {"RUIJI_VISIBILITY_TIMEOUT_S": "3", "RUIJI_STALL_TIMEOUT_S": "4", "RUIJI_SHARD_ROWS": ROWS}
