@@ -2,10 +2,10 @@
 # `make` alone explains the targets.
 
 ACCEL ?= cpu
-PYTHON_MESSAGE = "ruiji needs Python 3.11 or 3.12 with venv: on Debian or Ubuntu run  apt-get install python3 python3-venv"
-# The first of these that is 3.11 or 3.12 and can make a virtual environment.
-PYTHON := $(shell for p in python3.12 python3.11 python3; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+PYTHON_MESSAGE = "ruiji needs Python 3.11 to 3.14 with venv: on Debian or Ubuntu run  apt-get install python3 python3-venv"
+# The first of these that is 3.11 to 3.14 and can make a virtual environment: the machine's own, to which python3-venv belongs.
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
@@ -90,12 +90,13 @@ test: .venv/dev ## The tests; those that need torch, UMAP, a GPU or compose are 
 test-all: .venv/mnist .venv/map ## All tests that can run here, torch and UMAP included; see  make chaos  for the long ones
 	$(PYTEST) -m "not compose and not chaos" $(ARGS)
 
-# Debian's, where this may install packages; else the one that Playwright brings.
+# Debian's, where this may install packages; else the one that Playwright brings, whose driver needs libatomic1.
 browser: .venv/dev ## A Chromium for the tests of the pages, if there is none
-	@command -v chromium || command -v chromium-browser || command -v google-chrome \
-		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -q update && apt-get -qy install --no-install-recommends chromium; } \
+	@.venv/bin/playwright --version >/dev/null 2>&1 \
+		&& { command -v chromium || command -v chromium-browser || command -v google-chrome; } \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -q update && apt-get -qy install --no-install-recommends chromium libatomic1; } \
 		|| .venv/bin/playwright install chromium \
-		|| { echo "no Chromium could be installed: on Debian or Ubuntu run  apt-get install chromium" >&2; exit 1; }
+		|| { echo "no Chromium could be installed: on Debian or Ubuntu run  apt-get install chromium libatomic1" >&2; exit 1; }
 
 test-page: browser ## The tests of the service's pages, in Chromium, which is installed if it is missing
 	.venv/bin/python -m pytest tests/serve/page $(ARGS)
@@ -200,26 +201,25 @@ down: ## Stop what make up started; nothing is lost
 certificates: ## For several hosts: a CA and the certificate of REDIS_HOST, in secrets/
 	$(if $(REDIS_HOST),,$(error say which host: make certificates REDIS_HOST=name))@deploy/stack.sh certificates "$$REDIS_HOST"
 
+# One version of a package for all Pythons: numpy's decides bits, and workers of one plan must have the same.
+COMPILE = .venv/bin/uv pip compile -q --universal --fork-strategy fewest --generate-hashes --no-emit-index-url --python-version 3.11
+
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
 	@for set in "dev cpu heic text embedded demo plot serve turned hub dev" "demo cpu heic text embedded demo serve turned" \
 		"cpu cpu heic text" "bench cpu heic text embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
-		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-			$$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
+		$(COMPILE) $$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
 			-c requirements/onnxruntime.in $$([ $$name = dev ] || echo "-c requirements/dev.lock") \
 			--custom-compile-command "make lock" -o requirements/$$name.lock || exit 1; \
 	done
-	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		--extra cpu --extra heic --extra text --extra embedded --extra plot --extra mnist --excludes requirements/torch-apart.in \
+	@$(COMPILE) --extra cpu --extra heic --extra text --extra embedded --extra plot --extra mnist --excludes requirements/torch-apart.in \
 		requirements/build.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/mnist.lock
-	@.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-		--extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
+	@$(COMPILE) --extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
 	@for extra in embedded map serve turned; do \
-		.venv/bin/uv pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
-			requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
+		$(COMPILE) requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
 			-o requirements/$$extra.lock || exit 1; \
 	done
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -100,6 +101,55 @@ def test_all_builds_of_onnx_runtime_have_one_version() -> None:
     # Workers take no task of a plan that was made with another one.
     locks = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.lock"))
     assert len(set(re.findall(r"^onnxruntime(?:-gpu)?==(\S+)", locks, re.MULTILINE))) == 1
+
+
+@pytest.mark.parametrize("lock", sorted(path.stem for path in (ROOT / "requirements").glob("*.lock")))
+def test_a_lock_has_one_version_of_a_package_for_all_pythons(lock: str) -> None:
+    # So that hosts with different Pythons have the same numpy, and with it the same bits.
+    names = re.findall(r"^([a-z0-9][a-z0-9._-]*)==", (ROOT / "requirements" / f"{lock}.lock").read_text(), re.MULTILINE)
+    assert [name for name in names if names.count(name) > 1] == []
+
+
+def _python(path: Path, version: str) -> None:
+    """A program that answers as that version of Python does."""
+    fields = f"({version.replace('.', ', ')}, 0, 'final', 0)"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {fields}; $2"\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        ({"python3": "3.10"}, None),
+        ({"python3": "3.15"}, None),
+        ({"python3": "3.9", "python3.12": "3.12"}, "python3.12"),
+        ({"python3": "3.15", "python3.11": "3.11", "python3.14": "3.14"}, "python3.14"),
+        *(({"python3": version, "python3.12": "3.12"}, "python3") for version in ("3.11", "3.13", "3.14")),
+    ],
+)
+def test_make_takes_the_machines_own_python_or_another_that_fits(
+    found: dict[str, str], taken: str | None, tmp_path: Path
+) -> None:
+    for name, version in found.items():
+        _python(tmp_path / name, version)
+    make = shutil.which("make")
+    assert make is not None
+    done = subprocess.run(
+        [make, "-nB", ".venv/made"], cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    said = re.findall(r"making .venv with (\S*?)\"", done.stdout)
+    assert said == [taken or ""], done.stdout
+
+
+def test_every_place_names_the_same_pythons() -> None:
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    low, beyond = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", allowed).groups())
+    makefile, high = (ROOT / "Makefile").read_text(), beyond - 1
+    assert f"(3, {low}) <= sys.version_info[:2] <= (3, {high})" in makefile
+    tried = re.search(r"for p in python3 (.*); do", makefile)
+    assert tried[1].split() == [f"python3.{minor}" for minor in range(high, low - 1, -1)]
+    for text in (makefile, (ROOT / "README.md").read_text(), (ROOT / "docs" / "deployment.md").read_text()):
+        assert f"Python 3.{low} to 3.{high}" in text
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker command line")
