@@ -141,7 +141,7 @@ check-models: build/models/made ## Compare with torchvision, transformers, timm 
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
 	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.architectures $(if $(RECORD),--record)
 	@build/models/bin/python -m tests.models.words $(if $(RECORD),--record)
-	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.towers
+	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.towers $(if $(RECORD),--record)
 
 lint: .venv/dev ## Check style
 	.venv/bin/ruff check .

@@ -42,6 +42,8 @@ _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 _ORIENTATION_TAG = 0x0112
 #: Images that are decoded before they are encoded, as many as are worth it on CUDA; 150 kB each at 224 x 224.
 _DECODED_AT_ONCE = 64
+#: How many characters of long words a message repeats.
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -274,13 +276,18 @@ def text_queries(texts: Iterable[str], encoder: "TextEncoder", say: Callable[[st
     for text in texts:
         feature, tokens = encoder.encode(text)
         if not tokens.words:
-            raise QueryError(f"the words {text!r} have nothing that the model's tokenizer knows")
+            raise QueryError(f"the words {_quoted(text)} have nothing that the model's tokenizer knows")
         if tokens.cut:
-            say(f"warning: only the first {tokens.words} of {tokens.words + tokens.cut} tokens count of {text!r}")
+            whole = tokens.words + tokens.cut
+            say(f"warning: only the first {tokens.words} of {whole} tokens count of {_quoted(text)}")
         if problem := unusable(feature):
-            raise QueryError(f"the words {text!r}: {problem}")
+            raise QueryError(f"the words {_quoted(text)}: {problem}")
         queries.append(Query(text, feature, words=text))
     return queries
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
 def is_self(query: Query, object_id: str, path: str | None) -> bool:

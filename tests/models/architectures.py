@@ -308,11 +308,16 @@ def record() -> None:
         print(f"kept {architecture.name}, two pictures {alike_of(features[architecture.name]):.3f}", flush=True)
     versions = {name: version(name) for name in LIBRARIES}
     kept[KEPT_FEATURES] = json.dumps({"versions": versions, "sizes": SIZES[:4], "features": features}).encode()
-    with zipfile.ZipFile(KEPT, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for name, data in kept.items():
-            # Without a date, so that the same is the same bytes.
+    write_zip(KEPT, kept)
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    """Write files by their names; the same ones always make the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for name, data in files.items():
+            # Without a date.
             file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
-    print(f"{KEPT.name}: {KEPT.stat().st_size} bytes")
+    print(f"{path.name}: {path.stat().st_size} bytes")
 
 
 def compare_kept() -> list[str]:

@@ -1,18 +1,25 @@
 """Text towers with random weights: exported, added by `ruiji model add`, and compared with their libraries.
 
-    make check-models        prints a row for each: 100 strings, and the ranking of 200 photos for some of them
+    make check-models                prints a row for each: 100 strings, and the ranking of 200 photos for some of them
+    make check-models RECORD=1       writes tests/data/towers.zip anew
 
 Those of transformers are made from its configurations. Those of open_clip are exported as `ruiji model add` does it.
+The zip file has those of transformers still smaller, as folders that can be added, and the features that the library
+gave some strings: with it `make test` proves the same without the libraries.
 """
 
 import io
 import itertools
+import json
+import logging
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +31,16 @@ from pipeline.settings import MAX_PIXELS
 from pipeline.text_spec import read_text_spec
 from ruiji import open_gallery
 from tests.models import words
-from tests.models.architectures import TOWER, cosines, photos
+from tests.models.architectures import (
+    KEPT_TOWER,
+    LIBRARIES,
+    TOWER,
+    alike_of,
+    cosines,
+    few_values,
+    photos,
+    write_zip,
+)
 from tests.search.galleries import brute_force, write_gallery
 from workers.decode.images import decode
 from workers.encoder import Encoder
@@ -32,8 +48,15 @@ from workers.models.architectures import export_open_clip, export_open_clip_word
 from workers.models.library import add_model
 from workers.words import TextEncoder
 
+KEPT = Path(__file__).parent.parent / "data" / "towers.zip"
+KEPT_FEATURES = "features.json"
+#: What is kept of a folder.
+_FILES = ("onnx/vision_model.onnx", "onnx/text_model.onnx", "tokenizer.json")
+_FILES += ("preprocessor_config.json", "tokenizer_config.json", "config.json")
 #: Of the 1,000 strings, so many are embedded, and so many rank the photos.
 STRINGS, RANKED, PHOTOS = 100, 10, 200
+#: Of what is kept, so many strings are embedded.
+KEPT_STRINGS = 60
 LEAST = 0.9999
 #: From words to the library's own feature, float32[d].
 Embed = Callable[[str], Any]
@@ -47,23 +70,29 @@ class Tower:
     write: Callable[[Path], Embed]
 
 
-def hugging_face(kind: str, made: words.LibraryTokenizer, folder: Path) -> Embed:
-    """CLIP or SigLIP of transformers, with both graphs, as transformers.js has them."""
+def hugging_face(kind: str, made: words.LibraryTokenizer, folder: Path, kept: bool = False) -> Embed:
+    """CLIP or SigLIP of transformers, with both graphs, as transformers.js has them.
+
+    Args:
+        kept: small, with `few_values`.
+    """
     import torch
     import transformers
 
     from workers.models.torch_export import export_onnx
 
-    clip = kind == "CLIP"
-    text = {name: value for name, value in TOWER.items() if name != "patch_size"}
+    clip, sizes = kind == "CLIP", KEPT_TOWER if kept else TOWER
+    text = {name: value for name, value in sizes.items() if name != "patch_size"}
     text |= {"vocab_size": made.size, "max_position_embeddings": made.keys["length"]}
     text |= {"eos_token_id": made.end, "pad_token_id": made.keys["pad_id"]}
-    vision = {**TOWER, "image_size": 224}
-    options = {"projection_dim": 32} if clip else {}
+    vision = {**sizes, "image_size": 224}
+    options = {"projection_dim": sizes["hidden_size"] // 2} if clip else {}
     if not clip:
-        text |= {"projection_size": TOWER["hidden_size"]}
+        text |= {"projection_size": sizes["hidden_size"]}
     config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **options)
     network = getattr(transformers, f"{kind}Model")(config).eval()
+    if kept:
+        few_values(network)
     network.save_pretrained(folder)
     prepared = getattr(transformers, f"{kind}ImageProcessorPil")()
     (folder / "preprocessor_config.json").write_text(prepared.to_json_string())
@@ -116,12 +145,17 @@ def of_open_clip(tokenizer: Any, text_cfg: dict[str, Any], folder: Path) -> Embe
     return embed
 
 
+def transformers_tokenizers(scratch: Path) -> list[words.LibraryTokenizer]:
+    """CLIP's with its vocabulary and with a small one, SigLIP's, SigLIP 2's."""
+    return [made for made in words.tokenizers(scratch) if made.keys["reference"] == "huggingface"]
+
+
 def towers(scratch: Path) -> Iterator[Tower]:
     """Those of transformers, then those of open_clip."""
     import open_clip
     from open_clip.tokenizer import HFTokenizer
 
-    clip, siglip, siglip2 = (made for made in words.tokenizers(scratch) if made.keys["reference"] == "huggingface")
+    clip, _, siglip, siglip2 = transformers_tokenizers(scratch)
     yield Tower("CLIP, transformers", partial(hugging_face, "CLIP", clip))
     yield Tower("SigLIP, transformers", partial(hugging_face, "Siglip", siglip))
     yield Tower("SigLIP 2, transformers", partial(hugging_face, "Siglip", siglip2))
@@ -162,13 +196,58 @@ def compare(tower: Tower, folder: Path, files: list[io.BytesIO]) -> tuple[float,
     return float(cosines(ours, theirs).min()), others, between
 
 
-def main() -> None:
-    """Compare all."""
-    import torch
+def small_towers(scratch: Path) -> Iterator[tuple[str, Path, list[list[float]]]]:
+    """Names of what is kept, the folders of them, and the features that transformers gives some strings."""
+    _, clip, siglip, siglip2 = transformers_tokenizers(scratch)
+    for name, kind, made in (("CLIP", "CLIP", clip), ("SigLIP", "Siglip", siglip), ("SigLIP 2", "Siglip", siglip2)):
+        folder = scratch / name
+        folder.mkdir()
+        embed = hugging_face(kind, made, folder, kept=True)
+        yield name, folder, [[float(f"{value:.6g}") for value in embed(text)] for text in kept_strings()]
 
+
+def kept_strings() -> list[str]:
+    """Those whose features are kept: every script, what is odd, empty and too long, and some of several."""
+    return words.strings()[:KEPT_STRINGS]
+
+
+def record() -> None:
+    """Write the zip file: a folder for each, and the library's features."""
+    kept, features = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder, features[name] in small_towers(Path(scratch)):
+            kept |= {f"{name}/{file}": (folder / file).read_bytes() for file in _FILES}
+            print(f"kept {name}, two strings {alike_of(features[name]):.3f}", flush=True)
+    versions = {name: version(name) for name in (*LIBRARIES, "tokenizers")}
+    kept[KEPT_FEATURES] = json.dumps({"versions": versions, "features": features}).encode()
+    write_zip(KEPT, kept)
+
+
+def compare_kept() -> list[str]:
+    """Names of those that transformers gives other features now than were kept."""
+    with zipfile.ZipFile(KEPT) as file:
+        features = json.loads(file.read(KEPT_FEATURES))["features"]
+    with tempfile.TemporaryDirectory() as scratch:
+        now = {name: found for name, _, found in small_towers(Path(scratch))}
+    differ = [name for name in features if not (cosines(now[name], features[name]) >= LEAST).all()]
+    print(f"{len(features)} kept text towers, {len(differ)} give other features now")
+    return differ
+
+
+def main() -> None:
+    """Compare all, or record."""
+    import torch
+    import transformers
+
+    # Of what they write, only what is wrong.
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    files, failed = list(itertools.islice(photos(), PHOTOS)), []
+    if "--record" in sys.argv:
+        record()
+        return
+    files, failed = list(itertools.islice(photos(), PHOTOS)), compare_kept()
     print("| text tower | cosine | rankings that are not float64's | two strings |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for tower in towers(Path(scratch)):

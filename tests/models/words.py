@@ -3,8 +3,9 @@
     make check-models                compares 1,000 strings and the kept cases
     make check-models RECORD=1       writes tests/data/words.json.gz anew
 
-The vocabulary of CLIP is that in open_clip's wheel. Those of SigLIP and SigLIP 2 are not to be had without a hub, so
-tokenizers are trained here, with the normalisers, special tokens and padding of their classes.
+The vocabulary of CLIP is that in open_clip's wheel. It is too large to be kept, so there is a small one besides, which
+is trained here. Those of SigLIP and SigLIP 2 are not to be had without a hub, so tokenizers are trained here, with the
+normalisers, special tokens and padding of their classes.
 """
 
 import gzip
@@ -76,8 +77,9 @@ class LibraryTokenizer:
 
 
 def clip(folder: Path) -> Iterator[LibraryTokenizer]:
-    """CLIP's tokenizer of transformers, and open_clip's own, with its vocabulary."""
+    """CLIP's tokenizer of transformers, and open_clip's own, with its vocabulary; then the first with a small one."""
     import open_clip
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     simple = open_clip.SimpleTokenizer()
@@ -97,6 +99,33 @@ def clip(folder: Path) -> Iterator[LibraryTokenizer]:
     yield both(
         {"length": 77, "pad_id": 0, "reference": "open_clip", "clean": "lower"},
         lambda text: simple(text)[0].tolist(),
+    )
+    begin, last = names.values()
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer, trained.pre_tokenizer = fast.backend_tokenizer.normalizer, fast.backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=[begin, last],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(strings(), trainer)
+    kept = json.loads(trained.to_str())["model"]
+    vocabulary = dict(kept["vocab"])
+    for letter in sorted(alphabet):
+        vocabulary.setdefault(letter + "</w>", len(vocabulary))
+    small = CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge) for merge in kept["merges"]])
+    small.backend_tokenizer.save(str(folder / "small-clip.json"))
+    yield LibraryTokenizer(
+        folder / "small-clip.json",
+        {"length": 77, "pad_id": vocabulary[last], "reference": "huggingface", "clean": "none"},
+        lambda text: list(small(text, **options)["input_ids"]),
+        stated,
+        small,
+        len(vocabulary),
+        vocabulary[last],
     )
 
 
