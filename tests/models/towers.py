@@ -70,11 +70,14 @@ class Tower:
     write: Callable[[Path], Embed]
 
 
-def hugging_face(kind: str, made: words.LibraryTokenizer, folder: Path, kept: bool = False) -> Embed:
-    """CLIP or SigLIP of transformers, with both graphs, as transformers.js has them.
+def hugging_face(
+    kind: str, made: words.LibraryTokenizer, folder: Path, kept: bool = False, graphs: bool = True
+) -> Embed:
+    """CLIP or SigLIP of transformers.
 
     Args:
         kept: small, with `few_values`.
+        graphs: with both, as transformers.js has them; else as weights alone, which `ruiji model add` exports.
     """
     import torch
     import transformers
@@ -109,7 +112,8 @@ def hugging_face(kind: str, made: words.LibraryTokenizer, folder: Path, kept: bo
             return get(**{name: values}).pooler_output
 
     ids = torch.tensor([made.ids(text) for text in words.SCRIPTS[:2]])
-    for tower, file, example in (("image", "vision", torch.rand(2, 3, 224, 224)), ("text", "text", ids)):
+    examples = (("image", "vision", torch.rand(2, 3, 224, 224)), ("text", "text", ids)) if graphs else ()
+    for tower, file, example in examples:
         output = f"{tower}_embeds" if clip else "pooler_output"
         path = folder / "onnx" / f"{file}_model.onnx"
         export_onnx(Graph(tower), example, path, input_name=features[tower][0], output_name=output)
@@ -156,9 +160,10 @@ def towers(scratch: Path) -> Iterator[Tower]:
     from open_clip.tokenizer import HFTokenizer
 
     clip, _, siglip, siglip2 = transformers_tokenizers(scratch)
-    yield Tower("CLIP, transformers", partial(hugging_face, "CLIP", clip))
+    yield Tower("CLIP, transformers", partial(hugging_face, "CLIP", clip, graphs=False))
+    # Without the sentencepiece model of the published one, transformers cannot load this tokenizer.
     yield Tower("SigLIP, transformers", partial(hugging_face, "Siglip", siglip))
-    yield Tower("SigLIP 2, transformers", partial(hugging_face, "Siglip", siglip2))
+    yield Tower("SigLIP 2, transformers", partial(hugging_face, "Siglip", siglip2, graphs=False))
     yield Tower("CLIP, open_clip", partial(of_open_clip, open_clip.SimpleTokenizer(), {}))
     siglip.library.save_pretrained(scratch / "theirs")
     wrapped = HFTokenizer(str(scratch / "theirs"), context_length=64, clean="canonicalize")

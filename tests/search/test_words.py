@@ -141,7 +141,7 @@ def test_a_sheet_and_a_page_show_the_words(words: World, tmp_path: Path) -> None
 def test_words_that_are_too_long_are_said_and_those_without_a_token_refused(words: World) -> None:
     result = words.search("--text", "xyz " * 20)
     assert result.exit_code == 0
-    assert re.search(r"warning: only the first 6 of \d+ tokens count of .{62}…'\n", result.stderr)
+    assert re.search(r"warning: only the first 6 of \d+ tokens count of .{61}…'\n", result.stderr)
     assert "only the first" not in words.search("--text", "a red car").stderr
     with_words_again = words.model.path.with_suffix(".toml")
     with_words_again.write_text(with_words_again.read_text().replace("'none'", "'canonicalize'"))

@@ -27,6 +27,7 @@ import torch
 from workers.encoder import Encoder, to_input
 from workers.models import torch_export
 from workers.models.library import add_model
+from workers.models.transformers_export import loaded_tokenizer
 from workers.words import TextEncoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -243,6 +244,17 @@ TRANSFORMERS = """
     SAFELY = {"local_files_only": True, "trust_remote_code": False}
 
     AutoModel = None
+
+    class AutoTokenizer:
+        @classmethod
+        def from_pretrained(cls, folder, **options):
+            if os.environ.get("ODD"):
+                raise ValueError("model_file\\nor model_proto")
+            return cls.__name__, {name: value for name, value in options.items() if name not in SAFELY}
+
+    class Siglip2Tokenizer(AutoTokenizer):
+        pass
+
     utils = SimpleNamespace(logging=SimpleNamespace(disable_progress_bar=lambda: None))
 
     class AutoConfig:
@@ -485,11 +497,28 @@ def test_whatever_a_library_raises_is_one_line(
         add_model(weights_alone(tmp_path / "small"), tmp_path / "models")
 
 
+def test_small_letters_are_those_of_siglip_2_although_it_names_another_tokenizer(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = tmp_path / "tokenizer_config.json"
+    assert loaded_tokenizer(tmp_path, "clip") == ("AutoTokenizer", {})
+    stated.write_text('{"tokenizer_class": "GemmaTokenizer", "padding_side": "right"}')
+    assert loaded_tokenizer(tmp_path, "siglip") == ("Siglip2Tokenizer", {"padding_side": "right"})
+    assert loaded_tokenizer(tmp_path, "gemma") == ("AutoTokenizer", {"padding_side": "right"})
+    monkeypatch.setenv("ODD", "1")
+    with pytest.raises(ModelError, match="nothing proves its words: model_file or model_proto"):
+        loaded_tokenizer(tmp_path, "siglip")
+    stated.write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    with pytest.raises(ModelError, match=r"nothing proves its words: there is no spiece\.model"):
+        loaded_tokenizer(tmp_path, "siglip")
+
+
 def test_a_repository_without_a_graph_is_exported(libraries: Path, ruiji: Ruiji, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub", reason="downloads need huggingface_hub, which is not installed")
     folder = weights_alone(tmp_path / "theirs")
     (folder / "modeling_small.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"no")
+    (folder / "spiece.model").write_bytes(b"of a tokenizer")
     hub = Hub.of_folder(folder)
     with hub.serving() as environment:
         ruiji.environment = {
@@ -503,6 +532,7 @@ def test_a_repository_without_a_graph_is_exported(libraries: Path, ruiji: Ruiji,
     facts = json.loads((tmp_path / "models" / "model" / "source.json").read_text())
     assert (facts["source"], facts["revision"]) == ("hf:org/model", COMMIT) and "transformers" in facts["versions"]
     assert not hub.downloaded("modeling_small.py") and not hub.downloaded("pytorch_model.bin")
+    assert hub.downloaded("spiece.model"), "transformers reads SigLIP's words with it"
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["model"]
 
 

@@ -22,7 +22,7 @@ from pipeline.onnx_graph import external_files, load_graph
 from workers.models.conventions import CONVENTIONS, find_convention
 from workers.models.source import Source, convention_folders, only_graph
 from workers.models.transformers_export import has_weights_alone, is_weights, transformers_source
-from workers.models.words import CONFIGURATIONS, TOKENIZER, text_files
+from workers.models.words import CONFIGURATIONS, SENTENCEPIECE, TOKENIZER, text_files
 
 PREFIX = "hf:"
 _GIVEN = re.compile(r"hf:(?P<repository>[^/@:\s]+/[^/@:\s]+)(?:@(?P<revision>[^:\s]+))?(?::(?P<file>.+))?")
@@ -175,7 +175,7 @@ def _take_network(files: _Files) -> None:
     # What cannot be followed is refused before gigabytes have come.
     find_convention([files.folder])
     for name in sorted(files.names):
-        if is_weights(name) or name == TOKENIZER:
+        if is_weights(name) or name in (TOKENIZER, SENTENCEPIECE):
             files.take(name)
 
 

@@ -16,10 +16,10 @@ from pipeline import layout
 from pipeline.errors import ModelError
 from workers.models.architectures import named_errors
 from workers.models.check import load_transformers, transformers_feature
-from workers.models.conventions import CONVENTIONS, find_convention
+from workers.models.conventions import CONVENTIONS, find_convention, read_object
 from workers.models.source import Source
 from workers.models.text_export import CompareWords, export_words
-from workers.models.words import CONFIGURATIONS, TOKENIZER
+from workers.models.words import CONFIGURATIONS, SENTENCEPIECE, STATED, TOKENIZER
 
 #: What has to be installed.
 _NEEDED = "torch transformers onnxscript"
@@ -109,11 +109,9 @@ def _words(network: Any, folder: Path, scratch: Path) -> tuple[CompareWords | No
         return None, None
     words = scratch / "textual"
     try:
-        import transformers
-
         if not (folder / TOKENIZER).is_file():
             return None, f"there is no {TOKENIZER} in {folder}"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = loaded_tokenizer(folder, str(network.config.model_type))
         length = network.config.text_config.max_position_embeddings
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         words.mkdir()
@@ -127,9 +125,37 @@ def _words(network: Any, folder: Path, scratch: Path) -> tuple[CompareWords | No
 
         tokenize = partial(_ids, tokenizer, options)
         return export_words("transformers", network, tokenize, encode, words / "model.onnx"), None
-    except (ModelError, ImportError, OSError, RuntimeError, ValueError, AttributeError) as error:
+    except Exception as error:  # transformers raises anything for what it cannot use.
         shutil.rmtree(words, ignore_errors=True)
-        return None, " ".join(str(error).split())[:300]
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def loaded_tokenizer(folder: Path, model_type: str) -> Any:
+    """The tokenizer of a folder, as transformers loads it.
+
+    SigLIP 2 of fixed size has the model type of SigLIP and names the tokenizer of Gemma, which leaves capital letters
+    as they are. Its own class does not.
+
+    Args:
+        model_type: as its `config.json` has it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import transformers
+
+    stated = read_object(folder / STATED) if (folder / STATED).is_file() else {}
+    named = str(stated.get("tokenizer_class"))
+    kind = transformers.AutoTokenizer
+    if "Gemma" in named and model_type.startswith("siglip"):
+        kind = transformers.Siglip2Tokenizer
+    options = {"padding_side": side} if (side := stated.get("padding_side")) else {}
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # As above.
+        lacks = named.startswith("SiglipTokenizer") and not (folder / SENTENCEPIECE).is_file()
+        why = f"there is no {SENTENCEPIECE}" if lacks else " ".join(str(error).split())[:200]
+        raise ModelError(f"transformers cannot load its tokenizer, so nothing proves its words: {why}") from None
 
 
 def _ids(tokenizer: Any, options: dict[str, Any], texts: list[str]) -> Any:

@@ -20,7 +20,10 @@ from workers.words import TextEncoder, prove_text, token_number
 
 #: What says how words become tokens, beside a text tower or above its folder.
 TOKENIZER = "tokenizer.json"
-CONFIGURATIONS = ("tokenizer_config.json", "config.json", "open_clip_config.json")
+STATED = "tokenizer_config.json"
+CONFIGURATIONS = (STATED, "config.json", "open_clip_config.json")
+#: Of SigLIP, which transformers reads and ruiji does not.
+SENTENCEPIECE = "spiece.model"
 #: Where an added model keeps them.
 _FOLDER = "textual"
 #: Outputs of towers that lead to one place, of pictures and of words.
@@ -140,11 +143,11 @@ def _convention(text: Path, pictures: str) -> tuple[Path, dict[str, Said]]:
     values = {name: {} if path is None else read_object(path) for name, path in found.items() if name != TOKENIZER}
     inside, outside = values["config.json"], values["open_clip_config.json"].get("model_cfg", {})
     open_clip = next((one["text_cfg"] for one in (outside, inside) if isinstance(one.get("text_cfg"), dict)), None)
-    stated = values["tokenizer_config.json"]
+    stated = values[STATED]
     if open_clip is not None:
         said = _open_clip(open_clip, stated, tokenizer)
-    elif found["tokenizer_config.json"] is None:
-        raise ModelError(f"there is no tokenizer_config.json beside {text}, which says how words are filled up")
+    elif found[STATED] is None:
+        raise ModelError(f"there is no {STATED} beside {text}, which says how words are filled up")
     else:
         said = _hugging_face(inside, stated, tokenizer)
     inputs, outputs = (sorted(tensor.name for tensor in tensors) for tensors in graph_tensors(load_graph(text)))
