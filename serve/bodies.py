@@ -372,10 +372,11 @@ class Recorded(BaseModel):
 
 
 class DecidedObject(BaseModel):
-    """An object of a decision; without an id if the gallery does not have it any more."""
+    """An object of a decision; without an id if the gallery does not have it any more, or never had it."""
 
     object_id: str | None
     path: str | None
+    gallery: str | None = Field(description="Of an object of another gallery that gallery's id.")
 
 
 class DecisionInForce(BaseModel):

@@ -43,8 +43,9 @@ class Settled:
     @cached_property
     def removed(self) -> frozenset[int]:
         """Rows that are to go already, for a file that stays."""
-        every = self.decided.removals()
-        return frozenset(one.remove for one in every if min(one.remove, one.keep) >= 0 and one.keep not in self.gone)
+        every = list(self.decided.removals())
+        going = self.gone | {one.remove for one in every}
+        return frozenset(one.remove for one in every if min(one.remove, one.keep) >= 0 and one.keep not in going)
 
 
 class Matches:

@@ -505,12 +505,12 @@ async function loadDecisions(first) {
 
 function decisionRow(one) {
   const known = one.objects.filter((object) => object.object_id !== null);
-  const names = one.objects.map((object) => object.path ?? object.object_id);
+  const names = one.objects.map((object) => (object.path ?? object.object_id) + (object.gallery ? " in another gallery" : ""));
   const said = one.decision === "same" ? `Keep ${names[0]}, remove ${names.slice(1).join(", ")}` : names.join(", ");
   const button = make("button", { type: "button", disabled: known.length < 2 }, "Undo");
   button.ariaLabel = `Undo: ${said}`;
   const row = make(
-    "li", {}, few(known, (n) => one.decision === "same" && n === 0),
+    "li", {}, few(known, (n) => one.decision === "same" && known[n] === one.objects[0]),
     make("span", { className: "words" }, make("b", {}, WORDS[one.decision]), said), button,
   );
   button.addEventListener("click", async () => {

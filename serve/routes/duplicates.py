@@ -205,8 +205,9 @@ def _member(one: Shown) -> bodies.DuplicateMember:
 
 
 def _decision(gallery: Gallery, decided: Decided, decision: Decision, keys: list[int]) -> bodies.DecisionInForce:
-    objects = [
-        bodies.DecidedObject(object_id=gallery.object_id(key) if key >= 0 else None, path=decided.objects[key].name)
-        for key in keys
-    ]
+    objects = []
+    for key in keys:
+        one = decided.objects[key]
+        object_id = gallery.object_id(key) if key >= 0 else None
+        objects.append(bodies.DecidedObject(object_id=object_id, path=one.name, gallery=one.gallery))
     return bodies.DecisionInForce(decision=decision.decision, time=decision.time, objects=objects)

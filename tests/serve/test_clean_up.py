@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from tests.factories import Ruiji, wait_until
 from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
 from tests.serve.conftest import Answer, Served, start
@@ -85,6 +86,22 @@ def test_what_is_decided_does_not_come_back_until_it_is_undone(ruiji: Ruiji, rea
     assert [group["name"] for group in look(ready)["groups"]] == [2, 6, 8, 10]
     assert decide(again, {"decision": "undo", "objects": ["000-large.jpg", "000-small1.jpg"]}).status == 200
     assert [group["name"] for group in look(ready)["groups"]] == [0, 2, 6, 8, 10]
+
+
+def test_what_is_kept_in_another_gallery_is_told_apart(ruiji: Ruiji, ready: Served) -> None:
+    """Decided by `ruiji near-duplicates --against-gallery`, with an object that has the path of one here."""
+    kept = DecidedObject(path="000/000-large.jpg", sha256="0" * 64, gallery="4fa1")
+    removed = DecidedObject(path="000/000-small1.jpg")
+    append_decisions(ruiji.features / "decisions.jsonl", [Decision(Verdict.same, (kept, removed))])
+    (one,) = ready.get("/decisions").json()["decisions"]
+    assert one["objects"] == [
+        {"object_id": None, "path": "000/000-large.jpg", "gallery": "4fa1"},
+        {"object_id": "000-small1.jpg", "path": "000/000-small1.jpg", "gallery": None},
+    ]
+    assert ready.get("/decisions/status").json()["to_remove"] == 0
+    assert look(ready)["open"] == 6, "of the two that are here nothing is decided"
+    left_out = ready.get("/decisions/files?list=left_out&format=csv").body.decode()
+    assert "000/000-large.jpg of gallery 4fa1, is in another gallery" in left_out
 
 
 def test_decisions_are_recorded_together_or_not_at_all(ruiji: Ruiji, ready: Served) -> None:

@@ -156,6 +156,9 @@ def test_from_a_card_to_the_list_of_what_can_go(desk: Desk) -> None:
     status = json.loads(desk.card.run("duplicates", "status", "--json", *given, "--threshold", "0.95").stdout)
     assert (status["open"], status["same"], status["kept"], status["to_remove"]) == (0, 2, 2, 2)
     assert desk.card.run("duplicates", "list", "--keep", *given).stdout.splitlines() == kept
+    # The archive's copy is no other object of the card.
+    first, _ = read_decisions(layout.decisions_file(desk.card.folder))
+    assert first.remove[0].alone
     # Of the archive nothing is decided, nor asked.
     assert desk.archive.to_remove() == [] and not layout.decisions_file(desk.archive.folder).exists()
     decided = desk.groups("--decided")
@@ -252,6 +255,16 @@ def test_what_is_decided_is_not_asked_again_whatever_else_matches(desk: Desk) ->
     assert desk.found()[0] == ("a.jpg", ["2019/b.jpg", "a2.jpg"]) and desk.named() == []
     desk.decide({"decision": "undo", "objects": ["b.jpg", {"reference": "x.jpg"}]})
     assert desk.found()[1] == ("b.jpg", ["w.jpg", "x.jpg", "y.jpg"])
+
+
+def test_a_copy_of_what_is_to_go_itself_is_asked_about(desk: Desk) -> None:
+    desk.card.add({"a2.jpg": at(1)})
+    desk.card.decide("same", "a.jpg", "a2.jpg")
+    assert [name for name, _ in desk.found()] == ["a.jpg", "b.jpg"]
+    desk.decide(same("b.jpg", "a.jpg"))
+    assert [name for name, _ in desk.found()] == ["b.jpg", "a2.jpg"]
+    desk.decide(same("b.jpg", "a2.jpg"))
+    assert desk.named() == ["a.jpg", "a2.jpg"]
 
 
 def test_nothing_is_decided_of_two_objects_of_the_reference(desk: Desk) -> None:
@@ -360,9 +373,11 @@ def test_a_file_is_named_only_if_the_one_in_the_archive_is_there_now(desk: Desk,
     (desk.archive.media / "2019/b.jpg").unlink()
     files, said = desk.listed()
     assert files == [] and said.count("of the file that is kept for it") == 2
-    # Whoever does not name the archive is told to.
+    # Whoever does not name the archive is told to, and is not told that anything of it is kept.
     files, said = desk.listed("--format", "jsonl")
     assert files == [] and said.count("name that with --against-gallery") == 2
+    told = desk.card.run("duplicates", "list", "--keep")
+    assert told.stdout == "" and "left out" not in told.stderr
     with pytest.raises(UsageError, match="--against-media-dir"):
         desk.listed("--against-gallery", desk.archive.features)
     other = Home(tmp_path / "other", tmp_path / "other-features", desk.card.model)
@@ -389,6 +404,9 @@ def test_each_of_two_galleries_kept_for_the_other_loses_nothing(desk: Desk) -> N
     for each in (desk, back):
         files, said = each.listed()
         assert files == [] and "is to go itself, as" in said
+        given = ("--against-gallery", each.archive.features, "--against-media-dir", each.archive.media)
+        assert each.card.run("duplicates", "list", "--keep", *given).stdout == ""
+        assert json.loads(each.card.run("duplicates", "status", "--json", *given).stdout)["to_remove"] == 0
     # It is not asked about as long as the archive's own is to go.
     assert [one for one, _ in desk.found()] == ["b.jpg"]
     back.card.run("duplicates", "undo", "b.jpg")
