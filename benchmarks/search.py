@@ -97,10 +97,17 @@ for distance, name in sorted(found)[:10]:
 
 
 def random_rows(rows: int, kind: str, seed: int = 0) -> NDArray[np.float32]:
-    """float32[rows, d]: normal, or clustered as features of photos are (a 96-d mixture through a ReLU layer)."""
+    """float32[rows, d]: normal, of each row a near-duplicate, or clustered as features of photos are.
+
+    Those are a 96-d mixture through a ReLU layer.
+    """
     rng = np.random.default_rng([seed, rows])
     if kind == "random":
         return rng.standard_normal((rows, LENGTH), dtype=np.float32)
+    if kind == "pairs":
+        base = np.repeat(random_rows(-(-rows // 2), "random", seed), 2, axis=0)[:rows]
+        near: NDArray[np.float32] = base + np.float32(0.05) * rng.standard_normal(base.shape, dtype=np.float32)
+        return near
     shared = np.random.default_rng(1)
     centers = shared.standard_normal((1000, 96), dtype=np.float32)
     layer = shared.standard_normal((96, LENGTH), dtype=np.float32) / np.float32(96**0.5)
@@ -372,6 +379,30 @@ def near_duplicates(rows: int) -> Iterator[Figure]:
     yield Figure("near-duplicates: peak anonymous memory", "MB", (peak,), at_most=1000)
 
 
+def groups(rows: int) -> Iterator[Figure]:
+    """How soon the first of many groups is printed if their pairs are kept, and what memory all of them take."""
+    folder = BUILD / "features" / "model"
+    with removed(BUILD):
+        write_shards(folder, rows, "pairs")
+        command = command_line("near-duplicates", folder, "--format", "jsonl")
+        subprocess.run(command, check=True, capture_output=True)
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                taken.append(time.perf_counter() - start)
+                found = 1 + sum(1 for _ in process.stdout)
+        if found != rows // 2:
+            raise RuntimeError(f"{found} groups instead of {rows // 2}")
+        peak = anonymous_peak(command)
+    yield Figure(
+        f"near-duplicates, {rows // 2} groups of pairs that are kept: first line", "s", tuple(taken), at_most=2
+    )
+    yield Figure("the same: peak anonymous memory", "MB", (peak,), at_most=300)
+
+
 def copies(photos: int) -> Iterator[Figure]:
     """How many altered copies of real photos are found as near-duplicates, and how many groups are wrong.
 
@@ -516,6 +547,7 @@ PARTS: dict[str, tuple[Callable[[int], Iterator[Figure]], int]] = {
     "million": (million, 1_000_000),
     "commands": (commands, 100_000),
     "near-duplicates": (near_duplicates, 100_000),
+    "groups": (groups, 100_000),
     "copies": (copies, 250),
 }
 

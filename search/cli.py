@@ -344,6 +344,7 @@ def near_duplicates(
     """
     from pipeline.progress import show_steps
     from search.duplicates.keep import parse_rules
+    from search.ranking.planner import wait_asleep
     from search.requests.near_duplicates import NearDuplicatesRequest
     from search.requests.near_duplicates import near_duplicates as find
     from search.views.output import CHOSEN, DECIDED, MATCHED, write_groups
@@ -372,6 +373,7 @@ def near_duplicates(
         redis_url=resolve_redis_url(redis_url, redis_password_file, state_dir) if distributed else None,
     )
     _check_null(null, paths_wanted)
+    wait_asleep()
     found = find(request, note, show_steps)
     groups = found.groups
     columns = DECIDED if decided else CHOSEN if keep is not None else MATCHED if reference is not None else ()

@@ -15,7 +15,7 @@ from pipeline.choices import Device
 from pipeline.errors import MachineFault, RuijiError
 from search.duplicates.groups import PairsMissing, find_groups, only_kept
 from search.gallery.opening import open_gallery
-from search.ranking.planner import Planner, Purpose
+from search.ranking.planner import Planner, Purpose, wait_asleep
 
 #: Seconds between two lines.
 _SAID_S = 0.2
@@ -25,6 +25,7 @@ def _main() -> None:
     folder, threshold, device = Path(sys.argv[1]), float(sys.argv[2]), Device(sys.argv[3])
     # Searches of the service come first; beside a run of workers it still gets a tenth of their share.
     os.nice(10)
+    wait_asleep()
     said = -_SAID_S
 
     def progress(done: int, total: int) -> None:

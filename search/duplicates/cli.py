@@ -132,6 +132,7 @@ def status(
     With --against-gallery, the groups are of objects with what the reference has of them.
     """
     from pipeline.progress import show_steps
+    from search.ranking.planner import wait_asleep
     from search.requests.duplicates import standing
     from search.requests.near_duplicates import NearDuplicatesRequest, near_duplicates
 
@@ -141,6 +142,7 @@ def status(
     wanted = NearDuplicatesRequest(
         selection=request.selection, threshold=threshold, device=device, decisions=request.file, reference=reference
     )
+    wait_asleep()
     groups = near_duplicates(wanted, note, show_steps).groups
     facts = {
         "open": len(groups),

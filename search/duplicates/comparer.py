@@ -24,7 +24,7 @@ from search.duplicates.panels import Comparison, panels_of, whole
 from search.duplicates.store import PairFolder, Panel
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
-from search.ranking.planner import Planner, Purpose, check_cuda
+from search.ranking.planner import Planner, Purpose, check_cuda, wait_asleep
 from workers.devices import DEVICE_FAILED
 from workers.heartbeat import Heartbeat, Report
 from workers.work import Given, Work
@@ -48,6 +48,7 @@ class Comparing(Work):
         Raises:
             UsageError: CUDA is asked for and does not work.
         """
+        wait_asleep()
         self._given = given
         self.queue = compare_queue(given.gallery.gallery_id)
         self.device = _device(given.settings.device)

@@ -57,6 +57,15 @@ _INT32_LENGTH = 1 << 17
 _CODES_BY_TORCH, _CODES_BY_NUMPY = 128, 64
 
 
+def wait_asleep() -> None:
+    """Have torch's threads sleep while they wait for each other, in a process that compares, unless its user chose.
+
+    OpenMP lets them spin. To wake one takes 6 us, eight times for a tile that takes 13 ms; to spin took half of the CPU
+    beside other work. The runtime reads this once, when torch is loaded: it must be called before.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 class Purpose(Enum):
     """What is looked for."""
 

@@ -242,6 +242,14 @@ def test_nothing_is_kept_of_files_that_are_not_there(pair: Home) -> None:
         pair.run("near-duplicates", "--keep", "bytes")
 
 
+def test_commands_that_compare_have_torchs_threads_sleep(pair: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["near-duplicates"], ["duplicates", "status"]):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "")
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        pair.run(*command)
+        assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
 def test_another_decisions_file_counts_if_it_is_named(pair: Home, tmp_path: Path) -> None:
     line = json.dumps({"decision": "different", "objects": ["a.jpg", "b.jpg"]})
     pair.run("duplicates", "decide", "--decisions", tmp_path / "mine.jsonl", stdin=line)

@@ -1,6 +1,10 @@
 """Which way each kind of question takes, on every kind of machine."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Que
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
 
+ROOT = Path(__file__).parents[3]
 SMALL, LARGE = 100_000, 20_000_000
 UNITS = Bfloat16Units("units", matrix=True, products=50_000_000)
 BARE = Machine(Device.auto, torch=False, torch_loaded=False, bfloat16=None, int8=False, memory_bytes=16 << 30)
@@ -168,3 +173,15 @@ def test_a_copy_on_cuda_is_found_again_though_less_is_free(monkeypatch: pytest.M
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: less)
     # With the sizes that were planned for it.
     assert planner.way(gallery, Purpose.hits, 1000) is first
+
+
+def test_threads_of_a_process_that_compares_sleep_while_they_wait() -> None:
+    """As libgomp says itself what it read when torch was loaded."""
+    pytest.importorskip("torch")
+    code = "from search.ranking.planner import wait_asleep; wait_asleep(); import torch"
+    for chosen, told in ((None, "PASSIVE"), ("active", "ACTIVE")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        env |= {"OMP_DISPLAY_ENV": "true", **({} if chosen is None else {"OMP_WAIT_POLICY": chosen})}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, text=True)
+        assert f"OMP_WAIT_POLICY = '{told}'" in done.stderr
