@@ -124,6 +124,10 @@ def test_two_workers_give_the_answer_of_one_machine_and_its_files(
     # Nobody dies here, so that no panel may be begun twice, however slow the machine is.
     comparing.environment |= {"TEST_TILE_S": "0.1", "RUIJI_VISIBILITY_TIMEOUT_S": "60"}
     start_workers(comparing)
+    cache = layout.cache_folder(comparing.gallery)
+    cache.mkdir(exist_ok=True)
+    # Of rows that are no more: whoever has something compared removes it.
+    layout.pairs_file(cache, 0, "0" * 16, 0.95, 0).touch()
     # Two who ask for the same share the work.
     asking = [comparing.start(*FIND, "--distributed", answer=tmp_path / f"answer{n}") for n in range(2)]
     wait_until(

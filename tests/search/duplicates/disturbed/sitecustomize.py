@@ -16,12 +16,12 @@ _find = pairs.find_pairs
 _number, _, _what = os.environ.get("TEST_POISON", "-1:").partition(":")
 
 
-def _disturbed(sides, panels, threshold, pass_rows):  # type: ignore[no-untyped-def]
+def _disturbed(sides, panels, *given):  # type: ignore[no-untyped-def]
     in_worker = "worker-process" in sys.argv
     if in_worker and "TEST_BEGUN" in os.environ:
         with open(os.environ["TEST_BEGUN"], "a") as file:
             file.write("".join(f"{panel}\n" for panel in panels))
-    for one in _find(sides, panels, threshold, pass_rows):
+    for one in _find(sides, panels, *given):
         yield one
         time.sleep(float(os.environ.get("TEST_TILE_S", "0")))
         if in_worker and int(_number) in panels:
