@@ -128,7 +128,7 @@ test-compose: .venv/dev ## The tests that start containers, one after the other
 bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
 	.venv/bin/python -m benchmarks.search $(PART)
 
-bench-serve: .venv/bench ## Measure the service, about ten minutes (PART=one|many|pictures|memory; needs wrk)
+bench-serve: .venv/bench ## Measure the service, about ten minutes (PART=one|many|pictures|memory|groups|map; needs wrk and Chromium)
 	.venv/bin/python -m benchmarks.serve $(PART)
 
 build/models/made: requirements/models.txt pyproject.toml

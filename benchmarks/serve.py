@@ -1,10 +1,11 @@
 """The service against its limits and the article's own server, on this machine, in this run: `make bench-serve`.
 
-    python -m benchmarks.serve [one | many | pictures | memory] [--rows N]
+    python -m benchmarks.serve [one | many | pictures | memory | groups | map] [--rows N]
 
 `one` asks with one client, in turns with the same search in this process and with the article's server, which is
 written here after its description: features in memory as one float32 array, the model warm, numpy. `many` loads the
-service with `wrk`, which Debian has as a package. Ratios, errors and memory are judged; times and rates are reported.
+service with `wrk`, which Debian has as a package. `groups` and `map` open the pages in Chromium. Ratios, errors, bytes,
+memory, and the CPU time of the page's own script are judged; times and rates are reported.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,12 +38,17 @@ from pipeline.model import load_model
 from pipeline.objects import IdScheme
 from pipeline.streams import note
 from search.options import Metric
+from tests.factories import tiny_model
 from tests.search.galleries import write_shard
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 BUILD = Path("build/serve")
 TARGET = results.FOLDER / "serve.json"
 ROUNDS, QUERIES, TOP_K = 5, 30, 10
 CLIENTS, LOAD_S, ALONE_S = 32, 60, 20
+PARTS = ["one", "many", "pictures", "memory", "groups", "map"]
 
 #: What the article describes, as a server of the standard library.
 ARTICLE_SERVER = """
@@ -324,31 +330,157 @@ def anonymous_mb(pid: int) -> float:
     return int(found[1]) / 1024
 
 
+@contextmanager
+def chromium() -> Iterator["Browser"]:
+    """The browser that the tests of the pages use.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        raise UsageError("this part needs Chromium: run  make browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def groups(count: int) -> list[Figure]:
+    """The page Clean up with so many groups of two, each time the first of a service that has just begun."""
+    media, folder = media_folder(LARGE, 2 * count), BUILD / "groups" / "model"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Short rows: all pairs are compared in seconds, and what a page shows of a group does not depend on it.
+    model = load_model(tiny_model(BUILD / "groups.onnx", length=64))
+    rng, shard = np.random.default_rng(3), 10_000
+    claim_gallery(folder, model, IdScheme(ObjectIds.basename))
+    for number, first in enumerate(range(0, 2 * count, shard)):
+        rows = min(shard, 2 * count - first)
+        near = np.repeat(rng.standard_normal((rows // 2, 64)), 2, axis=0) + 0.01 * rng.standard_normal((rows, 64))
+        paths = [object_path(place) for place in range(first, first + rows)]
+        write_shard(folder, number, near.astype(np.float32), paths, model.fingerprint)
+    command = [sys.executable, "-m", "pipeline", "near-duplicates", "--feature-dir", str(folder.parent)]
+    subprocess.run(command, check=True, capture_output=True)
+    shown, cpu = [], []
+    with chromium() as browser:
+        for _ in range(3):
+            with service(folder.parent, 8791, "--media-dir", str(media)) as pid, closing(browser.new_page()) as page:
+                page.set_default_timeout(120_000)
+                before, begun = cpu_s(pid), time.perf_counter()
+                page.goto("http://127.0.0.1:8791/clean")
+                page.wait_for_selector("#group:not([hidden])")
+                shown.append(time.perf_counter() - begun)
+                cpu.append(cpu_s(pid) - before)
+                if f"of {count:,} groups" not in page.inner_text("#counts"):
+                    raise RuntimeError(page.inner_text("#counts"))
+    name = f"{count:,} groups: first page"
+    return [
+        Figure(name, "s", tuple(shown), at_most=1, judged=False),
+        Figure(f"{name}, CPU of the service", "s", tuple(cpu), judged=False),
+    ]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process took so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def whole_map(folder: Path) -> list[Figure]:
+    """The map: made by the command, shown by the page, and what its script takes while the view moves."""
+    made = []
+    for _ in range(3):
+        for kept in (folder / "cache").rglob("map.*"):
+            kept.unlink()
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "pipeline", "map", "--feature-dir", str(folder.parent)]
+        subprocess.run(command, check=True, capture_output=True)
+        made.append(time.perf_counter() - begun)
+    weight, paint, shown = [], [], []
+    with service(folder.parent, 8791), chromium() as browser:
+        for _ in range(3):
+            with closing(browser.new_context(viewport={"width": 1280, "height": 800})) as context:
+                page = context.new_page()
+                paint.append(seconds_to(page, "/", "first-contentful-paint"))
+                shown.append(seconds_to(page, "/map", "map-shown"))
+        frames, clock = moved(browser, page := browser.new_page(viewport={"width": 1280, "height": 800}))
+        page.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", 8791)) as connection:
+            for file in sorted(Path("serve/page").iterdir()):
+                route = "" if file.stem == "index" else file.stem if file.suffix == ".html" else file.name
+                connection.request("GET", f"/{route}")
+                weight.append(len(connection.getresponse().read()))
+    return [
+        Figure("ruiji map", "s", tuple(made), at_most=3, judged=False),
+        Figure("the map's page: until it is shown", "s", tuple(shown), at_most=3, judged=False),
+        Figure("its script per frame: CPU, 95 % of frames below", "ms", (p95(frames),), at_most=8),
+        Figure("its script per frame: CPU, median", "ms", (statistics.median(frames),), judged=False),
+        Figure("frames while it moves", "1/s", (len(frames) / clock,), at_least=60, judged=False),
+        Figure("first paint of the start page", "s", tuple(paint), at_most=1, judged=False),
+        Figure("all pages without pictures", "kB", (sum(weight) / 1000,), at_most=150),
+    ]
+
+
+def seconds_to(page: "Page", route: str, entry: str) -> float:
+    """Open a page; when the browser, or its script, noted something."""
+    page.goto(f"http://127.0.0.1:8791{route}")
+    # `wait_for_function` would need what the page's policy forbids.
+    while not page.evaluate(f"performance.getEntriesByName('{entry}').length"):
+        page.wait_for_timeout(50)
+    found: float = page.evaluate(f"performance.getEntriesByName('{entry}')[0].startTime")
+    return found / 1000
+
+
+def moved(browser: "Browser", page: "Page") -> tuple[list[float], float]:
+    """Move and zoom the map: milliseconds of CPU that the page's script takes for each frame, from a performance trace.
+
+    Returns:
+        The frames, and the seconds of all.
+    """
+    seconds_to(page, "/map", "map-shown")
+    page.wait_for_timeout(1000)
+    browser.start_tracing(page=page, categories=["devtools.timeline"])
+    page.mouse.move(640, 300)
+    page.mouse.down()
+    for x, y in [(300, 300), (300, 600), (640, 600), (640, 300)]:
+        page.mouse.move(x, y, steps=100)
+    page.mouse.up()
+    for step in [-20] * 100 + [20] * 100:
+        page.mouse.wheel(0, step)
+    events = json.loads(browser.stop_tracing())["traceEvents"]
+    frames = [one for one in events if one["name"] == "FireAnimationFrame" and one["ph"] == "X"]
+    return [one["tdur"] / 1000 for one in frames], (frames[-1]["ts"] - frames[0]["ts"]) / 1e6
+
+
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=["one", "many", "pictures", "memory", []])
+    parser.add_argument("part", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--rows", type=int, help="a trial with a smaller gallery, which saves nothing")
     given = parser.parse_args()
-    if shutil.which("wrk") is None:
+    wanted = given.part or PARTS
+    if {"many", "memory"} & set(wanted) and shutil.which("wrk") is None:
         raise UsageError("wrk is missing: apt-get install wrk")
     rows, code = given.rows or 100_000, 0
-    wanted = given.part or ["one", "many", "pictures", "memory"]
     folder = BUILD / "features" / "model"
     shutil.rmtree(BUILD, ignore_errors=True)
-    if {"one", "many"} & set(wanted):
+    if {"one", "many", "map"} & set(wanted):
         write_shards(folder, rows, "clustered")
     parts: dict[str, Callable[[], list[Figure]]] = {
         "one": lambda: one(folder, rows),
         "many": lambda: many(folder, rows),
         "pictures": pictures,
         "memory": memory,
+        "groups": lambda: groups(rows // 2),
+        "map": lambda: whole_map(folder),
     }
     for part in wanted:
         load = os.getloadavg()[0]
         figures = parts[part]()
         figures.append(Figure("load of the machine before", "", (load,), judged=False))
-        code |= results.show(f"{part}, {rows:,} rows of {LENGTH}" if part in ("one", "many") else part, figures)
+        code |= results.show(f"{part}, {rows:,} rows of {LENGTH}" if part in ("one", "many", "map") else part, figures)
         if given.rows is None:
             results.save(TARGET, part, figures, (*LIBRARIES, "fastapi", "starlette", "uvicorn"))
     shutil.rmtree(BUILD, ignore_errors=True)
