@@ -5,9 +5,11 @@
 
 import { ask, begin, element, encodeId, make, picture, send, tell, thumbnail } from "/common.js";
 import { compare } from "/compare.js";
+import { openListing, plural, prepareListing } from "/listing.js";
 
-const [threshold, keep, show, contains, identical] = ["threshold", "keep", "show", "contains", "identical"].map(element);
-const fields = { threshold, keep, show, contains, identical };
+const [threshold, keep, prefix, show] = ["threshold", "keep", "prefix", "show"].map(element);
+const [contains, identical] = ["contains", "identical"].map(element);
+const fields = { threshold, keep, prefix, show, contains, identical };
 // Groups that are fetched at once and can be accepted at once; pictures that are drawn at first.
 const AT_ONCE = 100;
 const DRAWN = 24;
@@ -30,8 +32,6 @@ let sending = false;
 let asked = 0;
 let fetching = null;
 
-const plural = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
-
 function size(bytes) {
   const units = ["bytes", "kB", "MB", "GB", "TB"];
   let n = 0;
@@ -49,8 +49,15 @@ function time(seconds) {
 
 const ofGallery = () => `gallery=${encodeURIComponent(where.gallery)}`;
 
+// As `ruiji duplicates --keep` takes it; a folder may have a comma in its name.
+function rules() {
+  if (keep.value !== "path") return keep.value;
+  const folder = prefix.value.trim();
+  return folder ? `"path=${folder.replaceAll('"', '""')}",pixels,bytes` : "pixels,bytes";
+}
+
 function question(after) {
-  const parts = new URLSearchParams({ gallery: where.gallery, threshold: threshold.value, keep: keep.value, after, count: AT_ONCE });
+  const parts = new URLSearchParams({ gallery: where.gallery, threshold: threshold.value, keep: rules(), after, count: AT_ONCE });
   if (show.value === "skipped") parts.set("skipped", "true");
   if (contains.value.trim()) parts.set("contains", contains.value.trim());
   if (identical.checked) parts.set("identical", "true");
@@ -96,6 +103,7 @@ async function load() {
     open = found.open;
     total = found.total;
     if (found.gone) tell(`${plural(found.gone, "group")} left out: none of the files is there. ruiji run takes removed files off the list.`);
+    else if (found.open && !decided && where.health.media) tell("Nothing is deleted here: what you decide makes a list of files to remove.");
     else if (!where.health.media) tell("There are no pictures to show, and sizes are not known: start the service with --media-dir.");
     draw();
   } catch (error) {
@@ -156,7 +164,9 @@ function drawComparison(comparison, turn) {
   } else {
     const failed = state === "failed";
     const title = failed ? "The comparison ended early" : part > 0 ? "Some pictures are not compared yet" : "Find near-duplicates";
-    const fresh = `${plural(where.about.objects, "picture")} will be compared with each other. That is done once; later only new ones are.`;
+    const fresh =
+      `${plural(where.about.objects, "picture")} will be compared with each other. That is done once; later only new ones are. ` +
+      "Then you choose which of those that are alike to keep. ruiji deletes nothing.";
     notice(title, failed ? comparison.error : fresh, failed || part > 0 ? "Go on" : "Find near-duplicates", async () => {
       try {
         await send(`/duplicates/compare?threshold=${threshold.value}&${ofGallery()}`, {});
@@ -207,12 +217,15 @@ function draw() {
 }
 
 function drawStanding() {
+  const listed = show.value === "decided";
   const all = decided + open;
-  element("standing").hidden = false;
+  element("standing").hidden = !all;
+  element("progress").hidden = listed;
   element("progress").max = all || 1;
   element("progress").value = decided;
-  const freed = frees === null ? "" : ` · ${size(Math.max(0, frees))} would be freed`;
-  element("counts").textContent = all ? `${decided.toLocaleString("en")} of ${plural(all, "group")} decided${freed}` : "";
+  const freed = frees === null || !decided ? "" : ` · ${size(Math.max(0, frees))} would be freed`;
+  const part = listed ? plural(decided, "group") : `${decided.toLocaleString("en")} of ${plural(all, "group")}`;
+  element("counts").textContent = `${part} decided${freed}`;
   element("undo").disabled = !done.length;
   element("list").disabled = !where.health.media || !decided;
   element("list").title = where.health.media ? "" : "Needs the files: start the service with --media-dir";
@@ -232,7 +245,7 @@ function likeness(group, n) {
   const member = group.members[n];
   if (member.same_file_as) return `the same file as ${member.same_file_as}, under another name`;
   if (member.identical_to) return `identical to ${member.identical_to}`;
-  if (n === 0) return group.reason ?? "";
+  if (n === 0) return group.reason ? `Best: ${group.reason}` : "";
   const rounded = member.similarity.toFixed(3);
   return rounded === "1.000" ? "all but identical" : `${rounded} alike`;
 }
@@ -280,7 +293,7 @@ function drawMarks() {
     card.querySelector(".mark").textContent = stays ? "Keep" : "Remove";
     card.querySelector(".fact").textContent = likeness(group, n);
     const drop = card.querySelector(".card-keys button");
-    drop.textContent = stays ? "Drop it" : "Keep it too";
+    drop.textContent = stays ? "Remove it" : "Keep it too";
     drop.ariaLabel = `${drop.textContent}: ${id}`;
   });
   const kept = group.keeps.filter(Boolean).length;
@@ -531,47 +544,6 @@ function decisionRow(one) {
   return row;
 }
 
-// ------------------------------------------------------------------------------------------------- the list of files
-
-function openListing() {
-  element("act").disabled = false;
-  element("read").textContent = "";
-  element("listing").showModal();
-}
-
-async function download() {
-  const form = element("format").value;
-  const which = element("which").value;
-  const wanted = new URLSearchParams({ gallery: where.gallery, list: which, format: form === "null" ? "paths" : form });
-  if (form === "null") wanted.set("null", "true");
-  const say = (text, failed = false) => ((element("read").textContent = text), element("read").classList.toggle("failed", failed));
-  element("download").disabled = true;
-  try {
-    say("Reading the files…");
-    await sent();
-    const answer = await fetch(`/decisions/files?${wanted}`);
-    if (!answer.ok) throw new Error((await answer.json()).error);
-    const end = form === "null" ? 0 : 10;
-    const parts = [];
-    let lines = form === "csv" ? -1 : 0;
-    const reader = answer.body.getReader();
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      parts.push(part.value);
-      for (const byte of part.value) lines += byte === end;
-      say(`Reading the files… ${plural(Math.max(0, lines), "file")} listed`);
-    }
-    const link = make("a", { href: URL.createObjectURL(new Blob(parts)), download: answer.headers.get("content-disposition").match(/"(.*)"/)[1] });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-    const stand = await ask(`/decisions/status?${ofGallery()}`);
-    const missing = which === "remove" ? stand.to_remove - lines : 0;
-    say(`${plural(lines, "file")} listed.${missing > 0 ? ` ${plural(missing, "file")} left out: choose “left out” for the reasons.` : ""}`);
-  } catch (error) {
-    say(error instanceof TypeError ? "The list broke off; it is not complete. Try again." : error.message, true);
-  }
-  element("download").disabled = false;
-}
-
 // -------------------------------------------------------------------------------------------------- keys and the start
 
 const KEYS = {
@@ -598,8 +570,6 @@ addEventListener("keydown", (event) => {
 const acts = { accept, different, skip, undo, compare: compareHere, previous: () => go(at - 1), next: () => go(at + 1), list: openListing };
 for (const [name, act] of Object.entries(acts)) document.getElementById(name).addEventListener("click", act);
 element("accept-all").addEventListener("click", acceptAll);
-element("close").addEventListener("click", () => element("listing").close());
-element("wanted").addEventListener("submit", (event) => (event.preventDefault(), download()));
 element("tools").addEventListener("submit", (event) => event.preventDefault());
 addEventListener("beforeunload", (event) => (sending || outbox.length) && event.preventDefault());
 
@@ -617,7 +587,8 @@ function change() {
 
 function drawFields() {
   threshold.nextElementSibling.textContent = Number(threshold.value).toFixed(2);
-  keep.disabled = !where?.health.media;
+  keep.disabled = prefix.disabled = !where?.health.media;
+  element("of-folder").hidden = keep.value !== "path";
   for (const label of ["of-paths", "of-bytes"]) element(label).hidden = show.value === "decided";
 }
 
@@ -633,6 +604,7 @@ try {
     else if (fields[name]) fields[name].value = value;
   }
   where = await begin();
+  prepareListing(where.gallery, sent);
   drawFields();
   if (where.about) await load();
 } catch (error) {

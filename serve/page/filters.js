@@ -55,7 +55,7 @@ function choose(choices, add) {
   fill();
   const cancel = make("button", { type: "button" }, "Cancel");
   form.append(column, relation, value, make("button", { className: "first" }, "Add"), cancel);
-  const dialog = make("dialog", { className: "small" }, make("header", {}, make("h2", { id: "filtering" }, "Show only objects whose")), form);
+  const dialog = make("dialog", { className: "small" }, make("header", {}, make("h2", { id: "filtering" }, "Show only pictures whose")), form);
   dialog.setAttribute("aria-labelledby", "filtering");
   cancel.addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());

@@ -171,15 +171,16 @@ function drawBeginnings(now, { objects }) {
     }),
   );
   const { about, health } = where;
-  const ways = [about.pictures && "drop a picture on this page, paste or choose one", about.words && "describe one in words"];
+  const choose = matchMedia("(hover: none)").matches ? "choose a picture" : "drop a picture on this page, paste or choose one";
+  const ways = [about.pictures && choose, about.words && "describe one in words"];
   const how = ways.filter(Boolean).join(", ");
   const first = how ? `${how[0].toUpperCase()}${how.slice(1)}, or begin` : "Begin";
   const missing = [
     !about.pictures && "To search with pictures, start the service with --model.",
     !health.media && "To see pictures instead of names, start it with --media-dir.",
   ];
-  const none = now.where.length ? "No object meets these conditions." : "The gallery has no objects yet.";
-  const some = `${about.objects.toLocaleString()} objects. ${first} with one of these.`;
+  const none = now.where.length ? "No picture meets these conditions." : "The gallery has no pictures yet.";
+  const some = `${about.objects.toLocaleString()} pictures. ${first} with one of these.`;
   tell([objects.length ? some : none, ...missing.filter(Boolean)].join(" "));
 }
 
@@ -202,14 +203,14 @@ function drawAnswer(now, { found, name, sent, object }) {
   } else {
     sky.replaceChildren();
   }
-  const number = `${all.length} look-alike${all.length === 1 ? "" : "s"}`;
+  const number = `${all.length} look-alike${all.length === 1 ? "" : "s"}, the most similar first (1 is the same)`;
   const shown = rings && all.length > MOST ? `${number}; the rings show the ${MOST} nearest` : number;
   tell([all.length ? shown : whyNone(now), found.note].filter(Boolean).join("; "));
 }
 
 function whyNone(now) {
-  if (now.min !== "0") return "Nothing is as similar as that. Lower “At least” to see more.";
-  return now.where.length ? "No other object meets these conditions." : "There is no other object.";
+  if (now.min !== "0") return "Nothing is as similar as that. Lower “Least similarity” to see more.";
+  return now.where.length ? "No other picture meets these conditions." : "There is no other picture.";
 }
 
 function drawQuery(now, name, object) {
@@ -284,7 +285,7 @@ async function random() {
   try {
     const { objects } = await ask(`/sample?${parameters}`);
     if (objects.length) go(address({ ...NONE, id: encodeId(objects[0].object_id) }));
-    else tell("No object meets these conditions.", true);
+    else tell("No picture meets these conditions.", true);
   } catch (error) {
     tell(error.message, true);
   }

@@ -13,8 +13,8 @@ const [panel, heading, note, list] = ["panel", "heading", "note", "list"].map(el
 const [lasso, shown, projection, making] = ["lasso", "shown", "projection", "making"].map(element);
 const [view, exporting, clearing] = ["view", "export", "clear"].map(element);
 
-// Objects that one request may ask for; the most that a list shows; the most squares with a picture.
-const [ASKED, LISTED, SQUARES] = [1000, 60, 500];
+// Objects that one request may ask for; the most that a list shows; squares with a picture, of many and of few objects.
+const [ASKED, LISTED, SQUARES, FEW_SQUARES] = [1000, 60, 500, 120];
 // A picture's part of its square, and what two may cover of each other.
 const [PART, COVER] = [0.78, 0.9];
 // How far the view goes in: pixels of a unit of the plane.
@@ -158,7 +158,8 @@ function movePictures() {
 async function choosePictures() {
   const turn = ++choosing;
   if (!where.health.media || shown.ariaPressed !== "true" || !plane.count) return dropPictures(new Set());
-  const size = Math.max(36, Math.sqrt((width * height) / SQUARES));
+  const squares = Math.min(SQUARES, Math.max(FEW_SQUARES, plane.count / 2));
+  const size = Math.max(36, Math.sqrt((width * height) / squares));
   // Everything in view is a level's beginning.
   const scale = wholeScale() * 2 ** Math.floor(Math.log2(seen.scale / wholeScale()) + 1e-6);
   const [left, top, right, bottom] = bounds();

@@ -95,7 +95,7 @@ function headline() {
     const again = without === null ? "" : " ruiji retry and then ruiji run try them again.";
     return [`The run is finished; ${number(status.failed)} of ${number(status.objects)} objects failed.`, counted + again];
   }
-  return [`The run is finished: all ${number(status.objects)} objects are in the gallery.`, counted];
+  return [`The run is finished: all ${number(status.objects)} objects are in the gallery.`, ""];
 }
 
 function draw() {

@@ -11,7 +11,7 @@ from typing import Any
 from playwright.sync_api import Page, expect
 
 from tests.factories import Ruiji, wait_until
-from tests.serve.cleaning import compare, comparers, write_look_alikes
+from tests.serve.cleaning import add_rows, compare, comparers, draw, look_alikes, write_look_alikes
 from tests.serve.conftest import Served, start
 from tests.serve.page.conftest import Watch, check_accessible, check_fits
 
@@ -47,7 +47,7 @@ def test_a_hundred_groups_are_decided_by_keyboard_undone_and_stay_decided(ruiji:
     counts(page, 0, 103)
     assert (first_of(page), page.locator("#members .fact").first.inner_text()) == (
         "000/000-large.jpg",
-        "most pixels (128 x 96)",
+        "Best: most pixels (128 x 96)",
     )
     # One after the other.
     for key in ["Enter"] * 60 + ["d"] * 20 + ["s"] * 20:
@@ -144,6 +144,32 @@ def test_pictures_are_chosen_compared_and_listed(ruiji: Ruiji, page: Page) -> No
         assert text == ruiji("duplicates", "list", "--remove", "--format", option).stdout
         assert downloading.value.suggested_filename.startswith("ruiji-remove.")
         expect(page.locator("#read")).to_have_text("3 files listed.")
+
+
+def test_what_is_in_a_folder_can_be_kept(ruiji: Ruiji, page: Page, watch: Watch) -> None:
+    # Its name needs quotes in a rule.
+    paths = ["a/large.jpg", 'best, "of"/small.jpg']
+    for path, side in zip(paths, (96, 48), strict=True):
+        draw(ruiji.media / path, 1, side)
+    add_rows(ruiji, paths, look_alikes(1))
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    expect(page.locator("#said")).to_contain_text("Nothing is deleted here")
+    expect(page.locator("#prefix")).to_be_hidden()
+    assert first_of(page) == "a/large.jpg"
+    page.select_option("#keep", "path")
+    page.fill("#prefix", 'best, "of"/')
+    page.press("#prefix", "Enter")
+    expect(page.locator("#members .fact").first).to_have_text('Best: below best, "of"/')
+    assert first_of(page) == 'best, "of"/small.jpg'
+    page.reload()
+    expect(page.locator("#prefix")).to_have_value('best, "of"/')
+    expect(page.locator("#members .path").first).to_have_text('best, "of"/small.jpg')
+    page.fill("#prefix", "nowhere/")
+    page.press("#prefix", "Enter")
+    expect(page.locator("#notice-text")).to_contain_text("no path of the gallery begins with it")
+    watch.expect("409 .*/duplicates")
 
 
 def test_what_is_wrong_is_said_and_nothing_is_taken_for_recorded(ruiji: Ruiji, page: Page, watch: Watch) -> None:

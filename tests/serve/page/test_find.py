@@ -67,7 +67,7 @@ def test_it_begins_with_pictures_to_click_and_each_hit_is_the_next_query(
     find: Served, page: Page, listed: list[dict[str, Any]]
 ) -> None:
     page.goto(find.origin)
-    expect(page.locator("#said")).to_contain_text("40 objects. Drop a picture on this page")
+    expect(page.locator("#said")).to_contain_text("40 pictures. Drop a picture on this page")
     begun = shown(page)
     assert len(set(begun)) == 24
     page.locator("#hits a").nth(2).click()
@@ -82,7 +82,7 @@ def test_it_begins_with_pictures_to_click_and_each_hit_is_the_next_query(
     page.go_back()
     expect(page.locator("#query h2")).to_have_text(begun[2])
     page.go_back()
-    expect(page.locator("#said")).to_contain_text("40 objects")
+    expect(page.locator("#said")).to_contain_text("40 pictures")
     assert shown(page) == begun
     page.go_forward()
     expect(page.locator("#query h2")).to_have_text(begun[2])
@@ -95,7 +95,7 @@ def test_a_picture_can_be_chosen_dropped_and_pasted(find: Served, page: Page, tm
     data = picture(tmp_path / "mine.png", 7, (60, 40)).read_bytes()
     wanted = [one["objectId"] for one in find.search(data, "?k=30").json()["similarImages"]]
     page.goto(find.origin)
-    expect(page.locator("#said")).to_contain_text("40 objects")
+    expect(page.locator("#said")).to_contain_text("40 pictures")
     page.set_input_files("#file", tmp_path / "mine.png")
     look_alikes(page, 30)
     assert shown(page) == wanted and page.title() == "mine.png · ruiji"
@@ -109,7 +109,7 @@ def test_a_picture_can_be_chosen_dropped_and_pasted(find: Served, page: Page, tm
     }"""
     for kind in ("drop", "paste"):
         page.goto(find.origin)
-        expect(page.locator("#said")).to_contain_text("40 objects")
+        expect(page.locator("#said")).to_contain_text("40 pictures")
         page.evaluate(bring, [kind, list(data), f"{kind}.png"])
         expect(page.locator("#query h2")).to_have_text(f"{kind}.png")
         look_alikes(page, 30)
@@ -269,7 +269,7 @@ def test_filters_are_added_shared_and_removed(find: Served, page: Page, listed: 
     expect(page.locator("#said")).to_contain_text("begin with one of these")
     assert set(shown(page)) == {*dogs, query}
     page.goto(f"{find.origin}/?where=label%3Dcow")
-    expect(page.locator("#said")).to_contain_text("No object meets these conditions")
+    expect(page.locator("#said")).to_contain_text("No picture meets these conditions")
     page.click("button.chip")
     expect(page.locator("#hits a")).to_have_count(24)
     # A folder of the query's path is a filter too.
@@ -363,7 +363,7 @@ def test_what_goes_wrong_is_said(ruiji: Ruiji, new_page: Callable[..., Page], wa
     expect(page.locator("#said")).to_contain_text("--labels")
     watch.expect("409")
     page.goto(served.origin)
-    expect(page.locator("#said")).to_contain_text("8 objects")
+    expect(page.locator("#said")).to_contain_text("8 pictures")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "broken.png")
     expect(page.locator("#said")).to_contain_text("not an image in a known format")

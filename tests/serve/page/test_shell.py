@@ -37,7 +37,7 @@ def test_the_pages_weigh_little_and_load_nothing_from_elsewhere(served: Served) 
 
 @pytest.mark.parametrize("script", sorted(file.name for file in PAGES.glob("*.js")))
 def test_what_a_script_asks_for_is_in_its_page(script: str) -> None:
-    page = {"find.js": "index.html"}.get(script, script.replace(".js", ".html"))
+    page = {"find.js": "index.html", "listing.js": "clean.html"}.get(script, script.replace(".js", ".html"))
     # A module that has no page of its own works in all.
     pages = (
         [PAGES / page] if (PAGES / page).exists() else [file for file in PAGES.glob("*.html") if file.stem != "login"]
@@ -60,7 +60,7 @@ def test_the_header_leads_to_the_pages_that_are_there(served: Served, page: Page
         route = links.nth(n).get_attribute("href")
         assert route and served.get(route).status == 200
     # With one gallery, and without a token, there is nothing to choose and nowhere to log out from.
-    expect(page.locator("#said")).to_contain_text("40 objects")
+    expect(page.locator("#said")).to_contain_text("40 pictures")
     expect(page.locator("#galleries")).to_be_hidden()
     expect(page.locator("#logout")).to_be_hidden()
 
@@ -73,7 +73,7 @@ def test_the_choice_of_a_gallery_goes_along(ruiji: Ruiji, page: Page) -> None:
     page.goto(start(ruiji).origin)
     page.select_option("#gallery", "other")
     expect(page).to_have_url(re.compile(r"/\?gallery=other$"))
-    expect(page.locator("#said")).to_contain_text("20 objects")
+    expect(page.locator("#said")).to_contain_text("20 pictures")
     for link in page.locator("header nav a").all():
         assert (link.get_attribute("href") or "").endswith("?gallery=other")
 
@@ -97,7 +97,7 @@ def test_a_token_is_asked_for_and_forgotten(
     watch.expect("403 .*/login")
     page.fill("#token", "correct-horse-battery")
     page.press("#token", "Enter")
-    expect(page.locator("#said")).to_contain_text("40 objects")
+    expect(page.locator("#said")).to_contain_text("40 pictures")
     page.click("#logout")
     expect(page).to_have_url(re.compile("/login$"))
     page.goto(served.origin)
