@@ -605,6 +605,7 @@ try {
   }
   where = await begin();
   prepareListing(where.gallery, sent);
+  element("options").hidden = !where.about;
   drawFields();
   if (where.about) await load();
 } catch (error) {

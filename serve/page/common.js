@@ -55,7 +55,7 @@ export async function begin() {
     await send("/logout", {});
     location.assign("/login");
   });
-  if (health.coming.includes(gallery)) tell(`The gallery ${gallery} has no shards yet. The page Run shows how its run stands.`);
+  if (health.coming.includes(gallery)) tell(`The gallery ${gallery} is still empty. The page Run shows how far its run is.`);
   else if (gallery in health.refused) tell(`The gallery ${gallery} cannot be opened: ${health.refused[gallery]}`, true);
   else if (!about) tell(`There is no gallery ${gallery}.`, true);
   return { health, gallery, about };

@@ -40,8 +40,8 @@ function listen() {
 
 function unknown(why) {
   run = null;
-  tell(why);
-  element("beside").textContent = "This page goes on by itself when there is something to show.";
+  tell("No run is known here.");
+  element("beside").textContent = `${why[0].toUpperCase()}${why.slice(1)}. This page goes on by itself when there is something to show.`;
   for (const part of ["progress", "working", "failing"]) element(part).hidden = true;
 }
 

@@ -15,6 +15,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, e
 _FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
+    # Containers have little of it, and a page without shared memory crashes.
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -44,7 +46,7 @@ def browser() -> Iterator[Browser]:
         found = chromium(playwright.chromium.executable_path)
         if found is None:
             pytest.skip("no Chromium is installed: run  make test-page, which installs one")
-        browser = playwright.chromium.launch(executable_path=found, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=found, args=_FLAGS, timeout=_PATIENCE_MS)
         yield browser
         browser.close()
 

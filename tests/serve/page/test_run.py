@@ -32,7 +32,7 @@ def test_a_run_is_followed_live_and_what_failed_is_tried_again(
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url, "RUIJI_SHARD_ROWS": "100"}
     served = start(ruiji)
     page.goto(f"{served.origin}/run")
-    expect(page.locator("#said")).to_contain_text("nothing was enqueued there")
+    expect(page.locator("#beside")).to_contain_text("nothing was enqueued there")
     check_accessible(page)
 
     ruiji("enqueue")
@@ -125,5 +125,5 @@ def test_of_a_gallery_that_ruiji_did_not_make_no_run_is_known(ruiji: Ruiji, page
     for file in (*ruiji.gallery.glob("*.json"), *ruiji.gallery.glob("*.paths.txt")):
         Path(file).unlink()
     page.goto(f"{start(ruiji).origin}/run")
-    expect(page.locator("#said")).to_contain_text("nothing was enqueued there")
+    expect(page.locator("#beside")).to_contain_text("nothing was enqueued there")
     expect(page.locator("#progress")).to_be_hidden()
