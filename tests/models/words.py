@@ -76,7 +76,19 @@ class LibraryTokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(self.stated))
 
 
-def clip(folder: Path) -> Iterator[LibraryTokenizer]:
+def _trained(name: str, anew: bool, train: Callable[[], Any]) -> dict[str, Any]:
+    """A `tokenizer.json`: the kept one, or one that is trained anew, which of equal pairs takes any first."""
+    if anew:
+        return dict(json.loads(train().to_str()))
+    return dict(kept_words()["tokenizers"][name])
+
+
+def kept_words() -> dict[str, Any]:
+    """What `make check-models RECORD=1` wrote."""
+    return dict(json.loads(gzip.decompress(DATA.read_bytes())))
+
+
+def clip(folder: Path, anew: bool) -> Iterator[LibraryTokenizer]:
     """CLIP's tokenizer of transformers, and open_clip's own, with its vocabulary; then the first with a small one."""
     import open_clip
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -101,18 +113,22 @@ def clip(folder: Path) -> Iterator[LibraryTokenizer]:
         lambda text: simple(text)[0].tolist(),
     )
     begin, last = names.values()
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer, trained.pre_tokenizer = fast.backend_tokenizer.normalizer, fast.backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=[begin, last],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    trained.train_from_iterator(strings(), trainer)
-    kept = json.loads(trained.to_str())["model"]
+
+    def train() -> Any:
+        made, theirs = Tokenizer(models.BPE(end_of_word_suffix="</w>")), fast.backend_tokenizer
+        made.normalizer, made.pre_tokenizer = theirs.normalizer, theirs.pre_tokenizer
+        trainer = trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=[begin, last],
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        made.train_from_iterator(strings(), trainer)
+        return made
+
+    kept = _trained("small-clip.json", anew, train)["model"]
     vocabulary = dict(kept["vocab"])
     for letter in sorted(alphabet):
         vocabulary.setdefault(letter + "</w>", len(vocabulary))
@@ -129,21 +145,26 @@ def clip(folder: Path) -> Iterator[LibraryTokenizer]:
     )
 
 
-def webli(folder: Path) -> Iterator[LibraryTokenizer]:
+def webli(folder: Path, anew: bool) -> Iterator[LibraryTokenizer]:
     """SigLIP's cleaning, and SigLIP 2's class, on tokenizers that are trained here."""
     from open_clip.tokenizer import _clean_canonicalize
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, Siglip2Tokenizer
     from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
 
-    corpus = strings()
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    unigram.train_from_iterator([text.lower() for text in corpus], trainer)
-    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    corpus = [text.lower() for text in strings()]
+
+    def train_unigram() -> Any:
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=600, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        )
+        made.train_from_iterator(corpus, trainer)
+        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return made
+
+    unigram = Tokenizer.from_str(json.dumps(_trained("siglip.json", anew, train_unigram)))
     unigram.save(str(folder / "siglip.json"))
     fast = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
     options = {"padding": "max_length", "truncation": True, "max_length": 64}
@@ -159,15 +180,19 @@ def webli(folder: Path) -> Iterator[LibraryTokenizer]:
         {"length": 64, "pad_id": 1, "reference": "open_clip", "clean": "canonicalize"},
         lambda text: list(fast(_clean_canonicalize(text), **options)["input_ids"]),
     )
-    bytes_of = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    bytes_of.normalizer = normalizers.Replace(" ", "▁")
-    bytes_of.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    bytes_of.train_from_iterator(
-        [text.lower() for text in corpus],
-        trainers.BpeTrainer(vocab_size=900, special_tokens=special[:5], initial_alphabet=[], show_progress=False),
-    )
-    kept = json.loads(bytes_of.to_str())["model"]
+
+    def train_bytes() -> Any:
+        made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+        made.train_from_iterator(
+            corpus,
+            trainers.BpeTrainer(vocab_size=900, special_tokens=special[:5], initial_alphabet=[], show_progress=False),
+        )
+        return made
+
+    kept = _trained("siglip2.json", anew, train_bytes)["model"]
     vocabulary = dict(kept["vocab"])
     for byte in special[5:]:
         vocabulary.setdefault(byte, len(vocabulary))
@@ -191,9 +216,13 @@ def webli(folder: Path) -> Iterator[LibraryTokenizer]:
     )
 
 
-def tokenizers(folder: Path) -> list[LibraryTokenizer]:
-    """All of them; their files lie in the folder."""
-    return [*clip(folder), *webli(folder)]
+def tokenizers(folder: Path, anew: bool = False) -> list[LibraryTokenizer]:
+    """All of them; their files lie in the folder.
+
+    Args:
+        anew: train those that are trained, instead of taking what is kept.
+    """
+    return [*clip(folder, anew), *webli(folder, anew)]
 
 
 def _is_written_out(keys: dict[str, Any], text: str) -> bool:
@@ -206,9 +235,9 @@ def main() -> None:
     from pipeline.text_spec import TextSpec
     from workers.words import Words
 
-    texts, kinds, files, differ = strings(), [], {}, 0
+    texts, kinds, files, differ, recording = strings(), [], {}, 0, "--record" in sys.argv
     with tempfile.TemporaryDirectory() as scratch:
-        for made in tokenizers(Path(scratch)):
+        for made in tokenizers(Path(scratch), recording):
             file, keys = made.path.name, made.keys
             words = Words(TextSpec(Path(), made.path, padding_side="right", **keys))
             theirs = [made.ids(text) for text in texts]
@@ -224,14 +253,15 @@ def main() -> None:
             files[file] = json.loads(made.path.read_text())
             digests = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in theirs]
             kinds.append({"file": file, "keys": keys, "ids": theirs[:KEPT], "digests": digests})
-    if "--record" in sys.argv:
-        # CLIP's vocabulary is open_clip's to give.
-        kept = {name: value for name, value in files.items() if name != "clip.json"}
-        values = {
-            "versions": {name: version(name) for name in LIBRARIES},
-            "tokenizers": kept,
-            "kinds": [kind for kind in kinds if kind["file"] in kept],
-        }
+    # CLIP's vocabulary is open_clip's to give.
+    kept = {name: value for name, value in files.items() if name != "clip.json"}
+    kinds = [kind for kind in kinds if kind["file"] in kept]
+    if not recording:
+        others = sum(now != before for now, before in zip(kinds, kept_words()["kinds"], strict=True))
+        print(f"{len(kinds)} kept kinds, {others} have other ids now")
+        differ += others
+    else:
+        values = {"versions": {name: version(name) for name in LIBRARIES}, "tokenizers": kept, "kinds": kinds}
         DATA.write_bytes(gzip.compress(json.dumps(values, ensure_ascii=False).encode(), mtime=0))
         print(f"{DATA.name}: {DATA.stat().st_size} bytes")
     sys.exit(bool(differ))

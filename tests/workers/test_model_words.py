@@ -171,6 +171,7 @@ def test_a_toml_that_names_the_tower_is_kept_with_it(tmp_path: Path) -> None:
         ({"pad_token": "<nothing>"}, {}, "has no token '<nothing>'"),
         ({"model_max_length": 64}, {}, r"contradict each other in the length: \[77, 64\]"),
         ({"padding_side": "both"}, {}, "padding_side is 'both'"),
+        ({"truncation_side": "left"}, {}, "truncation_side 'left', and ruiji can only cut off the end"),
     ],
 )
 def test_what_cannot_be_followed_of_transformers_is_named(

@@ -144,6 +144,8 @@ def _convention(text: Path, pictures: str) -> tuple[Path, dict[str, Said]]:
     inside, outside = values["config.json"], values["open_clip_config.json"].get("model_cfg", {})
     open_clip = next((one["text_cfg"] for one in (outside, inside) if isinstance(one.get("text_cfg"), dict)), None)
     stated = values[STATED]
+    if (side := stated.get("truncation_side")) not in (None, "right"):
+        raise ModelError(f"{STATED} has truncation_side {side!r}, and ruiji can only cut off the end")
     if open_clip is not None:
         said = _open_clip(open_clip, stated, tokenizer)
     elif found[STATED] is None:
