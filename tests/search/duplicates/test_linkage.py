@@ -156,7 +156,7 @@ def test_what_is_connected_may_be_larger_than_any_table(monkeypatch: pytest.Monk
     """A chain, whose table would have all pairs of its objects."""
     monkeypatch.setattr("search.duplicates.linkage._FEW_OBJECTS", 100)
     monkeypatch.setattr("search.duplicates.linkage._TABLE_OBJECTS", 500)
-    monkeypatch.setattr("search.duplicates.linkage._Table", None)
+    monkeypatch.setattr("search.duplicates.linkage.TableJoining", None)
     angles = np.arange(2000) * (np.pi / 2000)
     gallery = in_memory(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
     # Each reaches the next two, so groups have three at most.
