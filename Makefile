@@ -137,7 +137,7 @@ build/models/made: requirements/models.txt pyproject.toml
 	@build/models/bin/python -m pip --disable-pip-version-check --no-input -q install -r $< .[cpu]
 	@touch $@
 
-check-models: build/models/made ## Compare with torchvision, transformers, timm and open_clip (several GB; RECORD=1)
+check-models: build/models/made ## Compare with torchvision, transformers, timm and open_clip (6 GB, 5 minutes of CPU time; RECORD=1)
 	@build/models/bin/python -m tests.models.libraries $(if $(RECORD),--record)
 	@OMP_NUM_THREADS=1 build/models/bin/python -m tests.models.architectures $(if $(RECORD),--record)
 	@build/models/bin/python -m tests.models.words $(if $(RECORD),--record)

@@ -19,6 +19,7 @@ from pipeline.choices import Device, LogFormat
 from pipeline.enqueue import Enqueued, Extraction, enqueue
 from pipeline.errors import RuijiError
 from pipeline.follow import follow
+from pipeline.gallery import gallery_model
 from pipeline.objects import Exclude, IdScheme
 from pipeline.plans.files import open_plan
 from pipeline.plans.stops import PlanStopped, stopped
@@ -141,6 +142,8 @@ class _Source:
         work = self._work
         work.check_media()
         if not self._made.exists() or open_plan(work.folder) is None:
+            # A look at a large folder takes long, and is for nothing with a model that is refused.
+            gallery_model(work.folder, work.model)
             scan = Scan(work.media_dir, self._exclude)
             with machine_faults(f"cannot write {self._made}"):
                 lines, notes = write_list(scan, self._made)

@@ -373,6 +373,10 @@ def test_a_model_that_nobody_declared_makes_no_gallery_and_the_message_ends_that
     refused = only_line(ruiji("run", code=2).stderr)
     assert "nothing says how pictures are prepared" in refused and f"ruiji model declare {ruiji.model} --fit" in refused
     assert not ruiji.gallery.exists()
+    (ruiji.media / "objects.txt").rename(tmp_path / "objects.txt")
+    assert "nothing says how" in only_line(ruiji("run", code=2).stderr)
+    assert not ruiji.gallery.exists(), "nor was the folder looked through"
+    (tmp_path / "objects.txt").rename(ruiji.media / "objects.txt")
     assert "no, so no gallery is made" in ruiji("model", "inspect", str(ruiji.model)).stdout
     with pytest.raises(ModelError, match="nothing says"):
         Embedder(ruiji.model)
