@@ -209,7 +209,7 @@ function drawAnswer(now, { found, name, sent, object }) {
 }
 
 function whyNone(now) {
-  if (now.min !== "0") return "Nothing is as similar as that. Lower “Least similarity” to see more.";
+  if (now.min !== "0") return "Nothing is as similar as that. Lower “Alike from” to see more.";
   return now.where.length ? "No other picture meets these conditions." : "There is no other picture.";
 }
 
