@@ -63,7 +63,7 @@ Queries = Annotated[int, typer.Option(min=1, help="Images to draw as queries.")]
 GalleryImages = Annotated[int, typer.Option("--gallery", min=1, help="Images to draw as gallery.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the training and of the draw.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of torch; with another number the result differs a little.")]
-Full = Annotated[bool, typer.Option("--full", help="Train with the full recipes: about four times as long.")]
+Full = Annotated[bool, typer.Option("--full", help="Train with the full recipes: a little more than twice as long.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Other than the recipe's.")]
 Images = Annotated[int | None, typer.Option(min=64, help="Train with so many images only.")]
 DEFAULT_OUTPUT = Path("mnist-output")
