@@ -377,10 +377,11 @@ try {
     element("choose").hidden = !where.about.pictures;
     element("wording").hidden = !where.about.words;
     if (!where.about.pictures) words.placeholder = "Describe a picture";
-    element("ask").hidden = false;
     count.max = COUNTS.length - 1;
     columns = await loadColumns();
     listen();
+    // Not sooner: what is typed and sent before anybody listens would be lost.
+    element("ask").hidden = false;
     await show();
   }
 } catch (error) {
