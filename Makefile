@@ -2,10 +2,10 @@
 # `make` alone explains the targets.
 
 ACCEL ?= cpu
-PYTHON_MESSAGE = "ruiji needs Python 3.11 to 3.14 with venv: on Debian or Ubuntu run  apt-get install python3 python3-venv"
-# The first of these that is 3.11 to 3.14 and can make a virtual environment: the machine's own, to which python3-venv belongs.
-PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
+PYTHON_MESSAGE = "ruiji needs Python 3.11 to 3.13 with venv: on Debian or Ubuntu run  apt-get install python3 python3-venv"
+# The first of these that is 3.11 to 3.13 and can make a virtual environment: the machine's own, to which python3-venv belongs.
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
