@@ -107,6 +107,11 @@ class Comparisons:
             pipe.expire(self._queue, 2 * ASKED_S)
             pipe.execute()
 
+    def answered(self, names: Sequence[str]) -> None:
+        """Say that nobody waits any more for some panels, since their files are there."""
+        if names:
+            self._client.zrem(self._asked, *names)
+
     def seen(self, tasks: Sequence[PanelTask]) -> dict[PanelTask, Seen]:
         """What is known of some panels."""
         names = [task.name for task in tasks]

@@ -6,6 +6,7 @@ killed leaves what was compared, and another one goes on with it.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -101,8 +102,9 @@ class _Asking:
             self._folder.tidy(set(self._panels), self._threshold)
 
     def _wait(self, progress: Callable[[int, int], None]) -> None:
+        asked = [task.name for task in self._missing]
         # Whoever asks anew wants another try.
-        self._with_redis(lambda: self._redis.forget([task.name for task in self._missing]))
+        self._with_redis(lambda: self._redis.forget(asked))
         while self._missing:
             seen = self._with_redis(self._look) or {}
             # After Redis: a panel leaves it only once its file is there.
@@ -121,6 +123,9 @@ class _Asking:
                 )
             if self._missing:
                 time.sleep(_LOOK_S)
+        # A panel that was done just before this asked for it once more would count as left for a while.
+        with suppress(*REDIS_FAULTS):
+            self._redis.answered(asked)
 
     def _take_done(self) -> None:
         self._folder.look()

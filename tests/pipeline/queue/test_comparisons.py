@@ -59,6 +59,10 @@ def test_what_is_not_asked_for_again_is_not_waited_for(client: redis.Redis) -> N
     assert client.ttl(compare_key(GALLERY, "asked")) > 0
     panels.done(TASKS[1])
     assert panels.asked_for() == 1
+    # Somebody asked once more before the file was seen.
+    panels.ask([task.name for task in TASKS[1:]])
+    panels.answered([task.name for task in TASKS[1:]])
+    assert panels.asked_for() == 0
 
 
 def test_one_worker_is_at_a_panel_and_its_death_counts(client: redis.Redis, redis_url: str) -> None:
