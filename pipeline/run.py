@@ -142,8 +142,10 @@ class _Source:
         work = self._work
         work.check_media()
         if not self._made.exists() or open_plan(work.folder) is None:
-            # A look at a large folder takes long, and is for nothing with a model that is refused.
-            gallery_model(work.folder, work.model)
+            if not layout.gallery_file(work.folder).exists():
+                # A look at a large folder takes long, and is for nothing with a model that nobody declared. A gallery
+                # that exists has declared it: so large weights are not read once more for each run.
+                gallery_model(work.folder, work.model)
             scan = Scan(work.media_dir, self._exclude)
             with machine_faults(f"cannot write {self._made}"):
                 lines, notes = write_list(scan, self._made)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import layout
 from pipeline.errors import UsageError
-from pipeline.gallery import GalleryInfo, read_gallery
+from pipeline.gallery import read_gallery
 from search.duplicates.decided import decided_in
 from search.duplicates.decisions import read_decisions
 from search.duplicates.reference import join, only_read
@@ -91,7 +91,7 @@ def put_together(folder: Path, gallery: Gallery, there: Path, reference: Gallery
         FileDamaged: the reference's decisions cannot be read.
     """
     own, other = read_gallery(folder), read_gallery(there)
-    if folder.resolve() == there.resolve() or (own is not None and other is not None and _are_one(own, other)):
+    if folder.resolve() == there.resolve() or (own and other and own.gallery_id == other.gallery_id):
         raise UsageError(f"{there} is this gallery itself, or a copy: compare parts of one with --against path=PREFIX")
     file = layout.decisions_file(there)
     if decisions is not None and decisions.resolve() == file.resolve():
@@ -103,7 +103,3 @@ def put_together(folder: Path, gallery: Gallery, there: Path, reference: Gallery
         removals = (one.remove - gallery.rows for one in seen_from_there.removals())
         gone = frozenset(row for row in removals if row >= 0)
     return Both(joined, gone, file)
-
-
-def _are_one(own: GalleryInfo, other: GalleryInfo) -> bool:
-    return own.gallery_id == other.gallery_id

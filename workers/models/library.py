@@ -271,8 +271,8 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
     except ModelError as error:
         origin = next(iter(said.values())).origin.partition(":")[0]
         # A graph that was made or downloaded here is gone, or nobody's to write beside.
-        yourself = f", or write {layout.toml_file(found)} yourself"
-        other = "" if found.is_relative_to(folder.parent.parent) else yourself
+        is_ours = found.is_relative_to(folder.parent.parent)
+        other = "" if is_ours else f", or write {layout.toml_file(found)} yourself"
         raise ModelError(
             f"{error}. Its .toml was made of {origin}, --output and --pooling: change those{other}, and add the model "
             "again"
