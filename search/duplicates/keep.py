@@ -79,11 +79,17 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
     """Read rules as `--keep` has them; a prefix with a comma stands in double quotes, as in CSV: `"path=a,b"`.
 
     Raises:
-        UsageError: one is unknown, given twice, or a `path` without a prefix.
+        UsageError: one is unknown, given twice, or a `path` without a prefix; or quotes or line ends are amiss.
     """
     known = "pixels, bytes, oldest, path=PREFIX and format"
     rules = []
-    for word in next(csv.reader([text], skipinitialspace=True), []):
+    try:
+        words = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error:
+        raise UsageError(
+            f'--keep {text!r}: the rules stand in one line, and quotes around a whole rule: "path=a,b"'
+        ) from None
+    for word in words:
         name, given, prefix = word.partition("=")
         if name not in list(RuleKind) or bool(given) != (name == RuleKind.path):
             raise UsageError(f"--keep {text}: {word!r} is no rule; the rules are {known}, with commas between")

@@ -1,6 +1,10 @@
 """Keep rules: in their order, each with its reason."""
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from search.duplicates.files import FileFacts
@@ -58,3 +62,12 @@ def test_rules_are_read_or_refused() -> None:
     for text in ("", "pixel", "pixels,,bytes", "path", "path=", "pixels=3", "bytes,bytes", "PIXELS"):
         with pytest.raises(UsageError, match="--keep"):
             parse_rules(text)
+    for text in ("pixels\nbytes", "pixels\rbytes", '"path=a,b', '"path=a"b', '"path=' + "a" * 200_000 + '"'):
+        with pytest.raises(UsageError, match=r"--keep .* the rules stand in one line"):
+            parse_rules(text)
+
+
+@given(st.text() | st.text('pixelsby=,"\r\n\0 '))
+def test_no_text_is_worse_than_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert parse_rules(text)
