@@ -10,7 +10,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
 # Extras that `make setup` installs too; an image has the service alone.
-BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
+BESIDE = requirements/embedded.lock requirements/serve.lock
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -18,7 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos fuzz contract bench bench-search bench-serve check-models audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos contract bench bench-search bench-serve check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -104,11 +104,6 @@ test-page: browser ## The tests of the service's pages, in Chromium, which is in
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
 	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py tests/search/duplicates $(ARGS)
 
-# The same SEED tries the same examples as long as the code is the same.
-fuzz: .venv/dev ## Property tests with other examples than those of make test, and FUZZ=40 times as many (SEED=1, ARGS=FILE)
-	@seed=$$(echo $(or $(SEED),$$(od -An -N4 -tu4 /dev/urandom))); echo "SEED=$$seed"; \
-	FUZZ=$(or $(FUZZ),40) $(PYTEST) -m "hypothesis and not chaos" --hypothesis-seed=$$seed $(ARGS)
-
 # Their packages come before those of .venv, which serves the rest.
 contract: .venv/dev ## Does the queue fit other releases? (VERSIONS="celery==5.6.* kombu==5.6.*"; else the newest)
 	@.venv/bin/python -m venv --clear build/contract
@@ -130,7 +125,7 @@ bench: .venv/bench ## Measure against peers, for about an hour (PART=queue: one 
 test-compose: .venv/dev ## The tests that start containers, one after the other
 	.venv/bin/python -m pytest -m compose tests/compose $(ARGS)
 
-bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|copies)
+bench-search: .venv/bench ## Measure search, about ten minutes (PART=resident|million|commands|near-duplicates|groups|copies|turned)
 	.venv/bin/python -m benchmarks.search $(PART)
 
 bench-serve: .venv/bench ## Measure the service, about ten minutes (PART=one|many|pictures|memory|groups|map; needs wrk and Chromium)
@@ -211,7 +206,7 @@ COMPILE = .venv/bin/uv pip compile -q --universal --fork-strategy fewest --gener
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu heic text embedded demo plot serve turned hub dev" "demo cpu heic text embedded demo serve turned" \
+	@for set in "dev cpu heic text embedded demo plot serve hub dev" "demo cpu heic text embedded demo serve" \
 		"cpu cpu heic text" "bench cpu heic text embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		$(COMPILE) $$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
@@ -223,7 +218,7 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@$(COMPILE) --extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
-	@for extra in embedded map serve turned; do \
+	@for extra in embedded map serve; do \
 		$(COMPILE) requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
 			-o requirements/$$extra.lock || exit 1; \
 	done

@@ -1,11 +1,13 @@
 """Search against its limits and its peers, on this machine, in this run: `make bench-search`, or one part of it.
 
-    python -m benchmarks.search [resident | million | commands | near-duplicates | copies] [--rows N]
+    python -m benchmarks.search [resident | million | commands | near-duplicates | groups | copies | turned]
+        [--rows N]
 
 Every figure is the median over rounds in which the ways take turns, each after a warm-up. A figure of ours is named by
 who takes that way: `command`, or the `Python API` after `warm_up()`. In `resident` what they find is compared with a
 float64 brute force as well: a way of ours that finds other rows fails the run, faiss' share is only reported. `copies`
-counts what is found, the other parts look at time and memory only. Galleries are made under build/search and removed.
+and `turned` count what is found, the other parts look at time and memory only. Galleries are made under build/search
+and removed.
 """
 
 import argparse
@@ -33,15 +35,16 @@ from benchmarks.data import REAL_MODEL, SHARED
 from benchmarks.results import Figure
 from pipeline.choices import Device, ObjectIds
 from pipeline.gallery import claim_gallery
-from pipeline.model import load_model
+from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from pipeline.settings import MAX_PIXELS
 from search.duplicates.groups import find_groups
 from search.duplicates.linkage import Rules
+from search.duplicates.turned import TurnedCopies
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery, Shard
 from search.options import Linkage
-from search.queries import embed_images, load_encoder
+from search.queries import embed_images, embed_pictures, load_encoder
 from search.ranking.arithmetic import PASS_ROWS, TILE_ROWS
 from search.ranking.planner import Question, bfloat16_units, choose_way, look_at_machine
 from search.ranking.rank import rank
@@ -440,6 +443,83 @@ def copies(photos: int) -> Iterator[Figure]:
         )
 
 
+def turned(photos: int) -> Iterator[Figure]:
+    """How many turned copies are found of photos whose upright copy is, and what looking for them takes.
+
+    All copies are re-encoded. For each position a gallery has the photos, their upright and their turned copies.
+    """
+    if not REAL_MODEL.is_file():
+        return
+    originals = [SHARED / "photos" / line for line in (SHARED / "photos" / "objects.txt").read_text().splitlines()]
+    model, media = load_model(REAL_MODEL), BUILD / "media"
+    encoder = load_encoder(model, Device.cpu)
+    embed = partial(embed_images, model=model, encoder=encoder, max_pixels=MAX_PIXELS)
+    again = partial(embed_pictures, model=model, encoder=encoder, max_pixels=MAX_PIXELS)
+
+    def looking(gallery: Gallery) -> TurnedCopies:
+        return TurnedCopies(gallery, media, again, model.spec.exif_orientation, MAX_PIXELS, print)
+
+    upright, found, right, pairs = 0, 0, 0, 0
+    with removed(BUILD):
+        names = list(_photos_and_copies(originals[:photos], media))
+        features = [embed([media / name for name in some]).features for some in names]
+        taken: dict[str, list[float]] = {"extraction": [], "looking": [], "looking again": []}
+        paths = [media / name for name in names[0]]
+        for _ in range(ROUNDS + 1):
+            gallery = _gallery_of(names[0], features[0], model)
+            find = partial(looking(gallery).find, np.arange(photos), 0.9)
+            for what, way in {"extraction": partial(embed, paths), "looking": find, "looking again": find}.items():
+                start = time.process_time()
+                way()  # type: ignore[operator]
+                taken[what].append(time.process_time() - start)
+        for some, made in zip(names[2:], features[2:], strict=True):
+            gallery = _gallery_of([*names[0], *names[1], *some], np.concatenate([*features[:2], made]), model)
+            groups = find_groups(gallery, 0.9, Rules(Linkage.single), turned=looking(gallery))
+            group_of = {member.row: number for number, group in enumerate(groups) for member in group.members}
+            shown = [row for row in range(photos) if group_of.get(row, -1) == group_of.get(photos + row, -2)]
+            upright += len(shown)
+            found += sum(group_of[row] == group_of.get(2 * photos + row) for row in shown)
+            for group in groups:
+                of = [member.row % photos for member in group.members]
+                right += sum(of.count(one) - 1 for one in of)
+                pairs += len(of) * (len(of) - 1)
+    what = f"turned copies of {photos} photos at 0.9, single"
+    yield Figure(f"{what}: upright copies found", "share", (upright / photos / len(names[2:]),), judged=False)
+    yield Figure(f"{what}: found, of those whose upright copy is", "share", (found / upright,), at_least=0.95)
+    yield Figure(f"{what}: pairs in one group that are right", "share", (right / pairs,), at_least=1)
+    # The first round loads libraries.
+    first, rest = taken["looking"][0], {name: rounds[1:] for name, rounds in taken.items()}
+    share = "CPU time of looking at the pictures / of extraction"
+    yield ratio(f"{what}: {share}", rest["looking"], rest["extraction"], at_most=0.2)
+    yield ratio(f"{what}: {share}, in the first round", [first], rest["extraction"][:1], judged=False)
+    yield ratio(f"{what}: {share}, hashes kept", rest["looking again"], rest["extraction"], judged=False)
+
+
+def _photos_and_copies(originals: list[Path], media: Path) -> Iterator[list[str]]:
+    """Names of the photos, of upright copies, and of copies in each other position, all of which are written here."""
+    media.mkdir(parents=True)
+    positions = {"photo": None, "upright": None} | {turn.name.lower(): turn for turn in Image.Transpose}
+    for name, turn in positions.items():
+        targets = [media / f"{name}-{path.name}" for path in originals]
+        for path, target in zip(originals, targets, strict=True):
+            if name == "photo":
+                shutil.copy(path, target)
+                continue
+            with Image.open(path) as photo:
+                copy = photo.convert("RGB") if turn is None else photo.convert("RGB").transpose(turn)
+                copy.save(target, "JPEG", quality=40)
+        yield [target.name for target in targets]
+
+
+def _gallery_of(names: list[str], features: NDArray[np.float32], model: Model) -> Gallery:
+    """A new gallery of some pictures, of which nothing is kept yet."""
+    folder = BUILD / "features" / model.path.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    claim_gallery(folder, model, IdScheme(ObjectIds.basename))
+    write_shard(folder, 0, features, names, model.fingerprint)
+    return open_gallery(folder)
+
+
 ALTERATIONS = ("re-encoded", "scaled", "cropped", "watermarked")
 
 
@@ -549,6 +629,7 @@ PARTS: dict[str, tuple[Callable[[int], Iterator[Figure]], int]] = {
     "near-duplicates": (near_duplicates, 100_000),
     "groups": (groups, 100_000),
     "copies": (copies, 250),
+    "turned": (turned, 250),
 }
 
 

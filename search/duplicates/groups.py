@@ -279,7 +279,7 @@ def find_groups(
     with TemporaryDirectory(prefix="ruiji-pairs-") as scratch:
         store = collect(gallery, threshold, arithmetic, Path(scratch), progress, panel_rows, tile_rows)
         rules = rules or Rules()
-        found = None if turned is None else turned.find(store.first, threshold, arithmetic, rules.different)
+        found = None if turned is None else turned.find(store.first, threshold, rules.different)
         if found is not None:
             store = PairStore([*store.parts, found.part()], store.first)
         return Groups(gallery, form_groups(gallery, store, rules, Path(scratch)), found)

@@ -1,9 +1,9 @@
 """Copies that were rotated by quarters or mirrored: candidates by a perceptual hash, decided by embedding.
 
-The hash is the signs of the low frequencies of a picture (`imagehash.phash`, 16 x 16 bits). To mirror a picture changes
-the sign of every second one, to rotate it changes rows and columns as well, so one hash says what it is in all eight
-positions. Two pictures whose hashes nearly agree in one of the seven others are candidates. The second one is turned
-back and embedded, and the cosine of that feature with the first one's row decides.
+The hash is the signs of a picture's low frequencies, 16 x 16 bits, as `imagehash.phash` makes them. To mirror a picture
+changes the sign of every second one, to rotate it changes rows and columns as well, so one hash says what it is in all
+eight positions. Two pictures whose hashes nearly agree in one of the seven others are candidates. The second one is
+turned back and embedded, and the cosine of that feature with the first one's row decides.
 """
 
 import os
@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
-import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,21 +26,24 @@ from search.duplicates.store import Pairs, Part, pair_keys
 from search.gallery.shards import Gallery
 from search.gallery.units import usable_rows
 from search.queries import open_picture
-from search.ranking.arithmetic import Arithmetic, Dense
 from search.ranking.exact import exact_pair_similarities
-from search.ranking.numpy_arithmetic import NumpyArithmetic
 
 Turn: TypeAlias = Image.Transpose
+Words: TypeAlias = NDArray[np.uint64]
 
-#: Bits of a hash a side, and the size of the grey picture that it is made of.
-_SIDE, _PICTURE = 16, 64
-#: Of 256 bits so many may differ. Turned copies that were re-encoded, scaled or watermarked differ in 62 at most, and
-#: other photos in 88 or more (31,125 pairs, eight positions). What is let through in vain only costs time.
+#: Bits of a hash a side, and the size of the grey picture that it is made of. A JPEG is decoded to an eighth for it.
+_SIDE, _PICTURE = 16, 32
+#: Of 256 bits so many may differ. Turned copies that were re-encoded, scaled or watermarked differ in 48 at most, and
+#: other photos in 90 or more (250 photos). What is let through in vain only costs time.
 _DIFFERENT_BITS = 80
 #: And so many of the 64 that mirroring leaves as they are.
 _DIFFERENT_EVEN_BITS = 20
-#: Pairs that all bits are looked at of together.
-_LOOKED_AT = 1 << 18
+#: Hashes that are compared at once, and with how many: what that takes fits into a core's cache.
+_SOME, _BEFORE = 32, 4096
+#: Pictures that a thread looks at in a row.
+_IN_A_ROW = 32
+#: What makes the lowest frequencies of a row of pixels, float64[16, 32].
+_COSINES = np.cos(np.pi * np.arange(_SIDE)[:, np.newaxis] * (2 * np.arange(_PICTURE) + 1) / (2 * _PICTURE))
 #: Pictures that are embedded together.
 _AT_ONCE = 32
 #: Columns of what is kept of a row: bytes and time of its file, and the hash.
@@ -136,14 +138,12 @@ class TurnedCopies:
         self,
         first: Rows,
         threshold: float,
-        arithmetic: Arithmetic | None = None,
         different: frozenset[tuple[int, int]] = frozenset(),
     ) -> TurnedPairs:
         """Find the pairs that reach the threshold if one of them is turned, and do not as they are.
 
         Args:
             first: for each row the one that stands for all that are equal, int64[n]; -1 for one that cannot be ranked.
-            arithmetic: what multiplies; changes speed, never the answer.
             different: pairs of rows that need not be looked at, the smaller one first.
 
         Raises:
@@ -153,7 +153,7 @@ class TurnedCopies:
         hashes, there = self._hashes(rows)
         names, rows, counts, hashes = names[there], rows[there], counts[there], hashes[there]
         found: list[tuple[Rows, Rows, NDArray[np.float64], Rows]] = []
-        for some, others, turns in _candidates(hashes, arithmetic or NumpyArithmetic()):
+        for some, others, turns in _candidates(hashes):
             wanted = pair_similarities(self._gallery, rows[some], rows[others]) < threshold
             if different:
                 alone = (counts[some] == 1) & (counts[others] == 1)
@@ -176,52 +176,51 @@ class TurnedCopies:
         order = np.argsort(rows, kind="stable")
         return names[order], rows[order], counts[order]
 
-    def _hashes(self, rows: Rows) -> tuple[Mask, Mask]:
-        """The hashes of some rows' pictures, bool[m, 16, 16], and which could be made, bool[m]."""
-        hashes, there = np.zeros((len(rows), _SIDE, _SIDE), bool), np.zeros(len(rows), bool)
+    def _hashes(self, rows: Rows) -> tuple[Words, Mask]:
+        """The hashes of some rows' pictures, uint64[m, 4], and which could be made, bool[m]."""
+        lines = np.zeros((len(rows), _COLUMNS), np.uint64)
         done = 0
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for shard, start in zip(self._gallery.shards, self._gallery.firsts, strict=True):
                 shape = (len(shard.features), _COLUMNS)
                 kept = None if shard.cache is None else shard.cache.read(layout.HASHES, "<u8", shape)
                 table = np.zeros(shape, np.uint64) if kept is None else np.array(kept)
-                here = range(*np.searchsorted(rows, [start, start + len(shard.features)]).tolist())
-                changed = False
-                lines = threads.map(
-                    self._line, rows[here.start : here.stop].tolist(), table[rows[here.start : here.stop] - start]
-                )
-                for place, line in zip(here, lines, strict=True):
-                    local = int(rows[place]) - start
-                    changed |= bool((line != table[local]).any())
-                    table[local] = line
-                    there[place] = line[0] > 0
-                    hashes[place] = np.unpackbits(line[2:].view(np.uint8)).reshape(_SIDE, _SIDE)
-                    done += 1
+                first, end = np.searchsorted(rows, [start, start + len(table)]).tolist()
+                local = rows[first:end] - start
+                lines[first:end] = table[local]
+                pieces = [slice(place, min(place + _IN_A_ROW, end)) for place in range(first, end, _IN_A_ROW)]
+                looked_at = threads.map(self._look, [rows[each] for each in pieces], [lines[each] for each in pieces])
+                for each, _ in zip(pieces, looked_at, strict=True):
+                    done += each.stop - each.start
                     self._progress(done, len(rows))
-                if changed and shard.cache is not None:
+                if (lines[first:end] != table[local]).any() and shard.cache is not None:
+                    table[local] = lines[first:end]
                     shard.cache.write(layout.HASHES, table)
+        there = lines[:, 0] > 0
         if lost := int((~there).sum()):
             self._say(f"warning: {lost} pictures could not be read, so no turned copies of them are looked for")
-        return hashes, there
+        return lines[:, 2:], there
 
-    def _line(self, row: int, known: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """What is kept of a row, uint64[6]: all zero if there is no such picture."""
-        line = np.zeros(_COLUMNS, np.uint64)
-        path = self._path(row)
-        try:
-            status = os.stat(path)
-        except OSError:
-            return line
-        line[:2] = status.st_size, status.st_mtime_ns
-        if (line[:2] == known[:2]).all():
-            return known
-        picture = open_picture(path, self._max_pixels, _PICTURE, upright=self._upright, mode="L")
-        if picture is None:
-            return np.zeros_like(line)
-        grey = picture.resize((_PICTURE, _PICTURE), Image.Resampling.BILINEAR)
-        bits = imagehash.phash(grey, _SIDE, _PICTURE // _SIDE).hash
-        line[2:] = np.packbits(bits).view(np.uint64)
-        return line
+    def _look(self, rows: Rows, lines: Words) -> None:
+        """Bring what is kept of some rows, uint64[m, 6], up to date: all zero if there is no such picture."""
+        pictures = {}
+        for place, row in enumerate(rows.tolist()):
+            path = self._path(row)
+            try:
+                status = os.stat(path)
+            except OSError:
+                lines[place] = 0
+                continue
+            of_file = status.st_size, status.st_mtime_ns
+            if tuple(lines[place, :2].tolist()) == of_file:
+                continue
+            picture = open_picture(path, self._max_pixels, _PICTURE, upright=self._upright, mode="L")
+            lines[place] = 0
+            if picture is not None:
+                lines[place, :2] = of_file
+                pictures[place] = np.asarray(picture.resize((_PICTURE, _PICTURE), Image.Resampling.BILINEAR))
+        if pictures:
+            lines[list(pictures), 2:] = _words(hash_pictures(np.stack(list(pictures.values()))))
 
     def _decided(self, some: Rows, others: Rows, turns: Rows) -> NDArray[np.float64]:
         """The similarities of pairs of rows, each second one turned back; -1 if its picture cannot be embedded."""
@@ -257,6 +256,14 @@ class TurnedCopies:
         return self._media_dir / path
 
 
+def hash_pictures(grey: NDArray[np.uint8]) -> Mask:
+    """The hashes of grey pictures, uint8[m, 32, 32] to bool[m, 16, 16]: which low frequencies are above the median."""
+    # Rounded, since a frequency that a picture does not have comes out as nearly 0.
+    frequencies = np.round(_COSINES @ grey @ _COSINES.T, 6)
+    above: Mask = frequencies > np.median(frequencies, axis=(1, 2), keepdims=True)
+    return above
+
+
 def hash_turned(hashes: Mask, turn: Turn) -> Mask:
     """The hashes of pictures in another position, bool[m, 16, 16]: the signs of their frequencies, rows downwards.
 
@@ -277,50 +284,51 @@ def hash_turned(hashes: Mask, turn: Turn) -> Mask:
     return turned[turn]()
 
 
-def _candidates(hashes: Mask, arithmetic: Arithmetic) -> Iterator[tuple[Rows, Rows, Rows]]:
+def _candidates(hashes: Words) -> Iterator[tuple[Rows, Rows, Rows]]:
     """Pairs of pictures whose hashes nearly agree once the second is turned back: both places, the turn; int64[m]."""
-    words = _words(hashes)
-    turned = {turn: _words(hash_turned(hashes, _BACK[turn])) for turn in Turn}
-    # Where row and column are even, mirroring changes nothing: two products stand for all seven positions.
-    even = hashes[:, ::2, ::2]
-    tile_rows = arithmetic.tiles(even[0].size).tile_rows if len(even) else 1
-    starts = range(0, len(hashes), tile_rows)
-    prepared = [arithmetic.prepare(_units(even[start : start + tile_rows]))[0] for start in starts]
-    for number, start in enumerate(starts):
-        across = arithmetic.prepare(_units(even[start : start + tile_rows].swapaxes(1, 2)))[0]
-        for side, turns in ((prepared[number], _MIRRORED), (across, _ACROSS)):
-            for before in range(number + 1):
-                for i, j in _alike(arithmetic, side, prepared[before]):
-                    some, others = starts[before] + j, start + i
-                    some, others = some[some < others], others[some < others]
-                    for turn in turns:
-                        near = np.bitwise_count(turned[turn][others] ^ words[some]).sum(axis=1) <= _DIFFERENT_BITS
-                        if near.any():
-                            yield some[near], others[near], np.full(int(near.sum()), int(turn))
+    bits = _bits(hashes)
+    turned = {turn: _words(hash_turned(bits, _BACK[turn])) for turn in Turn}
+    # Where row and column are even, mirroring changes nothing: two words stand for all seven positions.
+    even = _words(bits[:, ::2, ::2])[:, 0]
+    across = _words(bits[:, ::2, ::2].swapaxes(1, 2))[:, 0]
+
+    def of(start: int) -> tuple[Rows, Rows, Rows]:
+        found = [(np.empty(0, np.int64),) * 3]
+        for words, turns in ((even, _MIRRORED), (across, _ACROSS)):
+            for some, others in _alike(even, words, start):
+                for turn in turns:
+                    near = np.bitwise_count(turned[turn][others] ^ hashes[some]).sum(axis=1) <= _DIFFERENT_BITS
+                    if near.any():
+                        found.append((some[near], others[near], np.full(int(near.sum()), int(turn))))
+        some, others, turned_by = (np.concatenate(column) for column in zip(*found, strict=True))
+        return some, others, turned_by
+
+    starts = range(0, len(hashes), _SOME)
+    at_once = os.cpu_count() or 1
+    with ThreadPoolExecutor(at_once) as threads:
+        for first in range(0, len(starts), at_once):
+            yield from threads.map(of, starts[first : first + at_once])
 
 
-def _alike(arithmetic: Arithmetic, some: object, others: object) -> Iterator[tuple[Rows, Rows]]:
-    """Pairs of two sides that differ in few even bits, as places in these, a bounded number at once."""
-    # All values are multiples of 1/8, so no product is rounded: the answer is that of every arithmetic.
-    least = 1 - 2 * _DIFFERENT_EVEN_BITS / (_SIDE // 2) ** 2
-    for found in arithmetic.near(some, others, least):
-        if isinstance(found, Dense):
-            i, j = np.nonzero(found.cosines >= least)
-            i = i + found.first
-        else:
-            i, j = found.some[found.cosines >= least], found.others[found.cosines >= least]
-        for start in range(0, len(i), _LOOKED_AT):
-            yield i[start : start + _LOOKED_AT], j[start : start + _LOOKED_AT]
+def _alike(even: Words, turned: Words, start: int) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs of places of which few even bits differ: one before, and one of `_SOME` from `start` on that was turned."""
+    others = turned[start : start + _SOME, np.newaxis]
+    end = start + len(others)
+    for before in range(0, end, _BEFORE):
+        near = np.bitwise_count(others ^ even[before : min(before + _BEFORE, end)]) <= _DIFFERENT_EVEN_BITS
+        j, i = np.divmod(np.flatnonzero(near), near.shape[1])
+        i, j = before + i, start + j
+        yield i[i < j], j[i < j]
 
 
-def _units(bits: Mask) -> Float32:
-    value = np.float32(2 / _SIDE)
-    return np.where(bits.reshape(len(bits), -1), value, -value)
+def _words(bits: Mask) -> Words:
+    """Bits as words, uint64[m, bits / 64]."""
+    return np.packbits(bits.reshape(len(bits), -1), axis=1).view(np.uint64)
 
 
-def _words(hashes: Mask) -> NDArray[np.uint64]:
-    """The bits of hashes, uint64[m, 4]."""
-    return np.packbits(hashes.reshape(len(hashes), -1), axis=1).view(np.uint64)
+def _bits(words: Words) -> Mask:
+    """The bits of hashes, bool[m, 16, 16]."""
+    return np.unpackbits(words.view(np.uint8), axis=1).reshape(-1, _SIDE, _SIDE).astype(bool)
 
 
 def _joined(found: list[tuple[Rows, Rows, NDArray[np.float64], Rows]], first: Rows) -> TurnedPairs:

@@ -262,19 +262,16 @@ def turned_copies(
         max_pixels, say, progress: as `TurnedCopies` takes them.
 
     Raises:
-        UsageError: the gallery knows no paths, or there is no media folder or no library.
+        UsageError: the gallery knows no paths, or there is no media folder.
         GalleryMismatch, ModelError, MachineFault: as `load` raises them.
     """
     if gallery.fingerprint is None:
         raise UsageError("turned copies: this gallery has no gallery.json and does not know paths, only object ids")
     if not media_dir.is_dir():
         raise UsageError(f"turned copies: there is no media folder {media_dir}; mount it, or name another")
-    try:
-        from search.duplicates.turned import TurnedCopies
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"to find turned copies needs the library {error.name}: run make setup, or pip install 'ruiji[turned]'"
-        ) from None
+    # It loads Pillow, for which the search for other pairs has no use.
+    from search.duplicates.turned import TurnedCopies
+
     model, encoder = load()
     embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=max_pixels)
     return TurnedCopies(gallery, media_dir, embed, model.spec.exif_orientation, max_pixels, say, progress)

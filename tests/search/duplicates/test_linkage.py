@@ -15,7 +15,6 @@ from search.duplicates.linkage import Rules
 from search.gallery.shards import Gallery
 from search.options import Linkage
 from search.ranking.exact import exact_pair_similarities
-from tests.properties import examples
 from tests.search.galleries import in_memory
 
 
@@ -109,7 +108,7 @@ def cases(draw: st.DrawFn) -> tuple[Gallery, float, Rules]:
 
 @pytest.mark.parametrize("counted", [False, True], ids=["tables", "counts"])
 @pytest.mark.parametrize("dense", [False, True], ids=["pairs", "masks"])
-@settings(max_examples=examples(200))
+@settings(max_examples=200, deadline=None)
 @given(case=cases())
 def test_groups_and_what_lies_between_them_are_those_of_a_brute_force(
     dense: bool, counted: bool, case: tuple[Gallery, float, Rules]

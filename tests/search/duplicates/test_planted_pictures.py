@@ -20,8 +20,6 @@ from tests.chaos.harness import sized
 from tests.factories import tiny_model
 from tests.search.duplicates.test_clean_up import THRESHOLD, Home, near_pairs
 
-pytest.importorskip("imagehash", reason="pip install 'ruiji[turned]'")
-
 Features: TypeAlias = dict[str, NDArray[np.float32]]
 SIZE = (90, 70)
 

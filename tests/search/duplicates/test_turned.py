@@ -3,12 +3,12 @@
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +19,7 @@ from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.model import load_model
 from pipeline.settings import MAX_PIXELS
+from search.duplicates import turned
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.groups import Group
 from search.queries import embed_images, load_encoder
@@ -27,9 +28,6 @@ from search.requests.selection import Selection
 from search.views.output import GroupFormat, write_groups
 from tests.factories import tiny_model
 from tests.search.galleries import write_article_shard, write_gallery
-
-imagehash = pytest.importorskip("imagehash", reason="pip install 'ruiji[turned]'")
-turned = pytest.importorskip("search.duplicates.turned")
 
 THRESHOLD, ORIGINALS = 0.99, 12
 TURNS = list(Image.Transpose)
@@ -128,10 +126,40 @@ def test_each_position_has_the_right_words_and_hash(words: str, steps: list[Imag
         by_steps = by_steps.transpose(step)
     assert by_steps.tobytes() == picture.transpose(turn).tobytes()
     assert by_steps.transpose(turned._BACK[turn]).tobytes() == picture.tobytes()
-    grey = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 24), np.uint8)).resize((64, 64))
-    hashes = np.stack([imagehash.phash(each, 16, 4).hash for each in (grey, grey.transpose(turn))])
+    grey = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 24), np.uint8)).resize((32, 32))
+    hashes = turned.hash_pictures(np.stack([grey, grey.transpose(turn)]))
     assert (turned.hash_turned(hashes[:1], turn)[0] != hashes[1]).sum() <= 16
     assert (hashes[0] != hashes[1]).sum() > turned._DIFFERENT_BITS
+
+
+def test_hashes_are_those_of_imagehash() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    pictures = [Image.fromarray(each).resize((32, 32), Image.Resampling.BICUBIC) for each in noise]
+    pictures += [Image.new("L", (32, 32), color) for color in (0, 77, 255)]
+    expected = np.stack([imagehash.phash(each, 16, 2).hash for each in pictures])
+    assert (turned.hash_pictures(np.stack(pictures)) == expected).all()
+
+
+def test_candidates_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turned, "_BEFORE", 50)
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (30, 16, 16)).astype(bool)[rng.integers(0, 30, 300)]
+    for place, turn in enumerate(rng.permutation(np.arange(300) % 8)):
+        if turn < 7:
+            bits[place] = turned.hash_turned(bits[place : place + 1], TURNS[turn])[0]
+    bits ^= rng.random(bits.shape) < rng.choice([0.02, 0.15, 0.2], (300, 1, 1))
+    wanted = set()
+    for turn in TURNS:
+        back = turned.hash_turned(bits, turned._BACK[turn])
+        for other in range(300):
+            off = bits[:other] != back[other]
+            near = (off.sum(axis=(1, 2)) <= turned._DIFFERENT_BITS) & (
+                off[:, ::2, ::2].sum(axis=(1, 2)) <= turned._DIFFERENT_EVEN_BITS
+            )
+            wanted |= {(some, other, int(turn)) for some in np.flatnonzero(near).tolist()}
+    columns = [np.concatenate(column) for column in zip(*turned._candidates(turned._words(bits)), strict=True)]
+    found = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert len(wanted) > 500 and len(found) == len(wanted) and set(found) == wanted
 
 
 def test_similarities_are_those_of_the_picture_turned_back(request_of: NearDuplicatesRequest, tmp_path: Path) -> None:
@@ -248,7 +276,7 @@ def test_python_finds_the_same(request_of: NearDuplicatesRequest) -> None:
         gallery.near_duplicates(THRESHOLD, turned=True, media_dir=media)
 
 
-def test_what_it_needs_is_said(request_of: NearDuplicatesRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_needs_is_said(request_of: NearDuplicatesRequest) -> None:
     with pytest.raises(UsageError, match="--media-dir"):
         replace(request_of, media_dir=None)
     with pytest.raises(UsageError, match="--model"):
@@ -258,10 +286,6 @@ def test_what_it_needs_is_said(request_of: NearDuplicatesRequest, monkeypatch: p
     assert request_of.media_dir is not None
     with pytest.raises(UsageError, match="no media folder"):
         found(replace(request_of, media_dir=request_of.media_dir / "nowhere"))
-    monkeypatch.setitem(sys.modules, "imagehash", None)
-    monkeypatch.delitem(sys.modules, "search.duplicates.turned")
-    with pytest.raises(UsageError, match=r"ruiji\[turned\]"):
-        found(request_of)
 
 
 def test_a_gallery_without_paths_has_no_pictures(request_of: NearDuplicatesRequest, tmp_path: Path) -> None:
