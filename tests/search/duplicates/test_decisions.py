@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,8 @@ from tests.factories import wait_until
 from tests.search.galleries import write_article_shard
 
 TIME = "2026-11-29T08:00:00Z"
+#: The objects that deciders are told about.
+TOLD = [f"{number:04d}" for number in range(2000)]
 A = DecidedObject("cat/a.jpg", sha256="5f" * 32)
 B = DecidedObject("cat/ä b.jpg", sha256="c0" * 32, alone=True)
 C = DecidedObject("c.jpg")
@@ -236,19 +240,41 @@ def test_writers_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none_in_the_long_form(tmp_path: Path) -> None:
-    kill_deciders(tmp_path, sized(20, 200))
+    kill_deciders(shards(tmp_path), tmp_path, sized(20, 200))
 
 
 def test_killed_deciders_lose_no_decision_that_was_confirmed_and_invent_none(tmp_path: Path) -> None:
-    kill_deciders(tmp_path, 20)
+    kill_deciders(shards(tmp_path), tmp_path, 20)
 
 
-def kill_deciders(tmp_path: Path, kills: int) -> None:
-    """Two commands decide at a time; one after the other is killed at a random moment."""
-    ids = [f"{number:04d}" for number in range(2000)]
-    write_article_shard(tmp_path / "shards", 0, np.ones((len(ids), 2), np.float32), ids)
-    file, rng = tmp_path / "decisions.jsonl", random.Random(0)
-    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", tmp_path / "shards"]
+def shards(tmp_path: Path) -> Path:
+    """A gallery of all objects that deciders are told about."""
+    write_article_shard(tmp_path / "shards", 0, np.ones((len(TOLD), 2), np.float32), TOLD)
+    return tmp_path / "shards"
+
+
+def kill_deciders(
+    folder: Path,
+    tmp_path: Path,
+    kills: int,
+    options: Sequence[str | Path] = (),
+    decision: Callable[[str, str], dict[str, Any]] = lambda one, other: {
+        "decision": "different",
+        "objects": [one, other],
+    },
+) -> list[Decision]:
+    """Two commands decide at a time; one after the other is killed at a random moment.
+
+    Args:
+        folder: of the gallery, whose objects are `TOLD`.
+        options: of the command.
+        decision: about two objects; the first one is the gallery's.
+
+    Returns:
+        What is decided in the end.
+    """
+    file, rng = layout.decisions_file(folder), random.Random(0)
+    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", folder, *options]
 
     def start(number: int) -> tuple["subprocess.Popen[bytes]", threading.Thread, Path]:
         out = tmp_path / f"{number}.out"
@@ -264,8 +290,7 @@ def kill_deciders(tmp_path: Path, kills: int) -> None:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             for other in range(1000, 2000):
-                value = {"decision": "different", "objects": [f"{number:04d}", f"{other}"]}
-                process.stdin.write(json.dumps(value).encode() + b"\n")
+                process.stdin.write(json.dumps(decision(f"{number:04d}", f"{other}")).encode() + b"\n")
                 if rng.random() < 0.2:
                     process.stdin.flush()
                     threading.Event().wait(0.002)
@@ -285,8 +310,10 @@ def kill_deciders(tmp_path: Path, kills: int) -> None:
     process.kill()
     process.wait()
     thread.join()
-    found = [tuple(one.name for one in decision.objects) for decision in read_decisions(file)]
+    decided = read_decisions(file)
+    found = [[one.name for one in sorted(each.objects, key=lambda one: one.gallery or "")] for each in decided]
     for number, count in confirmed.items():
         own = [other for one, other in found if one == f"{number:04d}"]
-        assert own == ids[1000 : 1000 + len(own)], "only what was asked for, once, in its order"
+        assert own == TOLD[1000 : 1000 + len(own)], "only what was asked for, once, in its order"
         assert len(own) >= count > 0, "none is lost that was confirmed"
+    return decided
