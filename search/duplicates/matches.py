@@ -76,24 +76,26 @@ class Matches:
             self._apart.setdefault(row, set()).add(other)
         self._change: Callable[[Group], Group | None] = lambda group: group
         self._at_end: Callable[[], None] = lambda: None
+        self._count: int | None = None
 
     def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self._found())
         return self._count
-
-    @cached_property
-    def _count(self) -> int:
-        return sum(1 for _ in self._found())
 
     @property
     def objects(self) -> int:
         """How many objects of the gallery have a match."""
-        return self._count
+        return len(self)
 
     def __iter__(self) -> Iterator[Group]:
+        number = 0
         for number, (row, others) in enumerate(self._found(), 1):
             group = self._change(self._group(number, row, others))
             if group is not None:
                 yield group
+        # To count them would take as long again.
+        self._count = number
         self._at_end()
 
     def changed(self, change: Callable[[Group], Group | None], at_end: Callable[[], None]) -> "Matches":

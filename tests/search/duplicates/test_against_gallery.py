@@ -22,7 +22,7 @@ from pipeline.gallery import read_gallery
 from pipeline.model import load_model
 from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import read_decisions
-from search.duplicates.matches import Settled, find_matches
+from search.duplicates.matches import Matches, Settled, find_matches
 from search.duplicates.reference import join
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
@@ -525,6 +525,20 @@ def test_all_pairs_across_and_no_others_are_found(
     monkeypatch.setattr("search.duplicates.panels.find_pairs", None)
     again = find_matches(joined, threshold, settled, **given)
     assert [str(group) for group in again] == [str(group) for group in matches]
+
+
+def test_who_goes_through_the_groups_has_counted_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    pairs = Matches._pairs
+    monkeypatch.setattr(Matches, "_pairs", lambda self: passes.append(self) or pairs(self))
+    told = desk.card.run("near-duplicates", "--against-gallery", desk.archive.features)
+    assert told.stderr.endswith("2 objects have near-duplicates in the reference\n") and len(passes) == 1
+    counted = find_matches(
+        join(*(open_gallery(home.folder) for home in (desk.card, desk.archive)), "archive"),
+        THRESHOLD,
+        Settled(Decided([], {})),
+    )
+    assert (len(counted), counted.objects, len(list(counted))) == (2, 2, 2) and len(passes) == 3
 
 
 # What cannot be had.
