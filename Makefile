@@ -18,7 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos contract bench bench-search bench-serve check-models audit lint types format run redis worker up join scale list \
+.PHONY: help setup demo mnist test test-all browser test-page test-compose chaos fuzz contract bench bench-search bench-serve check-models audit lint types format run redis worker up join scale list \
 	enqueue status search ruiji logs down certificates lock clean
 
 help: ## Explain the targets
@@ -103,6 +103,11 @@ test-page: browser ## The tests of the service's pages, in Chromium, which is in
 
 chaos: .venv/dev ## Kills, lost Redis, full disks: the full numbers, for an hour (SHORT=1: ten minutes)
 	CHAOS=$(if $(SHORT),short,long) .venv/bin/python -m pytest -v -m chaos tests/chaos tests/pipeline/plans/test_interleavings.py tests/search/duplicates $(ARGS)
+
+# The same SEED tries the same examples as long as the code is the same.
+fuzz: .venv/dev ## Property tests with other examples than those of make test, and FUZZ=40 times as many (SEED=1, ARGS=FILE)
+	@seed=$$(echo $(or $(SEED),$$(od -An -N4 -tu4 /dev/urandom))); echo "SEED=$$seed"; \
+	FUZZ=$(or $(FUZZ),40) $(PYTEST) -m "hypothesis and not chaos" --hypothesis-seed=$$seed $(ARGS)
 
 # Their packages come before those of .venv, which serves the rest.
 contract: .venv/dev ## Does the queue fit other releases? (VERSIONS="celery==5.6.* kombu==5.6.*"; else the newest)

@@ -10,10 +10,13 @@ import pytest
 
 from pipeline.queue.connection import connect
 from pipeline.queue.embedded import embedded_redis
+from tests import properties
 from tests.factories import Ruiji, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+properties.set_up()
 
 
 @pytest.fixture(autouse=True)

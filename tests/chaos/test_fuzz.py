@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.choices import Reason
 from pipeline.errors import ImageError
 from pipeline.spec import PIXELS
-from tests.chaos.harness import sized
+from tests.chaos.harness import LONG, sized
 from tests.conftest import ROOT, SHARED
 from tests.workers.decode.test_images import SPEC
 from workers.decode.heif import PLUGIN
@@ -51,11 +51,7 @@ SEEDS = seeds()
 
 
 @given(data=st.data())
-@settings(
-    max_examples=sized(1500, 50_000),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=sized(1500, 50_000), derandomize=not LONG)
 def test_damaged_files_end_as_pixels_or_as_a_reason(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(SEEDS)))
     for _ in range(data.draw(st.integers(1, 10))):

@@ -4,12 +4,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, UsageError
 from pipeline.objects import Exclude, IdScheme, ObjectList, escaped, is_bad_name, prepare, read_lines
+from tests.properties import examples
 
 BASENAME, WHOLE_PATH = IdScheme(ObjectIds.basename), IdScheme(ObjectIds.path)
 
@@ -44,7 +45,7 @@ def test_repeated_lines_of_a_sorted_list_do_not_make_it_unsorted(tmp_path: Path)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["C"], exclude_characters="/"), min_size=5, max_size=9)))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25))
 def test_any_list_comes_out_as_its_sorted_set_of_bytes(tmp_path: Path, names: list[str]) -> None:
     lines = [f"d/x{name}" for name in names] or ["d/x.jpg"]
     objects = prepared(tmp_path, "\n".join(lines).encode(), WHOLE_PATH)
@@ -90,7 +91,7 @@ def test_an_unusable_line_fails_alone_in_a_form_that_no_path_has(
 
 
 @given(st.binary(min_size=1, max_size=12).filter(lambda line: not {0, 10} & set(line)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_the_escaped_form_is_a_legal_path_and_no_two_lines_share_it(line: bytes) -> None:
     form = escaped(line)
     assert WHOLE_PATH.problem(form.encode().removesuffix(b"/")) is None

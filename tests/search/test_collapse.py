@@ -15,6 +15,7 @@ from search.ranking.exact import exact_similarities
 from search.ranking.planner import Planner
 from search.ranking.rank import rank, rows_within
 from search.ranking.scan import Scan, numpy_scan
+from tests.properties import examples
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import KINDS, features_of
 
@@ -37,7 +38,7 @@ def brute_force(gallery: Gallery, query: Query, criteria: Criteria) -> list[tupl
     return list(shown.items())[: criteria.top_k]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     seed=st.integers(0, 2**32 - 1),
     kinds=st.integers(1, 8),

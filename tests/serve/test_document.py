@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import CHECKS
 
 from tests.factories import Ruiji
+from tests.properties import examples
 from tests.serve.conftest import start, write_served_gallery
 
 #: Endless by design.
@@ -16,6 +17,7 @@ STREAM = "/runs/events"
 REFUSED = {"POST /login": 409, "POST /retry": 409, "POST /decisions": 422, "POST /search": 422}
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("model_there", [True, False])
 def test_no_request_of_the_document_ends_in_a_500(ruiji: Ruiji, model_there: bool) -> None:
     write_served_gallery(ruiji)
@@ -38,10 +40,7 @@ def test_no_request_of_the_document_ends_in_a_500(ruiji: Ruiji, model_there: boo
 
         @hypothesis.given(case=operation.ok().as_strategy(), meant=st.booleans())
         @hypothesis.settings(
-            max_examples=40,
-            deadline=None,
-            database=None,
-            derandomize=True,
+            max_examples=examples(40),
             phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck),
         )

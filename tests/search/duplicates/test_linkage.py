@@ -15,6 +15,7 @@ from search.duplicates.linkage import Rules
 from search.gallery.shards import Gallery
 from search.options import Linkage
 from search.ranking.exact import exact_pair_similarities
+from tests.properties import examples
 from tests.search.galleries import in_memory
 
 
@@ -108,7 +109,7 @@ def cases(draw: st.DrawFn) -> tuple[Gallery, float, Rules]:
 
 @pytest.mark.parametrize("counted", [False, True], ids=["tables", "counts"])
 @pytest.mark.parametrize("dense", [False, True], ids=["pairs", "masks"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(case=cases())
 def test_groups_and_what_lies_between_them_are_those_of_a_brute_force(
     dense: bool, counted: bool, case: tuple[Gallery, float, Rules]

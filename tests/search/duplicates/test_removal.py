@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from search.duplicates.decided import Decided
 from search.duplicates.decisions import DecidedObject, Decision, Verdict
 from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, Why
+from tests.properties import examples
 
 TIME = "2026-11-29T08:00:00Z"
 
@@ -179,7 +180,7 @@ files = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(300), phases=[Phase.explicit, Phase.generate])
 @given(decisions, files, st.booleans())
 def test_no_sequence_of_decisions_lists_every_copy_of_a_content(
     decided: list[tuple[Verdict, list[tuple[str, str]]]],

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.evaluation.metrics import METRICS, Places, Tie, bootstrap, interpolated_precision, measure
+from tests.properties import examples
 
 KEYS = [metric.key for metric in METRICS]
 
@@ -79,7 +80,7 @@ def places_of(groups: list[tuple[int, ...]]) -> Places:
     return Places(ranks_of([one for group in groups for one in group]), tuple(ties))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(rankings())
 def test_ties_are_between_the_worst_and_the_best_order_and_expected_is_the_mean_of_all(
     groups: list[tuple[int, ...]],

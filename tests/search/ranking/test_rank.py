@@ -30,6 +30,7 @@ from search.ranking.exact import exact_angles, exact_similarities, exact_squared
 from search.ranking.rank import rank
 from search.ranking.scan import Batch, Candidates, numpy_scan
 from tests.factories import tiny_model
+from tests.properties import examples
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory, write_gallery
 
 D = 33
@@ -252,7 +253,7 @@ def test_rows_that_are_not_in_memory_are_asked_for_before_they_are_decided(
     assert gallery.in_memory()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     features=arrays(np.float32, st.tuples(st.integers(1, 24), st.just(5)), elements=st.floats(width=32)),
     query=arrays(np.float32, 5, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)).filter(np.any),

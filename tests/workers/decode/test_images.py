@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -19,6 +19,7 @@ from pipeline.errors import ImageError
 from pipeline.model import load_model
 from pipeline.spec import ModelSpec
 from tests.factories import picture, tiny_model
+from tests.properties import examples
 from workers.decode.images import decode, decode_whole, load_pixels, open_image
 from workers.encoder import to_input
 
@@ -193,7 +194,7 @@ def _valid(kind: str) -> bytes:
 
 
 @given(kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]), data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150))
 def test_damaged_files_never_raise_anything_else(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     content = bytearray(_valid(kind))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -221,7 +222,7 @@ def outcome(file: BinaryIO) -> bytes | str:
 
 
 @given(subsampling=st.sampled_from([0, 1, 2]), progressive=st.booleans(), data=st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100))
 def test_the_faster_jpeg_decoder_agrees_with_pillow_also_on_damaged_files(
     tmp_path: Path, subsampling: int, progressive: bool, data: st.DataObject
 ) -> None:

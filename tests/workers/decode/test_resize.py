@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.spec import RESIZE_FILTERS
+from tests.properties import examples
 from tests.workers.decode.test_images import LIMIT, SPEC
 from workers.decode import images
 from workers.decode import resize as resizing
@@ -67,7 +68,7 @@ def test_it_is_used_for_color_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     crop=st.tuples(*[st.floats(0, 1)] * 4),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_every_window_of_every_size_has_pillows_bits(
     filter_name: str, size: tuple[int, int], target: tuple[int, int], crop: tuple[float, ...], seed: int
 ) -> None:
