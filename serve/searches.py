@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -15,12 +16,12 @@ from search.arrays import Float32
 
 #: Searches that may wait. Two cores answer as many in some seconds; nobody waits longer for a page.
 MOST_WAITING = 256
-#: Queries that share a pass; up to so many, a pass costs little more than for one.
-_TOGETHER = 64
-
-#: After a pass that several shared, the next one waits for this part of its time. Those who were answered and ask again
-#: then share one pass with those who were waiting; without it they would take turns, in two passes of half as many.
-_GATHERED = 0.1
+#: Queries that share a pass. More would cost each of them less, and all of them the time of a long pass.
+_TOGETHER = 128
+#: After a pass that several shared, the next one waits for those who were answered, as long as they keep coming: until
+#: nobody came for this part of the pass's time, and at most so many times. Without it, who asks again a moment too late
+#: waits for two passes, and clients fall into groups that take turns.
+_QUIET, _MOST_QUIETS = 0.1, 10
 
 
 class Busy(RuijiError):
@@ -80,7 +81,8 @@ class Searches:
         self._pending = 0
         self._thread = ThreadPoolExecutor(1, "search")
         self._turns: asyncio.Task[None] | None = None
-        self._gathers_until = 0.0
+        # How many came so far, and what is set once so many wait as are expected.
+        self._came, self._expected, self._all_back = 0, 0, asyncio.Event()
         #: Passes over a gallery so far.
         self.passes = 0
 
@@ -108,6 +110,9 @@ class Searches:
     async def _in_turn(self, wanted: Wanted) -> tuple[ruiji.Hit, ...]:
         one = _Waiting(wanted, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
+        self._came += 1
+        if len(self._waiting) >= self._expected:
+            self._all_back.set()
         if self._turns is None:
             self._turns = asyncio.create_task(self._take_turns())
         try:
@@ -119,18 +124,15 @@ class Searches:
     async def _take_turns(self) -> None:
         try:
             while self._waiting:
-                await asyncio.sleep(max(0.0, self._gathers_until - time.monotonic()))
-                if not self._waiting:
-                    break
                 began = time.monotonic()
                 key = self._waiting[0].wanted.key
                 turn = [one for one in self._waiting if one.wanted.key == key][:_TOGETHER]
-                self._waiting = [one for one in self._waiting if one not in turn]
+                taken = set(turn)
+                self._waiting = [one for one in self._waiting if one not in taken]
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._answers, [one.wanted for one in turn]
                 )
-                ended = time.monotonic()
-                self._gathers_until = ended + _GATHERED * (ended - began) if len(turn) > 1 else ended
+                took = time.monotonic() - began
                 for one, answer in zip(turn, answers, strict=True):
                     if one.done.done():
                         continue
@@ -138,8 +140,25 @@ class Searches:
                         one.done.set_exception(answer)
                     else:
                         one.done.set_result(answer)
+                if len(turn) > 1:
+                    await self._gather(min(len(turn) + len(self._waiting), _TOGETHER), _QUIET * took)
         finally:
             self._turns = None
+
+    async def _gather(self, expected: int, quiet_s: float) -> None:
+        """Wait until so many searches wait, or nobody comes any more."""
+        if len(self._waiting) >= expected:
+            return
+        self._expected = expected
+        self._all_back.clear()
+        for _ in range(_MOST_QUIETS):
+            came, began = self._came, time.monotonic()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._all_back.wait(), quiet_s)
+                return
+            # A loop that is late still has answers to send and requests to read: that is no quiet.
+            if self._came == came and time.monotonic() - began < 2 * quiet_s:
+                return
 
     def _answers(self, wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...] | Exception]":
         """The hits of searches of one key; each one's own error if they fail together."""

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
@@ -100,6 +101,37 @@ def test_searches_that_wait_share_a_pass_and_one_that_fails_spoils_no_other(
         assert hits == gallery.search_vectors(feature, top_k=4).hits
     # The first comes alone, because nothing else was there yet.
     assert passes <= 2
+
+
+def test_clients_that_ask_again_one_after_the_other_share_every_pass(
+    gallery: ruiji_api.Gallery, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients, rounds, pass_s = 8, 6, 0.1
+    found, sizes = gallery.search_ids(ids[0], top_k=5).hits, list[int]()
+
+    def search(wanted: list[Wanted]) -> "list[tuple[ruiji_api.Hit, ...]]":
+        sizes.append(len(wanted))
+        time.sleep(pass_s)
+        return [found] * len(wanted)
+
+    monkeypatch.setattr("serve.searches._search", search)
+
+    async def ask() -> None:
+        searches = Searches()
+
+        async def client(number: int) -> None:
+            for _ in range(rounds):
+                await searches.hits(Wanted(gallery=gallery, query=ids[number], top_k=5, metric="cosine"))
+                # The last one asks again after a third of a pass.
+                await asyncio.sleep(pass_s / 3 * number / (clients - 1))
+
+        await asyncio.gather(*map(client, range(clients)))
+        searches.close()
+
+    asyncio.run(ask())
+    # If the next pass began before the last one asks again, it would take one pass and wait for the next.
+    assert len(sizes) <= rounds + 2, sizes
+    assert sum(sizes) == clients * rounds
 
 
 def test_beyond_the_bound_a_search_is_refused_and_one_that_is_left_costs_nothing(
