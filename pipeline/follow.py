@@ -10,7 +10,7 @@ from pathlib import Path
 import redis
 
 from pipeline import layout
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
 from pipeline.gallery import read_gallery
 from pipeline.queue.connection import broker_faults, connect, passes, refusal
 from pipeline.queue.embedded import url_of
@@ -28,10 +28,12 @@ class Look:
 
     Attributes:
         without_redis: why the disk alone was asked; None if Redis was asked too.
+        lost: whether there is a Redis, and it does not answer.
     """
 
     status: Status
     without_redis: str | None = None
+    lost: bool = False
 
 
 def look(
@@ -47,10 +49,10 @@ def look(
         exact: look at every file instead of at Redis' counters.
 
     Raises:
-        UsageError: nothing was ever enqueued into this folder. BrokerUnavailable: Redis went away meanwhile, or cannot
-            be reached to be watched.
+        UsageError: nothing was ever enqueued into this folder. BrokerUnavailable: what is to be watched needs a Redis
+            that cannot be reached, or went away meanwhile.
     """
-    client, without = redis_of_run(folder, state_dir), None
+    client, without, lost = redis_of_run(folder, state_dir), None, False
     of_run = client is not None
     if client is not None and watch:
         client = follow_run(folder, client)
@@ -60,13 +62,19 @@ def look(
         except RuijiError as error:
             if watch:
                 raise
-            without = str(error)
+            without, lost = str(error), isinstance(error, BrokerUnavailable)
         if watch and client is not None:
             follow(folder, client)
-    with broker_faults():
-        # A run that has just begun has no gallery yet.
-        beginning = of_run and read_gallery(folder) is None
-        return Look(STARTING if beginning else StatusReader(folder, client).read(exact), without)
+    # A run that has just begun has no gallery yet.
+    if of_run and read_gallery(folder) is None:
+        return Look(STARTING, without)
+    try:
+        with broker_faults():
+            return Look(StatusReader(folder, client).read(exact), without, lost)
+    except BrokerUnavailable as error:
+        if watch:
+            raise
+        return Look(StatusReader(folder, None).read(exact), str(error), lost=True)
 
 
 def follow(folder: Path, client: redis.Redis, *checks: Callable[[], None]) -> Status:

@@ -249,6 +249,7 @@ class Run(BaseModel):
     gallery: str
     status: dict[str, Any] = Field(description="As `ruiji status --json` prints it.")
     without_redis: str | None = Field(description="Why the disk alone was asked; null if Redis was asked too.")
+    redis_lost: bool = Field(description="Whether there is a Redis, and it does not answer.")
 
 
 class Retried(BaseModel):

@@ -17,11 +17,18 @@ let shownFailures = "";
 let asking = 0;
 
 const number = (value) => value.toLocaleString("en");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 const objects = (count) => `${number(count)} ${count === 1 ? "object" : "objects"}`;
 
 function listen() {
   const source = new EventSource(`/runs/events?${gallery}`);
   source.addEventListener("message", (event) => take(JSON.parse(event.data)));
+  source.addEventListener("late", () => {
+    element("progress").classList.add("stale");
+    tell("Redis or the disk does not answer. Trying again…", true);
+    element("beside").textContent = "These are the last figures that are known.";
+    run = null;
+  });
   source.addEventListener("unknown", (event) => unknown(JSON.parse(event.data).error));
   source.addEventListener("error", async () => {
     element("progress").classList.add("stale");
@@ -41,7 +48,7 @@ function listen() {
 function unknown(why) {
   run = null;
   tell("No run is known here.");
-  element("beside").textContent = `${why[0].toUpperCase()}${why.slice(1)}. This page goes on by itself when there is something to show.`;
+  element("beside").textContent = `${sentence(why)}. This page goes on by itself when there is something to show.`;
   for (const part of ["progress", "working", "failing"]) element(part).hidden = true;
 }
 
@@ -82,6 +89,10 @@ function headline() {
   const { status, without_redis: without } = run;
   const left = status.pending + status.running;
   const counted = without === null ? "" : `Counted from the disk (${without}).`;
+  if (run.redis_lost && status.plan !== null) {
+    const more = "What is done is counted from the disk. The run goes on by itself when Redis is back.";
+    return ["Redis does not answer: the run waits for it.", `${more} ${sentence(without)}.`, true];
+  }
   if (status.starting) return ["The run is starting: no object list was accepted yet.", counted];
   if (status.stopped !== null) return ["The run was stopped.", `${status.stopped} ${counted}`, true];
   if (status.plan !== null) {
@@ -111,12 +122,12 @@ function draw() {
   bar.setAttribute("aria-valuemax", status.objects);
   bar.setAttribute("aria-valuenow", status.done + status.failed);
   const left = status.pending + status.running;
-  const speed = rate();
+  const speed = run.redis_lost ? 0 : rate();
   const percent = Math.floor((100 * (status.done + status.failed)) / all);
   bar.setAttribute("aria-valuetext", `${percent} %, ${number(left)} objects left`);
   document.title = left ? `${percent} % · Run · ruiji` : "Run · ruiji";
   const facts = [["done", "Done", number(status.done)], ["failed", "Failed", number(status.failed)]];
-  if (status.plan !== null) facts.push(["running", "In hand", number(status.running)]);
+  if (status.plan !== null && run.without_redis === null) facts.push(["running", "In hand", number(status.running)]);
   facts.push(["", "Pending", number(status.pending)], ["", "Objects", number(status.objects)]);
   if (speed > 0) facts.push(["", "Per second", speed < 10 ? speed.toFixed(1) : number(Math.round(speed))]);
   if (speed > 0 && left) facts.push(["", "Time left", `about ${duration(left / speed)}`]);

@@ -20,6 +20,8 @@ from serve.service import Service
 
 #: Seconds between looks at a run, and looks after which a listener is told that the connection lives.
 _LOOK_S, _QUIET_LOOKS = 1.0, 15
+#: Seconds after which a look is late: Redis stands still, or the disk does.
+_LATE_S = 5.0
 #: Listeners to runs at most.
 _MOST_LISTENERS = 64
 router = APIRouter(responses=ERRORS)
@@ -47,9 +49,10 @@ async def runs(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
     responses={200: {"description": "An event for each change.", "content": {"text/event-stream": {}}}, **BUSY},
 )
 async def run_events(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
-    """The same, whenever it changes: server-sent events, each with the body of `/runs`, or an event `unknown`.
+    """The same, whenever it changes: server-sent events, each with the body of `/runs`, or one of two others.
 
-    `unknown` has an `error` that says why nothing can be told now: no run has begun, or Redis is away.
+    `unknown` has an `error` that says why nothing can be told: no run has begun. `late` comes while Redis or the disk
+    does not answer; what was told before may be over.
     """
     folder = service.galleries.folder(asked.gallery)
     if service.listeners >= _MOST_LISTENERS:
@@ -76,12 +79,16 @@ async def retry(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
 
 
 async def _events(service: Service, folder: Path) -> AsyncIterator[bytes]:
-    said, quiet = "", 0
+    said, quiet, looking = "", 0, None
     service.listeners += 1
     try:
         while not service.closing():
+            looking = asyncio.create_task(service.runs.get(folder))
+            if not (await asyncio.wait({looking}, timeout=_LATE_S))[0]:
+                said = "event: late\ndata: {}\n\n"
+                yield said.encode()
             try:
-                seen = await service.runs.get(folder)
+                seen = await looking
                 event = f"data: {to_json(_run(folder, seen).model_dump())}\n\n"
             except RuijiError as error:
                 event = f"event: unknown\ndata: {to_json({'error': str(error)})}\n\n"
@@ -94,7 +101,11 @@ async def _events(service: Service, folder: Path) -> AsyncIterator[bytes]:
             await asyncio.sleep(_LOOK_S)
     finally:
         service.listeners -= 1
+        if looking is not None:
+            looking.cancel()
 
 
 def _run(folder: Path, seen: Look) -> bodies.Run:
-    return bodies.Run(gallery=folder.name, status=seen.status.as_json(), without_redis=seen.without_redis)
+    return bodies.Run(
+        gallery=folder.name, status=seen.status.as_json(), without_redis=seen.without_redis, redis_lost=seen.lost
+    )

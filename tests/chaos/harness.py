@@ -5,6 +5,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -66,6 +67,15 @@ class Server:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def freeze(self) -> None:
+        """It answers nothing any more; connections are still taken."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def replace_by_an_empty_one(self) -> None:
         self.kill()

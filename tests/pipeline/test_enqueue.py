@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import redis
 
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
@@ -17,6 +18,7 @@ from pipeline.queue.connection import connect
 from pipeline.queue.keys import lease_key
 from pipeline.queue.leases import holding, lease
 from pipeline.segments import finish_plan, reduce_segment
+from tests.chaos.harness import redis_server
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail
 
@@ -67,6 +69,24 @@ def test_a_list_is_enqueued_carried_on_and_cancelled_without_redis(work: Extract
     assert closed is not None and closed.plan_id == first.plan.plan_id
     assert cancel(work.folder) is None
     assert status(work, tmp_path).status.plan is None
+
+
+def test_if_redis_dies_between_two_questions_the_disk_is_asked(
+    work: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = enqueue(work, None).plan
+    with redis_server(tmp_path / "redis") as server:
+
+        def connect_and_kill(url: str) -> redis.Redis:
+            client = connect(url)
+            server.kill()
+            return client
+
+        monkeypatch.setattr("pipeline.follow.connect", connect_and_kill)
+        seen = look(work.folder, tmp_path / "state", lambda: server.url)
+    assert plan is not None
+    assert (seen.lost, seen.status.pending, seen.status.plan) == (True, 6, plan.plan_id)
+    assert seen.without_redis is not None and seen.without_redis.startswith("trouble with Redis")
 
 
 def test_what_another_process_is_publishing_all_the_time_is_left_to_it(

@@ -7,6 +7,7 @@ from playwright.sync_api import Page, expect
 
 from pipeline.plans.files import open_plan
 from pipeline.plans.stops import stop_plan
+from tests.chaos.harness import redis_server
 from tests.factories import Ruiji, picture, pictures
 from tests.serve.conftest import start, write_served_gallery
 from tests.serve.page.conftest import Watch, check_accessible, check_fits
@@ -79,6 +80,43 @@ def test_a_run_is_followed_live_and_what_failed_is_tried_again(
     expect(page.locator("#said")).to_have_text(
         f"The run is finished: all {COUNT} objects are in the gallery.", timeout=SLOW_MS
     )
+
+
+def test_a_run_whose_redis_is_killed_or_stands_still_says_so_and_goes_on(
+    ruiji: Ruiji, tmp_path: Path, page: Page
+) -> None:
+    pictures(ruiji.media, COUNT, (1600, 1200), distinct=6)
+    ruiji.features.mkdir()
+    with redis_server(tmp_path / "redis") as server:
+        ruiji.environment = {"RUIJI_REDIS_URL": server.url, "RUIJI_SHARD_ROWS": "100"}
+        served = start(ruiji)
+        ruiji("enqueue")
+        page.goto(f"{served.origin}/run")
+        worker = ruiji.start("worker", "--processes", "1")
+        said, beside = page.locator("#said"), page.locator("#beside")
+        expect(said).to_have_text("The run is going on.", timeout=SLOW_MS)
+
+        server.kill()
+        expect(said).to_have_text("Redis does not answer: the run waits for it.", timeout=SLOW_MS)
+        expect(beside).to_contain_text("counted from the disk")
+        expect(beside).to_contain_text("Connection refused")
+        # What is in hand, and how fast it goes, is not known then.
+        expect(page.locator("#figures dt")).to_have_text(["Done", "Failed", "Pending", "Objects"])
+        assert int(figure(page, "Done")) + int(figure(page, "Pending")) == COUNT
+        check_accessible(page)
+        server.start()
+        expect(said).to_have_text("The run is going on.", timeout=SLOW_MS)
+        expect(beside).to_have_text("")
+
+        server.freeze()
+        expect(said).to_have_text("Redis or the disk does not answer. Trying again…", timeout=SLOW_MS)
+        expect(page.locator("#progress")).to_have_class("stale")
+        server.thaw()
+        expect(said).to_have_text("The run is going on.", timeout=SLOW_MS)
+        expect(said).to_have_text(f"The run is finished: all {COUNT} objects are in the gallery.", timeout=SLOW_MS)
+        expect(page.locator("#progress")).not_to_have_class("stale")
+        worker.terminate()
+        worker.wait(60)
 
 
 def test_without_redis_a_run_is_counted_from_the_disk_and_its_failures_come_in_parts(
