@@ -14,6 +14,10 @@ from pipeline.errors import UsageError
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+#: A larger whole number is none that somebody meant, and C has no place for it.
+_LARGEST = (1 << 31) - 1
+
+
 class Command(TyperCommand):
     """A command whose options and arguments all have a value.
 
@@ -25,7 +29,7 @@ class Command(TyperCommand):
         """Read the arguments.
 
         Raises:
-            BadParameter: one is empty, or a number is NaN or infinite.
+            BadParameter: one is empty, or a number is NaN, infinite or too large.
         """
         given = self.make_parser(ctx).parse_args(list(args))[0]
         rest = super().parse_args(ctx, args)
@@ -36,6 +40,8 @@ class Command(TyperCommand):
             for value in _values(ctx.params.get(name)):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
+                if isinstance(value, int) and abs(value) > _LARGEST:
+                    raise typer.BadParameter(f"it is beyond {_LARGEST}, and no such number is", ctx, parameter)
         return rest
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:

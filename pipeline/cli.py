@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -65,7 +66,8 @@ def _run() -> tuple[int, str]:
     except RuijiError as error:
         return error.exit_code, str(error)
     except typer.TyperException as error:
-        return error.exit_code, error.format_message()
+        # Choices stand in lines of their own.
+        return error.exit_code, re.sub(r"\s*\n\s*", " ", error.format_message())
     except OSError as error:
         return RuijiError.exit_code, _said(error)
     except SystemExit as end:
@@ -125,7 +127,9 @@ def run(
     model: settings.ModelFile,
     list_path: settings.ListFile = None,
     exclude: settings.Exclude = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="As --processes of ruiji worker.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, metavar="N", help="As --processes of ruiji worker.")
+    ] = None,
     device: settings.WorkerDevice = Device.auto,
     shard_rows: settings.ShardRows = settings.SHARD_ROWS,
     window_segments: settings.Window = None,

@@ -41,7 +41,8 @@ def read_env_file(path: Path) -> dict[str, str]:
         if not ours and name not in needed:
             continue
         bare = re.fullmatch(rf"\s*(?:export[ \t]+)?{_NAME}\s*(?:\#[^\r\n]*\s*)?", text)
-        if not bare and not _ALIKE.fullmatch(text):
+        # No environment can hold a null character.
+        if "\0" in text or not (bare or _ALIKE.fullmatch(text)):
             line = binding.original.line + re.match(r"\s*", text)[0].count("\n")  # type: ignore[index]
             raise UsageError(
                 f"{path}, line {line}: ruiji and docker compose would read it differently; write NAME=value or "

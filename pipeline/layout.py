@@ -84,7 +84,9 @@ FEATURES, DIGESTS, OBJECT_IDS, PATHS = SHARD_ENDINGS = (
 )
 RECORD: Final = "json"
 
-_SHARD: Final = r"(\d{4,})"
+# Each number has one name: `00007.json` and Arabic digits are none of ours.
+_SHARD: Final = "([0-9]{4}|[1-9][0-9]{4,})"
+_BROKEN = re.compile(_SHARD)
 _SHARD_RECORD = re.compile(rf"{_SHARD}\.{RECORD}")
 _SHARD_FEATURES = re.compile(rf"{_SHARD}\.{re.escape(FEATURES)}")
 _SHARD_FILE = re.compile(rf"{_SHARD}\.(?:{'|'.join(map(re.escape, (RECORD, *SHARD_ENDINGS)))})")
@@ -155,7 +157,7 @@ def _number(pattern: re.Pattern[str], name: str) -> int | None:
 #: and perceptual hashes of their pictures.
 NORMS, CODES, SCALES, FACTS, HASHES = CACHE_KINDS = ("norms", "codes", "scales", "facts", "hashes")
 
-_CACHE_FILE = re.compile(rf"\d{{4,}}\.[0-9a-f-]+\.(?:{'|'.join(CACHE_KINDS)})\.npy")
+_CACHE_FILE = re.compile(rf"{_SHARD}\.[0-9a-f-]+\.(?:{'|'.join(CACHE_KINDS)})\.npy")
 
 
 def cache_folder(folder: Path) -> Path:
@@ -185,7 +187,7 @@ def cached_shard(name: str) -> str:
     return name.partition(".")[0]
 
 
-_PAIRS_FILE = re.compile(r"pairs\.(\d{4,})\.([0-9a-f]{16})\.(\d[\de.-]*)\.(\d{4,})\.npy")
+_PAIRS_FILE = re.compile(rf"pairs\.{_SHARD}\.([0-9a-f]{{16}})\.([0-9][0-9e.-]*)\.{_SHARD}\.npy")
 
 
 def pairs_file(cache: Path, panel: int, key: str, threshold: float, part: int) -> Path:
@@ -285,7 +287,7 @@ def run_list_file(folder: Path) -> Path:
     return run_folder(folder) / OBJECT_LIST
 
 
-_GENERATION = re.compile(r"(\d{6,})\.json")
+_GENERATION = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
 def generations_folder(folder: Path) -> Path:
@@ -426,6 +428,11 @@ def broken_folder(folder: Path) -> Path:
 def broken_shard_folder(folder: Path, shard: int) -> Path:
     """The files of one broken shard."""
     return broken_folder(folder) / shard_name(shard)
+
+
+def broken_shard(name: str) -> int | None:
+    """The shard whose broken files lie in a folder of this name."""
+    return _number(_BROKEN, name)
 
 
 def _path_digest(path: str) -> str:

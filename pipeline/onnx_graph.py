@@ -24,7 +24,7 @@ def load_graph(path: Path) -> Any:
     """An ONNX file's graph, without weights that lie outside of the file.
 
     Raises:
-        ModelError: there is none, it cannot be read, or is no model.
+        ModelError: there is none, it cannot be read, or is no model; a name in it is no text.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -40,6 +40,9 @@ def load_graph(path: Path) -> Any:
         raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
     if graph is None or not graph.output:
         raise ModelError(f"{path} is not an ONNX model")
+    # What is not UTF-8 comes as bytes.
+    if not all(isinstance(value.name, str) for value in (*graph.input, *graph.output, *graph.initializer)):
+        raise ModelError(f"{path} is not an ONNX model: the name of a tensor is not UTF-8")
     return graph
 
 
@@ -51,7 +54,9 @@ def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
 
     def tensor(value: Any) -> Tensor:
         kind = value.type.tensor_type
-        dtype = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        names = onnx.TensorProto.DataType
+        known = kind.elem_type in names.values()
+        dtype = names.Name(kind.elem_type).lower() if known else f"of type {kind.elem_type}"
         shape = None
         if kind.HasField("shape"):
             shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim)
@@ -62,10 +67,14 @@ def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def external_files(graph: Any) -> set[str]:
-    """Files that hold weights outside the .onnx file, also those of subgraphs (If, Loop, Scan)."""
+    """Files that hold weights outside the .onnx file, also those of subgraphs (If, Loop, Scan).
+
+    Raises:
+        ModelError: a name is none that a file can have.
+    """
     import onnx
 
-    names: set[str] = set()
+    names: set[Any] = set()
     pending = [graph]
     while pending:
         current = pending.pop()
@@ -79,4 +88,7 @@ def external_files(graph: Any) -> set[str]:
         for tensor in tensors:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 names.update(entry.value for entry in tensor.external_data if entry.key == "location")
+    # What is not UTF-8 comes as bytes.
+    if bad := [name for name in names if not isinstance(name, str) or "\0" in name]:
+        raise ModelError(f"the model names {bad[0]!r} as a file of its weights, which no file can be called")
     return names

@@ -19,10 +19,14 @@ from pipeline.errors import RuijiError, UsageError
 
 
 def models_dir(given: Path | None = None) -> Path:
-    """The folder of the models that were added: as given, of the environment, or the user's data folder."""
-    named = given or os.environ.get("RUIJI_MODELS")
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(named) if named else Path(data) / "ruiji" / "models"
+    """The folder of the models that were added: as given, of the environment, or the user's data folder.
+
+    Raises:
+        UsageError: none is given, and the user has no home folder.
+    """
+    if named := given or os.environ.get("RUIJI_MODELS"):
+        return Path(named)
+    return _of_user("XDG_DATA_HOME", "share", "models", "RUIJI_MODELS (--models-dir)") / "models"
 
 
 def model_file(model: Path) -> Path:
@@ -191,6 +195,7 @@ Processes = Annotated[
         "--processes",
         envvar="RUIJI_PROCESSES",
         min=1,
+        max=1024,
         metavar="N",
         help="Embed processes; on CUDA for each GPU slot.  [default: one per core; one per two on CUDA, up to 8]",
     ),
@@ -223,6 +228,7 @@ Threads = Annotated[
         "--threads",
         envvar="RUIJI_THREADS",
         min=1,
+        max=1024,
         metavar="N",
         help="CPU threads per process.  [default: cores / processes]",
     ),
@@ -233,6 +239,7 @@ Slots = Annotated[
         "--slots",
         envvar="RUIJI_SLOTS",
         min=1,
+        max=1024,
         metavar="N",
         help="GPU slots that the worker takes at most.  [default: all that are free]",
     ),
@@ -308,17 +315,17 @@ def state_folder(state_dir: Path | None) -> Path:
     Raises:
         UsageError: none is given, and the user has no home folder.
     """
-    if state_dir is not None:
-        return state_dir
-    base = os.environ.get("XDG_STATE_HOME")
-    if base:
+    return state_dir or _of_user("XDG_STATE_HOME", "state", "state", "RUIJI_STATE_DIR (--state-dir)")
+
+
+def _of_user(variable: str, local: str, what: str, option: str) -> Path:
+    """Our folder among those that the XDG convention has for a user."""
+    if base := os.environ.get(variable):
         return Path(base) / "ruiji"
     try:
-        return Path.home() / ".local" / "state" / "ruiji"
+        return Path.home() / ".local" / local / "ruiji"
     except RuntimeError:
-        raise UsageError(
-            "this user has no home folder for ruiji's state; name a folder with RUIJI_STATE_DIR (--state-dir)"
-        ) from None
+        raise UsageError(f"this user has no home folder for ruiji's {what}; name a folder with {option}") from None
 
 
 def make_state_folder(state_dir: Path | None) -> Path:

@@ -25,6 +25,11 @@ REFERENCES: dict[str, tuple[str, ...]] = {
 DTYPES = ("float32", "float16", "uint8")
 #: How one vector comes out of the graph's output, and the shape that each takes.
 POOLINGS = {"none": "[n, d]", "cls": "[n, tokens, d]", "mean": "[n, tokens, d]", "map-mean": "[n, d, h, w]"}
+#: Pixels of a side of the input, and of what is cut out of it.
+LARGEST_SIDE = 8192
+#: What another input of a graph can be given: how `struct` writes it.
+_FLOATS = {"float16": "<e", "float32": "<f", "double": "<d"}
+_INTEGERS = {f"{sign}int{bits}": (sign, bits) for sign in ("", "u") for bits in (8, 16, 32, 64)}
 #: The ways from a file to pixels that there are, see `ModelSpec.pixels`: new galleries get the last one.
 PIXELS = (1, 2)
 _TOML_KEYS = {
@@ -342,8 +347,10 @@ def _layout(source: Tensor) -> str:
 
 
 def _size(what: str, in_graph: int | None, given: Any, default: int | None) -> int:
-    if given is not None and (type(given) is not int or not 0 < given <= 8192):
-        raise ModelError(f"{what} {given!r} is not a size in pixels")
+    if given is not None and (type(given) is not int or not 0 < given <= LARGEST_SIDE):
+        raise ModelError(f"{what} {given!r} is not a size in pixels, from 1 to {LARGEST_SIDE}")
+    if in_graph is not None and in_graph > LARGEST_SIDE:
+        raise ModelError(f"{what} is {in_graph} in its graph, and the largest that ruiji makes is {LARGEST_SIDE}")
     if in_graph is not None and given not in (None, in_graph):
         raise ModelError(f"{what} is {in_graph} in its graph and {given} in the .toml")
     size = in_graph or given or default
@@ -375,11 +382,16 @@ def _shape(name: str, value: Any, dtype: str) -> tuple[int, ...]:
         return (len(value), *shapes.pop())
     if not isinstance(value, bool | int | float):
         raise ModelError(f"[constants] {name}: {value!r} is not a number")
-    if dtype.startswith(("int", "uint")):
-        least, bits = (0 if dtype.startswith("u") else -1), int(dtype.lstrip("uint"))
+    if dtype in _INTEGERS:
+        sign, bits = _INTEGERS[dtype]
+        least = 0 if sign else -1
         # numpy would cut off what follows the point.
         if isinstance(value, float) or not least << (bits - 1) <= value < 1 << (bits + least):
             raise ModelError(f"[constants] {name}: {value!r} is no {dtype}, which its input takes")
+    elif dtype in _FLOATS:
+        _number(f"[constants] {name}:", int(value) if isinstance(value, bool) else value, dtype)
+    elif dtype != "bool" or value not in (0, 1):
+        raise ModelError(f"[constants] {name}: {value!r} is no {dtype}, which its input takes")
     return ()
 
 
@@ -427,16 +439,16 @@ def _length(target: Tensor, given: Any, pooling: str) -> int:
     return int(length)
 
 
-def _number(what: str, value: Any) -> float:
+def _number(what: str, value: Any, dtype: str = "float32") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ModelError(f"{what} {value!r} is not a number")
     try:
         # What it is in the model's input: too large for that, or too close to 0, it is another number there.
-        (single,) = struct.unpack("<f", struct.pack("<f", value))
+        (held,) = struct.unpack(_FLOATS[dtype], struct.pack(_FLOATS[dtype], value))
     except (OverflowError, struct.error):
-        single = math.inf
-    if not math.isfinite(single) or (single == 0) != (value == 0):
-        raise ModelError(f"{what} {value!r} is not a finite number that float32 can hold")
+        held = math.inf
+    if not math.isfinite(held) or (held == 0) != (value == 0):
+        raise ModelError(f"{what} {value!r} is not a finite number that {dtype} can hold")
     return float(value)
 
 

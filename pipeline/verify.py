@@ -329,7 +329,9 @@ def _broken_copies(folder: Path) -> Iterator[Finding]:
     place = layout.broken_folder(folder)
     for path in sorted(place.iterdir()) if place.is_dir() else []:
         name = str(path.relative_to(folder))
-        shard = int(path.name) if path.name.isdigit() else -1
+        if (shard := layout.broken_shard(path.name)) is None:
+            yield Finding("foreign", name, "nothing that a repair set aside", False)
+            continue
         try:
             made = read_record(folder, shard).rows
         except (FileNotFoundError, GalleryMismatch):

@@ -7,6 +7,7 @@ reasons why search reaches into `workers`; they are imported only when a query n
 import importlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,11 +270,14 @@ def text_queries(texts: Iterable[str], encoder: "TextEncoder", say: Callable[[st
         say: called with what is left out of words that are too long.
 
     Raises:
-        QueryError: nothing of some words is left as a token, or their feature cannot be ranked.
+        QueryError: some words are not all text, have no token that is known, or their feature cannot be ranked.
         ModelError: as the text tower raises it.
     """
     queries = []
     for text in texts:
+        if re.search("[\ud800-\udfff]", text):
+            # Of a terminal, a byte that is not UTF-8.
+            raise QueryError(f"the words {_quoted(text)} are not all text; write them in UTF-8")
         feature, tokens = encoder.encode(text)
         if not tokens.words:
             raise QueryError(f"the words {_quoted(text)} have nothing that the model's tokenizer knows")

@@ -9,11 +9,13 @@ import hmac
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import unquote
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -143,7 +145,9 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
                 headers.setdefault("cache-control", "no-store")
-            await send(message)
+            # The rest of the request was no HTTP, and the server has said so already.
+            with suppress(LocalProtocolError):
+                await send(message)
 
         headers = Headers(scope=scope)
         refused = self._refusal(scope["method"], scope["path"], headers)

@@ -1,6 +1,8 @@
 """The application: its routes behind their guard, and how errors are answered."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -70,15 +72,28 @@ async def _ruiji_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    unknown = error.status_code == 404 and error.detail == "Not Found"
-    said = f"there is no route {request.url.path}; /openapi.json has all" if unknown else error.detail
+    said = error.detail
+    if error.status_code == 404 and said == "Not Found":
+        said = f"there is no route {request.url.path}; /openapi.json has all"
+    elif error.status_code == 400 and error.__cause__ is not None:
+        # FastAPI's own words are that there was an error.
+        said = f"the body cannot be read: {error.__cause__}"
     return error_response(error.status_code, said, error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = [f"{' '.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in error.errors()]
-    return error_response(422, "; ".join(said))
+    return error_response(422, "; ".join(map(_fault, error.errors())))
+
+
+def _fault(one: Mapping[str, Any]) -> str:
+    """What is wrong with a request, of one of pydantic's errors."""
+    place, said = one["loc"], one["msg"]
+    if one["type"] == "json_invalid":
+        return f"the body is not JSON: {one['ctx']['error']} at character {place[-1]}"
+    if "UploadFile" in said:
+        said = "send it as a file, with a filename"
+    return f"{' '.join(map(str, place[1:])) or place[0]}: {said}"
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -265,28 +265,36 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
     """
     while True:
         now = current(folder)
-        bits: dict[int, bytes] = {}
-        ids: dict[int, frozenset[str]] = {}
-        failed: tuple[str, ...] = ()
+        files: list[tuple[str, bytes]] = []
         digest = hashlib.sha256()
         try:
             for name, data in _mark_files(now.marks_folder):
                 digest.update(f"{name} {len(data)}\n".encode())
                 digest.update(data)
-                if (shard := layout.bits_shard(name)) is not None:
-                    bits[shard] = data
-                elif (shard := layout.ids_shard(name)) is not None:
-                    ids[shard] = frozenset(data.decode().split("\n")[:-1])
-                else:
-                    failed = tuple(data.decode().split("\n")[:-1])
+                files.append((name, data))
         except FileNotFoundError:
             pass  # The next generation removes them.
         whole = now.objects is None or not now.objects.marks or now.objects.marks == digest.hexdigest()
         if current(folder).number != now.number:
             continue
-        if not whole:
-            raise GalleryMismatch(
-                f"{now.marks_folder}, which says what is no longer on the object list, is damaged; "
-                "run ruiji enqueue (or ruiji run) with the list, which writes it again"
-            )
-        return now, Marks(bits, ids, failed)
+        with suppress(UnicodeDecodeError):
+            if whole:
+                return now, _marks(files)
+        raise GalleryMismatch(
+            f"{now.marks_folder}, which says what is no longer on the object list, is damaged; "
+            "run ruiji enqueue (or ruiji run) with the list, which writes it again"
+        )
+
+
+def _marks(files: list[tuple[str, bytes]]) -> Marks:
+    bits: dict[int, bytes] = {}
+    ids: dict[int, frozenset[str]] = {}
+    failed: tuple[str, ...] = ()
+    for name, data in files:
+        if (shard := layout.bits_shard(name)) is not None:
+            bits[shard] = data
+        elif (shard := layout.ids_shard(name)) is not None:
+            ids[shard] = frozenset(data.decode().split("\n")[:-1])
+        else:
+            failed = tuple(data.decode().split("\n")[:-1])
+    return Marks(bits, ids, failed)

@@ -52,6 +52,9 @@ async def search(
     said: list[str] = []
     if (image is None) == (text is None or not text.strip()):
         raise QueryError("send a picture as image, or words as text")
+    sent = await request.form()
+    if len(sent.getlist("image")) > 1 or len(sent.getlist("text")) > 1:
+        raise QueryError("send one picture, or words once: there is one answer")
 
     async def query() -> Float32:
         if image is not None:

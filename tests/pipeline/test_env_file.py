@@ -1,5 +1,6 @@
 """`.env` is read as docker compose reads it, or refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.env_file import read_env_file
 from pipeline.errors import UsageError
@@ -81,3 +84,24 @@ def test_docker_compose_reads_all_of_them_alike(env_file: Path) -> None:
         assert answer.returncode == 0, (line, answer.stderr)
         value = json.loads(answer.stdout)["services"]["x"]["environment"]["VALUE"]
         assert value.replace("$$", "$") == expected, line
+
+
+@given(
+    st.lists(st.text() | st.text("RUIJI_XB=${}'\"\\# \t\r\n\0\x0b\u2028\u00e9") | st.just("RUIJI_X="), max_size=6).map(
+        "".join
+    )
+)
+def test_any_text_is_refused_or_gives_variables_that_an_environment_can_hold(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "any.env"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(UsageError):
+        for name, value in read_env_file(file).items():
+            os.environb[os.fsencode(name)] = os.fsencode(value)
+            del os.environ[name]
+
+
+@pytest.mark.parametrize("line", ["RUIJI_LIST=a\0b", "RUIJI_LIST='\0'", "B=\0\nRUIJI_LIST=${B}"])
+def test_a_null_character_is_refused(env_file: Path, line: str) -> None:
+    env_file.write_text(line)
+    with pytest.raises(UsageError, match="differently"):
+        read_env_file(env_file)

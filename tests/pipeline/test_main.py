@@ -79,9 +79,17 @@ def test_a_number_that_is_none_is_bad_input(
     assert f"'{arguments[-1]}'" in only_line(ruiji(*arguments, value, code=2).stderr)
 
 
+@pytest.mark.parametrize("digits", [10, 20, 400, 5000])
+def test_a_number_that_is_too_large_is_bad_input(ruiji: Ruiji, gallery: list[str], digits: int) -> None:
+    for command, option in (("enqueue", "--max-pixels"), ("worker", "--processes"), ("search", "--top-k")):
+        assert f"'{option}'" in only_line(ruiji(command, option, "9" * digits, code=2).stderr)
+
+
 def test_what_the_command_line_cannot_read_is_one_line(ruiji: Ruiji) -> None:
     for arguments in (["search", "--nope"], ["nope"], ["search", "--top-k", "many"], ["run", "--device", "tpu"]):
         only_line(ruiji(*arguments, code=2).stderr)
+    said = only_line(ruiji("model", "declare", "x.onnx", code=2).stderr)
+    assert "Choose from: stretch, crop, pad" in said
 
 
 def test_no_command_shows_the_help_and_is_bad_input(ruiji: Ruiji) -> None:

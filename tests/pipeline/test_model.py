@@ -1,17 +1,28 @@
 """The model contract: what is understood, what is refused, and what the fingerprint covers."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import onnx
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
 
 from pipeline.errors import ModelError
 from pipeline.model import describe_model, load_model, pixels_of, recall_model, why_another
-from pipeline.spec import ModelSpec
+from pipeline.onnx_graph import Tensor
+from pipeline.spec import LARGEST_SIDE, ModelSpec, resolve
+from pipeline.store import to_json
 from tests.factories import tiny_model
+from tests.properties import changed, damaged, examples
 
 
 def test_the_articles_names_need_no_further_word(tmp_path: Path) -> None:
@@ -313,3 +324,94 @@ def test_a_toml_may_begin_with_a_byte_order_mark_and_not_nest_without_end(tmp_pa
     path.with_suffix(".toml").write_bytes(b"\xef\xbb\xbf[input]\njpeg_draft = true\n")
     assert load_model(path).spec.jpeg_draft
     refused(tmp_path, "[input]\nmean = " + "[" * 5000 + "]" * 5000 + "\n", "cannot read")
+
+
+FULL = {
+    "input": {
+        "name": "pixels",
+        "layout": "NCHW",
+        "color": "RGB",
+        "height": 8,
+        "width": 8,
+        "fit": "crop",
+        "resize_size": 9,
+        "reference": "torchvision",
+        "resize": "bicubic",
+        "divisor": 255,
+        "mean": [0.0, 0.0, 0.0],
+        "std": [1.0, 1.0, 1.0],
+        "exif_orientation": True,
+        "jpeg_draft": False,
+        "pixels": 2,
+    },
+    "output": {"name": "feature", "length": 12, "pooling": "none", "skip_tokens": 0},
+    "constants": {"half": [1.0, 2.0], "whole": 3, "flag": True},
+}
+GRAPH_INPUTS = [
+    Tensor("pixels", "float32", (None, 3, None, None)),
+    Tensor("half", "float16", (2,)),
+    Tensor("whole", "int8", ()),
+    Tensor("flag", "bool", ()),
+]
+
+
+@given(changed(FULL))
+@settings(max_examples=examples(300))
+def test_any_declaration_is_a_spec_that_can_be_remembered_or_refused(declared: Any) -> None:
+    sections = declared.values() if isinstance(declared, dict) else [None]
+    # Sections that are none are refused where the .toml is read.
+    assume(all(isinstance(section, dict) for section in sections))
+    with contextlib.suppress(ModelError):
+        spec, _ = resolve(GRAPH_INPUTS, [Tensor("feature", "float32", (None, None))], declared, 2)
+        assert ModelSpec.from_values(msgspec.json.decode(to_json(spec.values))) == spec
+        assert 0 < spec.height <= LARGEST_SIDE and 0 < spec.width <= LARGEST_SIDE
+        for name, dtype in {"half": np.float16, "whole": np.int8, "flag": np.bool_}.items():
+            assert np.isfinite(np.asarray((spec.constants or {})[name], dtype)).all()
+
+
+@given(st.data())
+@settings(max_examples=examples(200))
+def test_any_damaged_graph_is_a_model_or_none(tmp_path: Path, data: st.DataObject) -> None:
+    whole = tiny_model(tmp_path / "m.onnx").read_bytes()
+    # Nodes and tensors are described before and after the weights.
+    begin, weights, end = whole[:200], whole[200:-250], whole[-250:]
+    (tmp_path / "m.onnx").write_bytes(data.draw(damaged(begin)) + weights + data.draw(st.just(end) | damaged(end)))
+    with contextlib.suppress(ModelError):
+        assert load_model(tmp_path / "m.onnx").fingerprint
+
+
+def changed_graph(path: Path, change: Callable[[Any], object]) -> Path:
+    model = onnx.load(tiny_model(path))
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def names_weights(name: str) -> Callable[[Any], None]:
+    def change(graph: Any) -> None:
+        tensor = graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda graph: setattr(graph.input[0].type.tensor_type, "elem_type", 999), "of type 999"),
+        (lambda graph: setattr(graph.input[0].type.tensor_type.shape.dim[1], "dim_value", 1 << 62), "the largest"),
+        (names_weights("a\0b"), "no file can be called"),
+    ],
+)
+def test_what_a_graph_cannot_say_is_refused(tmp_path: Path, change: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load_model(changed_graph(tmp_path / "m.onnx", change))
+
+
+def test_a_name_in_a_graph_has_to_be_text(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes().replace(b"inputs:0", b"inputs:\xff"))
+    with pytest.raises(ModelError, match="not UTF-8"):
+        load_model(path)

@@ -1,5 +1,6 @@
 """The one reader of `.npy` files: what it maps, what it refuses, and what it never does."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from pipeline.npy import NpyError, map_npy, npy_header
 from pipeline.store import write_atomic
+from tests.properties import damaged, examples
 
 
 def with_header(text: str, data: bytes = b"", version: int = 1) -> bytes:
@@ -134,3 +137,11 @@ def test_a_mapping_holds_no_descriptor_and_goes_with_its_array(tmp_path: Path) -
     assert all(array.tolist() == [0, 1, 2, 3] for array in arrays)
     del arrays
     assert "x.npy" not in Path("/proc/self/maps").read_text()
+
+
+@given(damaged(with_header(header(), _DATA)) | damaged(with_header(header())).map(lambda data: data + _DATA))
+@settings(max_examples=examples(200))
+def test_any_file_is_an_array_or_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.npy").write_bytes(data)
+    with contextlib.suppress(NpyError):
+        assert map_npy(tmp_path / "x.npy").array.tobytes() is not None

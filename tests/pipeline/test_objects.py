@@ -1,6 +1,8 @@
 """The object list: what is accepted, what is refused or fails alone, and the names made from it."""
 
+import contextlib
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,24 @@ def test_the_failure_of_a_bad_name_has_a_file_that_no_other_object_has() -> None
         outer, inner, name = scheme.nested("../x/", ".error.json").split("/")
         assert (len(outer), len(inner), name[:2]) == (2, 2, "%-")
     assert BASENAME.nested("%-x.jpg", ".npy") == "%-/x./%-x.jpg.npy"
+
+
+@given(
+    st.lists(
+        st.binary(max_size=20)
+        | st.sampled_from([b"\xef\xbb\xbf", b"a/../b", b"/a", b"./a", b"a\r", b"\xff", b"d//a", b"a"])
+    )
+)
+@settings(max_examples=examples(50))
+def test_any_file_is_a_list_or_refused(tmp_path: Path, lines: list[bytes]) -> None:
+    (tmp_path / "any").write_bytes(b"\n".join(lines))
+    scratch = Path(tempfile.mkdtemp(dir=tmp_path))
+    with contextlib.suppress(UsageError):
+        found = prepare(tmp_path / "any", scratch, WHOLE_PATH)
+        assert len(list(read_lines(found.path))) == found.lines
+
+
+@given(st.text(), st.text(min_size=1))
+def test_any_glob_is_one_or_refused(glob: str, path: str) -> None:
+    with contextlib.suppress(UsageError):
+        Exclude([glob]).takes_line(path)

@@ -1,15 +1,17 @@
 """Files on disk, byte by byte: what is here literally is the format, and a change is a change of format."""
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from pipeline import layout
 from pipeline.choices import ObjectIds
@@ -26,12 +28,14 @@ from pipeline.store import (
     read_record,
     recorded_shards,
     shard_contents,
+    to_json,
     versions_tag,
     write_atomic,
     write_error,
     write_feature,
     write_record,
 )
+from tests.properties import changed, damaged, examples, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BASENAME = IdScheme(ObjectIds.basename)
@@ -178,8 +182,8 @@ def test_error_files_come_back_to_their_plan_and_damaged_ones_do_not_count(tmp_p
     (tmp_path / "e.json").write_text('{"format": 1, "message": "m", "reason": "missing"}')
     assert read_error(tmp_path / "e.json", "1" * 16) is None
     assert read_error(tmp_path / "e.json", "1" * 16, unnamed=True) == ("missing", "m"), "as they were written before"
-    for damaged in ("{", "[]", '{"format": 1}', '{"format": 9}'):
-        (tmp_path / "e.json").write_text(damaged)
+    for text in ("{", "[]", '{"format": 1}', '{"format": 9}'):
+        (tmp_path / "e.json").write_text(text)
         assert read_error(tmp_path / "e.json", "0" * 16) is None
 
 
@@ -331,3 +335,37 @@ def test_a_folder_in_the_way_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MachineFault, match="directory"):
         write_atomic(tmp_path / "f", [b"x"])
     assert os.listdir(tmp_path) == ["f"]
+
+
+RECORD = Record(
+    7,
+    2,
+    1,
+    "float32",
+    dict.fromkeys(layout.SHARD_ENDINGS, "d"),
+    "fp",
+    "plan",
+    3,
+    {"numpy": "2"},
+    (Failure("b", "x/b", "missing", "there is no such file"),),
+)
+
+
+@given(changed(json.loads(to_json(asdict(RECORD)))).map(to_text) | damaged(to_json(asdict(RECORD))))
+@settings(max_examples=examples(200))
+def test_any_record_is_read_or_damaged(tmp_path: Path, data: bytes) -> None:
+    layout.record_file(tmp_path, 7).write_bytes(data)
+    with contextlib.suppress(GalleryMismatch):
+        assert read_record(tmp_path, 7).shard == 7
+
+
+def test_a_number_has_one_name(tmp_path: Path) -> None:
+    for name in ("0002.json", "00002.json", "\u0660\u0660\u0660\u0662.json", "0002.json.json"):
+        (tmp_path / name).write_text("{}")
+    assert recorded_shards(tmp_path) == [2]
+
+
+def test_a_pipe_in_the_place_of_a_shards_file_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0007.features.npy")
+    with pytest.raises(ShardCorrupt, match=r"no 0007\.features\.npy"):
+        check_shard(tmp_path, RECORD)

@@ -1,11 +1,15 @@
 """Annotation CSVs: how lines find their objects, and what is refused."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from search.labels import read_annotations
+from tests.properties import damaged, examples
 
 HEADER = "data_type,img_name,img_path,label,id\n"
 
@@ -95,3 +99,16 @@ def test_the_labelled_photos_are_all_found(shared_data: Path) -> None:
     read = read_annotations(photos / "anno.csv")
     for path in (photos / "gallery.txt").read_text().splitlines():
         assert read.label(Path(path).name, path) == Path(path).name.rpartition("_")[0]
+
+
+GOOD = b'img_path,label,id\r\n"a,b.png",cat,1\r\nd/c.png,dog,2\r\n'
+
+
+@given(damaged(GOOD) | st.binary() | st.text('img_path,label"\r\n\0\ufeffa/').map(str.encode))
+@settings(max_examples=examples(200))
+def test_any_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "labels.csv").write_bytes(data)
+    with contextlib.suppress(UsageError):
+        read = read_annotations(tmp_path / "labels.csv")
+        assert all(row.keys() == set(read.columns) for row in read.rows)
+        read.label("c.png", "d/c.png")

@@ -146,6 +146,7 @@ def test_words_that_are_too_long_are_said_and_those_without_a_token_refused(word
     with_words_again = words.model.path.with_suffix(".toml")
     with_words_again.write_text(with_words_again.read_text().replace("'none'", "'canonicalize'"))
     assert "have nothing that the model's tokenizer knows" in words.refused(QueryError, "--text", "?!")
+    assert "write them in UTF-8" in words.refused(QueryError, "--text", "a caf\udce9")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,42 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(served: Served) -
     assert served.get("/healthz").status == 200
 
 
+def test_what_is_no_http_is_refused_without_a_traceback(served: Served) -> None:
+    head = "Host: localhost\r\nOrigin: http://localhost\r\nContent-Type: application/json\r\n"
+    for route in ("retry", "duplicates/stop", "logout", "decisions"):
+        for _ in range(3):
+            with served.raw() as connection:
+                connection.sendall(f"POST /{route} HTTP/1.1\r\n{head}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode())
+                assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert served.get("/healthz").status == 200
+    assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "the body is not JSON: "),
+        (b"[" * 10_000, "the body cannot be read: maximum recursion depth exceeded"),
+        (b'{"decisions": ' + b"1" * 5000 + b"}", "the body cannot be read: Exceeds the limit"),
+        (b'"\xff"', "the body cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"", "body: Field required"),
+    ],
+)
+def test_why_a_body_is_not_understood_is_said(served: Served, body: bytes, said: str) -> None:
+    own = {"Origin": served.origin, "Content_Type": "application/json"}
+    answer = served.ask("POST", "/decisions", body, **own)
+    assert answer.status in (400, 422) and answer.error.startswith(said)
+
+
+def test_a_search_is_with_one_picture_that_is_a_file(served: Served) -> None:
+    own = {"Origin": served.origin, "Content_Type": "multipart/form-data; boundary=sep"}
+    text = b'--sep\r\nContent-Disposition: form-data; name="image"\r\n\r\nx\r\n'
+    file = text.replace(b'"image"', b'"image"; filename="x"')
+    for body, said in ((text, "image: send it as a file, with a filename"), (2 * file, "send one picture")):
+        answer = served.ask("POST", "/search", body + b"--sep--\r\n", **own)
+        assert answer.status == 422 and answer.error.startswith(said)
+
+
 def test_slow_clients_hold_up_nobody(served: Served) -> None:
     begun = []
     for _ in range(50):

@@ -1,13 +1,18 @@
 """Models are added with the preprocessing that lies beside them, read as the library that wrote it reads it."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import ModelError, UsageError
@@ -15,9 +20,11 @@ from pipeline.model import load_model
 from ruiji import Embedder, open_gallery
 from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.models.pictures import picture
+from tests.properties import changed, examples, to_text
 from tests.workers.decode.test_images import LIMIT
 from workers.decode.images import load_pixels
 from workers.encoder import to_input
+from workers.models.conventions import find_convention, toml_section
 from workers.models.library import add_model, added_models
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "fit.json").read_text())["conventions"]
@@ -412,3 +419,32 @@ def test_a_gallery_has_declared_its_model(ruiji: Ruiji, tmp_path: Path) -> None:
     asked = ruiji.media / names[0]
     best = json.loads(ruiji("search", str(asked), "--top-k", "1", "--format", "jsonl").stdout.splitlines()[0])
     assert best["object_id"] == asked.name
+
+
+CONVENTION_FILES = [
+    ("preprocessor_config.json", CLIP),
+    ("preprocessor_config.json", CLIP | {"crop_size": None, "crop_pct": 0.875} | CONVNEXT),
+    ("processor_config.json", {"image_processor": CLIP}),
+    ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"image_size": 224}}, "preprocess_cfg": OPEN_CLIP}),
+    ("preprocess_cfg.json", OPEN_CLIP | {"resize_mode": "longest", "fill_color": 114}),
+    *((case["file"], case["written"]) for case in RECORDED if "pretrained_cfg" in case["written"]),
+]
+
+
+@given(st.sampled_from(CONVENTION_FILES).flatmap(lambda case: st.tuples(st.just(case[0]), changed(case[1]))))
+@settings(max_examples=examples(300))
+def test_any_convention_is_followed_or_refused(tmp_path: Path, case: tuple[str, Any]) -> None:
+    file, written = case
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    (folder / file).write_bytes(to_text(written))
+    with contextlib.suppress(ModelError):
+        said = find_convention([folder])
+        tomllib.loads("\n".join(toml_section("input", said or {})))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"license": ' + "1" * 5000 + "}", "{}" + " " * (1 << 20), "é", "3"])
+def test_a_damaged_source_is_said_with_what_to_do(tmp_path: Path, text: str) -> None:
+    added = add_model(source_of(tmp_path / "theirs"), tmp_path / "models")
+    (added.path.parent / "source.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"source\.json.*; remove .* and add the model again"):
+        list(added_models(tmp_path / "models"))

@@ -1,24 +1,30 @@
 """`ruiji model add` keeps the text tower of a folder, with what its convention says of words, or says why not."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import ModelError, UsageError
 from pipeline.model import load_model
 from pipeline.text_spec import read_text_spec
 from tests.factories import Ruiji
 from tests.models.hub import Hub
+from tests.properties import changed, examples, to_text
 from tests.words import text_graph, trained_tokenizer, with_words
 from tests.workers.test_model_library import CLIP, exported
+from workers.models.conventions import toml_section
 from workers.models.library import Added, add_model
-from workers.models.words import text_files
+from workers.models.words import _convention, text_files
 from workers.words import TextEncoder
 
 STATED: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<pad>"}
@@ -326,3 +332,25 @@ def test_a_command_that_is_ended_while_it_completes_leaves_a_model_that_works(
             assert (spec is not None) == (function == "replace" and not before)
             assert [path.name for path in models.iterdir()] == ["clip"]
     assert add_model(both, models, "clip").has_words
+
+
+@given(
+    changed(STATED),
+    changed(CONFIG),
+    st.none() | changed({"model_cfg": {"text_cfg": FOREIGN | {"tokenizer_kwargs": {"clean": "lower"}}}}),
+)
+@settings(max_examples=examples(150))
+def test_whatever_lies_beside_a_tower_it_is_followed_or_refused(
+    tmp_path: Path, stated: Any, config: Any, open_clip: Any
+) -> None:
+    folder = tmp_path / "theirs"
+    if not folder.exists():
+        hugging_face(folder)
+    (folder / "tokenizer_config.json").write_bytes(to_text(stated))
+    (folder / "config.json").write_bytes(to_text(config))
+    (folder / "open_clip_config.json").write_bytes(to_text(open_clip))
+    if open_clip is None:
+        (folder / "open_clip_config.json").unlink()
+    with contextlib.suppress(ModelError):
+        said = _convention(folder / "onnx" / "text_model.onnx", "image_embeds")[1]
+        tomllib.loads("\n".join(toml_section("text", said)))

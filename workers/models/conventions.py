@@ -6,15 +6,19 @@ approximated: a wrong value gives no error, only worse hits.
 
 import json
 import math
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
+from pipeline.spec import LARGEST_SIDE
 
 #: A convention has some hundred bytes.
 _MAX_BYTES = 1 << 20
+#: What a crop keeps of a side; with less than this nothing of a picture would be left.
+_LEAST_PART = 1 / 1024
 #: Pillow's numbers for its filters, which transformers keeps.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 #: Image processors of transformers that crop unless they are told not to, those that stretch, and one that does either.
@@ -90,15 +94,18 @@ class _Keys:
     def part(self, key: str, default: Any = ...) -> float:
         """How much of a side a crop keeps."""
         value = self.number(key, default)
-        if not 0 < value <= 1:
-            raise self.refuse(f"{key} is {value:g}, and the part of a side that is kept is above 0 and at most 1")
+        if not _LEAST_PART <= value <= 1:
+            raise self.refuse(f"{key} is {value:g}, and the part of a side that is kept is from {_LEAST_PART:g} to 1")
         return value
 
     def side(self, key: str, value: Any) -> int:
         if isinstance(value, list) and len(set(map(str, value))) == 1:
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(f"{key} is {value!r}; ruiji takes one whole number of pixels, or the same one twice")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIDE:
+            raise self.refuse(
+                f"{key} is {value!r}; ruiji takes one whole number of pixels, at most {LARGEST_SIDE}, or the same one "
+                "twice"
+            )
         return value
 
     def sides(self, key: str, value: Any, square: Any) -> dict[str, int]:
@@ -131,9 +138,19 @@ class _Keys:
 
 
 def toml_section(name: str, values: dict[str, Said]) -> list[str]:
-    """The lines of one section of a `<model>.toml`, with the origin of each value."""
-    # JSON's strings, numbers and lists are TOML's.
+    """The lines of one section of a `<model>.toml`, with the origin of each value.
+
+    Raises:
+        ModelError: a value is none that TOML has.
+    """
+    # JSON's strings, numbers and lists are TOML's; its null, NaN and halves of surrogate pairs are not.
     written = {key: f"{key} = {json.dumps(value.value)}" for key, value in values.items()}
+    for key, line in written.items():
+        try:
+            tomllib.loads(line)
+        except ValueError:
+            origin = one_line(values[key].origin)
+            raise ModelError(f"{key} is {values[key].value!r} ({origin}), which ruiji cannot follow") from None
     width = max(map(len, written.values()), default=0)
     return [f"[{name}]", *(f"{line:<{width}}  # {one_line(values[key].origin)}" for key, line in written.items())]
 
@@ -175,12 +192,36 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
-        value = json.loads(data) if len(data) <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(data, parse_int=_whole) if len(data) <= _MAX_BYTES else None
+        # Halves of surrogate pairs are no text.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not one JSON object of less than 1 MB")
     return value
+
+
+def _whole(digits: str) -> int:
+    """A whole number that a float can hold: who calculates with it need not ask."""
+    value = int(digits)
+    float(value)
+    return value
+
+
+def inner_object(values: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """The JSON object under a key; empty if there is none.
+
+    Args:
+        name: the file, for the message.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    value = values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ModelError(f"{name}: {key} is {value!r}, not an object")
+    return value or {}
 
 
 def _colors(keys: _Keys, mean: str, std: str) -> Iterator[tuple[str, Said]]:

@@ -25,7 +25,7 @@ from pipeline.store import write_atomic
 from workers.encoder import Encoder, measured_length
 from workers.models import architectures
 from workers.models.check import Comparison, check_model, folder_pipeline
-from workers.models.conventions import CONVENTIONS, Said, find_convention, one_line, toml_section
+from workers.models.conventions import CONVENTIONS, Said, find_convention, one_line, read_object, toml_section
 from workers.models.hub import PREFIX, hub_source
 from workers.models.source import Source, copy_graph, files_of, local_source
 from workers.models.transformers_export import has_weights_alone, transformers_source
@@ -350,12 +350,9 @@ def _complete(target: Path, again: Model, facts: dict[str, Any]) -> None:
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / layout.MODEL_SOURCE
     try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}; remove {folder} and add the model again") from None
-    if not isinstance(facts, dict):
-        raise ModelError(f"{path} is not a JSON object; remove {folder} and add the model again")
-    return facts
+        return read_object(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; remove {folder} and add the model again") from None
 
 
 def _read(folder: Path) -> Added:

@@ -14,7 +14,7 @@ from pipeline.errors import ModelError
 from pipeline.model import Model
 from pipeline.onnx_graph import graph_tensors, load_graph
 from pipeline.text_spec import TextSpec, read_text_spec
-from workers.models.conventions import Said, read_object, toml_section
+from workers.models.conventions import Said, inner_object, read_object, toml_section
 from workers.models.source import copy_graph
 from workers.words import TextEncoder, prove_text, token_number
 
@@ -141,7 +141,8 @@ def _convention(text: Path, pictures: str) -> tuple[Path, dict[str, Said]]:
     if tokenizer is None:
         raise ModelError(f"there is no {TOKENIZER} beside {text}")
     values = {name: {} if path is None else read_object(path) for name, path in found.items() if name != TOKENIZER}
-    inside, outside = values["config.json"], values["open_clip_config.json"].get("model_cfg", {})
+    inside = values["config.json"]
+    outside = inner_object(values["open_clip_config.json"], "model_cfg", "open_clip_config.json")
     open_clip = next((one["text_cfg"] for one in (outside, inside) if isinstance(one.get("text_cfg"), dict)), None)
     stated = values[STATED]
     if (side := stated.get("truncation_side")) not in (None, "right"):
@@ -175,7 +176,7 @@ def _beside(text: Path, name: str) -> Path | None:
 
 def _open_clip(config: dict[str, Any], stated: dict[str, Any], tokenizer: Path) -> dict[str, Said]:
     """`text_cfg`, of open_clip and immich."""
-    options = config.get("tokenizer_kwargs") or {}
+    options = inner_object(config, "tokenizer_kwargs", "text_cfg")
     if odd := sorted(key for key, value in options.items() if key != "clean" and value):
         raise ModelError(f"tokenizer_kwargs has {', '.join(odd)}, which ruiji does not know how to follow")
     if mode := config.get("tokenizer_mode"):
@@ -208,12 +209,13 @@ def _hugging_face(config: dict[str, Any], stated: dict[str, Any], tokenizer: Pat
         raise ModelError(f"do_lower_case is False, and ruiji can only do True for {kind}")
     inner = config.get("text_config")
     positions = inner.get("max_position_embeddings") if isinstance(inner, dict) else None
-    told = [value for value in (positions, stated.get("model_max_length")) if value is not None and value < _NO_LENGTH]
+    lengths = [_length(value) for value in (positions, stated.get("model_max_length")) if value is not None]
+    told = [value for value in lengths if value < _NO_LENGTH]
     if len(set(told)) > 1:
         raise ModelError(f"config.json and tokenizer_config.json contradict each other in the length: {told}")
     origin = "config.json, tokenizer_config.json" if told else f"the default of {kind}"
     return {
-        "length": Said(_length(told[0] if told else length), origin),
+        "length": Said(told[0] if told else length, origin),
         "pad_id": _padding(stated, tokenizer),
         "padding_side": _side(stated, side),
         "reference": Said("huggingface", "tokenizer_config.json: tokenizer_class"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from pipeline import layout
 from pipeline.choices import ObjectIds
@@ -29,6 +30,7 @@ from search.duplicates.decisions import (
 from tests.chaos.harness import sized
 from tests.conftest import ROOT
 from tests.factories import wait_until
+from tests.properties import changed, damaged, examples, to_text
 from tests.search.galleries import write_article_shard
 
 TIME = "2026-11-29T08:00:00Z"
@@ -317,3 +319,17 @@ def kill_deciders(
         assert own == TOLD[1000 : 1000 + len(own)], "only what was asked for, once, in its order"
         assert len(own) >= count > 0, "none is lost that was confirmed"
     return decided
+
+
+SOUND = json.loads(BYTES.splitlines()[0])
+
+
+@given(changed(SOUND).map(to_text) | damaged(to_text(SOUND)))
+@settings(max_examples=examples(200))
+def test_any_line_is_a_decision_or_damaged(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "decisions.jsonl"
+    file.write_bytes(to_text(SOUND) + b"\n")
+    before = read_decisions(file)
+    file.write_bytes(to_text(SOUND) + b"\n" + data + b"\n")
+    with contextlib.suppress(GalleryMismatch):
+        assert read_decisions(file)[:1] == before
