@@ -282,7 +282,10 @@ def _problem(objects: Sequence[DecidedObject]) -> str | None:
             return "an object has neither path nor id"
         if one.sha256 is not None and not _SHA256.fullmatch(one.sha256):
             return f"{one.sha256!r} is no sha256"
-        path = (one.path or "").encode("utf-8", "surrogateescape")
+        try:
+            path = (one.path or "").encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            return f"{one.path!r} is no path"
         if path and (problem := _PATHS.problem(path)):
             return f"{one.path!r}: {problem}"
     return None
