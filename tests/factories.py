@@ -79,7 +79,7 @@ def pictures(media_dir: Path, count: int, size: tuple[int, int] = (16, 12), dist
     return paths
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = "the condition") -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 180.0, what: str = "the condition") -> None:
     """Poll until the condition holds; fail loudly where it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -174,7 +174,7 @@ class Ruiji:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         for process in self._started:
-            process.wait(timeout=90)
+            process.wait(timeout=180)
 
     def status(self) -> Status:
         """The accounting, read in this process: quick enough to poll while workers work."""

@@ -106,5 +106,5 @@ def test_workers_find_the_gallery_that_was_made_anew_in_their_folder(ruiji: Ruij
     ruiji.start("worker", "--processes", "1")
     ruiji("enqueue", "--wait")
     shutil.rmtree(ruiji.gallery)
-    ruiji("enqueue", "--wait", timeout_s=60)
+    ruiji("enqueue", "--wait")
     assert ruiji.status().done == 6

@@ -63,7 +63,7 @@ def test_a_state_folder_is_taken_until_the_server_has_ended_and_keeps_its_queue(
         assert "destroy its queue" in ruiji("redis", code=2).stderr
     finally:
         server.resume()
-    server.wait(timeout=30)
+    server.wait(timeout=180)
     _, again = started(ruiji)
     assert connect(again).get("queued") == "1"
 
@@ -75,7 +75,7 @@ def test_who_was_connected_finds_the_next_server(ruiji: Ruiji) -> None:
     worker = ruiji.start("worker", "--processes", "1", "--role", "embed")
     wait_until(lambda: list(ruiji.state.glob("ready/*")), what="the worker")
     command.terminate()
-    command.wait(timeout=30)
+    command.wait(timeout=180)
     _, again = started(ruiji)
     assert again == url
     ruiji.start("worker", "--role", "reduce")
@@ -97,7 +97,7 @@ def test_a_server_that_dies_ends_ruiji_redis_and_takes_its_address_along(
 ) -> None:
     command, _ = started(ruiji)
     server_of(command.pid).kill()
-    assert command.wait(timeout=30) == 1
+    assert command.wait(timeout=180) == 1
     assert not (ruiji.state / "redis.url").exists()
     said = capfd.readouterr().err
     assert "the embedded Redis has died (exit code -9)" in said and "run it again" in said

@@ -230,4 +230,4 @@ def test_the_demo_ends_as_the_service_of_its_gallery(tmp_path: Path) -> None:
                 assert json.load(answer)["galleries"][0]["objects"] == 1000
         finally:
             running.send_signal(signal.SIGINT)
-        assert running.wait(timeout=30) == 0
+        assert running.wait(timeout=180) == 0

@@ -61,11 +61,11 @@ def test_a_publishing_that_was_cut_off_is_done_again(chords: Chords, segments: S
 def test_a_slow_folder_costs_the_lease_nothing(
     chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
+    monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 2)
     look = Plan.is_done
 
     def slow(self: Plan, segment: Segment, path: str) -> bool:
-        time.sleep(0.2)
+        time.sleep(0.7)
         return look(self, segment, path)
 
     monkeypatch.setattr(Plan, "is_done", slow)

@@ -115,7 +115,7 @@ def start(ruiji: Ruiji, *arguments: str, log: Path | None = None) -> Served:
         assert process.poll() is None, log.read_text()
         return re.search(r"^http://\S+:(\d+) answers", log.read_text(), re.MULTILINE)
 
-    wait_until(address, 120, "the service's start")
+    wait_until(address, what="the service's start")
     found = address()
     assert found
     return Served(process, int(found[1]), log)

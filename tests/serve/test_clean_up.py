@@ -291,7 +291,7 @@ def test_one_comparison_runs_at_a_time_and_ends_with_the_service(ruiji: Ruiji) -
     send(served, "/duplicates/compare?threshold=0.5")
     (child,) = comparers(served)
     served.process.terminate()
-    assert served.process.wait(60) == 0
+    assert served.process.wait(180) == 0
     assert not Path(f"/proc/{child}").exists()
     assert "Traceback" not in served.log.read_text()
 

@@ -113,7 +113,7 @@ def test_a_map_is_made_once_for_all_who_ask_and_they_are_told_how_far_it_is(
         makers.append(threading.current_thread())
         step(7, 90)
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(180)
         return np.zeros((len(rows), 2), np.float32)
 
     monkeypatch.setattr("search.maps.store.principal_plane", slow)

@@ -327,7 +327,7 @@ def test_it_ends_in_order_with_what_it_has_in_hand(serve: Callable[..., Served])
         listener.sendall(b"GET /runs/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert listener.recv(100).startswith(b"HTTP/1.1 200")
         served.process.send_signal(number)
-        assert served.process.wait(60) == 0
+        assert served.process.wait(180) == 0
         assert "Traceback" not in served.log.read_text()
         wait_until(lambda there=decoders: not any(map(psutil.pid_exists, there)), what="the decoders' end")
         listener.close()

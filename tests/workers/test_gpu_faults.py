@@ -71,7 +71,7 @@ def test_a_gpu_that_fails_for_good_is_left_given_up_and_taken_again(
     status = ruiji.status()
     assert (status.done, status.failed, given_up()) == (12, 0, [])
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(timeout=60) == 0
+    assert worker.wait(timeout=180) == 0
 
 
 def test_one_fault_that_passes_ends_no_process(ruiji: Ruiji, cuda: PretendedCuda, tmp_path: Path) -> None:

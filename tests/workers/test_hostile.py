@@ -136,10 +136,10 @@ def test_no_secret_is_logged_and_no_line_is_written_per_image(
     worker = ruiji.start("worker", "--processes", "1")
     said.append(ruiji("enqueue", "--wait", code=3).stderr)
     server.terminate()
-    server.wait(timeout=30)
+    server.wait(timeout=180)
     said.append(ruiji("status", "--json", "--redis-url", url, code=3).stderr)
     worker.terminate()
-    worker.wait(timeout=60)
+    worker.wait(timeout=180)
     output = "".join([*said, *capfd.readouterr()])
     assert password not in output
     assert "object_failed" in output and paths[3] in output and "undecodable" in output

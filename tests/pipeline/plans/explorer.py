@@ -74,7 +74,7 @@ class Stepper:
         if here and not self.reached:
             self.reached = True
             self._there.set()
-            assert self._go.wait(60)
+            assert self._go.wait(180)
             self.steps += 1
             if self.kill:
                 self.dead = True
@@ -100,7 +100,7 @@ class Stepper:
 
         thread = threading.Thread(target=body)
         thread.start()
-        assert self._there.wait(60)
+        assert self._there.wait(180)
         if self.reached:
             meanwhile()
             self._go.set()

@@ -95,7 +95,7 @@ def test_hundreds_of_damaged_messages_in_both_queues_end_nothing(
         for _ in range(400):
             (client.lpush if random_.random() < 0.5 else client.rpush)(queue, mutated(message, random_))
     worker = ruiji.start("worker", "--processes", "1")
-    ruiji("enqueue", "--wait", timeout_s=90)
+    ruiji("enqueue", "--wait")
     held = unacked_keys(plan.gallery_id)
     wait_until(
         lambda: not client.exists(embed, reduce, held["unacked_key"], held["unacked_index_key"]), 30, "the queues"

@@ -74,7 +74,7 @@ def test_a_run_is_followed_live_and_what_failed_is_tried_again(
     served.process.terminate()
     expect(page.locator("#said")).to_contain_text("does not answer", timeout=SLOW_MS)
     watch.allow("ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED_ENCODING|CONNECTION_RESET|EMPTY_RESPONSE)")
-    served.process.wait(60)
+    served.process.wait(180)
     worker.terminate()
     start(ruiji, "--port", str(served.port))
     expect(page.locator("#said")).to_have_text(
