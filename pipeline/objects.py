@@ -28,6 +28,8 @@ MAX_ID_BYTES = 230
 MAX_LINE_BYTES = 4 * 4096 + 1
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+#: Most lines: ASCII, without control characters, each part with a start other than a dot; the last ends with none.
+_PLAIN = re.compile(rb"(?:[!-\-0-~][ -.0-~]*/)*[!-\-0-~](?:[ -.0-~]*[ -\-0-~])?")
 #: What an escaped line has as `\xNN`: control characters, backslashes, and bytes that are not UTF-8.
 _ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\\\udc80-\udcff]")
 _BYTE = re.compile(rb"\\x([0-9a-f]{2})")
@@ -56,7 +58,9 @@ class IdScheme:
         """The file name of an object, relative to the gallery folder, e.g. `aa/bb/aabb.jpg.npy`."""
         bad = is_bad_name(object_id)
         if self.kind is ObjectIds.basename and not bad:
-            return "/".join(filter(None, (object_id[0:2], object_id[2:4], object_id + ending)))
+            # Written out, since it runs several times per image.
+            outer, inner = object_id[0:2], object_id[2:4]
+            return f"{outer}/{inner}/{object_id}{ending}" if inner else f"{outer}/{object_id}{ending}"
         encoded = object_id.encode()
         digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
         name = object_id.replace("%", "%25").replace("/", "%2F")
@@ -66,6 +70,8 @@ class IdScheme:
 
     def problem(self, line: bytes) -> str | None:
         """Why a line of the list is no path of an object below the media folder, or None."""
+        if len(line) <= MAX_ID_BYTES and _PLAIN.fullmatch(line) and b".." not in line:
+            return None
         if b"\0" in line:
             return f"it is longer than {MAX_LINE_BYTES} bytes, which no path is"
         try:
@@ -216,7 +222,6 @@ def clean_list(
 ) -> tuple[Path, int, tuple[str, ...]]:
     """As `prepare`, without a look at ids; returns the list, how many lines it has, and what to say about it."""
     clean = scratch / "clean"
-    exclude = exclude or Exclude()
     blanks = duplicates = excluded = bad = lines = 0
     first_bad = ""
     in_order = True
@@ -228,7 +233,7 @@ def clean_list(
                     blanks += 1
                     continue
                 name, problem = _checked(raw, scheme)
-                if exclude.takes_line(os.fsdecode(name)):
+                if exclude is not None and exclude.takes_line(os.fsdecode(name)):
                     excluded += 1
                     continue
                 line = name if problem is None else escaped(name).encode()
@@ -283,10 +288,13 @@ def _lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
             raise ObjectListError(
                 f"the object list {source} has null characters; write one path per line, as find does without -print0"
             )
-        start, digest = line, hashlib.sha256(line)
+        start = line.rstrip(b"\r\n")
+        if line.endswith(b"\n") and len(start) <= MAX_LINE_BYTES:
+            yield start
+            continue
+        digest = hashlib.sha256(line)
         while line and not line.endswith(b"\n") and (line := file.readline(1 << 16)):
             digest.update(line)
-        start = start.rstrip(b"\r\n")
         yield start if len(start) <= MAX_LINE_BYTES else start[:_SHOWN_BYTES] + b"\0" + digest.hexdigest().encode()
 
 

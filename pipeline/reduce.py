@@ -1,6 +1,5 @@
 """The files of reducing: a segment's features are collected, become one shard, and nothing half-written stays."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pipeline.store import (
     Failure,
     Record,
     check_shard,
+    digest_of,
     read_record,
     shard_contents,
     sync_folder,
@@ -94,7 +94,7 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
         rows=len(collected.ids),
         length=plan.length,
         dtype="float32",
-        sha256={ending: hashlib.sha256(content).hexdigest() for ending, content in contents.items()},
+        sha256={ending: digest_of(chunks) for ending, chunks in contents.items()},
         fingerprint=plan.fingerprint,
         plan=segment.plan,
         segment=segment.plan_segment,
@@ -107,9 +107,9 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
         still_ours()
         write_record(layout.fruitless_folder(plan.folder), record)
         return record
-    for ending, content in contents.items():
+    for ending, chunks in contents.items():
         still_ours()
-        write_atomic(layout.shard_file(plan.folder, segment.shard, ending), [content], sync=True)
+        write_atomic(layout.shard_file(plan.folder, segment.shard, ending), chunks, sync=True)
     try:
         check_shard(plan.folder, record)
     except ShardCorrupt as error:

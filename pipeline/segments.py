@@ -104,8 +104,10 @@ class Segments:
     def _arm(self, segment: Segment, still_ours: Callable[[], object], heals: int) -> int:
         plan = self._plan
         rows, failed = [], []
-        for row, path in enumerate(plan.paths(segment), segment.first):
-            if not plan.is_done(segment, path):
+        paths = plan.paths(segment)
+        done = plan.look([(segment, path) for path in paths]).done
+        for row, (path, settled) in enumerate(zip(paths, done, strict=True), segment.first):
+            if not settled:
                 rows.append((row, path))
             elif plan.has_failed(segment, object_id := plan.scheme.object_id(path)):
                 failed.append(object_id)

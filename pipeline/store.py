@@ -99,6 +99,15 @@ def write_atomic(
         raise
 
 
+def make_folders(folders: Iterable[str]) -> None:
+    """Make the last folders of some paths, where that is possible; whoever writes there makes what is missing still."""
+    for folder in folders:
+        try:
+            os.mkdir(folder)
+        except OSError:
+            continue  # It is there by now, or whoever writes says what is wrong.
+
+
 def _create(path: str, folder: str) -> int:
     # Descriptors, because a file object asks the system for more than it needs; twice, because a plan that ends removes
     # empty folders.
@@ -361,8 +370,8 @@ def shard_endings(record_format: int) -> tuple[str, ...]:
 
 def shard_contents(
     features: NDArray[np.float32], digests: NDArray[np.uint8] | None, object_ids: list[str], paths: list[str]
-) -> dict[str, bytes]:
-    """The exact bytes of a shard's data files, by ending.
+) -> dict[str, list[bytes | memoryview]]:
+    """The exact bytes of a shard's data files, by ending, in chunks: features are not copied.
 
     Args:
         features: float32[rows, d].
@@ -373,14 +382,21 @@ def shard_contents(
         layout.FEATURES: _npy(features.astype("<f4", copy=False)),
         **({layout.DIGESTS: _npy(digests)} if digests is not None else {}),
         layout.OBJECT_IDS: _npy(ids),
-        layout.PATHS: "".join(f"{path}\n" for path in paths).encode(),
+        layout.PATHS: ["".join(f"{path}\n" for path in paths).encode()],
     }
 
 
-def _npy(array: NDArray[Any]) -> bytes:
-    # numpy writes anything but a real file by way of a copy; joined, a shard's features are copied once.
+def _npy(array: NDArray[Any]) -> list[bytes | memoryview]:
     array = np.ascontiguousarray(array)
-    return b"".join((npy_header(array.dtype.str, array.shape), array.reshape(-1).view(np.uint8).data))
+    return [npy_header(array.dtype.str, array.shape), array.reshape(-1).view(np.uint8).data]
+
+
+def digest_of(chunks: Iterable[bytes | memoryview]) -> str:
+    """The sha256 (hex) of a file that is written in these chunks."""
+    total = hashlib.sha256()
+    for chunk in chunks:
+        total.update(chunk)
+    return total.hexdigest()
 
 
 def write_record(folder: Path, record: Record) -> bool:

@@ -31,6 +31,7 @@ from pipeline.store import (
     DIGEST_BYTES,
     Record,
     check_shard,
+    digest_of,
     read_record,
     recorded_shards,
     shard_contents,
@@ -491,7 +492,7 @@ def _rebuilt(folder: Path, shard: int) -> bool:
         paths = [path for path in plan.paths(segment) if path not in failed]
         ids = [plan.scheme.object_id(path) for path in paths]
         contents = shard_contents(np.empty((0, record.length), np.float32), None, ids, paths)
-        if any(hashlib.sha256(contents[e]).hexdigest() != record.sha256[e] for e in rebuilt):
+        if any(digest_of(contents[e]) != record.sha256[e] for e in rebuilt):
             return False
         for ending in record.sha256.keys() - set(rebuilt):
             with layout.shard_file(folder, shard, ending).open("rb") as file:
@@ -500,6 +501,6 @@ def _rebuilt(folder: Path, shard: int) -> bool:
     except (GalleryMismatch, KeyError, ValueError, FileNotFoundError):
         return False
     for ending in rebuilt:
-        write_atomic(layout.shard_file(folder, shard, ending), [contents[ending]], sync=True)
+        write_atomic(layout.shard_file(folder, shard, ending), contents[ending], sync=True)
     sync_folder(folder)
     return True

@@ -4,10 +4,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
 from pipeline.plans.plan import Plan, Segment
 from pipeline.spec import ModelSpec
-from pipeline.store import Embedded
+from pipeline.store import Embedded, make_folders
 from workers.decode.ahead import Decoders, pixels_for
 from workers.decode.images import Decoded, decode_whole, open_image
 from workers.decode.media import check_media
@@ -39,8 +38,7 @@ DONE, FAILED, SKIPPED, LATE = "done", "failed", "skipped", "late"
 _WORDS = 200
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One object to embed."""
 
     segment: Segment
@@ -172,11 +170,14 @@ def embed_batch(
     """
     ledger = ledger or Ledger()
     published = _published(plan, jobs)
+    looked = plan.look(jobs)
     outcomes = [
-        LATE if job.segment.shard in published else SKIPPED if plan.is_done(job.segment, job.path) else DONE
-        for job in jobs
+        LATE if job.segment.shard in published else SKIPPED if settled else DONE
+        for job, settled in zip(jobs, looked.done, strict=True)
     ]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
+    # All at once, since to fail to open a file takes as long as to make its folder.
+    make_folders({folder for number, _ in waiting if (folder := looked.missing[number]) is not None})
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
     load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
@@ -279,8 +280,8 @@ def _encode(
 
 def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
     """Those of the jobs' shards of which nothing more is wanted."""
-    segments = {job.segment for job in jobs}
-    return {segment.shard for segment in segments if plan.published(segment)}
+    segments = {job.segment.index: job.segment for job in jobs}
+    return {segment.shard for segment in segments.values() if plan.published(segment)}
 
 
 def _load(

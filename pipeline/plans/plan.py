@@ -5,11 +5,13 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
@@ -36,6 +38,8 @@ _DIGEST_DIGITS = 16
 #: What lines have of which something could be wrong: empty parts, dots where they mean folders, what may begin a
 #: control character of two bytes; and the others, but for the newline.
 _ODD = (b"\n\n", b"//", b"/\n", b"\n/", b"..", b".\n", b"/./", b"\n./", b"\xc2")
+#: So many looks at files take longer than listing a folder of 256 names.
+_WORTH_A_LISTING = 16
 _CONTROLS = bytes(byte for byte in (*range(32), 127) if byte != 10)
 
 
@@ -299,15 +303,24 @@ class Plan:
             and self.feature(segment, object_id) is not None
         ) or (os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK) and self.error(object_id) is not None)
 
+    def look(self, objects: Sequence[tuple[Segment, str]]) -> "Looked":
+        """As `is_done`, of many objects: mostly their folder is not there, and one listing tells that of many."""
+        folders = [self.object_file(self.scheme.object_id(path), "").rpartition("/")[0] for _, path in objects]
+        missing = _missing(Counter(folders))
+        done = [
+            folder not in missing and self.is_done(segment, path)
+            for folder, (segment, path) in zip(folders, objects, strict=True)
+        ]
+        return Looked(done, [folder if folder in missing else None for folder in folders])
+
     def forget(self, path: str) -> None:
         """Delete an object's feature and error file."""
-        object_id = self.scheme.object_id(path)
+        stem = self.object_file(self.scheme.object_id(path), "")
         for ending in layout.NESTED_ENDINGS:
-            file = self.object_file(object_id, ending)
             # Mostly there is no error file, and to ask takes less time than to fail to delete.
-            if ending == FEATURE_ENDING or os.access(file, os.F_OK):
+            if ending == FEATURE_ENDING or os.access(stem + ending, os.F_OK):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file)
+                    os.unlink(stem + ending)
 
     def record(self, segment: Segment) -> Record | None:
         """The segment's record, or None while it is not published."""
@@ -375,6 +388,44 @@ class Plan:
             return False
         del self.__dict__["_seen_left"]
         return not self._left
+
+
+class Looked(NamedTuple):
+    """What there is of some objects.
+
+    Attributes:
+        done: whether each has a valid feature file or an error file.
+        missing: the folder of each's files if that is known not to be there, else None.
+    """
+
+    done: list[bool]
+    missing: list[str | None]
+
+
+def _missing(folders: Mapping[str, int]) -> set[str]:
+    """Those folders that are not there, as far as it pays to find out.
+
+    Args:
+        folders: with the number of objects that are asked for.
+    """
+    inner: dict[str, list[str]] = {}
+    asked: Counter[str] = Counter()
+    for folder, objects in folders.items():
+        outer, _, name = folder.rpartition("/")
+        inner.setdefault(outer, []).append(name)
+        asked[outer] += objects
+    missing = set()
+    for outer, names in inner.items():
+        if asked[outer] < _WORTH_A_LISTING:
+            continue
+        try:
+            there = set(os.listdir(outer))
+        except (FileNotFoundError, NotADirectoryError):
+            there = set()
+        except OSError:
+            continue  # Whoever needs the folder says what is wrong with it.
+        missing |= {f"{outer}/{name}" for name in names if name not in there}
+    return missing
 
 
 def _is_plain(block: bytes, lines: list[bytes]) -> bool:

@@ -18,8 +18,20 @@ from pipeline.queue.messages import Task
 #: Returns 0 if there is no such chord: the part of a cancelled plan, or a forged one, would stay for ever.
 _NOTE = """
 if redis.call('EXISTS', KEYS[4]) == 0 or redis.call('GET', KEYS[3]) == 'done' then return 0 end
-for i = 1, #ARGV, 2 do
-  if redis.call('SADD', KEYS[2], ARGV[i]) == 1 then redis.call('RPUSH', KEYS[1], ARGV[i + 1]) end
+local members, new, parts, own = {}, {}, {}, {}
+for i = 1, #ARGV, 2 do members[#members + 1] = ARGV[i] end
+if not members[1] then return 1 end
+local known = redis.call('SMISMEMBER', KEYS[2], unpack(members))
+for i, member in ipairs(members) do
+  if known[i] == 0 and not own[member] then
+    own[member] = true
+    new[#new + 1] = member
+    parts[#parts + 1] = ARGV[2 * i]
+  end
+end
+if new[1] then
+  redis.call('SADD', KEYS[2], unpack(new))
+  redis.call('RPUSH', KEYS[1], unpack(parts))
 end
 return 1
 """

@@ -33,22 +33,40 @@ from pipeline.queue.messages import Task, envelope_fault, opened, report_dropped
 #: kombu has put the delivery tag into the message's JSON; the hash holds `[message, exchange, routing key]`. Celery
 #: publishes to the exchange without a name, which routes by the queue's name and needs no binding. Returns each message
 #: after the tag under which it is booked; what has none, or one that is taken, is garbage and gets an empty one.
+#: Few commands with many arguments: each command of its own would cost Redis as much as the message.
 #: Everything that could fail comes before the first message is taken.
 _FETCH = """
 local share = math.ceil(redis.call('LLEN', KEYS[1]) / 4)
 if share == 0 then return {} end
 redis.call('HLEN', KEYS[2])
 redis.call('ZCARD', KEYS[3])
-local fetched, booked = {}, ', "", "' .. KEYS[1] .. '"]'
-for _, message in ipairs(redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))) do
-  local tag = string.match(message, '"delivery_tag": *"([^"]+)"') or ''
-  if #tag > 255 or tag == '' or redis.call('HSETNX', KEYS[2], tag, '[' .. message .. booked) == 0 then
+local messages = redis.call('RPOP', KEYS[1], math.min(tonumber(ARGV[1]), share))
+local tags = {}
+for i, message in ipairs(messages) do
+  local place = string.find(message, '"delivery_tag"', 1, true)
+  local tag = place and string.match(message, '^"delivery_tag": *"([^"]+)"', place) or ''
+  tags[i] = #tag > 255 and '' or tag
+end
+local taken = redis.call('HMGET', KEYS[2], unpack(tags))
+local booked, stamped, fetched, ending = {}, {}, {}, ', "", "' .. KEYS[1] .. '"]'
+local own = {['']=true}
+for i, message in ipairs(messages) do
+  local tag = tags[i]
+  if taken[i] or own[tag] then
     tag = ''
   else
-    redis.call('ZADD', KEYS[3], ARGV[2], tag)
+    own[tag] = true
+    booked[#booked + 1] = tag
+    booked[#booked + 1] = '[' .. message .. ending
+    stamped[#stamped + 1] = ARGV[2]
+    stamped[#stamped + 1] = tag
   end
   fetched[#fetched + 1] = tag
   fetched[#fetched + 1] = message
+end
+if booked[1] then
+  redis.call('HSET', KEYS[2], unpack(booked))
+  redis.call('ZADD', KEYS[3], unpack(stamped))
 end
 return fetched
 """

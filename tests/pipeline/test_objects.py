@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.choices import ObjectIds
@@ -103,6 +104,17 @@ def test_the_escaped_form_is_a_legal_path_and_no_two_lines_share_it(line: bytes)
         if byte != 0x5C:
             back = back.replace(b"\\x%02x" % byte, bytes([byte]))
     assert back.replace(b"\\x5c", b"\\") == line
+
+
+@given(st.text(st.sampled_from("a./ \\é\x7f\t~-0"), max_size=7))
+@example("a" * 231)
+@example("d/" + "a" * 231)
+def test_a_plain_line_is_one_without_any_problem(line: str) -> None:
+    for scheme in (BASENAME, WHOLE_PATH):
+        problem = scheme.problem(line.encode())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.objects._PLAIN", re.compile(b"(?!)"))
+            assert problem == scheme.problem(line.encode())
 
 
 def test_a_line_that_the_other_ids_allow_is_usable_again(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Arming, healing and reducing, against a real Redis."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import redis
 
 from pipeline.errors import MachineFault
 from pipeline.plans.closing import cancel_plan
-from pipeline.plans.plan import Plan, Segment
+from pipeline.plans.plan import Looked, Plan, Segment
 from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect
@@ -62,13 +63,13 @@ def test_a_slow_folder_costs_the_lease_nothing(
     chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 2)
-    look = Plan.is_done
+    look = Plan.look
 
-    def slow(self: Plan, segment: Segment, path: str) -> bool:
-        time.sleep(0.7)
-        return look(self, segment, path)
+    def slow(self: Plan, objects: Sequence[tuple[Segment, str]]) -> Looked:
+        time.sleep(2.5)
+        return look(self, objects)
 
-    monkeypatch.setattr(Plan, "is_done", slow)
+    monkeypatch.setattr(Plan, "look", slow)
     assert segments.fill_window(1) == 4
     assert chords.armed()[0].complete
 

@@ -65,13 +65,18 @@ def test_a_feature_file_is_these_bytes(tmp_path: Path, digest: bytes) -> None:
     assert read_feature(path, 3, 32 - len(digest), TAG) is None, "a feature of the other format"
 
 
+def whole(contents: dict[str, list[bytes | memoryview]]) -> dict[str, bytes]:
+    """Each file's chunks in one piece."""
+    return {ending: b"".join(chunks) for ending, chunks in contents.items()}
+
+
 def test_a_shard_is_these_bytes() -> None:
     features, digests = np.array([[1], [2]], np.float32), np.arange(64, dtype=np.uint8).reshape(2, 32)
-    contents = shard_contents(features, digests, ["a", "é1"], ["x/a", "x/é1"])
+    contents = whole(shard_contents(features, digests, ["a", "é1"], ["x/a", "x/é1"]))
     assert contents["digests.npy"] == npy(
         "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 32), }", bytes(range(64))
     )
-    before = shard_contents(features, None, ["a", "é1"], ["x/a", "x/é1"])
+    before = whole(shard_contents(features, None, ["a", "é1"], ["x/a", "x/é1"]))
     assert before == {ending: content for ending, content in contents.items() if ending != "digests.npy"}
     assert contents["features.npy"] == npy(
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 1), }", bytes.fromhex("0000803f00000040")
@@ -214,7 +219,7 @@ def test_an_exclusive_write_leaves_the_first_file(tmp_path: Path) -> None:
 def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> None:
     import hashlib
 
-    contents = shard_contents(np.ones((1, 2), np.float32), np.zeros((1, 32), np.uint8), ["a"], ["a"])
+    contents = whole(shard_contents(np.ones((1, 2), np.float32), np.zeros((1, 32), np.uint8), ["a"], ["a"]))
     for name, data in contents.items():
         layout.shard_file(tmp_path, 0, name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}

@@ -55,7 +55,8 @@ def record_anew(
     """Write a shard whose record fits its bytes, whatever they say."""
     record = json.loads((plan.folder / f"{shard:04d}.json").read_text())
     digests = np.zeros((len(features), 32), np.uint8) if digests is None else digests
-    for ending, content in shard_contents(features, digests, ids, paths).items():
+    for ending, chunks in shard_contents(features, digests, ids, paths).items():
+        content = b"".join(chunks)
         (plan.folder / f"{shard:04d}.{ending}").write_bytes(content)
         record["sha256"][ending] = hashlib.sha256(content).hexdigest()
     (plan.folder / f"{shard:04d}.json").write_text(json.dumps(record))

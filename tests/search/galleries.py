@@ -50,7 +50,7 @@ def write_shard(
     ids = [path.rpartition("/")[2] for path in paths]
     if digests is None:
         digests = np.array([list(hashlib.sha256(path.encode()).digest()) for path in paths], np.uint8).reshape(-1, 32)
-    contents = shard_contents(features, digests, ids, paths)
+    contents = {ending: b"".join(chunks) for ending, chunks in shard_contents(features, digests, ids, paths).items()}
     for ending, data in contents.items():
         layout.shard_file(folder, number, ending).write_bytes(data)
     if record:

@@ -22,7 +22,8 @@ def test_a_batch_of_chord_parts_counts_each_member_once_and_sends_the_body_once(
     app, client = app_for(redis_url, "fast"), connect(redis_url)
     app.backend.set_chord_size("group", 6)
     store(app, [0, 1, 2])
-    store(app, [2, 1, 3])
+    store(app, [2, 1, 3, 3, 1])
+    assert client.llen("celery-taskset-meta-group.j") == 4, "a member that comes twice in a batch counts once too"
     assert client.scard("celery-taskset-meta-group.d") == 4
     assert client.llen(reduce_queue(GALLERY)) == 0
     # The last part of this batch was counted before: the body goes all the same.

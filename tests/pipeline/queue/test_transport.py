@@ -61,6 +61,21 @@ def test_many_messages_are_taken_at_once_and_booked_as_the_stock_transport_books
         assert (exchange, key, message["headers"]["id"]) == ("", QUEUE, "t0")
 
 
+def test_a_tag_that_is_taken_is_not_booked_again(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    publish(redis_url, 1)
+    client = connect(redis_url)
+    (message,) = client.lrange(QUEUE, 0, -1)
+    client.rpush(QUEUE, *[message] * 7)
+    received: list[Any] = []
+    with consumer(app_for(redis_url, "fast"), 100, received) as connection:
+        # Two of them come in one fetch, the others once the first is booked.
+        while client.exists(QUEUE):
+            connection.drain_events(timeout=5)
+        assert [message.payload[0][0] for message in received] == [0]
+        assert client.hlen(UNACKED) == client.zcard(INDEX) == 1
+    assert caplog.text.count("a message that ruiji did not send is dropped") == 7
+
+
 def test_more_is_fetched_once_a_quarter_of_the_window_is_empty(redis_url: str) -> None:
     publish(redis_url, 40)
     received: list[Any] = []
