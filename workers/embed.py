@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from workers.encoder import Encoder
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: What became of one object: a feature was written, a failure was recorded, it was done before, or
 #: nothing is wanted of it (its shard is published already).
@@ -180,13 +182,14 @@ def embed_batch(
     make_folders({folder for number, _ in waiting if (folder := looked.missing[number]) is not None})
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
-    load = partial(_load, plan, encoder, media_dir, os.path.realpath(media_dir), ledger, decode_file)
+    read = partial(_read, plan, media_dir, os.path.realpath(media_dir), ledger)
+    decode = partial(_decode, plan, encoder.model.spec, media_dir, ledger, decode_file)
     # Where they are decoded one after the other, only as many as the encoder runs at once: so a feature is on disk as
     # soon as it can be.
     step = encoder.run_images if decoders is None else max(1, len(waiting))
     for start in range(0, len(waiting), step):
         part = waiting[start : start + step]
-        for number, outcome in _embed_part(plan, part, load, encoder, ledger, decoders):
+        for number, outcome in _embed_part(plan, part, read, decode, encoder, ledger, decoders):
             outcomes[number] = outcome
     if waiting and not plan.keep_features:
         published = _published(plan, jobs)
@@ -201,7 +204,8 @@ def embed_batch(
 def _embed_part(
     plan: Plan,
     part: list[tuple[int, Job]],
-    load: "Callable[[Job, NDArray[np.uint8]], bytes | ImageError]",
+    read: Callable[[Job], BinaryIO | ImageError],
+    decode: Callable[[Job, NDArray[np.uint8], BinaryIO | ImageError], bytes | ImageError],
     encoder: "Encoder | _Alone",
     ledger: Ledger,
     decoders: Decoders | None,
@@ -211,10 +215,16 @@ def _embed_part(
     room = contextlib.nullcontext(pixels_for(spec, count)) if decoders is None else decoders.batch(count)
     with room as pixels:
 
-        def load_one(place: int) -> bytes | ImageError:
-            return load(part[place][1], pixels[place])
+        def read_one(place: int) -> BinaryIO | ImageError:
+            return read(part[place][1])
 
-        loaded = list(map(load_one, range(count))) if decoders is None else decoders.run(load_one, count)
+        def decode_one(place: int, file: BinaryIO | ImageError) -> bytes | ImageError:
+            return decode(part[place][1], pixels[place], file)
+
+        if decoders is None:
+            loaded = [decode_one(place, read_one(place)) for place in range(count)]
+        else:
+            loaded = decoders.run(read_one, decode_one, count)
         yield from _embed(plan, part, loaded, pixels, encoder, ledger)
 
 
@@ -284,43 +294,52 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
     return {segment.shard for segment in segments.values() if plan.published(segment)}
 
 
-def _load(
+def _read(plan: Plan, media_dir: Path, media_root: str, ledger: Ledger, job: Job) -> BinaryIO | ImageError:
+    """Open the image of one object; returns it, read unless it is very large, or why there is none."""
+    if (problem := plan.scheme.bad_name(job.path)) is not None:
+        return ImageError(problem, Reason.bad_name)
+    with ledger.busy("read"):
+        return _surely(plan, media_dir, partial(open_image, f"{media_dir}/{job.path}", media_root))
+
+
+def _decode(
     plan: Plan,
-    encoder: "Encoder | _Alone",
+    spec: ModelSpec,
     media_dir: Path,
-    media_root: str,
     ledger: Ledger,
     decode_file: Decode,
     job: Job,
     room: NDArray[np.uint8],
+    file: BinaryIO | ImageError,
 ) -> bytes | ImageError:
     """Put the pixels of one object into `room`, uint8[h, w, c]; returns its file's digest, or why it has none."""
-    if (problem := plan.scheme.bad_name(job.path)) is not None:
-        return ImageError(problem, Reason.bad_name)
-    spec = encoder.model.spec
+    if isinstance(file, ImageError):
+        return file
+    altered: list[str] = []
+    with file, ledger.busy("decode"):
+        max_pixels = plan.limits_of(job.segment).max_pixels
+        decoded = _surely(plan, media_dir, partial(decode_file, file, spec, max_pixels, altered, room))
+        if isinstance(decoded, ImageError):
+            return decoded
+        if decoded.pixels is not room:
+            room[...] = decoded.pixels
+    if altered:
+        # Before its feature is there: what is done is not looked at again.
+        mark(plan, job.path, altered)
+    return decoded.digest
 
-    def read() -> bytes:
-        altered: list[str] = []
-        with ledger.busy("read"):
-            file = open_image(f"{media_dir}/{job.path}", media_root)
-        with file, ledger.busy("decode"):
-            decoded = decode_file(file, spec, plan.limits_of(job.segment).max_pixels, altered, room)
-            if decoded.pixels is not room:
-                room[...] = decoded.pixels
-        if altered:
-            # Before its feature is there: what is done is not looked at again.
-            mark(plan, job.path, altered)
-        return decoded.digest
 
+def _surely(plan: Plan, media_dir: Path, look: Callable[[], _T]) -> _T | ImageError:
+    """What a look at an image gives; an image counts as missing only while the media folder is there."""
     try:
         try:
-            return read()
+            return look()
         except ImageError as error:
             if error.reason not in (Reason.missing, Reason.unreadable, Reason.outside_media):
                 return error
             check_media(plan, media_dir)
         # The folder is there now, but may have come back since: only a second look tells.
-        return read()
+        return look()
     except ImageError as error:
         return error
 

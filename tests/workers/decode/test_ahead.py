@@ -1,5 +1,6 @@
 """Decoding a batch by several threads into one array."""
 
+import io
 import threading
 import time
 from pathlib import Path
@@ -18,13 +19,14 @@ def test_each_place_gets_its_own_whichever_thread_comes() -> None:
     decoders = Decoders(3, SPEC)
     all_three = threading.Barrier(3)
 
-    def load(number: int) -> int:
+    def square(number: int, file: str) -> tuple[int, str]:
         if number > 46:
             all_three.wait(180)
-        return number * number
+        return number * number, file
 
     for count in (0, 1, 50):
-        assert decoders.run(load, count) == [number * number for number in range(count)]
+        expected = [(number * number, str(number)) for number in range(count)]
+        assert decoders.run(str, square, count) == expected
 
 
 def test_what_one_thread_raises_is_raised_once_all_have_ended() -> None:
@@ -32,7 +34,7 @@ def test_what_one_thread_raises_is_raised_once_all_have_ended() -> None:
     at_work: set[int] = set()
     begun: list[int] = []
 
-    def load(number: int) -> None:
+    def load(number: int, _: str) -> None:
         begun.append(number)
         at_work.add(number)
         time.sleep(0.02 if number != 1 else 0)
@@ -41,10 +43,29 @@ def test_what_one_thread_raises_is_raised_once_all_have_ended() -> None:
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        decoders.run(load, 100)
+        decoders.run(str, load, 100)
     assert not at_work, "the memory is used again"
     assert len(begun) < 100
-    assert decoders.run(lambda number: number, 3) == [0, 1, 2]
+    assert decoders.run(str, lambda number, _: number, 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("size", "held"), [(1000, 4), (400_000, 3), (2 << 20, 1), (None, 1)])
+def test_a_thread_reads_a_few_images_before_it_decodes_them_and_fewer_large_ones(size: int | None, held: int) -> None:
+    waiting, most = 0, 0
+
+    def read(number: int) -> io.BytesIO | None:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        return None if size is None else io.BytesIO(bytes(size))
+
+    def used(number: int, file: io.BytesIO | None) -> int:
+        nonlocal waiting
+        waiting -= 1
+        return number
+
+    assert Decoders(1, SPEC).run(read, used, 10) == list(range(10))
+    assert most == held
 
 
 def test_batches_at_once_have_memory_of_their_own_and_later_ones_use_it_again() -> None:
