@@ -17,6 +17,10 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+#: Exit code of a worker process that an exception ended which nobody foresaw. Only its supervisor sees it.
+CRASHED = 70
+
+
 def start_child(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
     """Start a child in a session of its own, which Ctrl-C does not reach; it is told to end when its parent dies.
 

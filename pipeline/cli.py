@@ -305,6 +305,7 @@ def retry(
     from pipeline.enqueue import retry as enqueue_failed
     from pipeline.logs import set_up
     from pipeline.plans.planning import PlanSettings
+    from pipeline.plans.stops import stopped
 
     set_up(log_format)
     url = None
@@ -318,6 +319,8 @@ def retry(
     work = Extraction(media_dir, feature_dir, model, object_id, frozen)
     done = enqueue_failed(work, url, list_path, reason)
     _tell_enqueued(done, f"none of the {{}} objects failed{f' as {reason}' if reason else ''}")
+    if done.plan is None and stopped(work.folder) is not None:
+        streams.note("the last run was stopped: ruiji enqueue, or ruiji run, goes on with what it did not do")
     if done.plan is not None and url is None:
         streams.note("no Redis is running; ruiji run carries out the plan")
     if wait and url is not None:

@@ -16,6 +16,7 @@ from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
 from pipeline.plans.probes import find_probes, note_probes
+from pipeline.plans.stuck import try_again
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import broker_faults, connect
 from pipeline.queue.leases import LeaseTaken
@@ -124,7 +125,7 @@ def enqueue(
                 with broker_faults():
                     check_place(work.folder, gallery, client)
             plan = open_plan(work.folder)
-            resumed = plan is not None
+            resumed, anew = plan is not None, list[int]()
             if plan is None:
                 plan = plan_list(work.folder, work.media_dir, gallery, objects, work.plan, failed)
             if plan is not None:
@@ -135,6 +136,7 @@ def enqueue(
                     )
                 check_matches(plan, objects, gallery, work.plan.shard_rows)
                 if resumed:
+                    anew = try_again(plan)
                     # Where none can be read, the workers wait for the media folder as they did.
                     with suppress(RuijiError):
                         note_probes(plan, find_probes(work.media_dir, objects))
@@ -142,7 +144,9 @@ def enqueue(
     if plan is not None and client is not None and redis_url is not None:
         with broker_faults(), make_app(redis_url, plan.gallery_id, visibility_timeout_s=VISIBILITY_TIMEOUT_S) as app:
             try:
-                published = Segments(app, client, plan).fill_window(window_segments)
+                segments = Segments(app, client, plan)
+                segments.forget(anew)
+                published = segments.fill_window(window_segments)
             except LeaseTaken:
                 elsewhere = True  # If that process dies, a watchdog goes on where it stopped.
     return Enqueued(plan, resumed, published, objects.lines, objects.notes, elsewhere)

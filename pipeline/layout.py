@@ -376,13 +376,27 @@ def emptied_folder(folder: Path, plan_id: str) -> Path:
 
 
 def suspects_folder(folder: Path, plan_id: str) -> Path:
-    """Where a plan's objects are noted that were in hand when a worker died."""
+    """Where a plan's objects and segments are noted that were in hand when a worker process died."""
     return run_folder(folder) / "suspects" / plan_id
 
 
 def suspect_name(path: str) -> str:
     """The name of the file that notes one such object."""
     return f"{_path_digest(path)}.json"
+
+
+_TROUBLE = re.compile(r"segment-(\d+)\.json")
+
+
+def segment_trouble_file(folder: Path, plan_id: str, index: int) -> Path:
+    """What is held against one segment of a plan."""
+    return suspects_folder(folder, plan_id) / f"segment-{index}.json"
+
+
+def trouble_segment(name: str) -> int | None:
+    """The segment's index that such a file's name tells; None if it is another file."""
+    match = _TROUBLE.fullmatch(name)
+    return int(match[1]) if match is not None else None
 
 
 def stopped_file(folder: Path, plan_id: str) -> Path:

@@ -70,8 +70,9 @@ def describe(status: "Status", rate: Rate, attendance: Attendance) -> str:
     words = f"{status.done:,} done, {status.failed:,} failed of {status.objects:,}"
     words += f"  {rate.per_s:,.1f}/s  ETA {rate.eta(remaining)}"
     workers = [worker for worker in status.workers if worker.role != Role.compare]
+    stuck = [f"shard {shard.shard:04d} is given up" for shard in status.shards if shard.state == "stuck"]
     waiting = sorted({worker.state for worker in workers if worker.state.startswith("waiting")})
-    return "  ".join([words, *waiting, *attendance.missing(workers)])
+    return "  ".join([words, *stuck, *waiting, *attendance.missing(workers)])
 
 
 class _Show(Protocol):

@@ -8,12 +8,14 @@
                                                                        arm the next one       close the plan
 
     in flight ──heal──> in flight, if its counter stands still and none of its messages is queued or in hand
+    due ──────────────> stuck, if reducers die of it again and again, or its features vanish each time
 
 A segment *waits* while Redis does not know it. To *arm* it is to publish its rows' tasks as a chord; rows that are
 done already are left out, and if all are, the reduce task is sent by itself. It is then *in flight*, one of a window of
 them, until Celery sends the chord's body, its reduce task: it is *due*. To *reduce* it is to link the record of its
 shard; only then its per-image files are deleted, which *empties* it. A plan that is cancelled or stopped is closed
-whatever its segments' states are.
+whatever its segments' states are. One that is *stuck* stays so until somebody enqueues again; the others go on, and
+once no other is left the plan is stopped (`pipeline.plans.stuck`).
 
 What Redis knows (waiting, in flight, due) may be lost at any moment, and what is done is skipped when it comes again.
 What the disk says (published, emptied, closed) is never taken back. Every way is taken by whoever notices first, on any
@@ -25,8 +27,8 @@ gets two rows"). Workers hand over what is due. The watchdog looks for what nobo
 import hashlib
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import redis
@@ -40,6 +42,7 @@ from pipeline.plans.closing import close_plan, empty_segment, not_emptied
 from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.published import came_too_late
+from pipeline.plans.stuck import note_stuck, stop_if_stuck, stuck
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.keys import group_id, lease_key
 from pipeline.queue.leases import holding, lease
@@ -60,6 +63,8 @@ _CLOSE_LEASE_S = 10.0
 LATE_FILE_WAIT_S = 1.0
 #: A segment whose features vanish is published again this often at once, then only by the watchdog.
 _QUICK_HEALS = 3
+#: If they vanish so often in a row, each time as many, the segment is stuck: after five minutes with shipped settings.
+_MOST_HEALS = 12
 
 
 class Segments:
@@ -79,13 +84,18 @@ class Segments:
         published = 0
         held = self._lease("arm", _ARM_LEASE_S, wait_s=_ARM_LEASE_S)
         with holding(held):
-            armed = self._chords.armed()
-            in_flight = self._plan.still_unpublished(armed)
+            armed, given_up = self._chords.armed(), stuck(self._plan)
+            in_flight = self._plan.still_unpublished(armed.keys() - given_up.keys())
             wanted = [segment for segment in in_flight if not armed[segment.index].complete]
-            wanted += self._plan.first_unpublished(segments_in_flight - len(in_flight), besides=armed)
+            wanted += self._plan.first_unpublished(segments_in_flight - len(in_flight), besides={*armed, *given_up})
             for segment in wanted:
-                published += self._arm(segment, held.reacquire, heals=0)
+                published += self._arm(segment, held.reacquire)
         return published
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Have some segments wait again, whatever Redis knows of them."""
+        for index in indices:
+            self._chords.forget(index)
 
     def heal(self, segment: Segment, seen: Armed | None) -> int:
         """Publish what a segment still lacks, as a new, smaller chord; returns the number of tasks.
@@ -99,9 +109,9 @@ class Segments:
             now = self._chords.armed().get(segment.index)
             if now != seen:
                 return 0
-            return self._arm(segment, held.reacquire, heals=now.heals + 1 if now else 0)
+            return self._arm(segment, held.reacquire, now)
 
-    def _arm(self, segment: Segment, still_ours: Callable[[], object], heals: int) -> int:
+    def _arm(self, segment: Segment, still_ours: Callable[[], object], before: Armed | None = None) -> int:
         plan = self._plan
         rows, failed = [], []
         paths = plan.paths(segment)
@@ -111,6 +121,8 @@ class Segments:
                 rows.append((row, path))
             elif plan.has_failed(segment, object_id := plan.scheme.object_id(path)):
                 failed.append(object_id)
+        # What gets less ends by itself.
+        heals = 0 if before is None else 1 if len(rows) < before.size else before.heals + 1
         digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
         # Celery fires a body once per group and size, so the id says exactly which rows are in the group.
         group = group_id(plan.plan_id, segment.index, digest)
@@ -129,8 +141,16 @@ class Segments:
         logger.info("segment published", extra=extra)
         return len(rows)
 
-    def reduce(self, segment: Segment, segments_in_flight: int) -> None:
+    def reduce(
+        self,
+        segment: Segment,
+        segments_in_flight: int,
+        in_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Publish a segment that is due, and advance; heal it if features are missing.
+
+        Args:
+            in_hand: entered while a death of this process is the segment's.
 
         Raises:
             MachineFault: the disk failed, or the plan was closed meanwhile; nothing is lost.
@@ -147,7 +167,10 @@ class Segments:
                 raise MachineFault(f"the plan {self._plan.plan_id} was closed meanwhile")
 
         with holding(held):
-            reduced = reduce_segment(self._plan, segment, still_ours)
+            if segment.index in stuck(self._plan):
+                return
+            with in_hand():
+                reduced = reduce_segment(self._plan, segment, still_ours)
         if reduced.missing:
             self._heal_missing(segment, reduced.missing)
             return
@@ -171,12 +194,21 @@ class Segments:
         heals = seen.heals if seen else 0
         extra = {"event": "segment_incomplete", "shard": segment.shard, "images": len(left), "heals": heals}
         logger.warning("features are missing", extra=extra)
-        if heals < _QUICK_HEALS:
+        if seen is not None and heals >= _MOST_HEALS and len(left) >= seen.size > 0:
+            note_stuck(
+                self._plan,
+                segment,
+                f"workers have computed {len(left)} of its features {heals + 1} times, and they are not in its folder: "
+                "RUIJI_FEATURE_DIR (--feature-dir) must be the same folder on all hosts",
+            )
+        elif heals < _QUICK_HEALS:
             self.heal(segment, seen)
 
     def advance(self, segments_in_flight: int) -> bool:
-        """Do what comes after a shard: arm the next segment, or close the plan; True if it was closed."""
+        """Do what comes after a shard: arm the next segment, or close or stop the plan; True if it was."""
         if not self._plan.all_published():
+            if stop_if_stuck(self._plan):
+                return True
             self.fill_window(segments_in_flight)
             return False
         try:

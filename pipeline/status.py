@@ -1,7 +1,7 @@
 """The accounting: every object of the list is done, failed, running or pending."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.plans.generations import Generation, ListState, Marks, current, re
 from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.published import Published
 from pipeline.plans.stops import stopped
+from pipeline.plans.stuck import stuck
 from pipeline.queue.chords import Chords
 from pipeline.queue.comparisons import Comparisons
 from pipeline.queue.keys import worker_key
@@ -29,6 +30,7 @@ class ShardStatus:
     """One shard, published or to come: how many objects it is made of, and how they stand.
 
     Attributes:
+        state: done, running, pending, or stuck: nobody works on it any more under this plan.
         retry: whether all its objects stand as failed in earlier shards too, and count here instead.
     """
 
@@ -201,7 +203,7 @@ class StatusReader:
         segments = [s for s in plan.segments if s.shard not in settled]
         chords = Chords(self._client, plan.gallery_id, plan.plan_id) if self._client is not None else None
         if chords is None or exact or not chords.known():
-            return [self._walk(plan, segment) for segment in segments], 0
+            return _with_stuck(plan, [self._walk(plan, segment) for segment in segments]), 0
         armed = chords.armed()
         flying = [s for s in segments if s.index in armed]
         finished = chords.finished_members([armed[s.index] for s in flying])
@@ -211,7 +213,7 @@ class StatusReader:
             # What was not published with the group had been done before.
             done = segment.lines - armed[segment.index].size + through - failures
             coming.append(ShardStatus(segment.shard, "running", segment.lines, max(0, done), failures, segment.retry))
-        return coming, chords.held_messages()
+        return _with_stuck(plan, coming), chords.held_messages()
 
     def _walk(self, plan: Plan, segment: Segment) -> ShardStatus:
         done = failed = 0
@@ -223,6 +225,11 @@ class StatusReader:
                 failed += 1
         state = "running" if done + failed else "pending"
         return ShardStatus(segment.shard, state, segment.lines, done, failed, segment.retry)
+
+
+def _with_stuck(plan: Plan, coming: list[ShardStatus]) -> list[ShardStatus]:
+    numbers = {plan.segments[index].shard for index in stuck(plan)}
+    return [replace(shard, state="stuck") if shard.shard in numbers else shard for shard in coming]
 
 
 def live_workers(client: redis.Redis, gallery_id: str) -> list[WorkerState]:

@@ -14,6 +14,7 @@ from celery import Celery
 from pipeline.errors import RuijiError
 from pipeline.plans.files import OpenPlan
 from pipeline.plans.plan import Plan
+from pipeline.plans.stuck import stuck
 from pipeline.queue.chords import Armed, Chords
 from pipeline.queue.connection import REDIS_FAULTS
 from pipeline.segments import Segments
@@ -87,7 +88,7 @@ class Watchdog(threading.Thread):
     def _stalled(self, plan: Plan, chords: Chords) -> dict[int, Armed]:
         """Armed segments, not published, whose counters have not moved for the stall timeout, by index."""
         armed = chords.armed()
-        unpublished = plan.still_unpublished(armed)
+        unpublished = plan.still_unpublished(armed.keys() - stuck(plan).keys())
         entries = [armed[s.index] for s in unpublished]
         now = time.monotonic()
         seen = {}

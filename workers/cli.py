@@ -1,5 +1,6 @@
 """`ruiji worker`: the processes that embed and reduce."""
 
+import logging
 import os
 import signal
 from contextlib import suppress
@@ -12,6 +13,8 @@ from pipeline import settings, streams
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device, LogFormat, Role
 from workers.models import cli as models
+
+logger = logging.getLogger(__name__)
 
 
 def register(app: Commands) -> None:
@@ -141,10 +144,20 @@ def worker_process(role: Annotated[Role, typer.Option()]) -> None:
     # Nothing is in hand until Celery starts and listens itself; an exception in the midst of an import would be shown.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    from pipeline.children import CRASHED
+    from pipeline.errors import RuijiError
     from pipeline.logs import set_up
     from pipeline.worker_settings import WorkerSettings
-    from workers.process import run_process
 
     told = WorkerSettings.from_environment(os.environ)
     set_up(told.log_format)
-    raise typer.Exit(run_process(role, told))
+    try:
+        from workers.process import run_process
+
+        status = run_process(role, told)
+    except (RuijiError, OSError):
+        raise
+    except Exception:
+        logger.exception("a worker process failed", extra={"event": "process_failed"})
+        status = CRASHED
+    raise typer.Exit(status)

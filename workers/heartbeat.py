@@ -120,6 +120,12 @@ class Heartbeat(threading.Thread):
         """Say why the process rests, or that it goes on."""
         self._waiting = why
 
+    def pause(self, why: str | None, seconds: float) -> None:
+        """Rest so long, or until the process is told to stop."""
+        self.rest(why)
+        self.stopping.wait(seconds)
+        self.rest(None)
+
     def run(self) -> None:
         """Beat until the process ends; Redis may come and go."""
         while not self.stopping.wait(min(_HEARTBEAT_S, self._claims.interval_s)):

@@ -184,5 +184,6 @@ class Reducing(Work):
         """As `Work` says."""
         given, folder = self._given, self._given.settings.folder
         window = given.settings.window_segments or WINDOW_SEGMENTS
-        register(app, REDUCE_TASK, Reducer(app, folder, given.client, window))
+        hand = InHand(given.settings.in_hand)
+        register(app, REDUCE_TASK, Reducer(app, folder, given.client, window, hand, heartbeat.pause))
         return Watchdog(app, given.client, folder, window, given.settings.stall_timeout_s)

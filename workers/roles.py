@@ -7,6 +7,7 @@ the plan (docs/reliability.md, "What passes and what does not"). If they raise, 
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +185,23 @@ class _Lines:
 class Reducer:
     """Reduces segments of the open plan that are due, and arms what comes next."""
 
-    def __init__(self, app: Celery, folder: Path, client: redis.Redis, window_segments: int) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        folder: Path,
+        client: redis.Redis,
+        window_segments: int,
+        hand: InHand,
+        rest: Callable[[str | None, float], None],
+    ) -> None:
+        """Make ready for the gallery in a folder.
+
+        Args:
+            hand: where to say what is being worked on.
+            rest: waits so many seconds, and shows the reason if it is given one.
+        """
         self._app, self._client, self._window = app, client, window_segments
+        self._hand, self._rest = hand, rest
         self._plans, self._repeats = OpenPlan(folder), Repeats(folder, client)
 
     def __call__(self, plan_id: str, index: int) -> None:
@@ -198,13 +214,19 @@ class Reducer:
         try:
             plan = self._plans.get(plan_id) if is_plan_id(plan_id) else None
             if plan is not None and _segment_exists(plan, index):
-                Segments(self._app, self._client, plan).reduce(plan.segments[index], self._window)
-        except (MachineFault, redis.RedisError, OSError) as error:
-            if isinstance(error, redis.RedisError) and not isinstance(error, LockError):
-                noted(error)
-            else:
-                logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
-            time.sleep(LATE_FILE_WAIT_S)
+                in_hand = partial(self._hand.segment, plan_id, index)
+                Segments(self._app, self._client, plan).reduce(plan.segments[index], self._window, in_hand)
+        except LockError as error:
+            logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
+            self._rest(None, LATE_FILE_WAIT_S)
+            raise
+        except redis.RedisError as error:
+            noted(error)
+            self._rest(None, LATE_FILE_WAIT_S)
+            raise
+        except (MachineFault, OSError) as error:
+            logger.error("%s; the segment is given back", error, extra={"event": "machine_fault", "segment": index})
+            self._rest(str(error), REST_S)
             raise
         except Exception as error:
             if isinstance(error, RuijiError):
@@ -212,7 +234,7 @@ class Reducer:
             else:
                 logger.exception("a segment failed and is given back", extra={"event": "segment_failed"})
             self._repeats.add(error)
-            time.sleep(REST_S)
+            self._rest(str(error), REST_S)
             raise
 
 

@@ -21,13 +21,14 @@ from pipeline.choices import Device, Reason, Role
 from pipeline.errors import RuijiError
 from pipeline.gallery import read_gallery
 from pipeline.plans.files import open_plan
+from pipeline.plans.stuck import note_death
 from pipeline.queue.connection import connect
 from pipeline.worker_settings import WorkerSettings
 from workers.devices import DEVICE_FAILED, LONGEST_PAUSE_S
 from workers.places import Place
 from workers.readiness import ready_file, remove_left_ready
 from workers.suspects.deaths import note_deaths
-from workers.suspects.in_hand import Hold, left_behind, read_in_hand
+from workers.suspects.in_hand import TRIAL, Hold, left_behind, read_in_hand
 
 if TYPE_CHECKING:
     from workers.heartbeat import Report
@@ -44,6 +45,8 @@ _HEALTHY_S = 30.0
 _HOPELESS = (2, 4)
 #: Where so many processes in a row died before they had encoded a grey picture, this machine cannot run the model.
 _MOST_TRIALS = 5
+#: Where so many in a row died young and with nothing in hand, no process of the kind can run here.
+_MOST_IDLE_DEATHS = 12
 #: Where so many in a row on a GPU did not get one image done, the GPU is given up, and tried again ever more seldom.
 _MOST_STARTS = 3
 #: How often a GPU that was given up is reported.
@@ -52,12 +55,16 @@ _REPORT_INTERVAL_S = 2.0
 _LOOK_INTERVAL_S = 1.0
 
 
-def _how(status: int) -> str:
+#: What docker compose calls the memory of each role.
+_MEMORY = {Role.embed: "WORKER_MEMORY", Role.reduce: "REDUCER_MEMORY", Role.compare: "COMPARER_MEMORY"}
+
+
+def _how(status: int, role: Role) -> str:
     """What the end of a process means, in words."""
     if status == -signal.SIGKILL:
         return (
-            "it was killed; if nobody did that, memory ran out: give it more (with docker compose WORKER_MEMORY), or "
-            "run fewer processes"
+            f"it was killed; if nobody did that, memory ran out: give it more (with docker compose {_MEMORY[role]}), "
+            "or run fewer processes"
         )
     if status == DEVICE_FAILED:
         return "its GPU failed before an image was done; the lines above say why"
@@ -91,6 +98,7 @@ class _Child:
         hung: whether it was ended for a batch that took too long.
         failed_starts: how often in a row it, and those before it in this place, died before a grey picture was through,
             or, on a GPU, an image.
+        idle_deaths: how often in a row they died young with nothing in hand that could be to blame.
         due: when the place is to be filled again.
         report: of a place that is empty because its GPU was given up, and when that was last sent.
     """
@@ -105,6 +113,7 @@ class _Child:
     hung: bool = False
     deaths: int = 0
     failed_starts: int = 0
+    idle_deaths: int = 0
     due: float | None = None
     report: "Report | None" = None
     reported: float = 0.0
@@ -140,6 +149,7 @@ class Supervisor:
             ) from None
         # Whether processes died, here or before this start, whose files were not looked at.
         self._unread = True
+        self._unread_why = ""
         self._stopping = False
 
     def run(self) -> int:
@@ -161,7 +171,9 @@ class Supervisor:
                     self._report(child)
                 if child.due is not None and time.monotonic() >= child.due:
                     _withdraw(child)
-                    children[number] = self._start(child.place, child.deaths, child.failed_starts)
+                    children[number] = self._start(child.place)
+                    for count in ("deaths", "failed_starts", "idle_deaths"):
+                        setattr(children[number], count, getattr(child, count))
         self._end(children)
         self._find_suspects(children)
         # One may have found out while it was told to stop.
@@ -170,7 +182,7 @@ class Supervisor:
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
 
-    def _start(self, place: Place, deaths: int = 0, failed_starts: int = 0) -> _Child:
+    def _start(self, place: Place) -> _Child:
         command = python_command("pipeline", "worker-process", "--role", place.role)
         in_hand = self._in_hand / secrets.token_hex(8)
         told = replace(self._settings, in_hand=in_hand)
@@ -181,7 +193,7 @@ class Supervisor:
             env={**os.environ, **self._threads(place), **place.variables(), **told.environment()},
             stdout=subprocess.DEVNULL,
         )
-        return _Child(place, process, in_hand, deaths=deaths, failed_starts=failed_starts)
+        return _Child(place, process, in_hand)
 
     def _threads(self, place: Place) -> dict[str, str]:
         """What numpy and torch multiply with; they ask when they are loaded. The encoder is told otherwise."""
@@ -196,20 +208,33 @@ class Supervisor:
             return 0
         if status in _HOPELESS:
             return status
-        on_trial = any(not hold.paths for hold in read_in_hand(child.in_hand).values())
-        child.failed_starts = child.failed_starts + 1 if on_trial or status == DEVICE_FAILED else 0
+        holds = read_in_hand(child.in_hand)
+        child.failed_starts = child.failed_starts + 1 if TRIAL in holds or status == DEVICE_FAILED else 0
         now = time.monotonic()
         healthy = not child.failed_starts and (child.worked or now - child.started > _HEALTHY_S)
         child.deaths = 1 if healthy else child.deaths + 1
+        if holds or healthy:
+            child.idle_deaths = 0  # What it has in hand is to blame, or nothing.
+        elif status not in (RuijiError.exit_code, DEVICE_FAILED):
+            child.idle_deaths += 1  # Others end with a fault that may pass, such as a Redis that is away.
         given_up = child.place.gpu is not None and child.failed_starts >= _MOST_STARTS
         pause = min(LONGEST_PAUSE_S if given_up else _LONGEST_PAUSE_S, 2.0 ** (child.deaths - 1))
         child.due = now + pause
         self._unread = True
         extra = {"event": "process_died", "role": child.place.role, "status": status, "restart_in_s": pause}
         ready_file(self._state_dir, child.process.pid).unlink(missing_ok=True)
-        logger.warning("a worker process died: %s", _how(status), extra=extra)
+        logger.warning("a worker process died: %s", _how(status, child.place.role), extra=extra)
         if given_up and child.failed_starts == _MOST_STARTS:
             logger.error("%s", _given_up(child), extra={"event": "gpu_given_up"})
+        if child.idle_deaths >= _MOST_IDLE_DEATHS:
+            logger.error(
+                "%d processes with the role %s in a row died with nothing in hand, the last one like this: %s",
+                child.idle_deaths,
+                child.place.role,
+                _how(status, child.place.role),
+                extra={"event": "worker_unfit"},
+            )
+            return RuijiError.exit_code
         if child.place.gpu is not None or child.failed_starts < _MOST_TRIALS:
             return 0
         logger.error(
@@ -253,7 +278,7 @@ class Supervisor:
         child.worked = child.worked or any(number > 1 for number in holds)
         child.holds = {number: child.holds.get(number, now) for number in holds}
         for number, hold in holds.items():
-            if now - child.holds[number] > hold.limit_s:
+            if hold.limit_s is not None and now - child.holds[number] > hold.limit_s:
                 extra = {"event": "process_hangs", "images": len(hold.paths), "limit_s": hold.limit_s}
                 logger.warning("a worker process takes too long for its images and is ended", extra=extra)
                 child.hung = True
@@ -269,14 +294,20 @@ class Supervisor:
                     for hold in holds or ():
                         self._suspect(hold, path in hung)
         except (OSError, RuijiError) as error:
-            # The suspects stay in their files until the folder can be written again.
-            logger.warning("cannot note suspects: %s", error, extra={"event": "suspects_wait"})
+            # The suspects stay in their files until the folder can be written again; it is looked at all the time.
+            if str(error) != self._unread_why:
+                logger.warning("cannot note suspects: %s", error, extra={"event": "suspects_wait"})
+            self._unread_why = str(error)
         else:
-            self._unread = False
+            self._unread, self._unread_why = False, ""
 
     def _suspect(self, hold: Hold, hung: bool) -> None:
         plan = open_plan(self._gallery)
         if plan is None or plan.plan_id != hold.plan:
+            return
+        if hold.segment is not None:
+            if hold.segment < len(plan.segments):
+                note_death(plan, plan.segments[hold.segment])
             return
         # Alone, it was decoded already, and the model runs on other pixels.
         note_deaths(plan, hold.paths, Reason.timeout if hung and not hold.alone else Reason.crashed_worker, hold.alone)

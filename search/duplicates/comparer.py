@@ -27,6 +27,7 @@ from search.gallery.shards import Gallery
 from search.ranking.planner import Planner, Purpose, check_cuda, wait_asleep
 from workers.devices import DEVICE_FAILED
 from workers.heartbeat import Heartbeat, Report
+from workers.suspects.in_hand import InHand
 from workers.work import Given, Work
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Comparer:
     def __init__(self, given: Given, device: Device, heartbeat: Heartbeat) -> None:
         settings = given.settings
         self._folder, self._heartbeat, self._device = settings.folder, heartbeat, device
+        self._hand = InHand(settings.in_hand)
         self._patience_s = settings.stall_timeout_s
         note_s = max(1, min(NOTE_S, settings.visibility_timeout_s // _NOTES))
         self._panels = Comparisons(given.client, given.gallery.gallery_id, note_s)
@@ -115,24 +117,19 @@ class Comparer:
             raise
         except redis.RedisError as error:
             noted(error)
-            self._rest(None)
+            self._heartbeat.pause(None, REST_S)
             raise
         except (MachineFault, OSError) as error:
             logger.error("%s; the panel is given back", error, extra={"event": "machine_fault", "panel": number})
-            self._rest(str(error))
+            self._heartbeat.pause(str(error), REST_S)
             raise
         except Exception as error:
             logger.exception("a panel failed and is given back", extra={"event": "panel_failed", "panel": number})
             if self._device is Device.cuda:
                 # CUDA reports most faults until its process ends.
                 end_process(RuijiError.exit_code if self._worked else DEVICE_FAILED)
-            self._rest(str(error))
+            self._heartbeat.pause(str(error), REST_S)
             raise
-
-    def _rest(self, why: str | None) -> None:
-        self._heartbeat.rest(why)
-        self._heartbeat.stopping.wait(REST_S)
-        self._heartbeat.rest(None)
 
     def _work(self, task: PanelTask) -> None:
         found = self._find(task)
@@ -148,7 +145,9 @@ class Comparer:
             return
         try:
             notes = _Notes(self._panels, task, self._heartbeat.stopping)
-            opened.comparison(self._planner).compare(panel, task.threshold, folder, notes)
+            # Redis counts the deaths that a panel is to blame for.
+            with self._hand.other():
+                opened.comparison(self._planner).compare(panel, task.threshold, folder, notes)
         except (MachineFault, OSError, redis.RedisError, UsageError):
             with suppress(redis.RedisError):
                 self._panels.excuse(task)

@@ -10,10 +10,12 @@ import redis
 from pipeline.errors import MachineFault
 from pipeline.plans.closing import cancel_plan
 from pipeline.plans.plan import Looked, Plan, Segment
+from pipeline.plans.stops import stopped
+from pipeline.plans.stuck import MOST_DEATHS, note_death, stuck, try_again
 from pipeline.queue.app import make_app
 from pipeline.queue.chords import Chords
 from pipeline.queue.connection import connect
-from pipeline.queue.keys import embed_queue, reduce_queue
+from pipeline.queue.keys import chord_keys, embed_queue, reduce_queue
 from pipeline.segments import Segments
 from pipeline.store import recorded_shards
 from tests.factories import pictures
@@ -92,3 +94,56 @@ def test_a_plan_that_is_cancelled_while_a_reducer_is_at_work_gets_no_shard(
     embed(again, again.paths(again.segments[0]))
     Segments(app, client, again).reduce(again.segments[0], 1)
     assert recorded_shards(plan.folder) == [again.segments[0].shard]
+
+
+def test_a_segment_whose_features_vanish_each_time_is_given_up_and_what_is_left_less_of_is_not(
+    plan: Plan, client: redis.Redis, chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.segments.LATE_FILE_WAIT_S", 0)
+    first, second = plan.segments[:2]
+    segments.fill_window(2)
+
+    def through(segment: Segment) -> None:
+        """As if workers had done all of it, and their files were not here."""
+        armed = chords.armed()[segment.index]
+        client.set(chord_keys(armed.group)["c"], "1")
+        segments.reduce(segment, 2)
+        if segment.index not in stuck(plan) and chords.armed().get(segment.index) == armed:
+            segments.heal(segment, armed)
+
+    for number in range(13):
+        assert stuck(plan) == {}, f"after {number} times"
+        through(first)
+    assert list(stuck(plan)) == [0]
+    assert sorted(chords.armed()) == [0, 1]
+    segments.fill_window(2)
+    assert sorted(chords.armed()) == [0, 1, 2], "its place in the window is another's"
+    for left in (3, 2, 1):
+        through(second)
+        embed(plan, plan.paths(second)[left:])
+        for _ in range(6):
+            through(second)
+    embed(plan, plan.paths(second))
+    segments.reduce(second, 2)
+    assert recorded_shards(plan.folder) == [1]
+    for segment in plan.segments[2:]:
+        embed(plan, plan.paths(segment))
+        segments.reduce(segment, 2)
+    assert stopped(plan.folder) is not None
+    assert "1 of 5 shards could not be made (0000)" in stopped(plan.folder)
+
+
+def test_a_segment_that_is_given_up_is_not_reduced_until_somebody_enqueues(
+    plan: Plan, chords: Chords, segments: Segments
+) -> None:
+    segments.fill_window(1)
+    embed(plan, plan.paths(plan.segments[0]))
+    for _ in range(MOST_DEATHS):
+        note_death(plan, plan.segments[0])
+    # Its message comes back from the dead.
+    segments.reduce(plan.segments[0], 1)
+    assert recorded_shards(plan.folder) == []
+    segments.forget(try_again(plan))
+    segments.fill_window(1)
+    segments.reduce(plan.segments[0], 1)
+    assert recorded_shards(plan.folder) == [0]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -25,8 +26,11 @@ from pipeline.spec import ModelSpec
 from workers.decode.heif import load_decoder
 from workers.decode.images import Decoded, decode_whole, open_image
 
-#: Starting Python and reading one file takes a second; on a busy machine or a slow disk some more.
+#: Starting Python and reading some of a file takes a second; on a busy machine or a slow disk some more.
 _READ_TIMEOUT_S = 120.0
+#: What the child says after each such part of its file, and once it has read all that it reads ahead.
+_READING, _READ = b"reading\n", b"read\n"
+_READ_BYTES = 16 << 20
 _MB = 1 << 20
 
 
@@ -60,8 +64,9 @@ def decode_alone(path: Path, spec: ModelSpec, limits: Limits, altered: list[str]
     try:
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.close()
-        reading = time.monotonic() + _READ_TIMEOUT_S
-        started = _line(child.stdout, reading)
+        started: bytes | None = _READING
+        while started == _READING:
+            started = _line(child.stdout, time.monotonic() + _READ_TIMEOUT_S)
         if not started:
             why = f"its decoder ended with {child.wait()}" if started is not None else "reading takes too long"
             raise MachineFault(f"{path} cannot be read: {why}")
@@ -129,8 +134,10 @@ def _main() -> None:
     path, limits = Path(request["path"]), Limits(**request["limits"])
     spec = ModelSpec.from_values(request["spec"])
     out = sys.stdout.buffer
-    _read_through(path)
-    out.write(b"read\n")
+    for _ in _read_ahead(path, limits.max_image_mb * _MB):
+        out.write(_READING)
+        out.flush()
+    out.write(_READ)
     out.flush()
     limit_memory(limits.max_image_mb)
     altered: list[str] = []
@@ -154,13 +161,22 @@ def _main() -> None:
     out.flush()
 
 
-def _read_through(path: Path) -> None:
-    """Bring the file into the page cache, so that no disk is waited for while the image's time runs."""
+def _read_ahead(path: Path, most: int) -> Iterator[None]:
+    """Bring the file into the page cache, so that no disk is waited for while the image's time runs.
+
+    Args:
+        most: bytes that are read; a decoder that may take so much memory does not need more of them soon.
+
+    Yields:
+        After each part.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            while file.read(_MB):
-                pass
+            for _ in range(0, most, _READ_BYTES):
+                if not file.read(_READ_BYTES):
+                    return
+                yield
     except OSError:
         return  # `open_image` says what is wrong with it.
 

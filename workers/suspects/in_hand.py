@@ -1,6 +1,6 @@
-"""What an embed process has in hand, in a host-local file: after its death the suspects are known.
+"""What a worker process has in hand, in a host-local file: after its death the suspects are known.
 
-One small write before and after each batch, never fsynced: the file has to outlive the process, not
+One small write before and after each batch or shard, never fsynced: the file has to outlive the process, not
 the machine. Its first line is JSON; what follows is the rest of longer lines from before.
 """
 
@@ -17,24 +17,26 @@ from pathlib import Path
 #: A batch may take as long as this many of its images, one after the other, would: decoding runs beside it.
 _IMAGES_AT_ONCE = 16
 #: The number of the model's trial, which comes before all batches.
-_TRIAL = 0
+TRIAL = 0
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Some objects that a process works on.
+    """Some objects that a process works on, a segment whose shard it makes, or what nobody is blamed for.
 
     Attributes:
         plan: id of their plan.
-        paths: of the objects; none while the model is on trial.
+        paths: of the objects.
         alone: whether nothing else can be the reason if the process dies.
-        limit_s: after so long the process hangs.
+        limit_s: after so long the process hangs; None: it takes as long as it takes.
+        segment: index of the segment.
     """
 
-    plan: str
-    paths: tuple[str, ...]
-    alone: bool
-    limit_s: float
+    plan: str = ""
+    paths: tuple[str, ...] = ()
+    alone: bool = False
+    limit_s: float | None = None
+    segment: int | None = None
 
 
 class InHand:
@@ -43,13 +45,25 @@ class InHand:
     def __init__(self, path: Path | None = None) -> None:
         self._file = _locked(path) if path is not None else None
         self._lock = threading.Lock()
-        self._numbers = itertools.count(_TRIAL + 1)
+        self._numbers = itertools.count(TRIAL + 1)
         self._holds: dict[int, Hold] = {}
 
     @contextmanager
     def trial(self, limit_s: float) -> Iterator[None]:
         """Tell that the model is on trial while the block runs: whatever happens, no object is to blame."""
-        with self._told(_TRIAL, Hold("", (), False, limit_s)):
+        with self._told(TRIAL, Hold(limit_s=limit_s)):
+            yield
+
+    @contextmanager
+    def segment(self, plan: str, index: int) -> Iterator[None]:
+        """Tell that a segment's shard is being made while the block runs."""
+        with self._told(next(self._numbers), Hold(plan, segment=index)):
+            yield
+
+    @contextmanager
+    def other(self) -> Iterator[None]:
+        """Tell of work while the block runs whose deaths are counted elsewhere."""
+        with self._told(next(self._numbers), Hold()):
             yield
 
     @contextmanager

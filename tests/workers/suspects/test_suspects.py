@@ -157,3 +157,16 @@ def test_a_dead_process_leaves_its_suspects_once(tmp_path: Path) -> None:
         assert [hold.paths for hold in holds] == [("x", "y")]
     with left_behind(file) as holds:
         assert holds is None
+
+
+def test_a_file_that_takes_longer_to_read_than_anybody_waits_is_its_own_fault(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.suspects.alone._READ_TIMEOUT_S", 10.0)
+    path = tmp_path / "huge.jpg"
+    with path.open("wb") as file:
+        file.write(b"\xff\xd8\xff\xe0")
+        # It takes no space.
+        file.truncate(2 << 40)
+    with pytest.raises((ImageError, ChildDied)):
+        decode_alone(path, encoder.model.spec, Limits(max_pixels=10**8, max_image_s=2, max_image_mb=64))
