@@ -13,6 +13,7 @@ from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
 from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery, require_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plans.files import closed_plans, open_plan
+from pipeline.plans.mending import mend
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
 from pipeline.plans.probes import find_probes, note_probes
@@ -120,6 +121,8 @@ def enqueue(
             if found is None:
                 # Before the folder is this model's: a first enqueue that is refused leaves no claim.
                 find_probes(work.media_dir, objects)
+            if found is not None and found.fingerprint == model.fingerprint:
+                mend(work.folder)
             gallery = claim_gallery(work.folder, model, scheme)
             if client is not None:
                 with broker_faults():

@@ -22,6 +22,7 @@ from pipeline.follow import follow
 from pipeline.gallery import gallery_model
 from pipeline.objects import Exclude, IdScheme
 from pipeline.plans.files import open_plan
+from pipeline.plans.mending import mend
 from pipeline.plans.stops import PlanStopped, stopped
 from pipeline.queue.connection import connect
 from pipeline.queue.embedded import embedded_redis, locked
@@ -141,6 +142,7 @@ class _Source:
     def _make(self) -> Path:
         work = self._work
         work.check_media()
+        mend(work.folder)
         if not self._made.exists() or open_plan(work.folder) is None:
             if not layout.gallery_file(work.folder).exists():
                 # A look at a large folder takes long, and is for nothing with a model that nobody declared. A gallery

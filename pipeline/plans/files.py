@@ -113,6 +113,15 @@ def closed_plan_ids(folder: Path) -> list[str]:
     return [path.name for path in sorted(done.iterdir()) if is_closed(folder, path.name)] if done.is_dir() else []
 
 
+def read_plan(folder: Path, path: Path) -> Plan:
+    """A plan as it was made, whatever became of it.
+
+    Raises:
+        FileNotFoundError: it is not there. GalleryMismatch: it is damaged.
+    """
+    return _read(folder, path)[0]
+
+
 def read_closed(folder: Path, plan_id: str) -> ClosedPlan:
     """One closed plan.
 

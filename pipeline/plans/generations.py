@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import layout
-from pipeline.errors import GalleryMismatch
+from pipeline.errors import FileDamaged, GalleryMismatch
 from pipeline.store import read_json, sync_folder, to_json, write_atomic
 
 #: Version of the files in `run/`; the first had one open plan under a fixed name, and no generations.
@@ -57,7 +57,7 @@ class Generation:
         number: 0: nothing, or what ruiji left before it had generations.
         made: name of its folder below `run/made`.
         plan_id: of the plan that it opened, which may be closed by now; None if nothing was to do.
-        objects: None if no list was accepted yet.
+        objects: None if no list was accepted yet, or the generation before was damaged (`pipeline.plans.mending`).
     """
 
     folder: Path
@@ -101,33 +101,45 @@ def current(folder: Path) -> Generation:
     """What was committed last.
 
     Raises:
-        GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
+        FileDamaged: its file is damaged. GalleryMismatch: a newer ruiji wrote it.
     """
+    number = last_number(folder)
+    return _before(folder) if number is None else read_generation(folder, number)
+
+
+def last_number(folder: Path) -> int | None:
+    """The number of what was committed last; None before the first."""
     try:
         names = [path.name for path in layout.generations_folder(folder).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         names = []
-    numbers = [number for name in names if (number := layout.generation_number(name)) is not None]
-    if not numbers:
-        return _before(folder)
-    return read_generation(folder, max(numbers))
+    numbers = (layout.generation_number(name) for name in names)
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def read_generation(folder: Path, number: int) -> Generation:
     """One that was committed, from 1.
 
     Raises:
-        FileNotFoundError: it was not. GalleryMismatch: its file is damaged, or a newer ruiji wrote it.
+        FileNotFoundError: it was not. FileDamaged: its file is damaged. GalleryMismatch: a newer ruiji wrote it.
     """
     path = layout.generation_file(folder, number)
-    value = read_json(path, RUN_FORMAT)
+    advice = (
+        "it says what was accepted last. ruiji enqueue (or ruiji run) with the object list accepts that anew, and "
+        "nothing that is done is lost"
+    )
+    try:
+        value = read_json(path, RUN_FORMAT)
+    except FileDamaged as error:
+        raise FileDamaged(f"{error}; {advice}") from None
     try:
         made, plan_id = value["made"], value["plan"]
         if not _MADE.fullmatch(made) or not (plan_id is None or is_plan_id(plan_id)):
             raise ValueError
-        return Generation(folder, number, made, plan_id, _list_state(value["list"]))
+        objects = None if value["list"] is None and plan_id is None else _list_state(value["list"])
+        return Generation(folder, number, made, plan_id, objects)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise GalleryMismatch(f"{path} is damaged; restore it from a copy") from None
+        raise FileDamaged(f"{path} is damaged; {advice}") from None
 
 
 def _before(folder: Path) -> Generation:
@@ -172,11 +184,12 @@ def making(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def commit(after: Generation, made: Path, plan_id: str | None, objects: ListState) -> bool:
+def commit(after: Generation, made: Path, plan_id: str | None, objects: ListState | None) -> bool:
     """Make this the generation that follows another; durable when this returns.
 
     Args:
         made: its folder, from `making`, synced.
+        objects: None: none is known, and everybody refuses the gallery until one is accepted.
 
     Returns:
         False if another enqueue was first: nothing that was looked at counts any more.
@@ -188,12 +201,13 @@ def commit(after: Generation, made: Path, plan_id: str | None, objects: ListStat
     path = layout.generation_file(folder, after.number + 1)
     path.parent.mkdir(exist_ok=True)
     note_format(folder)
-    value = {"format": RUN_FORMAT, "list": asdict(objects), "made": made.name, "plan": plan_id}
+    state = None if objects is None else asdict(objects)
+    value = {"format": RUN_FORMAT, "list": state, "made": made.name, "plan": plan_id}
     if not write_atomic(path, [to_json(value)], exclusive=True, sync=True):
         return False
     sync_folder(path.parent)
     # The figures and marks of the list before serve nobody now; a closed plan's todo list has a place of its own.
-    if after.number:
+    if after.made:
         shutil.rmtree(after.made_folder, ignore_errors=True)
     return True
 
@@ -261,10 +275,15 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
     """The current generation and its marks, of one moment.
 
     Raises:
-        GalleryMismatch: the marks are damaged or lost.
+        GalleryMismatch: the marks are damaged or lost, or no list is known.
     """
     while True:
         now = current(folder)
+        if now.number and now.objects is None:
+            raise GalleryMismatch(
+                f"which objects belong to {folder} is not known since {layout.generation_file(folder, now.number - 1)} "
+                "was damaged; run ruiji enqueue (or ruiji run) with the object list"
+            )
         files: list[tuple[str, bytes]] = []
         digest = hashlib.sha256()
         try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
-from pipeline.errors import GalleryMismatch
+from pipeline.errors import FileDamaged, GalleryMismatch
 from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
 from pipeline.objects import MAX_ID_BYTES, IdScheme
 from pipeline.plans.generations import read_generation
@@ -236,7 +236,11 @@ class Plan:
         """Where the todo list is while the plan is open."""
         if not self.generation:
             return layout.first_todo_file(self.folder, self.plan_id)
-        return layout.todo_file(read_generation(self.folder, self.generation).made_folder)
+        try:
+            return layout.todo_file(read_generation(self.folder, self.generation).made_folder)
+        except FileDamaged:
+            # Nobody gets as far with a plan of it that is open.
+            return layout.todo_file(self.closed_folder)
 
     def _open_todo(self) -> BufferedReader:
         # In this order: the first is removed only after the plan was closed.
