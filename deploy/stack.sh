@@ -421,7 +421,7 @@ down)
 	case $mode in
 	here) say "on this machine"; end serve; end worker-before; end worker; end redis ;;
 	'') say "nothing is up here" ;;
-	*) say "with docker compose"; docker compose --profile serve down ;;
+	*) say "with docker compose"; docker compose --profile serve --profile compare down ;;
 	esac
 	rm -rf .up ;;
 certificates)
