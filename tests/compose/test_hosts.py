@@ -75,3 +75,13 @@ def test_without_tls_or_with_another_ca_there_is_no_way_in(hosts: tuple[Stack, S
     assert "certificate verify failed" in answer
     answer = second.make("status", f"ARGS=--redis-url {plain}", code=None).stderr
     assert "cannot reach Redis" in answer
+
+
+def test_near_duplicates_are_compared_in_a_container_that_goes_down_with_the_rest(hosts: tuple[Stack, Stack]) -> None:
+    first, _ = hosts
+    first.compose("--profile", "compare", "up", "-d", "--scale", "comparer=1", "comparer")
+    answer = first.make("-s", "ruiji", "ARGS=near-duplicates --distributed --format paths").stdout
+    assert len(answer.split()) == 120, "of each picture there are thirty"
+    assert len(first.containers("comparer")) == 1
+    first.make("down")
+    assert first.containers("comparer") == []
