@@ -215,7 +215,8 @@ function whyNone(now) {
 
 function drawQuery(now, name, object) {
   const facts = [];
-  if (object?.path) facts.push(make("p", { className: "name" }, ...folders(now, object.path)));
+  const folder = object?.path ? folders(now, object.path, name) : [];
+  if (folder.length) facts.push(make("p", { className: "name" }, ...folder));
   const known = Object.entries(object?.annotations ?? {}).filter(([column, value]) => value && !["img_path", "img_name", "id"].includes(column));
   if (known.length) facts.push(make("p", { className: "name" }, known.map(([column, value]) => `${column}: ${value}`).join(" · ")));
   const shown = last.source
@@ -228,11 +229,11 @@ function drawQuery(now, name, object) {
   query.hidden = false;
 }
 
-// A path whose folders are filters.
-function folders(now, path) {
+// A path whose folders are filters; without the file's name if the heading has it already.
+function folders(now, path, heading) {
   const parts = path.split("/");
   return parts.flatMap((part, n) => {
-    if (n === parts.length - 1) return [part];
+    if (n === parts.length - 1) return heading.endsWith(part) ? [] : [part];
     const condition = `path=${parts.slice(0, n + 1).join("/")}/`;
     const only = make("a", { href: address({ where: [...new Set([...now.where, condition])] }), title: "Only this folder" }, part);
     return [only, " / "];

@@ -272,8 +272,10 @@ def test_filters_are_added_shared_and_removed(find: Served, page: Page, listed: 
     expect(page.locator("#said")).to_contain_text("No picture meets these conditions")
     page.click("button.chip")
     expect(page.locator("#hits a")).to_have_count(24)
-    # A folder of the query's path is a filter too.
+    # A folder of the query's path is a filter too; the file's name stands in the heading alone.
     page.goto(f"{find.origin}/?id={query}")
+    expect(page.locator("#query a")).to_have_count(len(listed[0]["path"].split("/")) - 1)
+    assert page.locator("#query").inner_text().count(query) == 1
     page.locator("#query a").nth(1).click()
     folder = "/".join(listed[0]["path"].split("/")[:2])
     expect(page.locator(".chip")).to_contain_text(f"path begins with {folder}/")
