@@ -86,8 +86,11 @@ def write_atomic(
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # A network folder may repeat a call that had succeeded: whose file it is tells, not the answer.
-            return os.path.samefile(temporary, path)
+            # A network folder may repeat a call that had succeeded: whose file it is tells, not the answer. Another
+            # one's may be gone by now.
+            with suppress(FileNotFoundError):
+                return os.path.samefile(temporary, path)
+            return False
         finally:
             os.unlink(temporary)
         return True

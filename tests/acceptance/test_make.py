@@ -189,7 +189,7 @@ def test_the_service_is_a_profile_with_a_token_of_its_own_until_down(engine: Sta
     assert "export COMPOSE_PROFILES='serve'" in (engine.folder / ".up" / "with").read_text()
     assert token.read_text() == before
     engine.make("down")
-    assert asked(engine)[-1] == "compose --profile serve down"
+    assert asked(engine)[-1] == "compose --profile serve --profile compare down"
     assert "the page: " not in engine.make("up").stderr
 
 
@@ -217,7 +217,7 @@ def test_containers_of_before_go_on_under_their_name_and_those_of_another_clone_
     assert not any(command.endswith(" down") for command in asked(engine))
     monkeypatch.setenv("RUNS", f"old {tmp_path}/moved-away")
     engine.make("down")
-    assert "compose --profile serve down" in asked(engine)
+    assert "compose --profile serve --profile compare down" in asked(engine)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,17 @@ def test_an_exclusive_write_leaves_the_first_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
+def test_an_exclusive_write_whose_winner_is_gone_again_has_not_won(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*names: object) -> None:
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", taken)
+    assert not write_atomic(tmp_path / "f", [b"late"], exclusive=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("ending", layout.SHARD_ENDINGS)
 def test_one_flipped_bit_of_a_shard_is_found(tmp_path: Path, ending: str) -> None:
     import hashlib
