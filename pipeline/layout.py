@@ -385,7 +385,7 @@ def suspect_name(path: str) -> str:
     return f"{_path_digest(path)}.json"
 
 
-_TROUBLE = re.compile(r"segment-(\d+)\.json")
+_TROUBLE = re.compile(r"segment-([0-9]+)\.json")
 
 
 def segment_trouble_file(folder: Path, plan_id: str, index: int) -> Path:

@@ -171,9 +171,9 @@ class Supervisor:
                     self._report(child)
                 if child.due is not None and time.monotonic() >= child.due:
                     _withdraw(child)
-                    children[number] = self._start(child.place)
-                    for count in ("deaths", "failed_starts", "idle_deaths"):
-                        setattr(children[number], count, getattr(child, count))
+                    after = children[number] = self._start(child.place)
+                    after.deaths, after.failed_starts = child.deaths, child.failed_starts
+                    after.idle_deaths = child.idle_deaths
         self._end(children)
         self._find_suspects(children)
         # One may have found out while it was told to stop.
