@@ -127,21 +127,26 @@ class Heartbeat(threading.Thread):
         self.rest(None)
 
     def run(self) -> None:
-        """Beat until the process ends; Redis may come and go."""
+        """Beat at once, and until the process ends; Redis may come and go."""
+        # A small run is over before a second beat. Who asks then must see who did it.
+        self._beat()
         while not self.stopping.wait(min(_HEARTBEAT_S, self._claims.interval_s)):
-            waiting = self._waiting
-            if waiting is None and not self._claims.alive():
-                waiting = "its connection to Redis is silent"
-            try:
-                self._report.send(f"waiting: {waiting}" if waiting else "working" if self._claims.working() else "idle")
-                if not waiting:
-                    self._ready.tell()
-                self._claims.keep()
-                self._watch.look()
-            except redis.RedisError as error:
-                noted(error)
-            else:
-                outage.ends()
+            self._beat()
+
+    def _beat(self) -> None:
+        waiting = self._waiting
+        if waiting is None and not self._claims.alive():
+            waiting = "its connection to Redis is silent"
+        try:
+            self._report.send(f"waiting: {waiting}" if waiting else "working" if self._claims.working() else "idle")
+            if not waiting:
+                self._ready.tell()
+            self._claims.keep()
+            self._watch.look()
+        except redis.RedisError as error:
+            noted(error)
+        else:
+            outage.ends()
 
     def leave(self) -> None:
         """The process ends."""

@@ -40,6 +40,10 @@ class Page:
         assert status == 200, body
         return json.loads(body)
 
+    def roles(self) -> set[str]:
+        """Of the worker processes that are there."""
+        return {one["role"] for one in self.json("/runs")["status"]["workers"]}
+
 
 @pytest.fixture(scope="module")
 def up(new_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory) -> tuple[Stack, Page, list[str]]:
@@ -65,9 +69,9 @@ def test_from_an_empty_folder_to_look_alikes_and_a_retry(up: tuple[Stack, Page, 
     assert len(page.json(f"/similar/{name}")["similarImages"]) == 10
     status, body = page.ask(f"/thumbs/{name}")
     assert status == 200 and body.startswith(b"\x89PNG")
-    run = page.json("/runs")
-    # Redis is asked, over the containers' network, and its workers are told.
-    assert run["without_redis"] is None and {one["role"] for one in run["status"]["workers"]} == {"embed", "reduce"}
+    # Redis is asked, over the containers' network, and its workers are told. Each reports by itself, after its start.
+    assert page.json("/runs")["without_redis"] is None
+    wait_until(lambda: page.roles() == {"embed", "reduce"}, what="the workers' reports")
     assert [one["path"] for one in page.json("/failures")["failures"]] == [paths[7]]
 
     picture(stack.media / paths[7], 7)

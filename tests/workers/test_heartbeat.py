@@ -1,11 +1,19 @@
 """What a worker process reports of itself."""
 
 import json
+from pathlib import Path
 
+import pytest
+
+from pipeline.choices import Role
+from pipeline.queue.claims import Claims
 from pipeline.queue.connection import connect
+from tests.factories import wait_until
+from workers import heartbeat
 from workers.embed import DONE
-from workers.heartbeat import Report
+from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.ledger import Ledger
+from workers.readiness import Readiness
 
 
 def test_a_report_tells_the_time_of_the_images_that_it_counts(redis_url: str) -> None:
@@ -23,4 +31,18 @@ def test_a_report_tells_the_time_of_the_images_that_it_counts(redis_url: str) ->
     told = json.loads(client.get(key))
     assert (told["images"], told["images_per_s"], told["ms_per_image"]["encode"]) == (10, 0.0, 100.0)
     report.remove()
+    assert client.keys() == []
+
+
+def test_a_process_reports_itself_at_once(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A run of a few images is over before a second report.
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_S", 3600.0)
+    client, gallery_id = connect(redis_url), "0123456789abcdef"
+    claims = Claims(client, gallery_id, visibility_timeout_s=4 * 3600.0)
+    report = Report(client, gallery_id, Role.embed, Ledger())
+    beats = Heartbeat(report, claims, Readiness(tmp_path), GalleryWatch(tmp_path, gallery_id))
+    beats.start()
+    wait_until(lambda: client.keys("ruiji:0123456789abcdef:worker:*"), what="a report")
+    beats.leave()
+    beats.join()
     assert client.keys() == []
