@@ -1,5 +1,7 @@
 """The workers' own chord backend, against a real Redis and beside the stock one."""
 
+from random import Random
+
 import pytest
 from celery import Celery
 
@@ -49,3 +51,39 @@ def test_batched_and_stock_members_of_one_chord_add_up(redis_url: str) -> None:
     assert client.llen(reduce_queue(GALLERY)) == 0
     store(fast, [3])
     assert client.llen(reduce_queue(GALLERY)) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_body_goes_with_the_last_member_however_they_come(redis_url: str, seed: int) -> None:
+    apps, client, chance = [app_for(redis_url, "fast"), app_for(redis_url, "fast")], connect(redis_url), Random(seed)
+    apps[0].backend.set_chord_size("group", 40)
+    missing = set(range(40))
+    while missing:
+        assert client.llen(reduce_queue(GALLERY)) == 0
+        numbers = chance.choices(range(40), k=chance.choice((1, 3, 16)))
+        store(chance.choice(apps), numbers)
+        missing -= set(numbers)
+    assert client.llen(reduce_queue(GALLERY)) == 1
+
+
+def test_a_worker_that_dies_before_it_sends_the_body_leaves_that_to_whoever_has_the_message_then(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying, other, client = app_for(redis_url, "fast"), app_for(redis_url, "fast"), connect(redis_url)
+    dying.backend.set_chord_size("group", 3)
+    monkeypatch.setattr(dying.backend, "on_chord_part_return", lambda *_: None)
+    store(dying, [0, 1, 2])
+    assert client.scard("celery-taskset-meta-group.d") == 2
+    # Its messages come again, to one worker or several.
+    store(other, [0, 1])
+    assert client.llen(reduce_queue(GALLERY)) == 0
+    store(other, [2])
+    assert client.llen(reduce_queue(GALLERY)) == 1
+
+
+def test_the_keys_of_a_chord_expire_if_nobody_ends_it(redis_url: str) -> None:
+    app, client = app_for(redis_url, "fast"), connect(redis_url)
+    app.backend.set_chord_size("group", 3)
+    store(app, [0, 1])
+    for ending in ("j", "d", "s"):
+        assert 0 < client.ttl(f"celery-taskset-meta-group.{ending}") <= app.backend.chord_expires
