@@ -65,5 +65,5 @@ def set_up(log_format: LogFormat = LogFormat.text, level: int = logging.INFO) ->
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for name in ("pipeline", "workers", "search"):
+    for name in ("pipeline", "workers", "search", "serve"):
         logging.getLogger(name).setLevel(level)

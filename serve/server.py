@@ -18,6 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.streams import note
 from serve.access import access_for
 from serve.app import make_app
+from serve.galleries import Galleries
 from serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _lifespan(service: Service, url: str) -> Lifespan[FastAPI]:
         # which nothing is answered.
         gc.collect()
         gc.freeze()
-        looking = asyncio.create_task(_keep_looking(service))
+        looking = asyncio.create_task(_keep_looking(service.galleries))
         note(f"{url} answers; Ctrl-C stops it")
         try:
             yield
@@ -100,14 +101,24 @@ def _lifespan(service: Service, url: str) -> Lifespan[FastAPI]:
     return lifespan
 
 
-async def _keep_looking(service: Service) -> None:
+async def _keep_looking(galleries: Galleries) -> None:
+    failing = False
     while True:
         await asyncio.sleep(_LOOK_S)
         try:
-            await asyncio.to_thread(service.galleries.look)
-        except Exception:
-            # A bug; but what is open goes on, and the next look may do better.
-            logger.exception("looking for new shards failed")
+            await asyncio.to_thread(galleries.look)
+        except Exception as error:
+            # What is open goes on, whatever it was, and the next look may do better.
+            if not failing:
+                # Of a bug nothing else says where it is.
+                bug = not isinstance(error, OSError)
+                extra = {"event": "looking_failed"}
+                logger.error("looking for new shards fails; trying again: %s", error, exc_info=bug, extra=extra)
+            failing = True
+        else:
+            if failing:
+                logger.info("looking for new shards works again", extra={"event": "looking_works"})
+            failing = False
 
 
 def _listen(address: Address) -> socket.socket:

@@ -17,8 +17,10 @@ import pytest
 import ruiji as ruiji_api
 from pipeline.errors import UnknownObject
 from pipeline.model import load_model
+from search.gallery.opening import find_galleries
+from serve.galleries import Galleries
 from serve.searches import MOST_WAITING, Busy, Searches, Wanted
-from serve.server import Address, _listen
+from serve.server import Address, _keep_looking, _listen
 from tests.factories import Ruiji, picture, wait_until
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
 from tests.serve.conftest import COUNT, Served, start
@@ -274,6 +276,39 @@ def test_new_shards_and_galleries_are_taken_up_and_what_cannot_be_is_told(
     problem = next(one["problem"] for one in served.get("/healthz").json()["galleries"] if one["name"] == "tiny")
     assert "shard 0004" in problem
     assert served.similar("2.png").status == 200
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied", "/features/tiny"), KeyError("a bug")])
+def test_looks_that_fail_are_told_once_and_what_is_open_goes_on(
+    world: Ruiji, ids: list[str], fault: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    galleries = Galleries(world.features)
+    galleries.open()
+    looks = 0
+
+    def find(folder: Path) -> list[Path]:
+        nonlocal looks
+        looks += 1
+        if looks in (2, 3, 4, 6, 7):
+            raise fault
+        return find_galleries(folder)
+
+    async def look(times: int) -> None:
+        looking = asyncio.create_task(_keep_looking(galleries))
+        while looks < times:
+            await asyncio.sleep(0.01)
+            assert not looking.done() and len(galleries.get("tiny").gallery) == len(ids)
+        looking.cancel()
+
+    monkeypatch.setattr("serve.server._LOOK_S", 0.01)
+    monkeypatch.setattr("serve.galleries.find_galleries", find)
+    caplog.set_level("INFO", "serve")
+    asyncio.run(look(9))
+    assert [record.__dict__["event"] for record in caplog.records] == ["looking_failed", "looking_works"] * 2
+    failed = caplog.records[0]
+    assert str(fault) in failed.getMessage()
+    # Where a bug is has to be seen; a folder's fault is one line.
+    assert bool(failed.exc_info) == isinstance(fault, KeyError)
 
 
 def test_of_several_galleries_one_must_be_named(ruiji: Ruiji) -> None:
