@@ -324,17 +324,16 @@ def least_similarity_turned(gallery: Gallery, rows: Rows, turned: "TurnedPairs")
 def members_of(gallery: Gallery, rows: Rows, turned: "TurnedPairs | None" = None) -> Iterator[Member]:
     """Rows as members of a group, in the order given: the first is the one that similarities are to."""
     query = gallery.take(rows[:1])
-    ids = gallery.object_ids(rows).tolist()
     first_with: dict[bytes, str] = {}
     for start in range(0, len(rows), DECIDED_AT_ONCE):
         some = rows[start : start + DECIDED_AT_ONCE]
         similarities = exact_pair_similarities(query, gallery.take(some)).tolist()
-        for row, object_id, similarity in zip(some.tolist(), ids[start : start + len(some)], similarities, strict=True):
-            digest = gallery.digest(row)
+        told = gallery.object_ids(some).tolist(), gallery.paths(some), gallery.digests(some)
+        for row, similarity, object_id, path, digest in zip(some.tolist(), similarities, *told, strict=True):
             same = None if digest is None else first_with.get(digest)
             if digest is not None and same is None:
                 first_with[digest] = object_id
             back = None if turned is None else turned.between(int(rows[0]), row)
             similarity, how = (similarity, None) if back is None else back
-            path, reference = gallery.path(row), row < gallery.reference_rows
+            reference = row < gallery.reference_rows
             yield Member(row, object_id, path, similarity, None, digest, same, how, reference)

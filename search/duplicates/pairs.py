@@ -215,12 +215,21 @@ def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margi
     return reached
 
 
-def _sorted_out(cosines: Float32, margin: Margin, threshold: float, once: Any) -> tuple[Mask, Mask]:
-    """Pairs that reach the threshold for certain, and those that may."""
+def _sorted_out(cosines: Float32, margin: Margin, threshold: float, once: Any) -> tuple[Mask, Any]:
+    """Pairs that reach the threshold for certain, bool[b, t], and those that may: the same, or false for all of them.
+
+    Args:
+        once: bool[b, t], the pairs that are looked for, or true for all of them.
+    """
     certain = (threshold + margin.absolute) / (1 - margin.relative)
     # Rounded up, and for what is no number false.
-    reached = (cosines >= np.nextafter(np.float32(certain), np.float32(2))) & once
-    return reached, ~(cosines < np.float32(margin.least(threshold))) & once & ~reached
+    reached = cosines >= np.nextafter(np.float32(certain), np.float32(2))
+    below = cosines < np.float32(margin.least(threshold))
+    # Mostly none is in doubt, and to count takes less than to look for them.
+    in_doubt = np.count_nonzero(reached) + np.count_nonzero(below) < cosines.size
+    open_pairs = ~(below | reached) & once if in_doubt else np.False_
+    reached &= once
+    return reached, open_pairs
 
 
 def _decided(gallery: Gallery, some: Rows, others: Rows, threshold: float) -> NearPairs:

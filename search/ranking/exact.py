@@ -3,6 +3,8 @@
 No block, batch, thread count, device or shard order changes a bit of what they give.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,8 @@ from search.arrays import Float32, Float64, row_sums
 
 #: Values that are multiplied at once; as float64 they take 1 MB and stay in a core's cache.
 _AT_ONCE = 1 << 17
+#: Of a cosine that decides and is not beyond this the arc cosine is exact too: it is off by far less than 1e-12.
+NEARLY_ONE = 0.99
 
 
 def unusable(feature: Float32) -> str | None:
@@ -40,9 +44,13 @@ def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
     Returns:
         float64[c].
     """
-    q, x = some.astype(np.float64), others.astype(np.float64)
-    # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
-    cosines = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
+    if len(others) < len(some):
+        some, others = others, some
+    cosines = np.empty(len(others))
+    for part, q, x in _widened(some, others):
+        # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot
+        # product.
+        cosines[part] = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
     return np.clip(cosines, -1.0, 1.0)
 
 
@@ -70,33 +78,52 @@ def exact_pair_table(some: Float32, others: Float32, wanted: NDArray[np.bool_]) 
     return similarities
 
 
-def exact_squared_distances(query: Float32, rows: Float32) -> Float64:
+def exact_squared_distances(queries: Float32, rows: Float32) -> Float64:
     """The squared Euclidean distance that decides, for each row by itself.
 
     Args:
-        query: float32[d]; rows: float32[c, d].
+        queries: float32[c, d], or one row for all; rows: float32[c, d].
 
     Returns:
-        float64[c], 0.0 for a row equal to the query.
+        float64[c], 0.0 for a row equal to its query.
     """
-    differences = rows.astype(np.float64) - query.astype(np.float64)
-    return row_sums(differences * differences)
+    squares = np.empty(len(rows))
+    for part, q, x in _widened(queries, rows):
+        differences = x - q
+        squares[part] = row_sums(differences * differences)
+    return squares
 
 
-def exact_angles(query: Float32, rows: Float32) -> Float64:
+def exact_angles(queries: Float32, rows: Float32) -> Float64:
     """The angle to each row, exact near 0 and near pi, where the arc cosine is not.
 
+    Args:
+        queries: float32[c, d], or one row for all; rows: float32[c, d].
+
     Returns:
-        float64[c], radians from 0 to pi, error far below 1e-7; 0.0 for a row equal to the query.
+        float64[c], radians from 0 to pi, error far below 1e-7; 0.0 for a row equal to its query.
     """
-    a, b = units_of(query[np.newaxis]), units_of(rows)
-    apart, along = a - b, a + b
-    angles: Float64 = 2 * np.arctan2(np.sqrt(row_sums(apart * apart)), np.sqrt(row_sums(along * along)))
+    angles = np.empty(len(rows))
+    for part, q, x in _widened(queries, rows):
+        a, b = _scaled(q), _scaled(x)
+        apart, along = a - b, a + b
+        angles[part] = 2 * np.arctan2(np.sqrt(row_sums(apart * apart)), np.sqrt(row_sums(along * along)))
     return angles
 
 
 def units_of(rows: Float32) -> Float64:
     """Rows divided by their norm, float32[rows, d] to float64[rows, d]; none zero."""
-    x = rows.astype(np.float64)
-    units: Float64 = x / np.sqrt(row_sums(x * x))[:, np.newaxis]
-    return units
+    return _scaled(rows.astype(np.float64))
+
+
+def _scaled(x: Float64) -> Float64:
+    scaled: Float64 = x / np.sqrt(row_sums(x * x))[:, np.newaxis]
+    return scaled
+
+
+def _widened(some: Float32, others: Float32) -> Iterator[tuple[slice, Float64, Float64]]:
+    """Pairs of rows as float64, so many at once as stay in a core's cache; `some` may be one row for all."""
+    at_once = max(1, _AT_ONCE // max(1, others.shape[1]))
+    for start in range(0, len(others), at_once):
+        part = slice(start, start + at_once)
+        yield part, (some if len(some) == 1 else some[part]).astype(np.float64), others[part].astype(np.float64)

@@ -21,7 +21,7 @@ from search.gallery.norms import is_plain
 from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import float32_margin
-from search.ranking.exact import exact_angles, exact_similarities, unusable
+from search.ranking.exact import NEARLY_ONE, exact_angles, exact_pair_similarities, unusable
 from search.ranking.scan import Batch, Candidates, Scan, numpy_scan
 
 #: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
@@ -30,8 +30,8 @@ QUERIES_AT_ONCE = 1000
 _DECIDED_AT_ONCE = 2048
 #: Pairs of a query and a row that are handed over at once.
 _PAIRS_AT_ONCE = 1 << 20
-#: Candidates of one query that wait for their decision; 24 bytes each.
-_WAITING = 1 << 16
+#: Candidates of one query that wait for their decision, and of all queries of a pass; 32 bytes each.
+_WAITING, _ALL_WAITING = 1 << 16, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def rank(
     found: list[Neighbours] = []
     for start in range(0, len(queries), queries_at_once):
         found += nearest(gallery, queries[start : start + queries_at_once], top_k, metric, scan or numpy_scan())
-    hits = tuple(_hits(gallery, query, one, metric) for query, one in zip(queries, found, strict=True))
-    return Ranking(hits, *gallery.unusable_rows)
+    return Ranking(_hits(gallery, queries, found, metric), *gallery.unusable_rows)
 
 
 def nearest(gallery: Gallery, queries: Float32, top_k: int, metric: Metric, scan: Scan) -> list[Neighbours]:
@@ -118,13 +117,10 @@ def nearest(gallery: Gallery, queries: Float32, top_k: int, metric: Metric, scan
         queries: float32[q, d]; none zero, all finite.
         top_k, metric, scan: as `rank` takes them.
     """
-    batch = Batch(queries, top_k, metric)
-    cuts = np.full(len(batch.queries), -np.inf)
-    pools = [_Pool(gallery, batch, number) for number in range(len(cuts))]
-    for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
-        _offer(pools, candidates, cuts)
-    gallery.plan_reads(np.concatenate([pool.rows for pool in pools]))
-    return [pool.decided() for pool in pools]
+    pools = _Pools(gallery, Batch(queries, top_k, metric))
+    for candidates in itertools.chain(scan(gallery, pools.batch, pools.cuts), _odd_rows(gallery, len(queries))):
+        pools.add(candidates)
+    return pools.decided()
 
 
 def rows_within(
@@ -153,7 +149,7 @@ def rows_within(
                 in_doubt = np.flatnonzero(~reached)
                 for first in range(0, len(in_doubt), _DECIDED_AT_ONCE):
                     places = in_doubt[first : first + _DECIDED_AT_ONCE]
-                    reached[places] = batch.decide(number, gallery.take(some[places])) >= least
+                    reached[places] = batch.decide(np.array([number]), gallery.take(some[places])) >= least
                 rows[number].append(some[reached])
         found += [np.sort(np.concatenate([np.empty(0, np.int64), *one])) for one in rows]
     return found
@@ -174,24 +170,27 @@ def check_queries(queries: Float32, length: int) -> None:
             raise QueryError(f"query {number} cannot be ranked: {problem}")
 
 
-def _hits(gallery: Gallery, query: Float32, found: Neighbours, metric: Metric) -> tuple[Hit, ...]:
-    hits: list[Hit] = []
-    for start in range(0, len(found.rows), _DECIDED_AT_ONCE):
-        some = slice(start, start + _DECIDED_AT_ONCE)
-        rows, values = found.rows[some], found.values[some]
-        features = gallery.take(rows)
+def _hits(gallery: Gallery, queries: Float32, found: list[Neighbours], metric: Metric) -> tuple[tuple[Hit, ...], ...]:
+    rows = np.concatenate([np.empty(0, np.int64), *(one.rows for one in found)])
+    values = np.concatenate([np.empty(0), *(one.values for one in found)])
+    numbers = np.repeat(np.arange(len(found)), [len(one.rows) for one in found])
+    if metric is Metric.euclidean:
+        looked_at, distances = np.arange(len(rows)), np.sqrt(-values)
+        similarities = np.empty(len(rows))
+    else:
+        looked_at, similarities = np.flatnonzero(np.abs(values) > NEARLY_ONE), values
+        distances = np.arccos(values)
+    for start in range(0, len(looked_at), _DECIDED_AT_ONCE):
+        some = looked_at[start : start + _DECIDED_AT_ONCE]
+        pairs = queries[numbers[some]], gallery.take(rows[some])
         if metric is Metric.euclidean:
-            similarities, distances = exact_similarities(query, features), np.sqrt(-values)
+            similarities[some] = exact_pair_similarities(*pairs)
         else:
-            similarities, distances = values, exact_angles(query, features)
-        columns = zip(
-            rows.tolist(), found.object_ids[some].tolist(), similarities.tolist(), distances.tolist(), strict=True
-        )
-        hits += [
-            Hit(row, object_id, gallery.path(row), similarity, distance)
-            for row, object_id, similarity, distance in columns
-        ]
-    return tuple(hits)
+            distances[some] = exact_angles(*pairs)
+    ids = itertools.chain.from_iterable(one.object_ids.tolist() for one in found)
+    columns = zip(rows.tolist(), ids, gallery.paths(rows), similarities.tolist(), distances.tolist(), strict=True)
+    hits = (Hit(*column) for column in columns)
+    return tuple(tuple(itertools.islice(hits, len(one.rows))) for one in found)
 
 
 def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:
@@ -210,96 +209,124 @@ def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:
 # Keeping the best
 
 
-class _Pool:
-    """The rows that can still be among the best k of one query; a decided row has equal bounds."""
+class _Pools:
+    """The rows that can still be among the best k of each query; a decided row has equal bounds.
 
-    def __init__(self, gallery: Gallery, batch: Batch, number: int) -> None:
-        self._gallery, self._batch, self._number, self._top_k = gallery, batch, number, batch.top_k
-        self._rows: Rows = np.empty(0, dtype=np.int64)
-        self._lower: Float64 = np.empty(0)
-        self._upper: Float64 = np.empty(0)
+    The rows of all queries are in the same arrays. To look at a thousand queries one by one would take longer than to
+    multiply them with the gallery.
+
+    Attributes:
+        cuts: float64[q], the value that a row must reach from now on; a scan reads it between its blocks.
+    """
+
+    def __init__(self, gallery: Gallery, batch: Batch) -> None:
+        self._gallery, self.batch = gallery, batch
+        self.cuts: Float64 = np.full(len(batch.queries), -np.inf)
+        none = np.empty(0, np.int64)
+        self._kept = Candidates(none, none, np.empty(0), np.empty(0))
         #: What came since the last cut, and how many rows.
-        self._new: list[tuple[Rows, Float64, Float64]] = []
-        self._new_rows, self._last_cut = 0, -np.inf
+        self._new: list[Candidates] = []
+        self._new_rows = 0
 
-    @property
-    def rows(self) -> Rows:
-        """Gallery rows, in no order."""
-        self._take_in()
-        return self._rows
-
-    def add(self, rows: Rows, lower: Float64, upper: Float64) -> float:
-        """Take in candidates; returns the value that a row must reach from now on."""
-        self._new.append((rows, lower, upper))
-        self._new_rows += len(rows)
-        # Fewer would hardly raise the cut.
-        if self._new_rows >= self._top_k or self._last_cut == -np.inf:
+    def add(self, candidates: Candidates) -> None:
+        """Take in candidates, and raise the cuts by them."""
+        self._new.append(candidates)
+        self._new_rows += len(candidates.rows)
+        # Fewer would hardly raise the cuts.
+        if self._new_rows >= self.batch.top_k * len(self.cuts) or np.isneginf(self.cuts).any():
             self._take_in()
-        return self._last_cut
+
+    def decided(self) -> list[Neighbours]:
+        """Decide in float64, and by id where values are equal: the best k of each query."""
+        self._take_in()
+        self._gallery.plan_reads(self._kept.rows)
+        ids = self._decide(np.ones(len(self.cuts), bool))
+        ends = np.cumsum(self._counts())[:-1]
+        parts = (np.split(part, ends) for part in (self._kept.rows, self._kept.lower, ids))
+        return [Neighbours(*one) for one in zip(*parts, strict=True)]
 
     def _take_in(self) -> None:
         if not self._new:
             return
-        rows, lower, upper = zip(*self._new, strict=True)
+        self._kept = _by_query(self._kept, *self._new)
         self._new, self._new_rows = [], 0
-        self._rows = np.concatenate([self._rows, *rows])
-        self._lower, self._upper = np.concatenate([self._lower, *lower]), np.concatenate([self._upper, *upper])
-        self._last_cut = self._cut()
-        if len(self._rows) > max(_WAITING, 2 * self._top_k):
-            self._decide()
-            self._last_cut = self._cut()
+        self._cut()
+        counts, enough = self._counts(), 2 * self.batch.top_k
+        crowded = counts > max(_WAITING, enough)
+        if len(self._kept.rows) > _ALL_WAITING:
+            crowded = counts > enough
+        if crowded.any():
+            self._decide(crowded)
 
-    def _cut(self) -> float:
-        if len(self._rows) < self._top_k:
-            return -np.inf
-        # k rows reach the k-th largest lower bound for certain; what cannot reach it is out.
-        cut = float(np.partition(self._lower, -self._top_k)[-self._top_k])
-        self._keep(self._upper >= cut)
-        return cut
+    def _counts(self) -> Rows:
+        """How many rows each query has."""
+        return np.bincount(self._kept.queries, minlength=len(self.cuts)).astype(np.int64)
 
-    def _keep(self, kept: Mask | Rows) -> None:
-        self._rows, self._lower, self._upper = self._rows[kept], self._lower[kept], self._upper[kept]
+    def _cut(self) -> None:
+        """Leave out what cannot reach its query's k-th largest lower bound, which k rows reach for certain."""
+        kept, counts, k = self._kept, self._counts(), self.batch.top_k
+        starts = np.cumsum(counts) - counts
+        left = np.flatnonzero(counts >= k)
+        left = left[np.argsort(counts[left], kind="stable")]
+        while len(left):
+            # Those with up to twice as many rows as the first one share a table.
+            end = int(np.searchsorted(counts[left], 2 * counts[left[0]], side="right"))
+            some, left = left[:end], left[end:]
+            places = np.arange(counts[some[-1]])
+            table = kept.lower[np.minimum(starts[some, np.newaxis] + places, len(kept.lower) - 1)]
+            table[places >= counts[some, np.newaxis]] = -np.inf
+            self.cuts[some] = np.partition(table, -k)[:, -k]
+        self._kept = kept.only(kept.upper >= self.cuts[kept.queries])
 
-    def _narrow(self) -> None:
+    def _narrow(self, wanted: Mask) -> None:
         """Bounds from float32 for rows of coarser ones, so that fewer have to be decided in float64."""
-        gallery, batch = self._gallery, self._batch
-        margin = float32_margin(gallery.length)
-        coarse = np.flatnonzero((self._upper - self._lower > 4 * margin.absolute) & np.isfinite(self._upper))
-        if batch.metric is Metric.euclidean or len(coarse) <= 2 * self._top_k:
+        kept, batch = self._kept, self.batch
+        margin = float32_margin(self._gallery.length)
+        coarse = wanted[kept.queries] & (kept.upper - kept.lower > 4 * margin.absolute) & np.isfinite(kept.upper)
+        many = np.bincount(kept.queries[coarse], minlength=len(wanted)) > 2 * batch.top_k
+        if batch.metric is Metric.euclidean or not many.any():
             return
-        for start in range(0, len(coarse), _DECIDED_AT_ONCE):
-            some = coarse[start : start + _DECIDED_AT_ONCE]
-            features = gallery.take(self._rows[some])
-            squares = np.einsum("ij,ij->i", features, features)
-            cosines = (features @ batch.units[self._number] / np.sqrt(squares)).astype(np.float64)
-            self._lower[some], self._upper[some] = margin.lower(cosines), margin.upper(cosines)
+        for some, features in self._features(np.flatnonzero(coarse & many[kept.queries])):
+            units = batch.units[kept.queries[some]]
+            dots, squares = (np.einsum("ij,ij->i", features, others) for others in (units, features))
+            cosines = (dots / np.sqrt(squares)).astype(np.float64)
+            kept.lower[some], kept.upper[some] = margin.lower(cosines), margin.upper(cosines)
         self._cut()
 
-    def decided(self) -> Neighbours:
-        """Decide in float64, and by id where values are equal; the best k are left."""
-        self._take_in()
-        ids = self._decide()
-        return Neighbours(self._rows, self._lower, ids)
+    def _decide(self, wanted: Mask) -> NDArray[np.str_]:
+        """Decide for some queries: their best k are left, best first; returns the object ids of these.
 
-    def _decide(self) -> NDArray[np.str_]:
-        """As `decided`; returns the object ids of the rows that are left."""
-        self._narrow()
-        open_rows = np.flatnonzero(self._lower != self._upper)
-        for start in range(0, len(open_rows), _DECIDED_AT_ONCE):
-            some = open_rows[start : start + _DECIDED_AT_ONCE]
-            self._lower[some] = self._batch.decide(self._number, self._gallery.take(self._rows[some]))
-        self._upper[open_rows] = self._lower[open_rows]
+        Args:
+            wanted: bool[q].
+        """
+        self._narrow(wanted)
+        kept = self._kept
+        in_doubt = np.flatnonzero(wanted[kept.queries] & (kept.lower != kept.upper))
+        for some, features in self._features(in_doubt):
+            kept.lower[some] = self.batch.decide(kept.queries[some], features)
+        kept.upper[in_doubt] = kept.lower[in_doubt]
         self._cut()
-        ids = self._gallery.object_ids(self._rows)
-        order = np.lexsort((self._rows, ids, -self._lower))[: self._top_k]
-        self._keep(order)
-        kept: NDArray[np.str_] = ids[order]
-        return kept
+        mine = wanted[self._kept.queries]
+        rest, own = self._kept.only(~mine), self._kept.only(mine)
+        ids = self._gallery.object_ids(own.rows)
+        order = np.lexsort((own.rows, ids, -own.lower, own.queries))
+        # The queries are in the same order as before.
+        starts = np.searchsorted(own.queries, own.queries, side="left")
+        best = order[np.arange(len(order)) - starts < self.batch.top_k]
+        self._kept = _by_query(rest, own.only(best))
+        found: NDArray[np.str_] = ids[best]
+        return found
+
+    def _features(self, places: Rows) -> Iterator[tuple[Rows, Float32]]:
+        """The features of rows at some places of those that are kept, a few at a time, in the gallery's order."""
+        places = places[np.argsort(self._kept.rows[places], kind="stable")]
+        for start in range(0, len(places), _DECIDED_AT_ONCE):
+            some = places[start : start + _DECIDED_AT_ONCE]
+            yield some, self._gallery.take(self._kept.rows[some])
 
 
-def _offer(pools: list[_Pool], candidates: Candidates, cuts: Float64) -> None:
-    numbers, starts = np.unique(candidates.queries, return_index=True)
-    bounds = itertools.pairwise([*starts.tolist(), len(candidates.queries)])
-    for number, (start, end) in zip(numbers.tolist(), bounds, strict=True):
-        part = slice(start, end)
-        cuts[number] = pools[number].add(candidates.rows[part], candidates.lower[part], candidates.upper[part])
+def _by_query(*parts: Candidates) -> Candidates:
+    """All of these, those of a query together, in the order in which they come."""
+    columns = zip(*((one.queries, one.rows, one.lower, one.upper) for one in parts), strict=True)
+    queries, rows, lower, upper = (np.concatenate(column) for column in columns)
+    return Candidates(queries, rows, lower, upper).only(np.argsort(queries, kind="stable"))

@@ -17,7 +17,7 @@ from search.gallery.norms import is_plain, plain_rows
 from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import Margin, float32_margin
-from search.ranking.exact import exact_similarities, exact_squared_distances
+from search.ranking.exact import exact_pair_similarities, exact_squared_distances
 
 #: Of features read at once: a whole shard of 10,000 rows of 1280, so that starts are rare; small beside any memory.
 BLOCK_BYTES = 64 << 20
@@ -49,11 +49,15 @@ class Batch:
         """Queries of length 1, float32[q, d], divided in float64."""
         return (self.queries / self.norms).astype(np.float32)
 
-    def decide(self, number: int, rows: Float32) -> Float64:
-        """The values that order rows for one query, float32[c, d] to float64[c]; higher is closer."""
+    def decide(self, numbers: Rows, rows: Float32) -> Float64:
+        """The values that order rows, each for a query, float32[c, d] to float64[c]; higher is closer.
+
+        Args:
+            numbers: int64[c], or one query for all rows.
+        """
         if self.metric is Metric.euclidean:
-            return -exact_squared_distances(self.queries[number], rows)
-        return exact_similarities(self.queries[number], rows)
+            return -exact_squared_distances(self.queries[numbers], rows)
+        return exact_pair_similarities(self.queries[numbers], rows)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class Candidates:
     rows: Rows
     lower: Float64
     upper: Float64
+
+    def only(self, chosen: Mask | Rows) -> "Candidates":
+        """Some of them, in the order in which they are chosen."""
+        return Candidates(self.queries[chosen], self.rows[chosen], self.lower[chosen], self.upper[chosen])
 
 
 #: Goes through a gallery block by block. For each query, a row whose value cannot reach the query's cut may be left

@@ -90,6 +90,13 @@ class _Rows:
         for start in range(0, len(self.features), rows):
             yield self.part(start, start + rows)
 
+    def doubling(self, rows: int) -> "Iterator[_Rows]":
+        """So many rows, then each time as many as all before: what is found in the first keeps most others out."""
+        start, end = 0, rows
+        while start < len(self.features):
+            yield self.part(start, end)
+            start, end = end, 2 * end
+
 
 def _round(rows: _Rows, into: torch.Tensor) -> float:
     """Write rows as unit vectors in bfloat16; returns the largest part of a usable one's norm that this took."""
@@ -146,12 +153,13 @@ class TorchScan:
         query_loss = _largest_loss(units, rounded)
         at_once = max(1, (self._products_at_once or _PRODUCTS) // len(units))
         for rows in self._blocks(max(self._block_rows, at_once)):
-            if self._products_at_once is None and 8 * batch.top_k > at_once and np.isneginf(cuts).any():
+            margin, unknown = self._margin(rows.loss, query_loss), bool(np.isneginf(cuts).any())
+            if self._products_at_once is None and 8 * batch.top_k > at_once and unknown:
                 # The k-th of so few rows would keep hardly any of the others out.
-                pieces: Iterator[_Rows] = iter([rows])
-            else:
-                pieces = rows.pieces(at_once)
-            yield _select(batch, rounded, self._margin(rows.loss, query_loss), pieces, cuts)
+                yield _select(batch, rounded, margin, iter([rows]), cuts)
+                continue
+            for part in rows.doubling(at_once) if unknown else (rows,):
+                yield _select(batch, rounded, margin, part.pieces(at_once), cuts)
 
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:

@@ -62,6 +62,26 @@ def test_rows_ids_and_paths_belong_together(folder: Path, model: Model) -> None:
     assert gallery.digested_rows == 10
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 300], ids="{} rows".format)
+@pytest.mark.parametrize("ascending", [False, True], ids=["any order", "ascending"])
+def test_many_rows_are_the_same_as_each_by_itself(folder: Path, count: int, ascending: bool) -> None:
+    gallery = open_gallery(folder)
+    rows = np.random.default_rng(count).integers(0, 10, count)
+    if ascending:
+        rows.sort()
+    assert np.array_equal(gallery.take(rows), some_features(10)[rows])
+    assert gallery.object_ids(rows).tolist() == [gallery.object_id(row) for row in rows.tolist()]
+    assert gallery.paths(rows) == [gallery.path(row) for row in rows.tolist()]
+    assert gallery.digests(rows) == [gallery.digest(row) for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_a_row_that_there_is_not_is_never_made_up(folder: Path, row: int) -> None:
+    gallery = open_gallery(folder)
+    with pytest.raises(IndexError):
+        gallery.take(np.sort(np.array([row, *[5] * 100])))
+
+
 @pytest.mark.parametrize(
     "digests",
     [np.zeros((3, 32), np.uint8), np.zeros((4, 31), np.uint8), np.zeros((4, 32), np.int8), np.zeros(128, np.uint8)],

@@ -26,7 +26,7 @@ from search.gallery.shards import Gallery, Shard
 from search.options import Metric
 from search.ranking.bounds import float32_margin
 from search.ranking.codes_scan import codes_scan
-from search.ranking.exact import exact_angles, exact_similarities, exact_squared_distances
+from search.ranking.exact import exact_angles, exact_pair_similarities, exact_squared_distances
 from search.ranking.rank import rank
 from search.ranking.scan import Batch, Candidates, numpy_scan
 from tests.factories import tiny_model
@@ -182,6 +182,24 @@ def test_the_number_of_rows_that_are_decided_at_once_changes_nothing(
     assert rank(gallery, queries, len(features), metric) == whole
 
 
+@pytest.mark.parametrize("waiting", [1, 50, 1 << 21], ids="{} of all queries wait".format)
+@pytest.mark.parametrize("metric", list(Metric))
+def test_queries_with_few_candidates_and_with_very_many_share_a_pass(
+    monkeypatch: pytest.MonkeyPatch, waiting: int, metric: Metric
+) -> None:
+    monkeypatch.setattr("search.ranking.rank._ALL_WAITING", waiting)
+    features = features_of("random", 900)
+    # One query has hundreds of rows in doubt and ties, the others have a handful.
+    features[::2] = features_of("near_duplicates", 450)
+    features[::6] = features[0]
+    ids, queries = ids_of(900), np.concatenate([features[[0, 2]], queries_of(features_of("random"))])
+    gallery = in_memory(features, ids, cuts=(300, 600))
+    for k in (1, 20, 449):
+        for query, hits in zip(queries, found(gallery, queries, k, metric, 97), strict=True):
+            want = brute_force(features, ids, query, metric is Metric.euclidean)
+            assert hits == [object_id for object_id, _ in want[:k]]
+
+
 def test_every_row_as_a_hit_takes_no_more_memory_than_a_part_of_them_in_float64() -> None:
     features = features_of("random", 8000, 1280)
     gallery = in_memory(features)
@@ -276,9 +294,10 @@ def test_any_float32_at_all_is_ranked_as_the_brute_force_does(
 def test_a_row_decides_the_same_alone_and_among_others() -> None:
     for d in (1, 2, 7, 8, 9, 127, 128, 129, 1280):
         rows = features_of("random", 300, d)
-        query = features_of("random", 301, d)[300]
-        for routine in (exact_similarities, exact_squared_distances, exact_angles):
+        query = features_of("random", 301, d)[300:]
+        for routine in (exact_pair_similarities, exact_squared_distances, exact_angles):
             whole = routine(query, rows)
+            assert whole.tobytes() == routine(np.repeat(query, 300, axis=0), rows).tobytes()
             assert whole.tobytes() == np.concatenate([routine(query, rows[i : i + 1]) for i in range(300)]).tobytes()
             assert whole[::-1].tobytes() == routine(query, rows[::-1]).tobytes()
             assert whole[5:260].tobytes() == routine(query, np.asfortranarray(rows[5:260])).tobytes()
@@ -288,7 +307,7 @@ def check_bounds(found: Candidates, batch: Batch, rows: NDArray[np.float32]) -> 
     """Every row's value lies where the scan says that it does."""
     for number in range(len(batch.queries)):
         mine = found.queries == number
-        truth = batch.decide(number, rows[found.rows[mine]])
+        truth = batch.decide(np.array([number]), rows[found.rows[mine]])
         assert (found.lower[mine] <= truth).all()
         assert (truth <= found.upper[mine]).all()
 
@@ -349,7 +368,7 @@ def test_angles_are_exact_near_zero_and_near_pi(angle: float) -> None:
     query[2] = 1
     row[2], row[5] = math.cos(angle), math.sin(angle)
     true = math.atan2(float(row[5]), float(row[2]))
-    assert abs(float(exact_angles(query, row[np.newaxis])[0]) - true) <= 1e-7
+    assert abs(float(exact_angles(query[np.newaxis], row[np.newaxis])[0]) - true) <= 1e-7
     assert abs(true - angle) <= 1e-7
 
 
