@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 #: A batch may take as long as this many of its images, one after the other, would: decoding runs beside it.
 _IMAGES_AT_ONCE = 16
 #: The number of the model's trial, which comes before all batches.
@@ -94,8 +96,8 @@ class InHand:
 
     def _write(self) -> None:
         assert self._file is not None
-        line = json.dumps({number: vars(hold) for number, hold in self._holds.items()}, separators=(",", ":"))
-        os.pwrite(self._file, line.encode() + b"\n", 0)
+        # Twice per batch, with the path of every image of it.
+        os.pwrite(self._file, msgspec.json.encode(self._holds) + b"\n", 0)
 
 
 def _locked(path: Path) -> int:
