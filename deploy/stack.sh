@@ -283,6 +283,18 @@ compose_start() {
 	exit 1
 }
 
+# A command in a container of its own. It may do without Redis or workers; if it fails and they do not run, as after an
+# interrupted `up`, docker's words do not say what to do.
+compose_run() {
+	needed=redis target=up
+	[ "$mode" != join ] || needed=worker target=join
+	[ -z "$(docker compose ps -q --status running $needed 2>/dev/null)" ] || exec docker compose run --rm "$@"
+	docker compose run --rm "$@" && exit
+	code=$?
+	say "the containers are not running, as after a make $target that was interrupted: run make $target again"
+	exit $code
+}
+
 # --- processes on this machine ----------------------------------------------------------------------------------------
 
 here() { say "on this machine (.venv, no containers)"; [ -x .venv/bin/ruiji ] || make --no-print-directory setup; }
@@ -440,15 +452,15 @@ ruiji)
 	if [ "$1" = list ]; then
 		say "in a container of docker compose; the list can be written to the media folder, or with --out below" \
 			"RUIJI_FEATURE_DIR (RUIJI_LIST in .env then names it)"
-		exec docker compose run --rm list "$@"
+		compose_run list "$@"
 	fi
 	say "in a container of docker compose; files can be written below RUIJI_FEATURE_DIR only; \`ruiji X\` is" \
 		"make ruiji ARGS=X here"
 	# A query may lie anywhere; the container sees it under its own name.
 	if [ "$1" = search ] && [ -e "${2:-}" ]; then
 		query=$(realpath -- "$2"); shift 2
-		exec docker compose run --rm --no-deps -v "$query:$query:ro" cli search "$query" "$@"
+		compose_run --no-deps -v "$query:$query:ro" cli search "$query" "$@"
 	fi
-	exec docker compose run --rm --no-deps cli "$@" ;;
+	compose_run --no-deps cli "$@" ;;
 *) sed -n '2,5p' "$0" >&2; exit 2 ;;
 esac

@@ -148,6 +148,10 @@ elif arguments[:2] == ["compose", "up"] and "DAMAGED" in os.environ:
     sys.exit(1)
 elif "workers.slots" in arguments:
     print(os.environ["SLOTS"])
+elif arguments[:3] == ["compose", "ps", "-q"]:
+    print("" if "INTERRUPTED" in os.environ else "0123abcd")
+elif arguments[:2] == ["compose", "run"] and "INTERRUPTED" in os.environ:
+    sys.exit("Error response from daemon: No such image: ruiji:cpu")
 elif arguments[:2] == ["compose", "ps"]:
     print("redis unhealthy\\nworker \\nreducer ")
 elif arguments[:2] == ["compose", "logs"]:
@@ -275,6 +279,18 @@ def test_a_damaged_queue_is_shown_with_the_way_out(engine: Stack, monkeypatch: p
     said = engine.make("up", code=2).stderr
     assert "# Bad file format reading the append only file" in said
     assert f"make down && docker volume rm {name}_redis && make up && make enqueue" in said
+
+
+def test_a_command_that_fails_after_an_interrupted_up_says_to_run_it_again(
+    engine: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(engine)
+    assert "interrupted" not in engine.make("-s", "enqueue").stderr
+    monkeypatch.setenv("INTERRUPTED", "1")
+    for target in ("enqueue", "list", "search", "status"):
+        said = engine.make("-s", target, code=2).stderr
+        # The last line is make's own.
+        assert said.splitlines()[-2].endswith("as after a make up that was interrupted: run make up again")
 
 
 def test_files_that_a_container_would_lose_are_told_of(engine: Stack) -> None:
