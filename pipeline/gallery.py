@@ -108,8 +108,8 @@ def require_gallery(folder: Path) -> GalleryInfo:
 def no_gallery(folder: Path) -> UsageError:
     """What to raise if a folder is no gallery."""
     return UsageError(
-        f"no gallery in {folder}: nothing was enqueued there. Run ruiji run (or ruiji enqueue and ruiji worker) first, "
-        "or check --feature-dir and --model, whose file name is the folder's"
+        f"no gallery in {folder.absolute()}: nothing was enqueued there. Run ruiji run (or ruiji enqueue and "
+        "ruiji worker) first, or check --feature-dir and --model, whose file name is the folder's"
     )
 
 

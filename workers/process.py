@@ -51,8 +51,11 @@ def wait_for_gallery(folder: Path, client: redis.Redis, ready: Readiness) -> Gal
     told = False
     while (gallery := read_gallery(folder)) is None:
         if not told:
-            extra = {"event": "waiting_for_gallery", "folder": str(folder)}
-            logger.info("nothing was enqueued yet; waiting for ruiji enqueue (or make enqueue)", extra=extra)
+            said = (
+                "nothing was enqueued into %s yet; waiting for ruiji enqueue (or make enqueue). "
+                "If it is the wrong folder, check --feature-dir (RUIJI_FEATURE_DIR) and --model"
+            )
+            logger.info(said, folder.absolute(), extra={"event": "waiting_for_gallery"})
             told = True
         with contextlib.suppress(redis.RedisError):
             client.ping()

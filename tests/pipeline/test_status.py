@@ -57,6 +57,9 @@ def test_counters_and_files_agree_after_redis_was_emptied(
         segments.fill_window(5)
 
 
-def test_a_folder_without_a_gallery_has_no_status(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nothing was enqueued"):
-        StatusReader(tmp_path, None)
+def test_a_folder_without_a_gallery_has_no_status_and_is_named_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"no gallery in {tmp_path}/typo/tiny: nothing was enqueued there"):
+        StatusReader(Path("typo/tiny"), None)

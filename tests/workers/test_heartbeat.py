@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.choices import Role
+from pipeline.choices import ObjectIds, Role
+from pipeline.gallery import GalleryInfo
 from pipeline.queue.claims import Claims
 from pipeline.queue.connection import connect
 from tests.factories import wait_until
@@ -13,6 +14,7 @@ from workers import heartbeat
 from workers.embed import DONE
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.ledger import Ledger
+from workers.process import wait_for_gallery
 from workers.readiness import Readiness
 
 
@@ -46,3 +48,18 @@ def test_a_process_reports_itself_at_once(redis_url: str, tmp_path: Path, monkey
     beats.leave()
     beats.join()
     assert client.keys() == []
+
+
+def test_a_process_that_waits_for_a_gallery_says_once_in_which_folder_it_looks(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gallery = GalleryInfo("0123456789abcdef", "f" * 64, 12, "tiny", ObjectIds.basename)
+    looks = iter([None, None, gallery])
+    monkeypatch.setattr("workers.process.read_gallery", lambda folder: next(looks))
+    monkeypatch.setattr("workers.process.time.sleep", lambda seconds: None)
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "workers")
+    assert wait_for_gallery(Path("typo/tiny"), connect(redis_url), Readiness(tmp_path)) is gallery
+    (told,) = caplog.records
+    assert told.__dict__["event"] == "waiting_for_gallery"
+    assert f"into {tmp_path}/typo/tiny yet" in told.getMessage() and "check --feature-dir" in told.getMessage()
