@@ -3,8 +3,10 @@
 import ast
 import functools
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,18 @@ def test_search_reaches_the_workers_in_two_places() -> None:
         "search.duplicates.comparer",
         "search.queries",
     }
+
+
+def test_the_service_imports_nothing_that_is_not_asked_for_by_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
+    asked = {re.split(r"[=>[]", line)[0].replace("-", "_") for line in named}
+    # What FastAPI is made of, and passes on.
+    asked |= {"pydantic", "starlette"}
+    for module in modules():
+        if module.startswith("serve."):
+            found = {name.partition(".")[0] for name in imported(module)}
+            assert found - set(PACKAGES) - sys.stdlib_module_names <= asked, module
 
 
 def test_every_role_is_found_by_its_name() -> None:
