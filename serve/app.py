@@ -74,6 +74,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = error.detail
     if error.status_code == 404 and said == "Not Found":
+        # A person who mistyped an address gets a page; a script is told.
+        if "text/html" in request.headers.get("accept", ""):
+            return pages.missing(request.scope["path"])
         said = f"there is no route {request.url.path}; /openapi.json has all"
     elif error.status_code == 400 and error.__cause__ is not None:
         # FastAPI's own words are that there was an error.

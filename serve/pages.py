@@ -1,6 +1,7 @@
 """The page and what it loads, and the form that exchanges the token for a session."""
 
 import time
+from html import escape
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pipeline.errors import UsageError
+from pipeline.streams import shown
 from serve import bodies
 from serve.access import SESSION_S, Access
 
@@ -53,7 +55,15 @@ def _add(file: Traversable) -> None:
 
 
 for _file in _FOLDER.iterdir():
-    _add(_file)
+    if _file.name != "missing.html":
+        _add(_file)
+_MISSING = _page("missing").decode()
+
+
+def missing(path: str) -> Response:
+    """What a person sees at an address that has nothing."""
+    text = _MISSING.replace("<code></code>", f"<code>{escape(shown(path))}</code>", 1)
+    return Response(text, 404, media_type="text/html")
 
 
 _WRONG_REQUEST: dict[int | str, dict[str, Any]] = {

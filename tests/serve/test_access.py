@@ -24,6 +24,21 @@ def test_every_answer_keeps_browsers_from_giving_it_to_others(served: Served) ->
         assert "access-control-allow-origin" not in served.get(path, Origin="http://evil.example").headers
 
 
+def test_a_browser_gets_a_page_where_there_is_nothing_and_a_script_is_told(served: Served) -> None:
+    asks = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    answer = served.get("/no%3Cscript%3Ealert(1)%3C/script%3E%22%26%3Fx%FF%E2%80%AE", **asks)
+    assert (answer.status, answer.headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+    assert answer.headers["cache-control"] == "no-store"
+    text = answer.body.decode()
+    assert r"<code>/no&lt;script&gt;alert(1)&lt;/script&gt;&quot;&amp;?x\xff\u202e</code>" in text
+    assert '<a href="/">' in text and "<script" not in text
+    for accept in ("*/*", "application/json"):
+        assert "there is no route /nowhere" in served.get("/nowhere", Accept=accept).error
+    # A route is there, and what it was asked for is not.
+    assert "nobody" in served.get("/similar/nobody", **asks).error
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "127.0.0.1@evil.example", "[::1", "*"]
 )

@@ -21,8 +21,9 @@ def test_the_pages_weigh_little_and_load_nothing_from_elsewhere(served: Served) 
     weight = 0
     for file in PAGES.iterdir():
         route = f"/{file.stem}" if file.suffix == ".html" else f"/{file.name}"
-        answer = served.get("/" if route == "/index" else route)
-        assert answer.status == 200 and answer.headers["x-content-type-options"] == "nosniff", route
+        answer = served.get("/" if route == "/index" else route, Accept="text/html")
+        wanted = 404 if route == "/missing" else 200
+        assert answer.status == wanted and answer.headers["x-content-type-options"] == "nosniff", route
         text = (
             answer.body.decode()
             .replace('xmlns="http://www.w3.org/2000/svg"', "")
@@ -38,10 +39,9 @@ def test_the_pages_weigh_little_and_load_nothing_from_elsewhere(served: Served) 
 @pytest.mark.parametrize("script", sorted(file.name for file in PAGES.glob("*.js")))
 def test_what_a_script_asks_for_is_in_its_page(script: str) -> None:
     page = {"find.js": "index.html", "listing.js": "clean.html"}.get(script, script.replace(".js", ".html"))
-    # A module that has no page of its own works in all.
-    pages = (
-        [PAGES / page] if (PAGES / page).exists() else [file for file in PAGES.glob("*.html") if file.stem != "login"]
-    )
+    # A module that has no page of its own works in all of the gallery.
+    whole = [file for file in PAGES.glob("*.html") if file.stem not in ("login", "missing")]
+    pages = [PAGES / page] if (PAGES / page).exists() else whole
     text = (PAGES / script).read_text()
     asked = set(re.findall(r'(?:element|getElementById)\("([\w-]+)"\)', text))
     for names in re.findall(r"= \[([^\]]*)\]\.map\(element\)", text):
@@ -104,7 +104,8 @@ def test_a_token_is_asked_for_and_forgotten(
     expect(page).to_have_url(re.compile("/login$"))
 
 
-def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page) -> None:
+def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page, watch: Watch) -> None:
+    watch.expect("404 .*/missing")
     for name in sorted(file.stem for file in PAGES.glob("*.html")):
         phone.goto(f"{served.origin}/{'' if name == 'index' else name}")
         check_fits(phone)
