@@ -4,14 +4,15 @@ No block, batch, thread count, device or shard order changes a bit of what they 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, row_sums
+from search.arrays import Float32, Float64, Rows, row_sums
 
-#: Values that are multiplied at once; as float64 they take 1 MB and stay in a core's cache.
-_AT_ONCE = 1 << 17
+#: Values that are multiplied at once, of a table and of single pairs; as float64 they take 1 MB and 128 kB.
+_AT_ONCE, _PAIRS_AT_ONCE = 1 << 17, 1 << 14
 #: Of a cosine that decides and is not beyond this the arc cosine is exact too: it is off by far less than 1e-12.
 NEARLY_ONE = 0.99
 
@@ -48,10 +49,51 @@ def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
         some, others = others, some
     cosines = np.empty(len(others))
     for part, q, x in _widened(some, others):
-        # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot
-        # product.
-        cosines[part] = row_sums(x * q) / np.sqrt(row_sums(x * x) * row_sums(q * q))
-    return np.clip(cosines, -1.0, 1.0)
+        cosines[part] = _cosines(q, row_sums(q * q), x)
+    return cosines
+
+
+@dataclass(frozen=True)
+class Widened:
+    """Rows that are compared often.
+
+    Attributes:
+        rows: float64[q, d].
+        squares: of their norms, float64[q].
+    """
+
+    rows: Float64
+    squares: Float64
+
+    @classmethod
+    def of(cls, rows: Float32) -> "Widened":
+        """Of float32[q, d]."""
+        wide = rows.astype(np.float64)
+        return cls(wide, row_sums(wide * wide))
+
+
+def exact_similarities_to(queries: Widened, numbers: Rows, rows: Float32) -> Float64:
+    """What `exact_pair_similarities` gives, sooner.
+
+    Args:
+        numbers: of each row its query, int64[c], or one for all; rows: float32[c, d].
+
+    Returns:
+        float64[c].
+    """
+    cosines = np.empty(len(rows))
+    for part in _parts(rows):
+        of = numbers if len(numbers) == 1 else numbers[part]
+        cosines[part] = _cosines(queries.rows[of], queries.squares[of], rows[part].astype(np.float64))
+    return cosines
+
+
+def _cosines(q: Float64, q_squares: Float64, x: Float64) -> Float64:
+    # One root of the product of both squares, not a product of roots: for equal rows it is exactly their dot product.
+    dots = row_sums(x * q)
+    x *= x
+    cosines: Float64 = dots / np.sqrt(row_sums(x) * q_squares)
+    return np.clip(cosines, -1.0, 1.0, out=cosines)
 
 
 def exact_pair_table(some: Float32, others: Float32, wanted: NDArray[np.bool_]) -> Float64:
@@ -122,8 +164,12 @@ def _scaled(x: Float64) -> Float64:
 
 
 def _widened(some: Float32, others: Float32) -> Iterator[tuple[slice, Float64, Float64]]:
-    """Pairs of rows as float64, so many at once as stay in a core's cache; `some` may be one row for all."""
-    at_once = max(1, _AT_ONCE // max(1, others.shape[1]))
-    for start in range(0, len(others), at_once):
-        part = slice(start, start + at_once)
+    """Pairs of rows as float64, a few at a time; `some` may be one row for all. The second array is the caller's."""
+    for part in _parts(others):
         yield part, (some if len(some) == 1 else some[part]).astype(np.float64), others[part].astype(np.float64)
+
+
+def _parts(rows: Float32) -> Iterator[slice]:
+    """So many rows at once as stay in the nearest cache, with what is made of them."""
+    at_once = max(1, _PAIRS_AT_ONCE // max(1, rows.shape[1]))
+    return (slice(start, start + at_once) for start in range(0, len(rows), at_once))

@@ -9,7 +9,7 @@ could still be among the first k by that bound is decided in float64.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,8 @@ from search.ranking.scan import Batch, Candidates, Scan, numpy_scan
 
 #: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
 QUERIES_AT_ONCE = 1000
-#: Rows that are decided at once, so that float64 copies stay small (2048 x 1280: 21 MB).
-_DECIDED_AT_ONCE = 2048
+#: Rows whose features are read at once to decide (1024 x 1280: 5 MB).
+_DECIDED_AT_ONCE = 1024
 #: Pairs of a query and a row that are handed over at once.
 _PAIRS_AT_ONCE = 1 << 20
 #: Candidates of one query that wait for their decision, and of all queries of a pass; 32 bytes each.
@@ -241,9 +241,10 @@ class _Pools:
         self._take_in()
         self._gallery.plan_reads(self._kept.rows)
         ids = self._decide(np.ones(len(self.cuts), bool))
-        ends = np.cumsum(self._counts())[:-1]
-        parts = (np.split(part, ends) for part in (self._kept.rows, self._kept.lower, ids))
-        return [Neighbours(*one) for one in zip(*parts, strict=True)]
+        ends = [0, *np.cumsum(self._counts()).tolist()]
+        rows, values = self._kept.rows, self._kept.lower
+        parts = (slice(start, end) for start, end in itertools.pairwise(ends))
+        return [Neighbours(rows[part], values[part], ids[part]) for part in parts]
 
     def _take_in(self) -> None:
         if not self._new:
@@ -286,11 +287,16 @@ class _Pools:
         many = np.bincount(kept.queries[coarse], minlength=len(wanted)) > 2 * batch.top_k
         if batch.metric is Metric.euclidean or not many.any():
             return
-        for some, features in self._features(np.flatnonzero(coarse & many[kept.queries])):
+
+        def cosines_of(some: Rows, features: Float32) -> Float64:
             units = batch.units[kept.queries[some]]
             dots, squares = (np.einsum("ij,ij->i", features, others) for others in (units, features))
-            cosines = (dots / np.sqrt(squares)).astype(np.float64)
-            kept.lower[some], kept.upper[some] = margin.lower(cosines), margin.upper(cosines)
+            cosines: Float64 = (dots / np.sqrt(squares)).astype(np.float64)
+            return cosines
+
+        some = np.flatnonzero(coarse & many[kept.queries])
+        cosines = self._from_features(some, cosines_of)
+        kept.lower[some], kept.upper[some] = margin.lower(cosines), margin.upper(cosines)
         self._cut()
 
     def _decide(self, wanted: Mask) -> NDArray[np.str_]:
@@ -302,9 +308,9 @@ class _Pools:
         self._narrow(wanted)
         kept = self._kept
         in_doubt = np.flatnonzero(wanted[kept.queries] & (kept.lower != kept.upper))
-        for some, features in self._features(in_doubt):
-            kept.lower[some] = self.batch.decide(kept.queries[some], features)
-        kept.upper[in_doubt] = kept.lower[in_doubt]
+        kept.lower[in_doubt] = kept.upper[in_doubt] = self._from_features(
+            in_doubt, lambda some, features: self.batch.decide(kept.queries[some], features)
+        )
         self._cut()
         mine = wanted[self._kept.queries]
         rest, own = self._kept.only(~mine), self._kept.only(mine)
@@ -317,12 +323,18 @@ class _Pools:
         found: NDArray[np.str_] = ids[best]
         return found
 
-    def _features(self, places: Rows) -> Iterator[tuple[Rows, Float32]]:
-        """The features of rows at some places of those that are kept, a few at a time, in the gallery's order."""
-        places = places[np.argsort(self._kept.rows[places], kind="stable")]
-        for start in range(0, len(places), _DECIDED_AT_ONCE):
-            some = places[start : start + _DECIDED_AT_ONCE]
-            yield some, self._gallery.take(self._kept.rows[some])
+    def _from_features(self, places: Rows, compute: Callable[[Rows, Float32], Float64]) -> Float64:
+        """What is computed from the features of rows at some places of those that are kept, float64[m].
+
+        Args:
+            compute: of some of these places and the features of their rows.
+        """
+        # In the gallery's order, which is read soonest.
+        order, values = np.argsort(self._kept.rows[places], kind="stable"), np.empty(len(places))
+        for start in range(0, len(order), _DECIDED_AT_ONCE):
+            piece = order[start : start + _DECIDED_AT_ONCE]
+            values[piece] = compute(places[piece], self._gallery.take(self._kept.rows[places[piece]]))
+        return values
 
 
 def _by_query(*parts: Candidates) -> Candidates:

@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, Mask, Rows, row_sums
+from search.arrays import Float32, Float64, Mask, Rows
 from search.gallery.norms import is_plain, plain_rows
 from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import Margin, float32_margin
-from search.ranking.exact import exact_pair_similarities, exact_squared_distances
+from search.ranking.exact import Widened, exact_similarities_to, exact_squared_distances
 
 #: Of features read at once: a whole shard of 10,000 rows of 1280, so that starts are rare; small beside any memory.
 BLOCK_BYTES = 64 << 20
@@ -41,8 +41,11 @@ class Batch:
     @cached_property
     def norms(self) -> Float64:
         """float64[q, 1]."""
-        wide = self.queries.astype(np.float64)
-        return np.sqrt(row_sums(wide * wide))[:, np.newaxis]
+        return np.sqrt(self._wide.squares)[:, np.newaxis]
+
+    @cached_property
+    def _wide(self) -> Widened:
+        return Widened.of(self.queries)
 
     @cached_property
     def units(self) -> Float32:
@@ -57,7 +60,7 @@ class Batch:
         """
         if self.metric is Metric.euclidean:
             return -exact_squared_distances(self.queries[numbers], rows)
-        return exact_pair_similarities(self.queries[numbers], rows)
+        return exact_similarities_to(self._wide, numbers, rows)
 
 
 @dataclass(frozen=True)
