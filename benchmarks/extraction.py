@@ -125,7 +125,7 @@ class Sizes:
     bulk: int = 120_000
     lines: int = 10_000_000
     camera_photos: int = 100
-    fed: int = 60_000
+    fed: int = 100_000
 
 
 QUICK = Sizes(4.0, 1, 2_000, 500, (8_000, 16_000), 600, 4_000, 200_000, 4, 4_000)

@@ -83,10 +83,10 @@ def feed(images: int, rounds: int) -> list[Figure]:
         images: of each run; a multiple of a shard's rows.
     """
     first = _run(images, _CORES, _THREADS)
-    # As many as allow half of what these cores give at the own CPU that they have just now.
-    decoders = max(2, round(0.5 * _CORES * 1000 / first.own_ms * DECODE_S))
+    # As many as allow half of what these cores give at the own CPU that they have just now, and no more.
+    decoders = max(2, int(0.5 * _CORES * 1000 / first.own_ms * DECODE_S))
     several = max(2, decoders // _THREADS)
-    threads = -(-decoders // several)
+    threads = max(1, decoders // several)
     allowed = min(several * threads / DECODE_S, ENCODER_IMAGES_PER_S)
     runs: dict[int, list[Run]] = {several: [], 1: []}
     for number in range(rounds):

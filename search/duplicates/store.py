@@ -405,7 +405,7 @@ def _masked(table: NearTable) -> NDArray[np.uint64]:
     together = columns[-1] - columns[0] + 1 == len(columns)
     wide[:, slice(columns[0], columns[-1] + 1) if together else columns] = table.near
     bits = np.packbits(wide, axis=1, bitorder="little").view(np.uint64)
-    i, j = np.nonzero(bits)
+    i, j = np.divmod(np.flatnonzero(bits), len(words))
     return np.stack([pair_keys(table.others[i], words[j]), bits[i, j]], axis=1)
 
 
