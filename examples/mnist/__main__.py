@@ -42,11 +42,12 @@ class Network(StrEnum):
 
 
 QUICK, FULL = (Network.two, Network.many), (Network.two_full, Network.many_full)
-#: With each of the 10,000 test images searching in the other 9,999, by the recipes of `examples.mnist.train`.
+#: With each of the 10,000 test images searching in the other 9,999, by the recipes of `examples.mnist.train`. Those of 2d
+#: are what three seeds hold, less what one seed differs from another.
 TARGETS = {
-    "2d": {"rank_1": 0.975, "map": 0.975},
+    "2d": {"rank_1": 0.98, "map": 0.98},
     "64d": {"rank_1": 0.992, "map": 0.992},
-    "2d-full": {"rank_1": 0.975, "map": 0.975},
+    "2d-full": {"rank_1": 0.985, "map": 0.985},
     "64d-full": {"rank_1": 0.994, "map": 0.994},
 }
 #: Queries and gallery images; the second is the whole test set.

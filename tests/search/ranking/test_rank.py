@@ -26,7 +26,7 @@ from search.gallery.shards import Gallery, Shard
 from search.options import Metric
 from search.ranking.bounds import float32_margin
 from search.ranking.codes_scan import codes_scan
-from search.ranking.exact import exact_angles, exact_pair_similarities, exact_squared_distances
+from search.ranking.exact import NEARLY_ONE, exact_angles, exact_pair_similarities, exact_squared_distances
 from search.ranking.rank import rank
 from search.ranking.scan import Batch, Candidates, numpy_scan
 from tests.factories import tiny_model
@@ -301,6 +301,18 @@ def test_a_row_decides_the_same_alone_and_among_others() -> None:
             assert whole.tobytes() == np.concatenate([routine(query, rows[i : i + 1]) for i in range(300)]).tobytes()
             assert whole[::-1].tobytes() == routine(query, rows[::-1]).tobytes()
             assert whole[5:260].tobytes() == routine(query, np.asfortranarray(rows[5:260])).tobytes()
+
+
+def test_the_arc_cosine_is_exact_up_to_where_it_is_taken() -> None:
+    rng = np.random.default_rng(3)
+    for d in (2, 3, 64, 1280):
+        query = features_of("random", 400, d)[:1]
+        # Cosines all the way from -1 to 1, most of them near the ends.
+        rows = features_of("random", 400, d) + (query * np.tan(rng.uniform(-1.57, 1.57, (400, 1)))).astype(np.float32)
+        cosines = exact_pair_similarities(query, rows)
+        taken = np.abs(cosines) <= NEARLY_ONE
+        assert 20 < taken.sum() < 390
+        assert np.abs(np.arccos(cosines) - exact_angles(query, rows))[taken].max() < 1e-13
 
 
 def check_bounds(found: Candidates, batch: Batch, rows: NDArray[np.float32]) -> None:
