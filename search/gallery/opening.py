@@ -1,6 +1,8 @@
 """Finding a gallery on the disk and opening it, each file checked against its record."""
 
+import logging
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pipeline.plans.generations import Marks, read_marks
 from pipeline.plans.published import published_shards
 from pipeline.store import DIGEST_BYTES, Record, feature_shards, read_record
 from search.gallery.shards import RESTORE, Gallery, Shard
+
+logger = logging.getLogger(__name__)
 
 
 def find_gallery(feature_dir: Path, model: Path | None, option: str = "--model NAME") -> Path:
@@ -41,15 +45,29 @@ def find_gallery(feature_dir: Path, model: Path | None, option: str = "--model N
 def find_galleries(feature_dir: Path) -> list[Path]:
     """The folders of all galleries, sorted: `feature_dir` itself if it is one, else those in it; at least one.
 
+    Folders that this user may not look into are left out, which is said once: a disk's `lost+found` is one.
+
     Raises:
         UsageError: there is none.
     """
     if is_gallery(feature_dir):
         return [feature_dir]
-    found = sorted(path for path in feature_dir.glob("*/") if is_gallery(path))
+    found = []
+    for path in sorted(feature_dir.glob("*/")):
+        try:
+            if is_gallery(path):
+                found.append(path)
+        except PermissionError:
+            _say_left_out(path)
     if not found:
         raise UsageError(f"no gallery in {feature_dir}: run ruiji run first, or check --feature-dir")
     return found
+
+
+@cache
+def _say_left_out(folder: Path) -> None:
+    extra = {"event": "folder_left_out", "folder": str(folder)}
+    logger.warning("%s may not be read, so it is not looked for a gallery", folder, extra=extra)
 
 
 def is_gallery(folder: Path) -> bool:

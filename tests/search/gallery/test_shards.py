@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import resource
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageErro
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
 from search.filters import apply_conditions, parse_conditions
-from search.gallery.opening import find_gallery, open_gallery, reuse_shards
+from search.gallery.opening import find_galleries, find_gallery, open_gallery, reuse_shards
 from search.gallery.shards import Gallery, Shard
 from search.ranking.codes_scan import codes_scan
 from search.ranking.rank import rank
@@ -60,6 +61,27 @@ def test_rows_ids_and_paths_belong_together(folder: Path, model: Model) -> None:
         assert gallery.object_id(row) == path[2:]
         assert gallery.digest(row) == hashlib.sha256(path.encode()).digest()
     assert gallery.digested_rows == 10
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_and_named_once(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Not in pytest's folder, which is closed to all others. Root is one of these for a moment.
+    with tempfile.TemporaryDirectory() as name:
+        features = Path(name)
+        features.chmod(0o755)
+        write_gallery(features / "gallery", model, some_features(4), some_paths(4), 4)
+        (features / "lost+found").mkdir(mode=0o000)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            assert find_galleries(features) == [features / "gallery"]
+            assert find_gallery(features, None) == features / "gallery"
+        finally:
+            if root:
+                os.seteuid(0)
+    assert [record.args for record in caplog.records] == [(features / "lost+found",)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 300], ids="{} rows".format)
