@@ -63,6 +63,10 @@ class Arithmetic(Protocol):
         """Find what may be among the best rows of each query; a `search.ranking.scan.Scan`."""
         ...
 
+    def keeps(self, gallery: Gallery) -> bool:
+        """Whether it has the rows of a gallery that it scanned, as it multiplies them."""
+        ...
+
     def tiles(self, length: int) -> Tiles:
         """What suits it for rows of that length."""
         ...

@@ -28,6 +28,10 @@ class NumpyArithmetic:
         """As `Arithmetic` says."""
         return self._scan(gallery, batch, cuts)
 
+    def keeps(self, gallery: Gallery) -> bool:
+        """As `Arithmetic` says; numpy reads them anew."""
+        return False
+
     def tiles(self, length: int) -> Tiles:
         """As `Arithmetic` says."""
         return cpu_tiles(4 * length)

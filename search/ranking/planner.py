@@ -46,14 +46,15 @@ _UNITS = (
     Bfloat16Units("bf16", True, 50_000_000),
     Bfloat16Units("avx512_bf16", False, 400_000_000),
 )
-#: For fewer queries, rounding the gallery to bfloat16 on the way takes as long as numpy's float32.
+#: For fewer queries, rounding the gallery to bfloat16 on the way takes as long as numpy's float32. With matrix units,
+#: rows that are kept are quicker for one query too.
 _WORTH_BFLOAT16 = 16
 #: What sums products of 8 bits exactly; without, torch saturates them.
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
 #: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
 _INT32_LENGTH = 1 << 17
-#: Up to so many queries codes are quicker than features: multiplied by torch; and converted by numpy, which takes as
-#: long as reading features from memory, but not from a disk.
+#: Up to so many queries codes are quicker than features: multiplied by torch, unless matrix units have rows that are
+#: kept in bfloat16; and converted by numpy, which takes as long as reading features from memory, but not from a disk.
 _CODES_BY_TORCH, _CODES_BY_NUMPY = 128, 64
 
 
@@ -84,6 +85,7 @@ class Question:
         coded: the rows' codes are kept.
         in_memory: so are their features, or they seem to be.
         lasting: more questions about the same rows will come, so that what is kept for them pays.
+        kept: the rows are kept already, as unit vectors in bfloat16.
     """
 
     rows: int
@@ -94,6 +96,7 @@ class Question:
     in_memory: bool = True
     purpose: Purpose = Purpose.hits
     lasting: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class Planner:
             not hits or gallery.in_memory(),
             purpose,
             self._lasting,
+            any(one.keeps(gallery) for one in tuple(self._kept.values())),
         )
         way = choose_way(question, look_at_machine(self._device))
         # What is on the device already fits, although it leaves less free.
@@ -246,9 +250,12 @@ def _choose(question: Question, machine: Machine) -> Way:
     if question.purpose is Purpose.places:
         why = "whole rankings are multiplied in float64, where numpy is as fast as torch"
         return Way(False, Device.cpu, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+    fits = 2 * question.rows * question.length <= _MEMORY_PART * machine.memory_bytes
+    units = machine.bfloat16
     if question.coded and question.metric is not Metric.euclidean:
         torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
-        if torch and question.queries <= _CODES_BY_TORCH:
+        matrix = units is not None and units.matrix and question.lasting and fits and _worth_bfloat16(question, units)
+        if torch and question.queries <= _CODES_BY_TORCH and not matrix:
             why = "the kept codes are a quarter of the bytes"
             return Way(True, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
         if not question.in_memory and question.queries <= _CODES_BY_NUMPY:
@@ -256,10 +263,15 @@ def _choose(question: Question, machine: Machine) -> Way:
             return Way(False, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(question, machine):
         return Way(False, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
-    why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
-    fits = 2 * question.rows * question.length <= _MEMORY_PART * machine.memory_bytes
     again = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE)
+    why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
+    if again and fits:
+        why = "the CPU's bfloat16 units multiply rows that are rounded once"
     return Way(True, Device.cpu, Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
+
+
+def _worth_bfloat16(question: Question, units: Bfloat16Units) -> bool:
+    return question.queries >= _WORTH_BFLOAT16 or (question.kept and units.matrix)
 
 
 def _why_numpy(question: Question, machine: Machine) -> str:
@@ -271,7 +283,7 @@ def _why_numpy(question: Question, machine: Machine) -> str:
         return "this CPU has no bfloat16 units, and without them numpy is as fast as torch"
     if not machine.torch:
         return "torch is not installed"
-    if question.queries < _WORTH_BFLOAT16:
+    if not _worth_bfloat16(question, units):
         return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
     if not machine.torch_loaded and question.queries * question.rows < units.products:
         return "this takes less time than importing torch"

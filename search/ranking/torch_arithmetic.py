@@ -161,6 +161,11 @@ class TorchScan:
             for part in rows.doubling(at_once) if unknown else (rows,):
                 yield _select(batch, rounded, margin, part.pieces(at_once), cuts)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the whole gallery is on the device."""
+        return self._kept is not None
+
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:
             return float32_margin(self.gallery.length)
@@ -283,6 +288,11 @@ class TorchArithmetic:
             )
             self._scanned = scan if self._resident else None
         return scan(gallery, batch, cuts)
+
+    def keeps(self, gallery: Gallery) -> bool:
+        """As `Arithmetic` says."""
+        scan = self._scanned
+        return scan is not None and scan.gallery is gallery and scan.keeps
 
     def tiles(self, length: int) -> Tiles:
         """As `Arithmetic` says."""

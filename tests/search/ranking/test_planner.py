@@ -13,6 +13,7 @@ from pipeline.errors import UsageError
 from search.options import Metric, Precision
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Question, Way, choose_way
+from search.ranking.rank import rank
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
 
@@ -54,6 +55,28 @@ def test_a_second_copy_is_kept_only_for_more_than_one_pass_and_where_it_fits() -
     assert not plan(STRONG, SMALL, 1000).resident
     assert plan(STRONG, SMALL, 1001).resident
     assert not plan(STRONG, LARGE, 1001).resident
+
+
+@pytest.mark.parametrize(
+    ("queries", "kept", "matrix", "way"),
+    [
+        (15, False, True, "torch on cpu, int8"),
+        (16, False, True, "torch on cpu, bfloat16, gallery kept"),
+        (1, True, True, "torch on cpu, bfloat16, gallery kept"),
+        (1, True, False, "torch on cpu, int8"),
+        (128, True, False, "torch on cpu, int8"),
+    ],
+)
+def test_matrix_units_take_rows_that_are_kept_rather_than_codes(
+    queries: int, kept: bool, matrix: bool, way: str
+) -> None:
+    units = dataclasses.replace(UNITS, matrix=matrix)
+    machine = dataclasses.replace(STRONG, torch_loaded=True, bfloat16=units)
+    question = Question(SMALL, 1280, queries, coded=True, lasting=True, kept=kept)
+    assert str(choose_way(question, machine)).startswith(way)
+    # A copy that does not fit is not kept, and one that would serve a single question neither.
+    assert choose_way(dataclasses.replace(question, rows=LARGE, kept=False), machine).precision is Precision.int8
+    assert choose_way(dataclasses.replace(question, lasting=False, kept=False), machine).precision is Precision.int8
 
 
 @pytest.mark.parametrize(
@@ -145,6 +168,26 @@ def test_one_copy_is_kept_however_many_queries_ask(monkeypatch: pytest.MonkeyPat
     assert planner.way(gallery, Purpose.hits, 50).resident
     assert not Planner(Device.cpu, lasting=True).way(gallery, Purpose.hits, 50).resident
     assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident
+
+
+def test_rows_that_many_queries_had_kept_serve_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
+    loaded = dataclasses.replace(STRONG, torch_loaded=True)
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: loaded)
+    features = features_of("random", 300, 64)
+    gallery, other = in_memory(features), in_memory(features)
+    planner = Planner(Device.cpu, lasting=True)
+    alone = planner.way(gallery, Purpose.hits, 1)
+    assert alone.precision is Precision.float32
+    many = planner.arithmetic(planner.way(gallery, Purpose.hits, 16))
+    assert planner.way(gallery, Purpose.hits, 1) == alone, "nothing is kept before the first pass"
+    rank(gallery, features[:16], 5, scan=many.scan)
+    way = planner.way(gallery, Purpose.hits, 1)
+    assert way.precision is Precision.bfloat16 and planner.arithmetic(way) is many
+    assert "rows that are rounded once" in str(way)
+    assert planner.way(other, Purpose.hits, 1) == alone
+    kept = rank(gallery, features[:1], 20, scan=many.scan)
+    assert kept == rank(gallery, features[:1], 20)
 
 
 @pytest.mark.parametrize("gigabytes", [1, 6, 80, 140])
