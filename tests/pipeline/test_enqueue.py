@@ -94,8 +94,9 @@ def test_what_another_process_is_publishing_all_the_time_is_left_to_it(
 ) -> None:
     plan = enqueue(work, None).plan
     assert plan is not None
-    monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
-    with holding(lease(connect(redis_url), lease_key(plan.gallery_id, "arm"), 0.3)):
+    # Who waits is impatient. A lease as short would run out on a busy machine.
+    with monkeypatch.context() as patched, holding(lease(connect(redis_url), lease_key(plan.gallery_id, "arm"), 60)):
+        patched.setattr("pipeline.segments._ARM_LEASE_S", 0.3)
         done = enqueue(work, redis_url)
     assert (done.elsewhere, done.published, done.resumed) == (True, 0, True)
     done = enqueue(work, redis_url)
