@@ -27,9 +27,9 @@ from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, fl
 from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
 from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_rows
 
-#: Rows that are rounded at once, and products that a CPU looks through at once (2.6 MB for d = 1280, and 4 MB, both in
-#: bfloat16): they are still in its cache when they are needed.
-_ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 21
+#: Rows that are rounded at once, and products that a CPU looks through at once (2.6 MB for d = 1280, and 8 MB, both in
+#: bfloat16): they are still in its cache when they are needed, and the threads seldom wait for each other.
+_ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 22
 #: So many rows of products are looked at by their highest: one quick pass, where comparing all and looking for what
 #: that found take two to three times as long. If every eighth group has a hit, all are compared.
 _GROUP_ROWS, _GROUP_WORTH = 16, 8
