@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Of a group with more objects that single linkage connected, the least similarity is not looked for.
 _LOOKED_THROUGH = 5000
+#: Rows of a group that are multiplied at once with as many others: the products stay in a cache, and of the pairs that
+#: would come twice most do not.
+_MULTIPLIED_AT_ONCE = 512
 #: Far more than float64 products of two unit rows are off by.
 _FLOAT64_MARGIN = 1e-12
 #: If no two rows can be further from 1 than this, the least similarity is given as what it cannot be below.
@@ -299,11 +302,11 @@ def least_similarity(gallery: Gallery, rows: Rows) -> float:
     if below > 1 - _ALL_BUT_EQUAL:
         return below
     least = np.inf
-    for start in range(0, len(rows), DECIDED_AT_ONCE):
-        some = rows[start : start + DECIDED_AT_ONCE]
+    for start in range(0, len(rows), _MULTIPLIED_AT_ONCE):
+        some = rows[start : start + _MULTIPLIED_AT_ONCE]
         units = units_of(gallery.take(some))
-        for first in range(start, len(rows), DECIDED_AT_ONCE):
-            others = rows[first : first + DECIDED_AT_ONCE]
+        for first in range(start, len(rows), _MULTIPLIED_AT_ONCE):
+            others = rows[first : first + _MULTIPLIED_AT_ONCE]
             cosines = units @ units_of(gallery.take(others)).T
             # Flat: numpy looks through one dimension many times faster than through two.
             near_least = np.flatnonzero(cosines <= min(least, float(cosines.min())) + _FLOAT64_MARGIN)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from search.arrays import Float32, Float64, Mask, Rows
 from search.gallery.shards import Gallery
 from search.gallery.units import unit_rows
-from search.ranking.arithmetic import Arithmetic, Pairs, is_dense
+from search.ranking.arithmetic import Arithmetic, Dense, Pairs, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 
@@ -185,10 +185,9 @@ def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[
             yield _decided(gallery, some[some < others], others[some < others], threshold)
             continue
         for start in range(0, len(found.cosines), _DENSE_ROWS):
-            cosines = found.cosines[start : start + _DENSE_ROWS]
-            first = found.first + start
-            rows = side.rows[first : first + len(cosines)]
-            near = _reached(gallery, rows, tile.rows, cosines, margin, threshold)
+            dense = found.part(start, start + _DENSE_ROWS)
+            rows = side.rows[dense.first : dense.first + len(dense.cosines)]
+            near = _reached(gallery, rows, tile.rows, dense, margin, threshold)
             if (count := np.count_nonzero(near)) > _FEW and count * _LISTED > near.size:
                 yield NearTable(tile.rows, rows, near)
             else:
@@ -196,17 +195,19 @@ def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[
                 yield _decided(gallery, tile.rows[j], rows[i], threshold)
 
 
-def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margin: Margin, threshold: float) -> Mask:
+def _reached(gallery: Gallery, rows: Rows, others: Rows, dense: Dense, margin: Margin, threshold: float) -> Mask:
     """Which pairs reach the threshold, bool[b, t], of those whose row among the others is the smaller one."""
     once = others < rows[:, np.newaxis] if others[-1] >= rows[0] else np.True_
-    reached, open_pairs = _sorted_out(cosines, margin, threshold, once)
-    if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
+    reached, open_pairs = _sorted_out(dense, margin, threshold, once)
+    size = reached.size
+    if is_dense(int(np.count_nonzero(open_pairs)), size):
         # Float32 leaves fewer of them open than a coarser scan does.
         exact = float32_margin(gallery.length)
         if exact.absolute < margin.absolute:
             products = unit_rows(gallery, rows) @ unit_rows(gallery, others).T
-            reached, open_pairs = _sorted_out(products, exact, threshold, once)
-    if is_dense(int(np.count_nonzero(open_pairs)), cosines.size):
+            near = ~(products < np.float32(exact.least(threshold)))
+            reached, open_pairs = _sorted_out(Dense(0, products, near), exact, threshold, once)
+    if is_dense(int(np.count_nonzero(open_pairs)), size):
         similarities = exact_pair_table(gallery.take(rows), gallery.take(others), open_pairs)
         return reached | (similarities >= threshold)
     if open_pairs.any():
@@ -215,7 +216,7 @@ def _reached(gallery: Gallery, rows: Rows, others: Rows, cosines: Float32, margi
     return reached
 
 
-def _sorted_out(cosines: Float32, margin: Margin, threshold: float, once: Any) -> tuple[Mask, Any]:
+def _sorted_out(dense: Dense, margin: Margin, threshold: float, once: Any) -> tuple[Mask, Any]:
     """Pairs that reach the threshold for certain, bool[b, t], and those that may: the same, or false for all of them.
 
     Args:
@@ -223,11 +224,10 @@ def _sorted_out(cosines: Float32, margin: Margin, threshold: float, once: Any) -
     """
     certain = (threshold + margin.absolute) / (1 - margin.relative)
     # Rounded up, and for what is no number false.
-    reached = cosines >= np.nextafter(np.float32(certain), np.float32(2))
-    below = cosines < np.float32(margin.least(threshold))
+    reached = dense.cosines >= np.nextafter(np.float32(certain), np.float32(2))
     # Mostly none is in doubt, and to count takes less than to look for them.
-    in_doubt = np.count_nonzero(reached) + np.count_nonzero(below) < cosines.size
-    open_pairs = ~(below | reached) & once if in_doubt else np.False_
+    in_doubt = np.count_nonzero(reached) < np.count_nonzero(dense.near)
+    open_pairs = dense.near & ~reached & once if in_doubt else np.False_
     reached &= once
     return reached, open_pairs
 

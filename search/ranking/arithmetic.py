@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from search.arrays import Float32, Float64, Rows
+from search.arrays import Float32, Float64, Mask, Rows
 from search.gallery.shards import Gallery
 from search.ranking.bounds import Margin
 from search.ranking.scan import Batch, Candidates
@@ -35,10 +35,20 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Dense:
-    """All pairs of some rows of a tile's first side, from position `first` on: approximate cosines, float32[b, t]."""
+    """All pairs of some rows of a tile's first side, from position `first` on.
+
+    Attributes:
+        cosines: approximate, float32[b, t].
+        near: bool[b, t], those that are not below what was asked for.
+    """
 
     first: int
     cosines: Float32
+    near: Mask
+
+    def part(self, start: int, end: int) -> "Dense":
+        """Some of the rows, counted among these."""
+        return Dense(self.first + start, self.cosines[start:end], self.near[start:end])
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class NumpyArithmetic:
             return
         near = ~(cosines < np.float32(least))
         if is_dense(int(np.count_nonzero(near)), cosines.size):
-            yield Dense(0, cosines)
+            yield Dense(0, cosines, near)
         else:
             # Flat: numpy looks through one dimension many times faster than through two.
             i, j = np.divmod(np.flatnonzero(near), max(1, cosines.shape[1]))

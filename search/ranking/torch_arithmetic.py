@@ -314,7 +314,8 @@ class TorchArithmetic:
             cosines = _products(part, b)
             found = _near(cosines, least)
             if found is None:
-                yield Dense(number * at_once, cosines.float().cpu().numpy())
+                near = ~(cosines < torch.tensor([least], device=cosines.device))
+                yield Dense(number * at_once, cosines.float().cpu().numpy(), near.cpu().numpy())
             elif len(found[0]):
                 i, j = found
                 yield Pairs(number * at_once + i, j, _at(cosines, i, j))
