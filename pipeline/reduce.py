@@ -50,17 +50,25 @@ class Collected:
 
 def collect(plan: Plan, segment: Segment, paths: list[str]) -> Collected:
     """Read what workers left of these objects of a segment."""
+    collected = _collect(plan, segment, paths, check_each=False)
+    # Somebody else's file: an embed process writes none that is not finite.
+    return collected if np.isfinite(collected.features).all() else _collect(plan, segment, paths, check_each=True)
+
+
+def _collect(plan: Plan, segment: Segment, paths: list[str], check_each: bool) -> Collected:
     ids: list[str] = []
     kept: list[str] = []
-    features = np.empty((len(paths), plan.length), dtype=np.float32)
+    features = np.empty((len(paths), plan.length), dtype="<f4")
     digests: list[bytes] = []
     failures: list[Failure] = []
     missing: list[str] = []
     for path in paths:
         object_id = plan.scheme.object_id(path)
-        embedded = plan.feature(segment, object_id)
+        row = features[len(ids)]
+        embedded = plan.feature(segment, object_id, None if check_each else row)
         if embedded is not None:
-            features[len(ids)] = embedded.feature
+            if check_each:
+                row[:] = embedded.feature
             digests.append(embedded.digest)
             ids.append(object_id)
             kept.append(path)
@@ -139,25 +147,30 @@ def tidy(plan: Plan) -> None:
         _tidy(outer, since)
 
 
-def nested_folders(folder: Path) -> Iterator[Path]:
-    """The folders in which per-image files lie, below the gallery folder or one of them."""
+def nested_folders(folder: str | Path) -> Iterator[str]:
+    """The folders in which per-image files lie, below the gallery folder or one of them.
+
+    Plain strings: there are 65,792 of them, and a `Path` takes as long to make as such a folder to remove.
+    """
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if layout.may_be_nested(entry.name) and entry.is_dir(follow_symlinks=False):
-                yield Path(entry.path)
+                yield entry.path
 
 
-def _tidy(folder: Path, since_ns: int) -> None:
-    with suppress(OSError):
+def _tidy(folder: str, since_ns: int) -> None:
+    try:
         os.rmdir(folder)  # Most are empty.
         return
+    except OSError:
+        pass
     with suppress(OSError):
-        if folder.stat().st_mtime_ns >= since_ns:
+        if os.stat(folder).st_mtime_ns >= since_ns:
             _remove_temporary(folder)
             os.rmdir(folder)  # A full one stays.
 
 
-def _remove_temporary(folder: Path) -> None:
+def _remove_temporary(folder: str | Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(layout.TEMPORARY_PREFIX):

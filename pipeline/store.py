@@ -229,7 +229,12 @@ def write_feature(path: str | Path, embedded: Embedded, tag: bytes) -> None:
 
 
 def read_feature(
-    path: str | Path, length: int, digest_bytes: int, tag: bytes, untagged: bool = False
+    path: str | Path,
+    length: int,
+    digest_bytes: int,
+    tag: bytes,
+    untagged: bool = False,
+    row: NDArray[np.float32] | None = None,
 ) -> Embedded | None:
     """One feature; None if the file is missing, truncated, foreign, not finite or of other libraries.
 
@@ -238,10 +243,14 @@ def read_feature(
         digest_bytes: how long the digest is that it must have: `DIGEST_BYTES`, or 0.
         tag: the `versions_tag` that it must have.
         untagged: whether a file without any tag counts, as ruiji wrote them before it tagged features.
+        row: float32[d], where the feature goes, to be checked by the caller: numpy takes as long for a whole shard as
+            for a few rows. Without a feature anything may be there.
     """
     header = npy_header("<f4", (length,))
     array_end = len(header) + 4 * length
     whole = array_end + digest_bytes
+    feature = np.empty(length, "<f4") if row is None else row
+    start, end = bytearray(len(header)), bytearray(digest_bytes + TAG_BYTES + 1)
     # One call each to open, read and close: a reducer does this per image, and a file object asks for more.
     try:
         # O_NONBLOCK: a pipe of this name would block here for ever.
@@ -249,15 +258,19 @@ def read_feature(
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        data = os.read(descriptor, whole + TAG_BYTES + 1)
+        size = os.readv(descriptor, [start, feature.data, end])
     except (IsADirectoryError, BlockingIOError):
         return None
     finally:
         os.close(descriptor)
-    if not data.startswith(header) or not (data[whole:] == tag or (untagged and len(data) == whole)):
+    if (
+        size < whole
+        or start != header
+        or not (end[digest_bytes : size - array_end] == tag or (untagged and size == whole))
+    ):
         return None
-    feature = np.frombuffer(data, dtype="<f4", count=length, offset=len(header))
-    return Embedded(feature, data[array_end:whole]) if np.isfinite(feature).all() else None
+    embedded = Embedded(feature, bytes(end[:digest_bytes]))
+    return embedded if row is not None or np.isfinite(feature).all() else None
 
 
 def write_error(path: Path, reason: Reason, message: str, plan_id: str) -> None:

@@ -13,6 +13,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import FileDamaged, GalleryMismatch
@@ -35,12 +38,8 @@ from pipeline.store import (
 
 #: Length of a segment's digest, which finds accidents, not forgeries.
 _DIGEST_DIGITS = 16
-#: What lines have of which something could be wrong: empty parts, dots where they mean folders, what may begin a
-#: control character of two bytes; and the others, but for the newline.
-_ODD = (b"\n\n", b"//", b"/\n", b"\n/", b"..", b".\n", b"/./", b"\n./", b"\xc2")
 #: So many looks at files take longer than listing a folder of 256 names.
 _WORTH_A_LISTING = 16
-_CONTROLS = bytes(byte for byte in (*range(32), 127) if byte != 10)
 
 
 @dataclass(frozen=True)
@@ -269,11 +268,15 @@ class Plan:
         """Where an object's failure is recorded until its shard tells it."""
         return Path(self.object_file(object_id, ERROR_ENDING))
 
-    def feature(self, segment: Segment, object_id: str) -> Embedded | None:
-        """An object's feature, or None if it has no valid file by the segment's format and the plan's libraries."""
+    def feature(self, segment: Segment, object_id: str, row: NDArray[np.float32] | None = None) -> Embedded | None:
+        """An object's feature, or None if it has no valid file by the segment's format and the plan's libraries.
+
+        Args:
+            row: as `read_feature` takes it.
+        """
         digest_bytes = DIGEST_BYTES if self.record_format_of(segment) > 1 else 0
         file = self.object_file(object_id, FEATURE_ENDING)
-        return read_feature(file, self.length, digest_bytes, self.tag, not self.generation)
+        return read_feature(file, self.length, digest_bytes, self.tag, not self.generation, row)
 
     def keep_feature(self, segment: Segment, object_id: str, embedded: Embedded) -> None:
         """Write an object's feature as the segment's format has it."""
@@ -434,14 +437,20 @@ def _missing(folders: Mapping[str, int]) -> set[str]:
 
 def _is_plain(block: bytes, lines: list[bytes]) -> bool:
     """Whether nothing in these lines can be a fault to `IdScheme.problem`; all at once: every process reads them."""
-    framed = b"\n%b\n" % block.removesuffix(b"\n")
-    if max(map(len, lines), default=0) > MAX_ID_BYTES or any(odd in framed for odd in _ODD):
+    if max(map(len, lines), default=0) > MAX_ID_BYTES:
         return False
     try:
         block.decode()
     except UnicodeDecodeError:
         return False
-    return len(block.translate(None, _CONTROLS)) == len(block)
+    framed = np.frombuffer(b"\n%b\n" % block.removesuffix(b"\n"), np.uint8)
+    # Control characters; those of C1 begin with this byte, as others do that are looked at one by one then.
+    if (framed < 10).any() or ((framed > 10) & (framed < 32)).any() or (framed == 127).any() or (framed == 0xC2).any():
+        return False
+    ends, dots = (framed == ord("\n")) | (framed == ord("/")), framed == ord(".")
+    # A part that is empty, or begins or ends with a dot, or has two in a row.
+    odd = ends | dots
+    return not (odd[:-1] & odd[1:]).any()
 
 
 def segment_digest(lines: Iterable[bytes]) -> str:

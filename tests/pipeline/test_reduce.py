@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline import layout
-from pipeline.reduce import missing_after_reread, tidy
+from pipeline.reduce import collect, missing_after_reread, tidy
 from pipeline.segments import reduce_segment
-from pipeline.store import check_shard, read_record
+from pipeline.store import Embedded, check_shard, read_record
 from tests.pipeline.galleries import digest_of, embed, fail, feature_of, files, new_plan
 
 
@@ -72,6 +72,28 @@ def test_missing_features_are_named_and_nothing_is_written(tmp_path: Path, model
     assert files(plan.folder) == {}
     embed(plan, [paths[3]])
     assert missing_after_reread(plan, plan.segments[0], (paths[2], paths[3])) == [paths[2]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_feature_that_is_not_finite_is_missing_and_moves_no_other(
+    tmp_path: Path, model_path: Path, bad: float
+) -> None:
+    plan = new_plan(tmp_path, model_path, 5, shard_rows=5)
+    segment = plan.segments[0]
+    paths = plan.paths(segment)
+    embed(plan, paths)
+    fail(plan, paths[3])
+    for path in (paths[1], paths[3]):
+        feature = feature_of(path)
+        feature[5] = bad
+        plan.keep_feature(segment, plan.scheme.object_id(path), Embedded(feature, digest_of(path)))
+    collected = collect(plan, segment, paths)
+    assert collected.paths == [paths[0], paths[2], paths[4]]
+    assert (collected.features == np.stack([feature_of(path) for path in collected.paths])).all()
+    assert collected.digests is not None
+    assert [bytes(one) for one in collected.digests] == [digest_of(path) for path in collected.paths]
+    assert collected.missing == (paths[1],)
+    assert [failure.path for failure in collected.failures] == [paths[3]]
 
 
 def test_a_segment_of_failures_only_has_arrays_of_no_rows(tmp_path: Path, model_path: Path) -> None:
