@@ -42,8 +42,8 @@ class Network(StrEnum):
 
 
 QUICK, FULL = (Network.two, Network.many), (Network.two_full, Network.many_full)
-#: With each of the 10,000 test images searching in the other 9,999, by the recipes of `examples.mnist.train`. Those of 2d
-#: are what three seeds hold, less what one seed differs from another.
+#: With each of the 10,000 test images searching in the other 9,999, by the recipes of `examples.mnist.train`. Those of
+#: 2d are what three seeds hold, less what one seed differs from another.
 TARGETS = {
     "2d": {"rank_1": 0.98, "map": 0.98},
     "64d": {"rank_1": 0.992, "map": 0.992},
