@@ -11,6 +11,8 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
 # Extras that `make setup` installs too; an image has the service alone.
 BESIDE = requirements/embedded.lock requirements/serve.lock
+# What is compiled if there is a compiler.
+COMPILED = pipeline/_files.c workers/_resize.c
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -33,24 +35,24 @@ help: ## Explain the targets
 
 # One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock, and
 # the service; here the embedded Redis comes along.
-.venv/cpu: requirements/cpu.lock pyproject.toml workers/_resize.c $(BESIDE) .venv/made
-.venv/demo: requirements/demo.lock pyproject.toml workers/_resize.c .venv/made
-.venv/dev: requirements/dev.lock pyproject.toml workers/_resize.c .venv/made
+.venv/cpu: requirements/cpu.lock pyproject.toml $(COMPILED) $(BESIDE) .venv/made
+.venv/demo: requirements/demo.lock pyproject.toml $(COMPILED) .venv/made
+.venv/dev: requirements/dev.lock pyproject.toml $(COMPILED) .venv/made
 .venv/cpu .venv/demo .venv/dev:
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
 	@$(PIP) install --require-hashes -r $< $(patsubst %,-r %,$(filter $(BESIDE),$^))
-	@rm -f workers/_resize.*.so
+	@rm -f $(COMPILED:.c=.*.so)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml workers/_resize.c $(BESIDE) .venv/made
+.venv/gpu: requirements/gpu.lock requirements/torch.txt pyproject.toml $(COMPILED) $(BESIDE) .venv/made
 	@[ ! -e .venv/cpu ] && [ ! -e .venv/demo ] && [ ! -e .venv/dev ] \
 		|| { echo "this .venv was set up with ACCEL=cpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $< and torch (several GB)"
 	@$(PIP) install --require-hashes -r $< $(BESIDE:%=-r %)
 	@$(PIP) install -r requirements/torch.txt
-	@rm -f workers/_resize.*.so
+	@rm -f $(COMPILED:.c=.*.so)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from pipeline import layout
 from pipeline.errors import MachineFault, ShardCorrupt
 from pipeline.plans.plan import Plan, Segment
 from pipeline.store import (
-    DIGEST_BYTES,
     Failure,
     Record,
     check_shard,
@@ -50,35 +50,20 @@ class Collected:
 
 def collect(plan: Plan, segment: Segment, paths: list[str]) -> Collected:
     """Read what workers left of these objects of a segment."""
-    collected = _collect(plan, segment, paths, check_each=False)
-    # Somebody else's file: an embed process writes none that is not finite.
-    return collected if np.isfinite(collected.features).all() else _collect(plan, segment, paths, check_each=True)
-
-
-def _collect(plan: Plan, segment: Segment, paths: list[str], check_each: bool) -> Collected:
-    ids: list[str] = []
-    kept: list[str] = []
-    features = np.empty((len(paths), plan.length), dtype="<f4")
-    digests: list[bytes] = []
+    ids = [plan.scheme.object_id(path) for path in paths]
+    features, digests, there = plan.read_features(segment, ids)
     failures: list[Failure] = []
     missing: list[str] = []
-    for path in paths:
-        object_id = plan.scheme.object_id(path)
-        row = features[len(ids)]
-        embedded = plan.feature(segment, object_id, None if check_each else row)
-        if embedded is not None:
-            if check_each:
-                row[:] = embedded.feature
-            digests.append(embedded.digest)
-            ids.append(object_id)
-            kept.append(path)
-        elif (error := plan.error(object_id)) is not None:
-            failures.append(Failure(object_id, path, *error))
-        else:
-            missing.append(path)
-    digested = plan.record_format_of(segment) > 1
-    all_digests = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES) if digested else None
-    return Collected(ids, kept, features[: len(ids)], all_digests, tuple(failures), tuple(missing))
+    if not there.all():
+        for row in np.flatnonzero(~there).tolist():
+            if (error := plan.error(ids[row])) is not None:
+                failures.append(Failure(ids[row], paths[row], *error))
+            else:
+                missing.append(paths[row])
+        ids, paths = list(compress(ids, there)), list(compress(paths, there))
+        features, digests = features[there], digests[there]
+    digested = digests if plan.record_format_of(segment) > 1 else None
+    return Collected(ids, paths, features, digested, tuple(failures), tuple(missing))
 
 
 def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: Callable[[], object]) -> Record:

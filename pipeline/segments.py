@@ -115,7 +115,7 @@ class Segments:
         plan = self._plan
         rows, failed = [], []
         paths = plan.paths(segment)
-        done = plan.look([(segment, path) for path in paths]).done
+        done = plan.are_done([(segment, path) for path in paths])
         for row, (path, settled) in enumerate(zip(paths, done, strict=True), segment.first):
             if not settled:
                 rows.append((row, path))

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import layout
+from pipeline import files, layout
 from pipeline.choices import Reason
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
@@ -70,7 +70,7 @@ def write_atomic(
     """
     # Plain strings: this runs once per image, and paths as objects would cost as much as the writing.
     folder = os.path.dirname(path) or "."
-    temporary = f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
+    temporary = _temporary(folder)
     try:
         descriptor = _create(temporary, folder)
         try:
@@ -102,13 +102,9 @@ def write_atomic(
         raise
 
 
-def make_folders(folders: Iterable[str]) -> None:
-    """Make the last folders of some paths, where that is possible; whoever writes there makes what is missing still."""
-    for folder in folders:
-        try:
-            os.mkdir(folder)
-        except OSError:
-            continue  # It is there by now, or whoever writes says what is wrong.
+def _temporary(folder: str) -> str:
+    """A name that nobody has, for a file that is being written."""
+    return f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
 
 
 def _create(path: str, folder: str) -> int:
@@ -228,13 +224,29 @@ def write_feature(path: str | Path, embedded: Embedded, tag: bytes) -> None:
     write_atomic(path, [npy_header("<f4", data.shape) + data.tobytes() + embedded.digest + tag])
 
 
+def write_features(embedded: Mapping[str, Embedded], tag: bytes) -> None:
+    """As `write_feature`, of many by path: those with which all goes well are written without Python in between.
+
+    Args:
+        embedded: all of one length, and all with digests or all without.
+    """
+    paths = list(embedded)
+    data = np.stack([feature for feature, _ in embedded.values()]).astype("<f4", copy=False)
+    header = np.frombuffer(npy_header("<f4", data.shape[1:]), np.uint8)
+    heads = np.broadcast_to(header, (len(data), len(header)))
+    tails = np.frombuffer(b"".join(digest + tag for _, digest in embedded.values()), np.uint8).reshape(len(data), -1)
+    contents = np.concatenate([heads, data.view(np.uint8), tails], axis=1)
+    written = files.write_whole([_temporary(os.path.dirname(path) or ".") for path in paths], paths, contents)
+    for row in np.flatnonzero(~written).tolist():
+        write_feature(paths[row], embedded[paths[row]], tag)
+
+
 def read_feature(
     path: str | Path,
     length: int,
     digest_bytes: int,
     tag: bytes,
     untagged: bool = False,
-    row: NDArray[np.float32] | None = None,
 ) -> Embedded | None:
     """One feature; None if the file is missing, truncated, foreign, not finite or of other libraries.
 
@@ -243,15 +255,13 @@ def read_feature(
         digest_bytes: how long the digest is that it must have: `DIGEST_BYTES`, or 0.
         tag: the `versions_tag` that it must have.
         untagged: whether a file without any tag counts, as ruiji wrote them before it tagged features.
-        row: float32[d], where the feature goes, to be checked by the caller: numpy takes as long for a whole shard as
-            for a few rows. Without a feature anything may be there.
     """
     header = npy_header("<f4", (length,))
     array_end = len(header) + 4 * length
     whole = array_end + digest_bytes
-    feature = np.empty(length, "<f4") if row is None else row
+    feature = np.empty(length, "<f4")
     start, end = bytearray(len(header)), bytearray(digest_bytes + TAG_BYTES + 1)
-    # One call each to open, read and close: a reducer does this per image, and a file object asks for more.
+    # One call each to open, read and close, where a file object asks for more.
     try:
         # O_NONBLOCK: a pipe of this name would block here for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -269,8 +279,40 @@ def read_feature(
         or not (end[digest_bytes : size - array_end] == tag or (untagged and size == whole))
     ):
         return None
-    embedded = Embedded(feature, bytes(end[:digest_bytes]))
-    return embedded if row is not None or np.isfinite(feature).all() else None
+    return Embedded(feature, bytes(end[:digest_bytes])) if np.isfinite(feature).all() else None
+
+
+def read_features(
+    paths: Sequence[str], length: int, digest_bytes: int, tag: bytes, untagged: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.bool_]]:
+    """As `read_feature`, of many: those with which all goes well are read without Python in between.
+
+    Returns:
+        The features, float32[n, d]; their digests, uint8[n, digest_bytes]; and which there are, bool[n]. In rows of
+        others stands anything.
+    """
+    header = np.frombuffer(npy_header("<f4", (length,)), np.uint8)
+    features = np.empty((len(paths), length), "<f4")
+    heads = np.empty((len(paths), len(header)), np.uint8)
+    tails = np.empty((len(paths), digest_bytes + TAG_BYTES + 1), np.uint8)
+    sizes = files.read_rows(paths, [heads, features, tails])
+    digests, tags = tails[:, :digest_bytes], tails[:, digest_bytes:-1]
+    there = sizes == len(header) + 4 * length + digest_bytes + TAG_BYTES
+    there &= (heads == header).all(axis=1) & (tags == np.frombuffer(tag, np.uint8)).all(axis=1)
+    there &= np.isfinite(features).all(axis=1)
+    for row in np.flatnonzero(~there).tolist():
+        embedded = read_feature(paths[row], length, digest_bytes, tag, untagged)
+        if embedded is not None:
+            features[row], there[row] = embedded.feature, True
+            digests[row] = np.frombuffer(embedded.digest, np.uint8)
+    return features, digests, there
+
+
+def remove_files(paths: Sequence[str]) -> None:
+    """Delete files, those of them that are there."""
+    for row in np.flatnonzero(~files.remove(paths)).tolist():
+        with suppress(FileNotFoundError):
+            os.unlink(paths[row])
 
 
 def write_error(path: Path, reason: Reason, message: str, plan_id: str) -> None:

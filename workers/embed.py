@@ -15,11 +15,12 @@ from pipeline import layout
 from pipeline.altered import begin_marks, mark
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
+from pipeline.files import read_whole
 from pipeline.plans.plan import Plan, Segment
 from pipeline.spec import ModelSpec
-from pipeline.store import Embedded, make_folders
+from pipeline.store import Embedded
 from workers.decode.ahead import Decoders, pixels_for
-from workers.decode.images import Decoded, decode_whole, open_image
+from workers.decode.images import Decoded, Opened, decode_whole, open_image
 from workers.decode.media import check_media
 from workers.ledger import Ledger
 from workers.suspects.alone import ChildDied, decode_alone
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
 
 #: From an open image file to pixels and digest, as `workers.decode.images.decode_whole`.
-Decode = Callable[[BinaryIO, ModelSpec, int, list[str], NDArray[np.uint8]], Decoded]
+Decode = Callable[[Opened, ModelSpec, int, list[str], NDArray[np.uint8]], Decoded]
 
 
 def embed_guarded(
@@ -132,7 +133,7 @@ def _decode_suspect(
     job: Job,
     suspect: Suspect,
     path: Path,
-    file: BinaryIO,
+    file: Opened,
     spec: ModelSpec,
     max_pixels: int,
     altered: list[str],
@@ -172,40 +173,40 @@ def embed_batch(
     """
     ledger = ledger or Ledger()
     published = _published(plan, jobs)
-    looked = plan.look(jobs)
+    settled = plan.are_done(jobs)
     outcomes = [
-        LATE if job.segment.shard in published else SKIPPED if settled else DONE
-        for job, settled in zip(jobs, looked.done, strict=True)
+        LATE if job.segment.shard in published else SKIPPED if is_settled else DONE
+        for job, is_settled in zip(jobs, settled, strict=True)
     ]
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
-    # All at once, since to fail to open a file takes as long as to make its folder.
-    make_folders({folder for number, _ in waiting if (folder := looked.missing[number]) is not None})
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
-    read = partial(_read, plan, media_dir, os.path.realpath(media_dir), ledger)
-    decode = partial(_decode, plan, encoder.model.spec, media_dir, ledger, decode_file)
+    media_root = os.path.realpath(media_dir)
+    read_some = partial(_read_some, media_dir, media_root, ledger)
+    read = partial(_read, plan, media_dir, media_root, ledger)
+    decode = partial(_decode, plan, encoder.model.spec, media_dir, ledger, decode_file, read)
     # Where they are decoded one after the other, only as many as the encoder runs at once: so a feature is on disk as
     # soon as it can be.
     step = encoder.run_images if decoders is None else max(1, len(waiting))
     for start in range(0, len(waiting), step):
         part = waiting[start : start + step]
-        for number, outcome in _embed_part(plan, part, read, decode, encoder, ledger, decoders):
+        for number, outcome in _embed_part(plan, part, read_some, decode, encoder, ledger, decoders):
             outcomes[number] = outcome
     if waiting and not plan.keep_features:
         published = _published(plan, jobs)
-        for number, job in waiting:
-            # A task that came twice and late: its shard was published between the two looks.
-            if job.segment.shard in published:
-                plan.forget(job.path)
-                outcomes[number] = LATE
+        # A task that came twice and late: its shard was published between the two looks.
+        late = [(number, job) for number, job in waiting if job.segment.shard in published]
+        plan.forget(job.path for _, job in late)
+        for number, _ in late:
+            outcomes[number] = LATE
     return outcomes
 
 
 def _embed_part(
     plan: Plan,
     part: list[tuple[int, Job]],
-    read: Callable[[Job], BinaryIO | ImageError],
-    decode: Callable[[Job, NDArray[np.uint8], BinaryIO | ImageError], bytes | ImageError],
+    read_some: Callable[[list[Job]], list[memoryview | None]],
+    decode: Callable[[Job, NDArray[np.uint8], memoryview | None], bytes | ImageError],
     encoder: "Encoder | _Alone",
     ledger: Ledger,
     decoders: Decoders | None,
@@ -215,16 +216,16 @@ def _embed_part(
     room = contextlib.nullcontext(pixels_for(spec, count)) if decoders is None else decoders.batch(count)
     with room as pixels:
 
-        def read_one(place: int) -> BinaryIO | ImageError:
-            return read(part[place][1])
+        def read_these(places: list[int]) -> list[memoryview | None]:
+            return read_some([part[place][1] for place in places])
 
-        def decode_one(place: int, file: BinaryIO | ImageError) -> bytes | ImageError:
-            return decode(part[place][1], pixels[place], file)
+        def decode_one(place: int, contents: memoryview | None) -> bytes | ImageError:
+            return decode(part[place][1], pixels[place], contents)
 
         if decoders is None:
-            loaded = [decode_one(place, read_one(place)) for place in range(count)]
+            loaded = [decode_one(place, None) for place in range(count)]
         else:
-            loaded = decoders.run(read_one, decode_one, count)
+            loaded = decoders.run(read_these, decode_one, count)
         yield from _embed(plan, part, loaded, pixels, encoder, ledger)
 
 
@@ -260,15 +261,19 @@ def _embed(
     else:
         finite = [not isinstance(feature, ImageError) and bool(np.isfinite(feature).all()) for feature in features]
     with ledger.busy("write"):
+        made: dict[int, list[tuple[int, Job, Embedded]]] = {}
         for (number, job, digest), feature, good in zip(ready, features, finite, strict=True):
             if isinstance(feature, ImageError):
                 yield number, _fail(plan, job, feature)
             elif good:
-                plan.keep_feature(job.segment, plan.scheme.object_id(job.path), Embedded(feature, digest))
-                yield number, DONE
+                made.setdefault(job.segment.index, []).append((number, job, Embedded(feature, digest)))
             else:
                 error = ImageError("the model gives values that are not finite", Reason.not_finite)
                 yield number, _fail(plan, job, error)
+        for some in made.values():
+            segment = some[0][1].segment
+            plan.write_features(segment, {plan.scheme.object_id(job.path): embedded for _, job, embedded in some})
+            yield from ((number, DONE) for number, _, _ in some)
 
 
 def _encode(
@@ -294,6 +299,12 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
     return {segment.shard for segment in segments.values() if plan.published(segment)}
 
 
+def _read_some(media_dir: Path, media_root: str, ledger: Ledger, jobs: list[Job]) -> list[memoryview | None]:
+    """The contents of some objects' images, as `read_whole`; None of each that `_read` is to read at its turn."""
+    with ledger.busy("read"):
+        return read_whole([f"{media_dir}/{job.path}" for job in jobs], media_root)
+
+
 def _read(plan: Plan, media_dir: Path, media_root: str, ledger: Ledger, job: Job) -> BinaryIO | ImageError:
     """Open the image of one object; returns it, read unless it is very large, or why there is none."""
     if (problem := plan.scheme.bad_name(job.path)) is not None:
@@ -308,11 +319,13 @@ def _decode(
     media_dir: Path,
     ledger: Ledger,
     decode_file: Decode,
+    read: Callable[[Job], BinaryIO | ImageError],
     job: Job,
     room: NDArray[np.uint8],
-    file: BinaryIO | ImageError,
+    contents: memoryview | None,
 ) -> bytes | ImageError:
     """Put the pixels of one object into `room`, uint8[h, w, c]; returns its file's digest, or why it has none."""
+    file = read(job) if contents is None else contents
     if isinstance(file, ImageError):
         return file
     altered: list[str] = []

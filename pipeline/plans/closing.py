@@ -65,10 +65,9 @@ def empty_segment(plan: Plan, segment: Segment) -> None:
     record = plan.record(segment)
     if record is None:
         return
-    for failure in record.failed:
-        plan.forget(failure.path)
-    for path in read_lines(layout.paths_file(plan.folder, segment.shard)) if record.rows else ():
-        plan.forget(path)
+    plan.forget(failure.path for failure in record.failed)
+    if record.rows:
+        plan.forget(read_lines(layout.paths_file(plan.folder, segment.shard)))
     write_atomic(layout.emptied_folder(plan.folder, plan.plan_id) / str(segment.index), [b""])
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +28,13 @@ from pipeline.store import (
     Record,
     read_error,
     read_feature,
+    read_features,
     read_record,
     recorded_shards,
+    remove_files,
     versions_tag,
     write_error,
-    write_feature,
+    write_features,
 )
 
 #: Length of a segment's digest, which finds accidents, not forgeries.
@@ -268,21 +269,27 @@ class Plan:
         """Where an object's failure is recorded until its shard tells it."""
         return Path(self.object_file(object_id, ERROR_ENDING))
 
-    def feature(self, segment: Segment, object_id: str, row: NDArray[np.float32] | None = None) -> Embedded | None:
-        """An object's feature, or None if it has no valid file by the segment's format and the plan's libraries.
-
-        Args:
-            row: as `read_feature` takes it.
-        """
-        digest_bytes = DIGEST_BYTES if self.record_format_of(segment) > 1 else 0
+    def feature(self, segment: Segment, object_id: str) -> Embedded | None:
+        """An object's feature, or None if it has no valid file by the segment's format and the plan's libraries."""
         file = self.object_file(object_id, FEATURE_ENDING)
-        return read_feature(file, self.length, digest_bytes, self.tag, not self.generation, row)
+        return read_feature(file, self.length, self._digest_bytes(segment), self.tag, not self.generation)
 
-    def keep_feature(self, segment: Segment, object_id: str, embedded: Embedded) -> None:
-        """Write an object's feature as the segment's format has it."""
-        if self.record_format_of(segment) == 1:
-            embedded = embedded._replace(digest=b"")
-        write_feature(self.object_file(object_id, FEATURE_ENDING), embedded, self.tag)
+    def read_features(
+        self, segment: Segment, object_ids: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.bool_]]:
+        """As `feature`, of many objects of a segment, as `read_features` returns them."""
+        paths = [self.object_file(object_id, FEATURE_ENDING) for object_id in object_ids]
+        return read_features(paths, self.length, self._digest_bytes(segment), self.tag, not self.generation)
+
+    def write_features(self, segment: Segment, embedded: Mapping[str, Embedded]) -> None:
+        """Write the features of objects of a segment, by their ids, as its format has them."""
+        if not self._digest_bytes(segment):
+            embedded = {object_id: each._replace(digest=b"") for object_id, each in embedded.items()}
+        of_files = {self.object_file(object_id, FEATURE_ENDING): each for object_id, each in embedded.items()}
+        write_features(of_files, self.tag)
+
+    def _digest_bytes(self, segment: Segment) -> int:
+        return DIGEST_BYTES if self.record_format_of(segment) > 1 else 0
 
     def error(self, object_id: str) -> tuple[str, str] | None:
         """(reason, message) of an object that failed under this plan, or None."""
@@ -310,24 +317,19 @@ class Plan:
             and self.feature(segment, object_id) is not None
         ) or (os.access(self.object_file(object_id, ERROR_ENDING), os.F_OK) and self.error(object_id) is not None)
 
-    def look(self, objects: Sequence[tuple[Segment, str]]) -> "Looked":
+    def are_done(self, objects: Sequence[tuple[Segment, str]]) -> list[bool]:
         """As `is_done`, of many objects: mostly their folder is not there, and one listing tells that of many."""
         folders = [self.object_file(self.scheme.object_id(path), "").rpartition("/")[0] for _, path in objects]
         missing = _missing(Counter(folders))
-        done = [
+        return [
             folder not in missing and self.is_done(segment, path)
             for folder, (segment, path) in zip(folders, objects, strict=True)
         ]
-        return Looked(done, [folder if folder in missing else None for folder in folders])
 
-    def forget(self, path: str) -> None:
-        """Delete an object's feature and error file."""
-        stem = self.object_file(self.scheme.object_id(path), "")
-        for ending in layout.NESTED_ENDINGS:
-            # Mostly there is no error file, and to ask takes less time than to fail to delete.
-            if ending == FEATURE_ENDING or os.access(stem + ending, os.F_OK):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(stem + ending)
+    def forget(self, paths: Iterable[str]) -> None:
+        """Delete the feature and error files of some objects."""
+        stems = [self.object_file(self.scheme.object_id(path), "") for path in paths]
+        remove_files([stem + ending for stem in stems for ending in layout.NESTED_ENDINGS])
 
     def record(self, segment: Segment) -> Record | None:
         """The segment's record, or None while it is not published."""
@@ -395,18 +397,6 @@ class Plan:
             return False
         del self.__dict__["_seen_left"]
         return not self._left
-
-
-class Looked(NamedTuple):
-    """What there is of some objects.
-
-    Attributes:
-        done: whether each has a valid feature file or an error file.
-        missing: the folder of each's files if that is known not to be there, else None.
-    """
-
-    done: list[bool]
-    missing: list[str | None]
 
 
 def _missing(folders: Mapping[str, int]) -> set[str]:

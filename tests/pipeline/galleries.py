@@ -58,8 +58,12 @@ def digest_of(path: str) -> bytes:
 def embed(plan: Plan, paths: list[str]) -> None:
     """Write the features of some objects."""
     for path in paths:
-        embedded = Embedded(feature_of(path), digest_of(path))
-        plan.keep_feature(segment_of(plan, path), plan.scheme.object_id(path), embedded)
+        write(plan, path, feature_of(path))
+
+
+def write(plan: Plan, path: str, feature: np.ndarray) -> None:
+    """Write one object's feature."""
+    plan.write_features(segment_of(plan, path), {plan.scheme.object_id(path): Embedded(feature, digest_of(path))})
 
 
 def segment_of(plan: Plan, path: str) -> Segment:

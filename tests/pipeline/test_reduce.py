@@ -9,8 +9,8 @@ import pytest
 from pipeline import layout
 from pipeline.reduce import collect, missing_after_reread, tidy
 from pipeline.segments import reduce_segment
-from pipeline.store import Embedded, check_shard, read_record
-from tests.pipeline.galleries import digest_of, embed, fail, feature_of, files, new_plan
+from pipeline.store import check_shard, read_record
+from tests.pipeline.galleries import digest_of, embed, fail, feature_of, files, new_plan, write
 
 
 def ours() -> None:
@@ -86,7 +86,7 @@ def test_a_feature_that_is_not_finite_is_missing_and_moves_no_other(
     for path in (paths[1], paths[3]):
         feature = feature_of(path)
         feature[5] = bad
-        plan.keep_feature(segment, plan.scheme.object_id(path), Embedded(feature, digest_of(path)))
+        write(plan, path, feature)
     collected = collect(plan, segment, paths)
     assert collected.paths == [paths[0], paths[2], paths[4]]
     assert (collected.features == np.stack([feature_of(path) for path in collected.paths])).all()

@@ -9,7 +9,7 @@ import redis
 
 from pipeline.errors import MachineFault
 from pipeline.plans.closing import cancel_plan
-from pipeline.plans.plan import Looked, Plan, Segment
+from pipeline.plans.plan import Plan, Segment
 from pipeline.plans.stops import stopped
 from pipeline.plans.stuck import MOST_DEATHS, note_death, stuck, try_again
 from pipeline.queue.app import make_app
@@ -65,13 +65,13 @@ def test_a_slow_folder_costs_the_lease_nothing(
     chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.segments._ARM_LEASE_S", 2)
-    look = Plan.look
+    are_done = Plan.are_done
 
-    def slow(self: Plan, objects: Sequence[tuple[Segment, str]]) -> Looked:
+    def slow(self: Plan, objects: Sequence[tuple[Segment, str]]) -> list[bool]:
         time.sleep(2.5)
-        return look(self, objects)
+        return are_done(self, objects)
 
-    monkeypatch.setattr(Plan, "look", slow)
+    monkeypatch.setattr(Plan, "are_done", slow)
     assert segments.fill_window(1) == 4
     assert chords.armed()[0].complete
 

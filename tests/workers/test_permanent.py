@@ -384,10 +384,8 @@ def test_doctor_and_search_say_what_is_wrong_with_a_model_in_one_line(ruiji: Rui
     assert "Traceback" not in done.stderr
     plan = plan_for(ruiji.media.parent, ruiji.model, paths)
     assert plan is not None
-    for path in paths:
-        plan.keep_feature(
-            plan.segments[0], plan.scheme.object_id(path), Embedded(np.ones(16, np.float32), bytes(DIGEST_BYTES))
-        )
+    embedded = Embedded(np.ones(16, np.float32), bytes(DIGEST_BYTES))
+    plan.write_features(plan.segments[0], {plan.scheme.object_id(path): embedded for path in paths})
     reduce_segment(plan, plan.segments[0], lambda: None)
     assert "gives float32" in said(ruiji("search", str(ruiji.media / paths[0]), code=2))
     ruiji("search", "--id", paths[0].rpartition("/")[2])

@@ -1,10 +1,10 @@
 """Threads that decode a batch of images, each into its place in one array."""
 
-import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -14,9 +14,8 @@ from pipeline.spec import ModelSpec
 
 _F = TypeVar("_F")
 _T = TypeVar("_T")
-#: A thread reads so many images before it decodes them, and fewer if they are large: the next one is not read while
-#: as many bytes wait.
-_READ_IMAGES, _READ_BYTES = 4, 1 << 20
+#: A thread reads so many images before it decodes them.
+_READ_IMAGES = 4
 
 
 def pixels_for(spec: ModelSpec, count: int) -> NDArray[np.uint8]:
@@ -24,25 +23,13 @@ def pixels_for(spec: ModelSpec, count: int) -> NDArray[np.uint8]:
     return np.empty((count, spec.height, spec.width, spec.channels), np.uint8)
 
 
-def _read_some(read: Callable[[int], _F], numbers: Iterator[int]) -> list[tuple[int, _F]]:
-    files: list[tuple[int, _F]] = []
-    waiting = 0
-    for number in numbers:
-        file = read(number)
-        files.append((number, file))
-        # Nothing is read after one that is too large to be held: its decoder reads it.
-        waiting += file.getbuffer().nbytes if isinstance(file, io.BytesIO) else _READ_BYTES
-        if len(files) == _READ_IMAGES or waiting >= _READ_BYTES:
-            break
-    return files
-
-
 class Decoders:
     """The decoding threads of a process, which all of its batches share.
 
     A thread takes the next few images of a batch by itself until none is left. One handed over at a time would wake two
-    threads for each, and they would wait for the interpreter's lock more than they decode. A few are read before they
-    are decoded: decoding fills a core's caches with other things, which then costs reading once, not for each image.
+    threads for each, and they would wait for the interpreter's lock more than they decode. A few are read together
+    before they are decoded: so Python is not in between, and a core's caches, which decoding fills with other things,
+    cost reading once, not for each image.
     """
 
     def __init__(self, threads: int, spec: ModelSpec) -> None:
@@ -69,8 +56,11 @@ class Decoders:
             with self._lock:
                 self._spare.append(whole)
 
-    def run(self, read: Callable[[int], _F], decode: Callable[[int, _F], _T], count: int) -> list[_T]:
-        """`[decode(0, read(0)), decode(1, read(1)), …]`, by several threads.
+    def run(self, read: Callable[[list[int]], list[_F]], decode: Callable[[int, _F], _T], count: int) -> list[_T]:
+        """`decode(number, file)` of each number below `count` and its file, by several threads.
+
+        Args:
+            read: returns the files of some numbers.
 
         Raises:
             Exception: what one of them raised; what was not begun by then is not done.
@@ -80,8 +70,8 @@ class Decoders:
 
         def work() -> None:
             try:
-                while files := _read_some(read, numbers):
-                    for number, file in files:
+                while some := list(islice(numbers, _READ_IMAGES)):
+                    for number, file in zip(some, read(some), strict=True):
                         results[number] = decode(number, file)
             except BaseException:
                 for _ in numbers:

@@ -21,7 +21,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import simplejpeg
@@ -89,6 +89,10 @@ _GREY_SCALE = {"L;2": 0x55, "L;4": 0x11}
 #: Some cameras fill up the image data before the end marker, which ends no picture early.
 _PADDED = re.compile(r"Corrupt JPEG data: ([1-8]) extraneous bytes before marker 0xd9")
 _JPEG_END = b"\xff\xd9"
+
+
+#: An image file that is open, or what is in it.
+Opened: TypeAlias = BinaryIO | memoryview
 
 
 def load_pixels(path: Path, spec: ModelSpec, max_pixels: int, altered: list[str] | None = None) -> NDArray[np.uint8]:
@@ -178,7 +182,7 @@ def _opened_path(descriptor: int, path: str | Path) -> str:
 
 
 def decode(
-    file: BinaryIO,
+    file: Opened,
     spec: ModelSpec,
     max_pixels: int,
     altered: list[str] | None = None,
@@ -187,6 +191,7 @@ def decode(
     """Decode an open image file and bring it to the spec's orientation, color and size.
 
     Args:
+        file: or its contents.
         altered: told how `pixels` of 1 made it another picture than people see, as `pipeline.altered` names that.
         room: uint8[h, w, c], contiguous: where the pixels may go.
 
@@ -226,7 +231,7 @@ class Decoded(NamedTuple):
 
 
 def decode_whole(
-    file: BinaryIO,
+    file: Opened,
     spec: ModelSpec,
     max_pixels: int,
     altered: list[str] | None = None,
@@ -241,9 +246,10 @@ def decode_whole(
     before = _state(file)
     pixels = decode(file, spec, max_pixels, altered, room)
     try:
-        if isinstance(file, io.BytesIO):
-            digest = hashlib.sha256(file.getbuffer()).digest()
+        if (data := _held(file)) is not None:
+            digest = hashlib.sha256(data).digest()
         else:
+            file = cast(BinaryIO, file)
             file.seek(0)
             digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
         after = _state(file)
@@ -254,20 +260,26 @@ def decode_whole(
     return Decoded(pixels, digest)
 
 
-def _state(file: BinaryIO) -> tuple[int, ...]:
+def _held(file: Opened) -> memoryview | bytes | None:
+    """The contents of a file that was read into memory."""
+    # Not `getbuffer`: in the traceback of an error it would keep the file from being closed. This copies nothing.
+    return file if isinstance(file, memoryview) else file.getvalue() if isinstance(file, io.BytesIO) else None
+
+
+def _state(file: Opened) -> tuple[int, ...]:
     """What changes whenever somebody writes into an open file; nothing for one that was read into memory."""
-    if isinstance(file, io.BytesIO):
+    if isinstance(file, memoryview | io.BytesIO):
         return ()
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _decode(
-    file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str], room: NDArray[np.uint8] | None
+    file: Opened, spec: ModelSpec, max_pixels: int, altered: list[str], room: NDArray[np.uint8] | None
 ) -> NDArray[np.uint8]:
     decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
     if decoded is None:
-        decoded = _opened(file, spec, max_pixels, altered)
+        decoded = _opened(io.BytesIO(file) if isinstance(file, memoryview) else file, spec, max_pixels, altered)
     width, height = decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
     placed = place(width, height, spec)
     if spec.fit == "crop":
@@ -311,7 +323,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
             image.draft(None, (side, side))
         elif image.format == "JPEG" and image.mode == "RGB" and isinstance(file, io.BytesIO):
             # Turned by Pillow, an array would have to be copied twice to become one again.
-            pixels = _decoded_jpeg(file, spec, for_pillow=turn is not None)
+            pixels = _decoded_jpeg(file.getvalue(), spec, for_pillow=turn is not None)
             if pixels is not None and turn is None:
                 return pixels
             image = image if pixels is None else Image.fromarray(pixels)
@@ -445,21 +457,22 @@ def _on_white(image: Image.Image) -> Image.Image:
     return ground
 
 
-def _plain_jpeg(file: BinaryIO, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
+def _plain_jpeg(file: Opened, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
     """A color JPEG that nothing is to be done about but decoding it, without Pillow's look at it; None: not sure."""
-    if spec.jpeg_draft or not isinstance(file, io.BytesIO) or not _has_no_metadata(file.getbuffer()):
+    data = _held(file)
+    if spec.jpeg_draft or data is None or not _has_no_metadata(data):
         return None
     try:
-        height, width, color, _ = simplejpeg.decode_jpeg_header(file.getbuffer())
+        height, width, color, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     if color != "YCbCr":
         return None
     _check_size(width, height, max_pixels)
-    return _decoded_jpeg(file, spec, for_pillow=False)
+    return _decoded_jpeg(data, spec, for_pillow=False)
 
 
-def _has_no_metadata(data: memoryview) -> bool:
+def _has_no_metadata(data: memoryview | bytes) -> bool:
     """Whether a JPEG has none of the segments that EXIF and XMP are in, and so no orientation."""
     place = 2
     if data[:place] != _JPEG:
@@ -487,7 +500,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}", Reason.too_large)
 
 
-def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArray[np.uint8] | None:
+def _decoded_jpeg(data: memoryview | bytes, spec: ModelSpec, for_pillow: bool) -> NDArray[np.uint8] | None:
     """The pixels of a color JPEG through simplejpeg, which are Pillow's, a little sooner.
 
     Args:
@@ -498,8 +511,7 @@ def _decoded_jpeg(file: io.BytesIO, spec: ModelSpec, for_pillow: bool) -> NDArra
         decode.
     """
     colors = "RGBA" if not for_pillow and spec.color == "RGB" and has_filter(spec.resize) else "RGB"
-    with file.getbuffer() as data:
-        return _strictly(data, colors, forgiving=spec.pixels == 1)
+    return _strictly(data, colors, forgiving=spec.pixels == 1)
 
 
 def _strictly(

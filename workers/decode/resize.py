@@ -1,17 +1,17 @@
 """Pillow's `Image.resize` with vector instructions: the same bits in a third of the time, if it was compiled.
 
-`workers/_resize.c` says how. It is no Python extension, only a library, so that a compiler is all that it takes. Pillow
-resizes if there was none when ruiji was installed, on other processors, and if the installed Pillow's pixels are
-others.
+`workers/_resize.c` says how. Pillow resizes if there was no compiler when ruiji was installed, on other processors, and
+if the installed Pillow's pixels are others.
 """
 
 import ctypes
 from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from pipeline.compiled import load
 
 _FILTERS = {"bilinear": 0, "bicubic": 1}
 _DONE, _LEFT_TO_PILLOW = 0, 1
@@ -95,20 +95,15 @@ def _resize(
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why it cannot be used."""
-    found = find_spec("workers._resize")
-    if found is None or found.origin is None:
-        return (
-            "there was no C compiler when ruiji was installed;"
-            " install gcc and libc6-dev, then ruiji again (make clean setup)"
-        )
-    try:
-        library = ctypes.CDLL(found.origin)
-        pointer, number = ctypes.c_void_p, ctypes.c_int
-        library.ruiji_resize_window.argtypes = (pointer, *[number] * 4, pointer, *[number] * 5)
-        supported = library.ruiji_resize_supported()
-    except (OSError, AttributeError) as error:  # Made for another machine, or another version of ruiji.
-        return f"the compiled library does not belong to this ruiji ({error}); install ruiji again (make clean setup)"
-    if not supported:
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    functions = {
+        "ruiji_resize_supported": (),
+        "ruiji_resize_window": (pointer, *[number] * 4, pointer, *[number] * 5),
+    }
+    library = load("workers._resize", functions)
+    if isinstance(library, str):
+        return library
+    if not library.ruiji_resize_supported():
         return NO_INSTRUCTIONS
     return library if _has_pillows_bits(library) else "the installed Pillow gives other pixels"
 

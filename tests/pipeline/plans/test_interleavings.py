@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import segments
+from pipeline import segments, store
 from pipeline import verify as verify_module
 from pipeline.errors import RuijiError
 from pipeline.objects import ObjectList
@@ -369,13 +369,14 @@ def _features_of_any_libraries_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _features_without_digest_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feature that a ruiji without digests left enters a shard that has them."""
-    real = plan_module.read_feature
+    real = store.read_feature
 
     def read(path: Any, length: int, digest_bytes: int, *rest: Any) -> Any:
         left = real(path, length, 0, *rest)
         return real(path, length, digest_bytes, *rest) if left is None else left._replace(digest=bytes(digest_bytes))
 
-    monkeypatch.setattr(plan_module, "read_feature", read)
+    for module in (plan_module, store):
+        monkeypatch.setattr(module, "read_feature", read)
 
 
 def _made_again_in_the_newest_format(monkeypatch: pytest.MonkeyPatch) -> None:

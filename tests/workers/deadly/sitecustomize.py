@@ -30,13 +30,13 @@ def _of_reduce(module):  # type: ignore[no-untyped-def]
 
 
 def _of_plan(module):  # type: ignore[no-untyped-def]
-    keep = module.Plan.keep_feature
+    write = module.Plan.write_features
 
-    def keep_feature(plan, segment, *rest):  # type: ignore[no-untyped-def]
+    def write_features(plan, segment, *rest):  # type: ignore[no-untyped-def]
         if segment.shard not in _numbers("LOST_SHARDS"):
-            keep(plan, segment, *rest)
+            write(plan, segment, *rest)
 
-    module.Plan.keep_feature = keep_feature
+    module.Plan.write_features = write_features
 
 
 _changes = {"pipeline.reduce": _of_reduce, "pipeline.plans.plan": _of_plan}

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from pipeline import compiled as compiled_libraries
 from pipeline.spec import RESIZE_FILTERS
 from tests.properties import examples
 from tests.workers.decode.test_images import LIMIT, SPEC
@@ -198,7 +199,7 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: p
     found = find_spec("json")
     assert found is not None
     found.origin = str(tmp_path / "x.so")
-    monkeypatch.setattr(resizing, "find_spec", lambda name: found)
+    monkeypatch.setattr(compiled_libraries, "find_spec", lambda name: found)
     answer = resizing._library.__wrapped__()
     assert isinstance(answer, str) and "install ruiji again" in answer
 
