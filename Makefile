@@ -9,8 +9,8 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& { echo $$p; break; }; done)
 PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input -q
 RUIJI = .venv/bin/ruiji
-# Extras that `make setup` installs too; an image has the service alone.
-BESIDE = requirements/embedded.lock requirements/serve.lock
+# Extras that `make setup` installs too; an image has all but the Redis.
+BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
 # What is compiled if there is a compiler.
 COMPILED = pipeline/_files.c workers/_resize.c
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
@@ -33,8 +33,8 @@ help: ## Explain the targets
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-# One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock, and
-# the service; here the embedded Redis comes along.
+# One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock, the
+# service and the hashes; here the embedded Redis comes along.
 .venv/cpu: requirements/cpu.lock pyproject.toml $(COMPILED) $(BESIDE) .venv/made
 .venv/demo: requirements/demo.lock pyproject.toml $(COMPILED) .venv/made
 .venv/dev: requirements/dev.lock pyproject.toml $(COMPILED) .venv/made
@@ -213,7 +213,7 @@ COMPILE = .venv/bin/uv pip compile -q --universal --fork-strategy fewest --gener
 
 lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	@$(PIP) install uv
-	@for set in "dev cpu heic text embedded demo plot serve hub dev" "demo cpu heic text embedded demo serve" \
+	@for set in "dev cpu heic text embedded demo plot serve turned hub dev" "demo cpu heic text embedded demo serve turned" \
 		"cpu cpu heic text" "bench cpu heic text embedded bench"; do \
 		set -- $$set; name=$$1; shift; \
 		$(COMPILE) $$(printf -- '--extra %s ' "$$@") requirements/build.in pyproject.toml \
@@ -225,7 +225,7 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 		--custom-compile-command "make lock" -o requirements/mnist.lock
 	@$(COMPILE) --extra heic --extra text requirements/build.in requirements/gpu.in pyproject.toml -c requirements/onnxruntime.in -c requirements/dev.lock \
 		--custom-compile-command "make lock" -o requirements/gpu.lock
-	@for extra in embedded map serve; do \
+	@for extra in embedded map serve turned; do \
 		$(COMPILE) requirements/$$extra.in -c requirements/dev.lock --custom-compile-command "make lock" \
 			-o requirements/$$extra.lock || exit 1; \
 	done

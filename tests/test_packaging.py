@@ -181,20 +181,20 @@ def test_compose_accepts_every_combination_of_files_and_profiles(gpu: bool, host
 
 
 @pytest.mark.parametrize("accel", ["cpu", "gpu"])
-def test_make_setup_installs_the_lock_the_embedded_redis_and_the_service(accel: str) -> None:
+def test_make_setup_installs_the_lock_and_the_extras_beside_it(accel: str) -> None:
     done = subprocess.run(
         ["make", "-nB", "setup", f"ACCEL={accel}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     (install,) = [line for line in done.stdout.splitlines() if "--require-hashes" in line]
-    assert f"-r requirements/{accel}.lock" in install and "-r requirements/embedded.lock" in install
-    assert "-r requirements/serve.lock" in install
+    for lock in (accel, "embedded", "serve", "turned"):
+        assert f"-r requirements/{lock}.lock" in install
 
 
 def test_each_lock_of_an_extra_alone_has_hashes_and_what_the_extra_names() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra in ("embedded", "serve"):
+    for extra in ("embedded", "serve", "turned"):
         text = (ROOT / "requirements" / f"{extra}.lock").read_text()
         for block in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
             assert "--hash=sha256:" in block, block.splitlines()[0]
-        named = {re.split("[>=;\\[]", line)[0] for line in extras[extra]}
+        named = {re.split("[>=;\\[]", line)[0].lower() for line in extras[extra]}
         assert named <= set(re.findall(r"^([a-z0-9][a-z0-9._-]*)==", text, re.MULTILINE))

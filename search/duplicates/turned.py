@@ -1,9 +1,11 @@
 """Copies that were rotated by quarters or mirrored: candidates by a perceptual hash, decided by embedding.
 
-The hash is the signs of a picture's low frequencies, 16 x 16 bits, as `imagehash.phash` makes them. To mirror a picture
-changes the sign of every second one, to rotate it changes rows and columns as well, so one hash says what it is in all
-eight positions. Two pictures whose hashes nearly agree in one of the seven others are candidates. The second one is
-turned back and embedded, and the cosine of that feature with the first one's row decides.
+The hash is `imagehash.phash`: the signs of a picture's low frequencies, 16 x 16 bits. To mirror a picture changes the
+sign of every second one, to rotate it changes rows and columns as well, so one hash says what it is in all eight
+positions; the library has nothing for that. Two pictures whose hashes nearly agree in one of the seven others are
+candidates. The second one is turned back and embedded, and the cosine of that feature with the first one's row decides.
+
+This module needs the extra `turned`.
 """
 
 import os
@@ -14,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
+import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -42,8 +45,6 @@ _DIFFERENT_EVEN_BITS = 20
 _SOME, _BEFORE = 32, 4096
 #: Pictures that a thread looks at in a row.
 _IN_A_ROW = 32
-#: What makes the lowest frequencies of a row of pixels, float64[16, 32].
-_COSINES = np.cos(np.pi * np.arange(_SIDE)[:, np.newaxis] * (2 * np.arange(_PICTURE) + 1) / (2 * _PICTURE))
 #: Pictures that are embedded together.
 _AT_ONCE = 32
 #: Columns of what is kept of a row: bytes and time of its file, and the hash.
@@ -218,9 +219,11 @@ class TurnedCopies:
             lines[place] = 0
             if picture is not None:
                 lines[place, :2] = of_file
-                pictures[place] = np.asarray(picture.resize((_PICTURE, _PICTURE), Image.Resampling.BILINEAR))
-        if pictures:
-            lines[list(pictures), 2:] = _words(hash_pictures(np.stack(list(pictures.values()))))
+                pictures[place] = small(picture)
+        # One after the other, while what they need is in the core's cache.
+        hashes = [hash_small(each) for each in pictures.values()]
+        if hashes:
+            lines[list(pictures), 2:] = _words(np.stack(hashes))
 
     def _decided(self, some: Rows, others: Rows, turns: Rows) -> NDArray[np.float64]:
         """The similarities of pairs of rows, each second one turned back; -1 if its picture cannot be embedded."""
@@ -256,11 +259,14 @@ class TurnedCopies:
         return self._media_dir / path
 
 
-def hash_pictures(grey: NDArray[np.uint8]) -> Mask:
-    """The hashes of grey pictures, uint8[m, 32, 32] to bool[m, 16, 16]: which low frequencies are above the median."""
-    # Rounded, since a frequency that a picture does not have comes out as nearly 0.
-    frequencies = np.round(_COSINES @ grey @ _COSINES.T, 6)
-    above: Mask = frequencies > np.median(frequencies, axis=(1, 2), keepdims=True)
+def small(grey: Image.Image) -> Image.Image:
+    """A picture of the size that hashes are made of. The library would resize in another way, to other bits."""
+    return grey.resize((_PICTURE, _PICTURE), Image.Resampling.BILINEAR)
+
+
+def hash_small(grey: Image.Image) -> Mask:
+    """The hash of a grey picture of that size, bool[16, 16]: which low frequencies are above the median."""
+    above: Mask = imagehash.phash(grey, hash_size=_SIDE, highfreq_factor=_PICTURE // _SIDE).hash
     return above
 
 

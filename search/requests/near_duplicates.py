@@ -262,16 +262,20 @@ def turned_copies(
         max_pixels, say, progress: as `TurnedCopies` takes them.
 
     Raises:
-        UsageError: the gallery knows no paths, or there is no media folder.
+        UsageError: the gallery knows no paths, or there is no media folder or no library.
         GalleryMismatch, ModelError, MachineFault: as `load` raises them.
     """
     if gallery.fingerprint is None:
         raise UsageError("turned copies: this gallery has no gallery.json and does not know paths, only object ids")
     if not media_dir.is_dir():
         raise UsageError(f"turned copies: there is no media folder {media_dir}; mount it, or name another")
-    # It loads Pillow, for which the search for other pairs has no use.
-    from search.duplicates.turned import TurnedCopies
-
+    try:
+        # It loads Pillow and ImageHash, for which the search for other pairs has no use.
+        from search.duplicates.turned import TurnedCopies
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"turned copies need the extra turned ({error}): run make setup, or pip install 'ruiji[turned]'"
+        ) from None
     model, encoder = load()
     embed = partial(embed_pictures, model=model, encoder=encoder, max_pixels=max_pixels)
     return TurnedCopies(gallery, media_dir, embed, model.spec.exif_orientation, max_pixels, say, progress)

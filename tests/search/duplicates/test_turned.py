@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +24,7 @@ from pipeline.settings import MAX_PIXELS
 from search.duplicates import turned
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.groups import Group
+from search.gallery.opening import open_gallery
 from search.queries import embed_images, load_encoder
 from search.requests.near_duplicates import NearDuplicatesRequest, near_duplicates
 from search.requests.selection import Selection
@@ -127,17 +130,48 @@ def test_each_position_has_the_right_words_and_hash(words: str, steps: list[Imag
     assert by_steps.tobytes() == picture.transpose(turn).tobytes()
     assert by_steps.transpose(turned._BACK[turn]).tobytes() == picture.tobytes()
     grey = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 24), np.uint8)).resize((32, 32))
-    hashes = turned.hash_pictures(np.stack([grey, grey.transpose(turn)]))
+    hashes = np.stack([turned.hash_small(each) for each in (grey, grey.transpose(turn))])
     assert (turned.hash_turned(hashes[:1], turn)[0] != hashes[1]).sum() <= 16
     assert (hashes[0] != hashes[1]).sum() > turned._DIFFERENT_BITS
 
 
-def test_hashes_are_those_of_imagehash() -> None:
+def hash_before(picture: Image.Image) -> np.ndarray:
+    """What was kept before ImageHash made the hashes: by two products, uint64[4]."""
+    grey = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR))
+    cosines = np.cos(np.pi * np.arange(16)[:, np.newaxis] * (2 * np.arange(32) + 1) / 64)
+    frequencies = np.round(cosines @ grey @ cosines.T, 6)
+    return np.packbits(frequencies > np.median(frequencies)).view(np.uint64)
+
+
+def test_hashes_have_the_bits_that_were_kept_before() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
-    pictures = [Image.fromarray(each).resize((32, 32), Image.Resampling.BICUBIC) for each in noise]
+    pictures = [Image.fromarray(each).resize((50, 32), Image.Resampling.BICUBIC) for each in noise]
     pictures += [Image.new("L", (32, 32), color) for color in (0, 77, 255)]
-    expected = np.stack([imagehash.phash(each, 16, 2).hash for each in pictures])
-    assert (turned.hash_pictures(np.stack(pictures)) == expected).all()
+    hashes = turned._words(np.stack([turned.hash_small(turned.small(each)) for each in pictures]))
+    assert (hashes == np.stack([hash_before(each) for each in pictures])).all()
+
+
+def test_hashes_that_were_kept_before_are_used(
+    request_of: NearDuplicatesRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, media = request_of.selection.model_path, tmp_path / "two"
+    assert model is not None
+    pictures = [photo(0), photo(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    for name, picture in zip("ab", pictures, strict=True):
+        written(picture, media / f"{name}.png")
+    embed(media, model, tmp_path / "other")
+    selection = replace(request_of.selection, feature_dir=tmp_path / "other")
+    (shard,) = open_gallery(selection.folder).shards
+    assert shard.cache is not None
+    files = [os.stat(media / f"{name}.png") for name in "ab"]
+    lines = [
+        [file.st_size, file.st_mtime_ns, *hash_before(picture).tolist()]
+        for file, picture in zip(files, pictures, strict=True)
+    ]
+    shard.cache.write(layout.HASHES, np.array(lines, np.uint64))
+    monkeypatch.setattr(imagehash, "phash", lambda *_, **__: pytest.fail("a picture was hashed again"))
+    (group,) = found(replace(request_of, selection=selection, media_dir=media))
+    assert [member.turned for member in group.members] == [None, "mirrored"]
 
 
 def test_candidates_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +310,7 @@ def test_python_finds_the_same(request_of: NearDuplicatesRequest) -> None:
         gallery.near_duplicates(THRESHOLD, turned=True, media_dir=media)
 
 
-def test_what_it_needs_is_said(request_of: NearDuplicatesRequest) -> None:
+def test_what_it_needs_is_said(request_of: NearDuplicatesRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--media-dir"):
         replace(request_of, media_dir=None)
     with pytest.raises(UsageError, match="--model"):
@@ -286,6 +320,23 @@ def test_what_it_needs_is_said(request_of: NearDuplicatesRequest) -> None:
     assert request_of.media_dir is not None
     with pytest.raises(UsageError, match="no media folder"):
         found(replace(request_of, media_dir=request_of.media_dir / "nowhere"))
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    monkeypatch.delitem(sys.modules, "search.duplicates.turned")
+    with pytest.raises(UsageError, match=r"need the extra turned .*imagehash.* make setup, or .*'ruiji\[turned\]'"):
+        found(request_of)
+
+
+def test_only_who_asks_for_turned_copies_loads_what_they_need(request_of: NearDuplicatesRequest) -> None:
+    script = (
+        "import sys\nfrom pipeline.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code\n"
+        "print(sorted({'imagehash', 'scipy', 'pywt'} & set(sys.modules)), file=sys.stderr)"
+    )
+    selection, media = request_of.selection, str(request_of.media_dir)
+    command = [sys.executable, "-c", script, "near-duplicates", "--feature-dir", str(selection.feature_dir)]
+    command += ["--model", str(selection.model_path), "--media-dir", media, "--threshold", str(THRESHOLD)]
+    for more, loaded in (([], "[]"), (["--turned"], "['imagehash', 'scipy']")):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.splitlines()[-1] == loaded, done.stderr
 
 
 def test_a_gallery_without_paths_has_no_pictures(request_of: NearDuplicatesRequest, tmp_path: Path) -> None:
