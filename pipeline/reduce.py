@@ -27,6 +27,8 @@ from pipeline.store import (
 
 #: File systems stamp folders by a clock that lags behind by a tick.
 _CLOCK_STEP_NS = 2_000_000_000
+#: Rows that are moved at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,19 @@ def collect(plan: Plan, segment: Segment, paths: list[str]) -> Collected:
             else:
                 missing.append(paths[row])
         ids, paths = list(compress(ids, there)), list(compress(paths, there))
-        features, digests = features[there], digests[there]
+        features, digests = _moved_up(features, there), digests[there]
     digested = digests if plan.record_format_of(segment) > 1 else None
     return Collected(ids, paths, features, digested, tuple(failures), tuple(missing))
+
+
+def _moved_up(features: NDArray[np.float32], kept: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Those rows that are kept, in their own memory: a shard can be as large as half of what a reducer has."""
+    end = 0
+    for start in range(0, len(features), _ROWS):
+        piece = features[start : start + _ROWS][kept[start : start + _ROWS]]
+        features[end : end + len(piece)] = piece
+        end += len(piece)
+    return features[:end]
 
 
 def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: Callable[[], object]) -> Record:
@@ -120,9 +132,9 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
 def tidy(plan: Plan) -> None:
     """Remove what killed processes left half-written and the folders that an open plan has emptied; all is published.
 
-    The one writer that can still be at work then is a late duplicate: it loses its file, which is the
-    machine's fault to it, and finds at its next try that the shard is there. One folder's names are held at a time, and
-    only folders are read that changed since the plan was made.
+    The one writer that can still be at work then is a late duplicate: if it loses its file, it writes it again, now or
+    later, and finds then that the shard is there. One folder's names are held at a time, and only folders are read that
+    changed since the plan was made.
     """
     since = plan.opened_ns() - _CLOCK_STEP_NS
     _remove_temporary(plan.folder)

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files, layout
+from pipeline import layout, small_files
 from pipeline.choices import Reason
 from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, ShardCorrupt
 from pipeline.npy import npy_header
@@ -34,6 +34,10 @@ RECORD_FORMAT = 2
 DIGEST_BYTES = 32
 #: Length of the tag that a feature file ends with.
 TAG_BYTES = 16
+#: For fewer files than this, one after the other is quicker: to lay them out for one call takes as long as some ten.
+_MANY = 16
+#: Features that are read and checked at once.
+_ROWS = 1024
 #: A record of a million objects that all failed has some 400 MB.
 _LARGEST_JSON = 1 << 30
 
@@ -231,12 +235,16 @@ def write_features(embedded: Mapping[str, Embedded], tag: bytes) -> None:
         embedded: all of one length, and all with digests or all without.
     """
     paths = list(embedded)
+    if len(paths) < _MANY:
+        for path in paths:
+            write_feature(path, embedded[path], tag)
+        return
     data = np.stack([feature for feature, _ in embedded.values()]).astype("<f4", copy=False)
     header = np.frombuffer(npy_header("<f4", data.shape[1:]), np.uint8)
     heads = np.broadcast_to(header, (len(data), len(header)))
     tails = np.frombuffer(b"".join(digest + tag for _, digest in embedded.values()), np.uint8).reshape(len(data), -1)
     contents = np.concatenate([heads, data.view(np.uint8), tails], axis=1)
-    written = files.write_whole([_temporary(os.path.dirname(path) or ".") for path in paths], paths, contents)
+    written = small_files.write_whole([_temporary(os.path.dirname(path) or ".") for path in paths], paths, contents)
     for row in np.flatnonzero(~written).tolist():
         write_feature(paths[row], embedded[paths[row]], tag)
 
@@ -291,11 +299,25 @@ def read_features(
         The features, float32[n, d]; their digests, uint8[n, digest_bytes]; and which there are, bool[n]. In rows of
         others stands anything.
     """
-    header = np.frombuffer(npy_header("<f4", (length,)), np.uint8)
     features = np.empty((len(paths), length), "<f4")
+    digests = np.empty((len(paths), digest_bytes), np.uint8)
+    there = np.empty(len(paths), np.bool_)
+    # In pieces, so that what is needed besides does not grow with the shard.
+    for start in range(0, len(paths), _ROWS):
+        some = slice(start, start + _ROWS)
+        digests[some], there[some] = _read_piece(paths[some], features[some], digest_bytes, tag, untagged)
+    return features, digests, there
+
+
+def _read_piece(
+    paths: Sequence[str], features: NDArray[np.float32], digest_bytes: int, tag: bytes, untagged: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """As `read_features`, into the rows of `features`; returns the rest."""
+    length = features.shape[1]
+    header = np.frombuffer(npy_header("<f4", (length,)), np.uint8)
     heads = np.empty((len(paths), len(header)), np.uint8)
     tails = np.empty((len(paths), digest_bytes + TAG_BYTES + 1), np.uint8)
-    sizes = files.read_rows(paths, [heads, features, tails])
+    sizes = small_files.read_rows(paths, [heads, features, tails])
     digests, tags = tails[:, :digest_bytes], tails[:, digest_bytes:-1]
     there = sizes == len(header) + 4 * length + digest_bytes + TAG_BYTES
     there &= (heads == header).all(axis=1) & (tags == np.frombuffer(tag, np.uint8)).all(axis=1)
@@ -305,12 +327,12 @@ def read_features(
         if embedded is not None:
             features[row], there[row] = embedded.feature, True
             digests[row] = np.frombuffer(embedded.digest, np.uint8)
-    return features, digests, there
+    return digests, there
 
 
 def remove_files(paths: Sequence[str]) -> None:
     """Delete files, those of them that are there."""
-    for row in np.flatnonzero(~files.remove(paths)).tolist():
+    for row in np.flatnonzero(~small_files.remove(paths)).tolist():
         with suppress(FileNotFoundError):
             os.unlink(paths[row])
 

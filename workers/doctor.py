@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import redis
 
-from pipeline import layout
+from pipeline import layout, small_files
 from pipeline.choices import Device
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
 from pipeline.gallery import gallery_model, read_gallery
@@ -80,6 +80,7 @@ def examine(
         return
     yield _device(encoder, device)
     yield _resizing()
+    yield _small_files()
     yield _examined("features", lambda: _sample(folder, media_dir, encoder))
 
 
@@ -204,6 +205,13 @@ def _resizing() -> Check:
         return Check("ok", "resizing", "compiled, with Pillow's pixels")
     told = f"by Pillow, which takes three times as long for the same pixels: {reason}"
     return Check("ok" if reason == NO_INSTRUCTIONS else "warn", "resizing", told)
+
+
+def _small_files() -> Check:
+    reason = small_files.why_not()
+    if reason is None:
+        return Check("ok", "small files", "many in one call, compiled")
+    return Check("warn", "small files", f"read and written one by one, which takes more CPU: {reason}")
 
 
 def _versions(folder: Path) -> Check:

@@ -15,8 +15,9 @@ from pipeline import layout
 from pipeline.altered import begin_marks, mark
 from pipeline.choices import Reason
 from pipeline.errors import ImageError, RuijiError, RunFailed
-from pipeline.files import read_whole
+from pipeline.objects import is_bad_name
 from pipeline.plans.plan import Plan, Segment
+from pipeline.small_files import read_whole
 from pipeline.spec import ModelSpec
 from pipeline.store import Embedded
 from workers.decode.ahead import Decoders, pixels_for
@@ -302,7 +303,9 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
 def _read_some(media_dir: Path, media_root: str, ledger: Ledger, jobs: list[Job]) -> list[memoryview | None]:
     """The contents of some objects' images, as `read_whole`; None of each that `_read` is to read at its turn."""
     with ledger.busy("read"):
-        return read_whole([f"{media_dir}/{job.path}" for job in jobs], media_root)
+        # Nothing is opened for a bad name.
+        read = iter(read_whole([f"{media_dir}/{job.path}" for job in jobs if not is_bad_name(job.path)], media_root))
+        return [None if is_bad_name(job.path) else next(read) for job in jobs]
 
 
 def _read(plan: Plan, media_dir: Path, media_root: str, ledger: Ledger, job: Job) -> BinaryIO | ImageError:

@@ -49,10 +49,20 @@ def test_it_says_who_resizes_and_why(
     assert check.state == state and (reason or "compiled") in check.detail
 
 
+@pytest.mark.parametrize(("reason", "state"), [(None, "ok"), ("there was no C compiler; install gcc", "warn")])
+def test_it_says_who_reads_and_writes_small_files_and_why(
+    tmp_path: Path, model_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, reason: str | None, state: str
+) -> None:
+    monkeypatch.setattr(doctor.small_files, "why_not", lambda: reason)
+    check = look(tmp_path, model_path, None)["small files"]
+    assert check.state == state and (reason or "compiled") in check.detail
+
+
 def test_where_all_is_well_it_says_so(tmp_path: Path, model_path: Path, plan: Plan, redis_url: str) -> None:
     checks = look(tmp_path, model_path, redis_url)
-    assert {check.state for name, check in checks.items() if name != "resizing"} == {"ok"}
-    assert set(checks) == {"redis", "media", "folder", "model", "space", "libraries", "device", "resizing", "features"}
+    compiled = {"resizing", "small files"}
+    assert {check.state for name, check in checks.items() if name not in compiled} == {"ok"}
+    assert set(checks) == {"redis", "media", "folder", "model", "space", "libraries", "device", "features", *compiled}
     assert "10 objects embedded again, cosine at least 1.0000000" in checks["features"].detail
     assert "cpu" in checks["device"].detail
     assert redis_url.partition("@")[0].rpartition(":")[2] not in str(checks["redis"])

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias, cast
@@ -279,7 +279,9 @@ def _decode(
 ) -> NDArray[np.uint8]:
     decoded: Image.Image | NDArray[np.uint8] | None = _plain_jpeg(file, spec, max_pixels)
     if decoded is None:
-        decoded = _opened(io.BytesIO(file) if isinstance(file, memoryview) else file, spec, max_pixels, altered)
+        # Closed here, since the traceback of an error would hold a copy until the batch ends.
+        with io.BytesIO(file) if isinstance(file, memoryview) else nullcontext(file) as opened:
+            decoded = _opened(opened, spec, max_pixels, altered)
     width, height = decoded.size if isinstance(decoded, Image.Image) else decoded.shape[1::-1]
     placed = place(width, height, spec)
     if spec.fit == "crop":

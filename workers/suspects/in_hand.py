@@ -84,10 +84,10 @@ class InHand:
         if self._file is None:
             yield
             return
-        with self._lock:
-            self._holds[number] = hold
-            self._write()
         try:
+            with self._lock:
+                self._holds[number] = hold
+                self._write()
             yield
         finally:
             with self._lock:

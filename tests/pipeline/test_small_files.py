@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import compiled, files
+from pipeline import compiled, small_files
 from pipeline.errors import MachineFault
 from pipeline.store import (
     Embedded,
@@ -26,16 +26,16 @@ from workers.decode.images import open_image
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG, LENGTH = versions_tag({"numpy": "2"}), 5
-needs_compiled = pytest.mark.skipif(find_spec("pipeline._files") is None, reason="it was not compiled")
+needs_compiled = pytest.mark.skipif(find_spec("pipeline._small_files") is None, reason="it was not compiled")
 
 
 @pytest.fixture(params=["compiled", "left to Python"], autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled library and without: all tests hold for both."""
-    if request.param == "compiled" and find_spec("pipeline._files") is None:
+    if request.param == "compiled" and find_spec("pipeline._small_files") is None:
         pytest.skip("it was not compiled")
     if request.param != "compiled":
-        monkeypatch.setattr(files, "_library", lambda: "there was no compiler")
+        monkeypatch.setattr(small_files, "_library", lambda: "there was no compiler")
     return str(request.param)
 
 
@@ -45,8 +45,8 @@ def embedded(number: int) -> Embedded:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-def test_it_was_compiled_where_there_is_a_compiler() -> None:
-    assert find_spec("pipeline._files"), "install ruiji again: make clean setup"
+def test_it_was_compiled_where_there_is_a_compiler(library: None) -> None:
+    assert find_spec("pipeline._small_files"), "install ruiji again: make clean setup"
 
 
 def test_whole_files_are_read_and_no_others(tmp_path: Path, library: str) -> None:
@@ -61,10 +61,11 @@ def test_whole_files_are_read_and_no_others(tmp_path: Path, library: str) -> Non
     (media / "folder.jpg").mkdir()
     (media / "in.jpg").symlink_to(media / "a.jpg")
     (media / "out.jpg").symlink_to(outside / "x.jpg")
-    (media / "large.jpg").write_bytes(bytes(files.READ_BYTES))
+    (media / "large.jpg").write_bytes(bytes(small_files.READ_BYTES))
     odd = ["none.jpg", "pipe.jpg", "folder.jpg", "out.jpg", "large.jpg", "a.jpg/", "../média-outside/x.jpg"]
     names = [*contents, "in.jpg", *odd, "a.jpg"]
-    read = files.read_whole([f"{media}/{name}" for name in names], str(media))
+    assert small_files.read_whole(["/proc/self/limits"], "/proc") == [None], "it is longer than it said"
+    read = small_files.read_whole([f"{media}/{name}" for name in names], str(media))
     expected = [*contents.values(), contents["a.jpg"], *[None] * len(odd), contents["a.jpg"]]
     if library != "compiled":
         expected = [None] * len(names)
@@ -79,10 +80,10 @@ def test_whole_files_are_read_and_no_others(tmp_path: Path, library: str) -> Non
 def test_no_more_is_read_than_there_is_memory_for_and_the_rest_is_left(tmp_path: Path, library: str) -> None:
     if library != "compiled":
         pytest.skip("nothing is read")
-    sizes = [files.READ_BYTES // 2, files.READ_BYTES // 2, 10, files.READ_BYTES // 2 - 11, 1]
+    sizes = [small_files.READ_BYTES // 2, small_files.READ_BYTES // 2, 10, small_files.READ_BYTES // 2 - 11, 1]
     for number, size in enumerate(sizes):
         (tmp_path / str(number)).write_bytes(bytes([number]) * size)
-    read = files.read_whole([f"{tmp_path}/{number}" for number in range(5)], str(tmp_path))
+    read = small_files.read_whole([f"{tmp_path}/{number}" for number in range(5)], str(tmp_path))
     # One byte more than each has is asked for, in case that it grows.
     assert [one is not None for one in read] == [True, False, True, True, False]
     assert all(one is None or bytes(one) == bytes([n]) * sizes[n] for n, one in enumerate(read))
@@ -91,9 +92,9 @@ def test_no_more_is_read_than_there_is_memory_for_and_the_rest_is_left(tmp_path:
 def test_a_path_that_holds_a_nul_is_left_to_python(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     paths = [f"{tmp_path}/a\0{tmp_path}/a", f"{tmp_path}/a"]
-    assert files.read_whole(paths, str(tmp_path)) == [None, None]
-    assert not files.remove(paths).any() and (tmp_path / "a").exists()
-    assert not files.write_whole(paths, paths, np.zeros((2, 3), np.uint8)).any()
+    assert small_files.read_whole(paths, str(tmp_path)) == [None, None]
+    assert not small_files.remove(paths).any() and (tmp_path / "a").exists()
+    assert not small_files.write_whole(paths, paths, np.zeros((2, 3), np.uint8)).any()
     assert (tmp_path / "a").read_bytes() == b"a"
 
 
@@ -189,17 +190,17 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: p
     assert found is not None
     found.origin = str(tmp_path / "x.so")
     monkeypatch.setattr(compiled, "find_spec", lambda name: found)
-    answer = compiled.load("pipeline._files", files._FUNCTIONS)
+    answer = compiled.load("pipeline._small_files", small_files._FUNCTIONS)
     assert isinstance(answer, str) and "install ruiji again" in answer
     assert not isinstance(answer, ctypes.CDLL)
 
 
 def test_without_the_library_nothing_is_missing() -> None:
     code = (
-        "import sys; sys.modules['pipeline._files'] = None\n"
-        "from pipeline import files\n"
-        "assert 'no C compiler' in files._library()\n"
-        "assert files.read_whole(['/etc/hostname'], '/etc') == [None]\n"
+        "import sys; sys.modules['pipeline._small_files'] = None\n"
+        "from pipeline import small_files\n"
+        "assert 'no C compiler' in small_files._library()\n"
+        "assert small_files.read_whole(['/etc/hostname'], '/etc') == [None]\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -247,7 +248,7 @@ def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_
     )
     command = ["cc", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
     built = subprocess.run(
-        [*command, "-fno-sanitize-recover=all", tmp_path / "main.c", ROOT / "pipeline" / "_files.c", "-o", "x"],
+        [*command, "-fno-sanitize-recover=all", tmp_path / "main.c", ROOT / "pipeline" / "_small_files.c", "-o", "x"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

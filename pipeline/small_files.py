@@ -1,7 +1,7 @@
 """Many small files in one call to a compiled library, which Python's threads do not wait for each other in.
 
-`pipeline/_files.c` says how. It does what mostly happens; whatever is odd about a file, and all files if there was no
-compiler when ruiji was installed, are left to the caller.
+`pipeline/_small_files.c` says how. It does what mostly happens. Whatever is odd about a file is left to the caller, and
+so are all files if there was no compiler when ruiji was installed.
 """
 
 import ctypes
@@ -37,6 +37,12 @@ class _Room(threading.local):
 
 
 _room = _Room()
+
+
+def why_not() -> str | None:
+    """Why the library cannot be used here; None: it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
 
 
 def read_whole(paths: Sequence[str], folder: str) -> list[memoryview | None]:
@@ -134,4 +140,4 @@ def _address(array: NDArray[Any]) -> int:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    return load("pipeline._files", _FUNCTIONS)
+    return load("pipeline._small_files", _FUNCTIONS)
