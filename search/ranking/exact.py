@@ -45,7 +45,7 @@ def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
     Returns:
         float64[c].
     """
-    if len(others) < len(some):
+    if len(others) == 1 != len(some):
         some, others = others, some
     cosines = np.empty(len(others))
     for part, q, x in _widened(some, others):
@@ -170,6 +170,6 @@ def _widened(some: Float32, others: Float32) -> Iterator[tuple[slice, Float64, F
 
 
 def _parts(rows: Float32) -> Iterator[slice]:
-    """So many rows at once as stay in the nearest cache, with what is made of them."""
+    """So many rows at once as stay in a core's cache, with what is made of them."""
     at_once = max(1, _PAIRS_AT_ONCE // max(1, rows.shape[1]))
     return (slice(start, start + at_once) for start in range(0, len(rows), at_once))

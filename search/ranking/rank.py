@@ -232,8 +232,10 @@ class _Pools:
         """Take in candidates, and raise the cuts by them."""
         self._new.append(candidates)
         self._new_rows += len(candidates.rows)
-        # Fewer would hardly raise the cuts.
-        if self._new_rows >= self.batch.top_k * len(self.cuts) or np.isneginf(self.cuts).any():
+        # Fewer would hardly raise the cuts. While there are none, as many as are kept: to sort all at each block would
+        # take the square of the blocks if k is as large as the gallery.
+        without_cut = np.isneginf(self.cuts).any() and self._new_rows >= len(self._kept.rows)
+        if without_cut or self._new_rows >= self.batch.top_k * len(self.cuts):
             self._take_in()
 
     def decided(self) -> list[Neighbours]:

@@ -74,6 +74,9 @@ def test_matrix_units_take_rows_that_are_kept_rather_than_codes(
     machine = dataclasses.replace(STRONG, torch_loaded=True, bfloat16=units)
     question = Question(SMALL, 1280, queries, coded=True, lasting=True, kept=kept)
     assert str(choose_way(question, machine)).startswith(way)
+    # Features that have left memory are read for neither: the copy answers if it is there, and codes if it is not.
+    gone = choose_way(dataclasses.replace(question, in_memory=False), machine)
+    assert str(gone).startswith(way if kept or not matrix else "torch on cpu, int8")
     # A copy that does not fit is not kept, and one that would serve a single question neither.
     assert choose_way(dataclasses.replace(question, rows=LARGE, kept=False), machine).precision is Precision.int8
     assert choose_way(dataclasses.replace(question, lasting=False, kept=False), machine).precision is Precision.int8

@@ -303,6 +303,19 @@ def test_a_row_decides_the_same_alone_and_among_others() -> None:
             assert whole[5:260].tobytes() == routine(query, np.asfortranarray(rows[5:260])).tobytes()
 
 
+def test_no_rows_are_compared_with_one() -> None:
+    none, one = np.empty((0, 3), np.float32), np.ones((1, 3), np.float32)
+    assert exact_pair_similarities(none, one).shape == exact_pair_similarities(one, none).shape == (0,)
+
+
+def test_the_distance_of_a_hit_is_exact_where_the_arc_cosine_is_not() -> None:
+    rows = features_of("near_duplicates", 200, 64)
+    gallery = in_memory(rows, ids_of(200))
+    for hit in rank(gallery, rows[:1], 200, Metric.cosine).hits[0][1:]:
+        exact = float(exact_angles(rows[:1], rows[hit.row : hit.row + 1])[0])
+        assert 0 < exact < 1e-5 and abs(hit.distance - exact) < 1e-12
+
+
 def test_the_arc_cosine_is_exact_up_to_where_it_is_taken() -> None:
     rng = np.random.default_rng(3)
     for d in (2, 3, 64, 1280):

@@ -38,11 +38,14 @@ def test_torch_and_numpy_give_the_same_ranking(kind: str, precision: Precision, 
     queries = queries_of(features)
     resident = TorchScan(gallery, device, precision, resident=True, block_rows=73)
     staged = TorchScan(gallery, device, precision, block_rows=30, staged=True)
+    # Parts of 8, 8, 16, 32 … rows.
+    in_parts = TorchScan(gallery, device, precision, resident=True, products_at_once=8 * len(queries))
     for metric in Metric:
         for k in (1, 10, 1000):
             expected = rank(gallery, queries, k, metric)
             assert rank(gallery, queries, k, metric, resident) == expected
             assert rank(gallery, queries, k, metric, staged) == expected
+            assert rank(gallery, queries, k, metric, in_parts) == expected
         assert rank(gallery, queries[:1], 10, metric, resident) == rank(gallery, queries[:1], 10, metric)
 
 
