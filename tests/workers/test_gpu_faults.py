@@ -1,6 +1,7 @@
 """GPUs that fail while they work, with real worker processes on a GPU that is not there."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,23 @@ def test_a_gpu_that_fails_for_good_is_left_given_up_and_taken_again(
     def given_up() -> list[str]:
         return [state.state for state in ruiji.status().workers if "given up" in state.state]
 
-    wait_until(given_up, timeout_s=120, what="the GPU given up in ruiji status")
-    assert f"NVIDIA H200 ({uuid('a')}) was given up after 3 starts without one image done" in given_up()[0]
-    assert "was given up" in ruiji("status", code=3).stdout
+    def told() -> bool:
+        status = ruiji("status", code=None)
+        return status.returncode == 3 and expected.search(status.stdout) is not None
+
+    # It is tried again every few seconds: meanwhile it is not given up, and then after one start more.
+    expected = re.compile(rf"NVIDIA H200 \({uuid('a')}\) was given up after \d starts without one image done")
+    wait_until(lambda: any(map(expected.search, given_up())), timeout_s=120, what="the GPU given up")
+    wait_until(told, timeout_s=120, what="that in the text of ruiji status")
     # The process that had worked took the batch twice, then ended as any other; three more did not even begin.
     faults = events(said, "machine_fault", "process_died", "gpu_given_up")
     deaths = [fault["status"] for fault in faults if fault["event"] == "process_died"]
-    assert deaths == [1, 75, 75, 75]
+    assert deaths[:4] == [1, 75, 75, 75]
     before = faults[: [fault["event"] for fault in faults].index("process_died")]
     assert len(before) >= 2 and all("illegal memory access" in fault["message"] for fault in before)
     assert [fault["event"] for fault in faults].count("gpu_given_up") == 1
     pauses = [fault["restart_in_s"] for fault in faults if fault["event"] == "process_died"]
-    assert pauses == [1, 2, 4, 8]
+    assert pauses[:4] == [1, 2, 4, 8]
     assert worker.poll() is None
 
     cuda.fail("run", None)
