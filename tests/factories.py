@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -85,6 +86,29 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 180.0, what: 
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
         time.sleep(0.05)
+
+
+def processes_below(pid: int | None = None) -> list[psutil.Process]:
+    """What a process started, and what that started; by default this one. None if it has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def worker_processes(role: str, pid: int | None = None) -> list[psutil.Process]:
+    """Living worker processes of a role among `processes_below`."""
+    found = []
+    for process in processes_below(pid):
+        with suppress(psutil.Error):
+            if "worker-process" in (command := process.cmdline()) and command[-1] == role:
+                found.append(process)
+    return found
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process, which may have ended by itself."""
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def only_line(errors: str | bytes) -> str:

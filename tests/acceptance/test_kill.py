@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.plans.files import open_plan
@@ -17,7 +16,7 @@ from pipeline.queue.leases import lease
 from tests.acceptance.test_redis import server_of
 from tests.chaos.harness import redis_server
 from tests.conftest import ROOT
-from tests.factories import Ruiji, pictures, wait_until
+from tests.factories import Ruiji, kill, pictures, wait_until, worker_processes
 
 #: Four shards of pictures that take some 40 ms each: so many that a run on a fast machine goes on after three kills.
 COUNT, ROWS = 240, "60"
@@ -44,18 +43,6 @@ def expected(ruiji: Ruiji, undisturbed: Ruiji) -> dict[str, str]:
     """The undisturbed shards, of the same pictures that this test's command works on."""
     ruiji.media = undisturbed.media
     return undisturbed.shard_digests()
-
-
-def processes(role: str) -> list[psutil.Process]:
-    """Living worker processes of a role that this test started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "worker-process" in (command := process.cmdline()) and command[-1] == role:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait_for_progress(ruiji: Ruiji) -> None:
@@ -86,10 +73,10 @@ def test_embed_processes_killed_again_and_again_lose_nothing(
     (ruiji.gallery / ".tmp-0123456789abcdef-4").write_bytes(b"half of it")
     ruiji.start("worker", "--processes", "2")
     for round_number in range(3):
-        wait_until(lambda: len(processes("embed")) == 2, what="two embed processes")
+        wait_until(lambda: len(worker_processes("embed")) == 2, what="two embed processes")
         wait_for_progress(ruiji)
-        for process in processes("embed")[: 1 + round_number % 2]:
-            process.kill()
+        for process in worker_processes("embed")[: 1 + round_number % 2]:
+            kill(process)
     finish(ruiji, expected)
     assert ruiji("verify").stdout == ""
 
@@ -102,7 +89,7 @@ def test_a_whole_worker_killed_is_replaced_by_another(ruiji: Ruiji, redis_url: s
     wait_for_progress(ruiji)
     worker.kill()
     # Its processes notice that their parent died, and end too.
-    wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
+    wait_until(lambda: not worker_processes("embed") and not worker_processes("reduce"), what="the end of the orphans")
     ruiji.start("worker", "--processes", "2")
     finish(ruiji, expected)
 
@@ -116,8 +103,8 @@ def test_a_killed_reducer_leaves_no_partial_shard(ruiji: Ruiji, redis_url: str, 
         reducer = ruiji.start("worker", "--role", "reduce")
         before = len(list(ruiji.gallery.glob("000?.json")))
         wait_until(lambda n=before: len(list(ruiji.gallery.glob("000?.json"))) > n, what="a shard")
-        for process in processes("reduce"):
-            process.kill()
+        for process in worker_processes("reduce"):
+            kill(process)
         reducer.terminate()
         reducer.wait(timeout=180)
     ruiji.start("worker", "--role", "reduce")
@@ -205,7 +192,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert started.wait(timeout=180) == 130
     said = capfd.readouterr().err
     assert said.endswith(INTERRUPTED) and said.count(INTERRUPTED) == 1 and "Traceback" not in said
-    wait_until(lambda: not processes("embed"), what="the end of the workers")
+    wait_until(lambda: not worker_processes("embed"), what="the end of the workers")
     first = (ruiji.gallery / "0000.json").stat().st_mtime_ns
     ruiji("run", "--workers", "2")
     assert ruiji.shard_digests() == expected

@@ -1,5 +1,6 @@
 """Kinds of Redis that ruiji cannot work with are refused in one line; users with the documented rights suffice."""
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -31,7 +32,8 @@ def old_redis() -> Iterator[str]:
                     peer, _ = server.accept()
                 except OSError:
                     return
-                with peer, peer.makefile("rwb") as stream:
+                # A client may go in the middle of an answer.
+                with contextlib.suppress(OSError), peer, peer.makefile("rwb") as stream:
                     while line := stream.readline():
                         words = [(stream.readline(), stream.readline().strip())[1] for _ in range(int(line[1:]))]
                         answer = b"$%d\r\n%s\r\n" % (len(info), info) if words[0] == b"INFO" else b"+OK\r\n"

@@ -35,7 +35,11 @@ class Proxy:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            server = socket.create_connection(("127.0.0.1", self._port))
+            try:
+                server = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                client.close()
+                continue
             era = self._era if self._new_ones_work else -1
             for source, target in ((client, server), (server, client)):
                 threading.Thread(target=self._pump, args=(source, target, era), daemon=True).start()

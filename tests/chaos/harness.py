@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import redis
 
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable
 from pipeline.queue.connection import connect
 from pipeline.queue.embedded import find_server
-from tests.factories import Ruiji, wait_until
+from tests.factories import Ruiji, kill, wait_until, worker_processes
 
 #: The table's full numbers (`make chaos`) or the short form that fits into every change's checks.
 LONG = os.environ.get("CHAOS") == "long"
@@ -136,7 +135,11 @@ class Network:
             except OSError:
                 return
             self._whole.wait()
-            far = socket.create_connection(("127.0.0.1", self._target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                near.close()
+                continue
             self._open += [near, far]
             for source, target in ((near, far), (far, near)):
                 self._pumps.append(threading.Thread(target=self._pump, args=(source, target), daemon=True))
@@ -152,22 +155,11 @@ class Network:
                 target.shutdown(socket.SHUT_RDWR)
 
 
-def processes(role: str) -> list[psutil.Process]:
-    """Living worker processes of a role that this test started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "worker-process" in (command := process.cmdline()) and command[-1] == role:
-                found.append(process)
-    return found
-
-
 def kill_one(role: str, rng: random.Random) -> bool:
     """Kill -9 a process of a role, if there is one."""
-    found = processes(role)
+    found = worker_processes(role)
     if found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rng.choice(found).kill()
+        kill(rng.choice(found))
     return bool(found)
 
 
@@ -198,7 +190,7 @@ def watch_memory(condition: Callable[[], bool]) -> tuple[float, int]:
     peak, seen = 0, set()
     while not condition():
         for role in ("embed", "reduce"):
-            for process in processes(role):
+            for process in worker_processes(role):
                 with contextlib.suppress(OSError, IndexError):
                     text = Path(f"/proc/{process.pid}/status").read_text()
                     seen.add(process.pid)

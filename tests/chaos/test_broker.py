@@ -9,8 +9,8 @@ from pipeline.plans.files import open_plan
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import unacked_keys
 from tests.chaos.conftest import FAST, SHIPPED, Undisturbed, finish
-from tests.chaos.harness import Network, Server, processes, progress, sized, wait_for_progress
-from tests.factories import Ruiji, wait_until
+from tests.chaos.harness import Network, Server, progress, sized, wait_for_progress
+from tests.factories import Ruiji, wait_until, worker_processes
 
 RNG = random.Random(7)
 
@@ -69,7 +69,7 @@ def test_a_clock_that_is_an_hour_ahead_delays_nothing(
     plan = open_plan(disturbed.gallery)
     assert plan is not None
     worker.kill()
-    wait_until(lambda: not processes("embed"), what="the end of the orphans")
+    wait_until(lambda: not worker_processes("embed"), what="the end of the orphans")
     # What the dead one held carries the stamps of its clock: an hour ahead, and for some an hour behind.
     client = connect(server.url)
     index = unacked_keys(plan.gallery_id)["unacked_index_key"]

@@ -17,9 +17,9 @@ from pipeline.queue.connection import connect
 from pipeline.segments import reduce_segment
 from pipeline.store import check_shard, read_record
 from tests.chaos.conftest import SHIPPED, Undisturbed, finish
-from tests.chaos.harness import Server, kill_one, processes, progress, sized, wait_for_progress
+from tests.chaos.harness import Server, kill_one, progress, sized, wait_for_progress
 from tests.conftest import ROOT
-from tests.factories import Ruiji, wait_until
+from tests.factories import Ruiji, wait_until, worker_processes
 from tests.pipeline.galleries import embed, files, new_plan
 
 #: A fixed seed: a failure can be looked for again, as far as processes repeat themselves.
@@ -49,7 +49,7 @@ def test_reducers_killed_at_random_moments(disturbed: Ruiji, undisturbed: Undist
     kills = 0
     while kills < sized(4, 20) and progress(disturbed) is not None:
         # Dead reducers are started again after growing pauses; start-up takes a second or two.
-        wait_until(lambda: processes("reduce") or progress(disturbed) is None, what="a reducer")
+        wait_until(lambda: worker_processes("reduce") or progress(disturbed) is None, what="a reducer")
         time.sleep(RNG.uniform(0, 4))
         kills += kill_one("reduce", RNG)
     finish(disturbed, undisturbed)
@@ -122,7 +122,7 @@ def test_with_shipped_settings_a_dead_workers_images_run_again_within_75_s(
     assert plan is not None
     worker.kill()
     killed = time.monotonic()
-    wait_until(lambda: not processes("embed") and not processes("reduce"), what="the end of the orphans")
+    wait_until(lambda: not worker_processes("embed") and not worker_processes("reduce"), what="the end of the orphans")
     client = connect(server.url)
     held = Chords(client, plan.gallery_id, plan.plan_id).held_messages()
     assert held > 0, "the dead worker held something"

@@ -16,7 +16,7 @@ from pipeline.choices import Device
 from pipeline.errors import DeviceFault, UsageError
 from tests.conftest import ROOT
 from tests.cuda.pretended import BUSY, H200, V100, PretendedCuda, uuid
-from tests.factories import Ruiji, wait_until
+from tests.factories import Ruiji, wait_until, worker_processes
 from workers.devices import Gpus, has_code, probe
 from workers.doctor import examine
 from workers.places import gpus_for
@@ -161,9 +161,9 @@ def test_auto_without_a_gpu_says_so_and_takes_all_cores(
     def devices() -> list[str | None]:
         """What the worker's processes are told; one that is just starting has nothing to read yet."""
         told = []
-        for child in psutil.Process(worker.pid).children():
+        for child in worker_processes("embed", worker.pid):
             with suppress(psutil.Error):
-                told += [child.environ().get("RUIJI_DEVICE")] if "worker-process" in child.cmdline() else []
+                told.append(child.environ().get("RUIJI_DEVICE"))
         return told
 
     wait_until(lambda: devices() == ["cpu"] * len(os.sched_getaffinity(0)), what="a process a core")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from pipeline.segments import reduce_segment
 from pipeline.store import DIGEST_BYTES, Embedded
 from pipeline.trial import prove_model
 from tests.conftest import ROOT
-from tests.factories import Ruiji, pictures, tiny_model, wait_until
+from tests.factories import Ruiji, pictures, processes_below, tiny_model, wait_until
 from tests.odd_models import odd_model
 from tests.pipeline.galleries import embed, new_plan, plan_for
 from workers.encoder import Encoder
@@ -189,12 +190,10 @@ def test_a_machine_without_the_memory_ends_with_one_line_and_blames_no_image(rui
     def kill_the_large() -> None:
         # As the kernel does where a control group has 420 MB.
         while not ended.wait(0.01):
-            for process in psutil.Process(worker.pid).children(recursive=True) if worker.poll() is None else ():
-                try:
+            for process in processes_below(worker.pid):
+                with suppress(psutil.Error):
                     if process.memory_info().rss > 420 << 20:
                         process.kill()
-                except psutil.Error:
-                    continue
 
     killer = threading.Thread(target=kill_the_large)
     killer.start()

@@ -17,7 +17,7 @@ import redis
 from pipeline.queue.connection import connect
 from tests.conftest import ROOT
 from tests.cuda.pretended import BUSY, H200, PretendedCuda, uuid
-from tests.factories import Ruiji, wait_until
+from tests.factories import Ruiji, processes_below, wait_until, worker_processes
 from workers.slots import LEASE_S, device_slots
 
 DEVICES = [uuid("a"), uuid("b")]
@@ -41,20 +41,10 @@ def gpu_worker(ruiji: Ruiji, redis_url: str, tmp_path: Path) -> Ruiji:
 def shown_devices() -> Counter[str]:
     """What the embed processes of this test's workers see, by device."""
     seen: Counter[str] = Counter()
-    for process in psutil.Process().children(recursive=True):
+    for process in worker_processes("embed"):
         with suppress(psutil.Error):
-            if {"worker-process", "embed"} <= set(process.cmdline()):
-                seen[process.environ().get("CUDA_VISIBLE_DEVICES", "all")] += 1
+            seen[process.environ().get("CUDA_VISIBLE_DEVICES", "all")] += 1
     return seen
-
-
-def reducers(worker: int) -> int:
-    """How many of a worker's processes reduce."""
-    count = 0
-    for process in psutil.Process(worker).children():
-        with suppress(psutil.Error):
-            count += {"worker-process", "reduce"} <= set(process.cmdline())
-    return count
 
 
 def test_workers_that_start_alike_spread_over_the_devices(gpu_worker: Ruiji, client: redis.Redis) -> None:
@@ -84,13 +74,13 @@ def test_a_worker_waits_for_a_slot_and_takes_a_dead_ones_when_its_lease_runs_out
     wait_until(waits, what="the third worker's word that it waits")
     (words,) = (line for line in said if "slot_waiting" in line)
     assert "all 2 GPU slots are taken" in words and f":{first.pid}" in words and f":{second.pid}" in words
-    assert third.poll() is None and not psutil.Process(third.pid).children(), "it waits"
+    assert third.poll() is None and not processes_below(third.pid), "it waits"
     first.kill()
     holders = {key: client.get(key) for key in client.keys("ruiji:slot:*")}
     (left_behind,) = [key for key, holder in holders.items() if f":{first.pid}:" in str(holder)]
     assert client.pttl(left_behind) > 0
     client.pexpire(left_behind, 1)  # As if its 30 s were over.
-    wait_until(lambda: psutil.Process(third.pid).children(), what="the third worker at work")
+    wait_until(lambda: processes_below(third.pid), what="the third worker at work")
     assert f":{third.pid}:" in str(client.get(left_behind))
 
 
@@ -137,7 +127,7 @@ def test_one_worker_takes_all_gpus_and_the_next_gets_all_that_it_gives_back(
     alike = ("worker", "--processes", "2")
     first = gpu_worker.start(*alike)
     wait_until(lambda: shown_devices() == dict.fromkeys(DEVICES, 2), what="two processes on each device")
-    wait_until(lambda: reducers(first.pid) == 2, what="two reducers, for one could not follow")
+    wait_until(lambda: len(worker_processes("reduce", first.pid)) == 2, what="two reducers, for one could not follow")
     said = tmp_path / "said.txt"
     second = gpu_worker.start(*alike, errors=said)
     wait_until(lambda: "slot_waiting" in said.read_text(), what="the second worker's word that it waits")

@@ -23,9 +23,8 @@ from pipeline.model import load_model
 from pipeline.queue.comparisons import ASKED_S
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import compare_key, compare_queue, place_key
-from tests.acceptance.test_kill import processes
 from tests.conftest import ROOT
-from tests.factories import Ruiji, only_line, wait_until
+from tests.factories import Ruiji, kill, only_line, wait_until, worker_processes
 from tests.search.galleries import write_article_shard, write_gallery, write_shard
 
 PANELS, PANEL_ROWS, LENGTH = 12, 150, 12
@@ -172,8 +171,8 @@ def test_killed_workers_and_clients_a_redis_that_forgets_and_damaged_files_cost_
         found = sorted(pair_files(comparing))
         if asking.poll() is not None:
             break
-        if blow == "process" and (victims := processes("compare")):
-            chance.choice(victims).kill()
+        if blow == "process" and (victims := worker_processes("compare")):
+            kill(chance.choice(victims))
         elif blow == "worker":
             workers[0].kill()
             workers[0] = comparing.start("worker", "--role", "compare", "--threads", "1")
