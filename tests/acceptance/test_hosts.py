@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import ROOT
-from tests.factories import Ruiji, pictures
+from tests.factories import Ruiji, pictures, wait_until
 
 OTHER_HOST = Path(__file__).with_name("other_host")
 COUNT = 60
@@ -64,8 +64,9 @@ def at_work(*started: tuple[Ruiji, tuple[str, ...]]) -> Iterator[None]:
 
 
 def embedded(ruiji: Ruiji) -> int:
-    """Features that the live workers wrote."""
-    return sum(worker.images for worker in ruiji.status().workers)
+    """Features that the live workers wrote, as they say once they have nothing more to do; 0 before."""
+    workers = ruiji.status().workers
+    return sum(worker.images for worker in workers) if {worker.state for worker in workers} == {"idle"} else 0
 
 
 @pytest.mark.parametrize("late_s", ["0.7", pytest.param("4", marks=pytest.mark.slow)])
@@ -77,6 +78,7 @@ def test_files_that_show_late_to_the_reducer_are_not_made_again(
     reducer = other_host(ruiji, OTHER_HOST_LATE_S=late_s)
     with at_work((ruiji, ("--role", "embed", "--processes", "2")), (reducer, ("--role", "reduce"))):
         ruiji("enqueue", "--wait")
+        wait_until(lambda: embedded(ruiji) >= COUNT, what="the workers' reports")
         assert embedded(ruiji) == COUNT
     assert ruiji.shard_digests() == expected
     called_missing = re.findall(r"segment_incomplete.* images=([1-9]\d*)", capfd.readouterr().err)

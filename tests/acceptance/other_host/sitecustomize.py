@@ -27,7 +27,8 @@ def _see_late(event, arguments):
 
 
 if _LATE_S:
-    # Python asks it before every file that it opens, in whatever way.
+    # Python asks it before every file that it opens, in whatever way; what is compiled opens files by itself.
     sys.addaudithook(_see_late)
+    sys.modules["pipeline._small_files"] = None
 if _AHEAD_S:
     time.time = lambda: _now() + _AHEAD_S
