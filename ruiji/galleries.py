@@ -34,7 +34,7 @@ from search.labels import Annotations, read_annotations
 from search.maps.store import GalleryMap, make_map, read_map
 from search.options import THRESHOLD, TOP_K, Linkage, Metric, Projection
 from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
-from search.ranking.exact import unusable
+from search.ranking.exact import are_usable, unusable
 from search.ranking.planner import Planner, Purpose
 from search.requests.near_duplicates import turned_copies
 from search.requests.reference import put_together
@@ -270,12 +270,10 @@ class Gallery:
             )
         with np.errstate(over="ignore", under="ignore"):
             features = np.atleast_2d(given).astype(np.float32)
-        queries: list[Query | str] = []
-        for number, feature in enumerate(features):
-            if problem := unusable(feature):
-                raise QueryError(f"vector {number}: {problem}")
-            queries.append(Query(str(number), feature))
+        for number in np.flatnonzero(~are_usable(features)).tolist():
+            raise QueryError(f"vector {number}: {unusable(features[number])}")
         names = [str(number) for number in range(len(features))]
+        queries = list(map(Query, names, features))
         return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
 
     def features(self, object_ids: Sequence[str]) -> Float32:

@@ -113,14 +113,16 @@ class _Wanted:
     excluding: Sequence[Query]
     criteria: Criteria
 
-    def others(self, hits: Sequence[Hit]) -> list[Hit]:
+    def others(self, hits: Sequence[Hit]) -> Sequence[Hit]:
         """Without the query's own rows, where these are left out."""
+        if not self.excluding:
+            return hits
         return [hit for hit in hits if not self._is_own(hit.object_id, hit.path)]
 
-    def similar(self, hits: Sequence[Hit]) -> list[Hit]:
+    def similar(self, hits: Sequence[Hit]) -> Sequence[Hit]:
         """Without those below the least similarity."""
         least = self.criteria.min_similarity
-        return [hit for hit in hits if least is None or hit.similarity >= least]
+        return hits if least is None else [hit for hit in hits if hit.similarity >= least]
 
     def count(self, rows: Rows) -> int:
         """How many of some rows can be hits."""

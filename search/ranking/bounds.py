@@ -60,21 +60,22 @@ def float32_margin(length: int) -> Margin:
     return Margin(2 * terms / (1 - terms))
 
 
-def bfloat16_margin(length: int, row_loss: float, query_loss: float) -> Margin:
+def bfloat16_margin(length: int, row_loss: float, query_loss: float, *, rounded: bool = True) -> Margin:
     """How far a cosine of a scan over unit rows and unit queries rounded to bfloat16 can be from the truth.
 
     By Cauchy-Schwarz the rounding of a row costs no more than the norm of what it took away, that of a query its own
     times the norm of a rounded row. Products of bfloat16 are exact in float32; matrix units may truncate their sums
-    instead of rounding them, which doubles a float32 sum's error; and the result may be rounded to bfloat16 again.
+    instead of rounding them, which doubles a float32 sum's error.
 
     Args:
         row_loss, query_loss: the largest part of a row's or query's norm that the rounding took, as measured, or
             `BFLOAT16_ROUNDOFF`.
+        rounded: the sums are rounded to bfloat16 again.
     """
-    rounded = row_loss + query_loss * (1 + row_loss)
+    lost = row_loss + query_loss * (1 + row_loss)
     summed = 2 * float32_margin(length).absolute * (1 + row_loss) * (1 + query_loss)
     # 1% for the losses, which were measured in float32.
-    return Margin(1.01 * (rounded + summed), 1.01 * BFLOAT16_ROUNDOFF)
+    return Margin(1.01 * (lost + summed), 1.01 * BFLOAT16_ROUNDOFF if rounded else 0.0)
 
 
 def int8_margin(length: int, row_losses: Any, query_loss: float) -> Margin:

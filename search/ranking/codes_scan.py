@@ -4,10 +4,7 @@ Only candidates come from here. What coding took from each row is part of the bo
 float64 is that of `search.ranking.rank`, so the answer is the same bit for bit.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -17,6 +14,7 @@ from search.arrays import Float32, Float64
 from search.gallery.shards import Gallery
 from search.ranking.bounds import int8_margin
 from search.ranking.scan import Batch, Candidates, Scan, default_block_rows, scanned_rows, select
+from search.ranking.threads import cores, in_threads, parts_of
 
 #: Values that a thread converts at once: as float32 they take 1 MB and stay in its core's cache.
 _AT_ONCE = 1 << 18
@@ -53,28 +51,16 @@ class NumpyCodesMultiply:
         products = np.empty((rows, self._columns.shape[1]), np.float32)
         at_once = max(1, _AT_ONCE // max(1, length))
 
-        def multiply(start: int, end: int) -> None:
+        def multiply(rows: slice) -> None:
             converted = np.empty((at_once, length), np.float32)
-            for first in range(start, end, at_once):
-                some = slice(first, min(first + at_once, end))
+            for first in range(rows.start, rows.stop, at_once):
+                some = slice(first, min(first + at_once, rows.stop))
                 part = converted[: some.stop - first]
                 part[:] = integers[some]
                 np.matmul(part, self._columns, out=products[some])
 
-        cores = _cores()
-        bounds = [rows * part // cores for part in range(cores + 1)]
-        # A list, so that an error is raised here.
-        list(_threads().map(multiply, bounds[:-1], bounds[1:]))
+        in_threads(multiply, parts_of(rows, cores()))
         return np.ascontiguousarray(products.T)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_cores())
 
 
 def codes_scan(make_multiply: MakeCodesMultiply = NumpyCodesMultiply, block_rows: int | None = None) -> Scan:

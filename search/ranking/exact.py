@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from search.arrays import Float32, Float64, Rows, row_sums
+from search.arrays import Float32, Float64, Mask, Rows, row_sums
+from search.ranking.compiled import exact_cosines
+from search.ranking.threads import cores, in_threads, parts_of
 
 #: Values that are multiplied at once, of a table and of single pairs; as float64 they take 1 MB and 128 kB.
 _AT_ONCE, _PAIRS_AT_ONCE = 1 << 17, 1 << 14
+#: Fewer pairs, which take some 0.5 ms, do not wait for another thread, which may have the share of a long scan in hand.
+_PAIRS_OF_A_THREAD = 1024
 #: Of a cosine that decides and is not beyond this the arc cosine is exact too: it is off by far less than 1e-12.
 NEARLY_ONE = 0.99
 
@@ -22,6 +26,14 @@ def unusable(feature: Float32) -> str | None:
     if not np.isfinite(feature).all():
         return "its feature has NaN or infinite values"
     return None if feature.any() else "its feature is all zero"
+
+
+def are_usable(features: Float32) -> Mask:
+    """Which features, float32[q, d], have a direction to compare, bool[q]; `unusable` says why one has none."""
+    # Two passes that write nothing; a value that is none is the highest and the lowest.
+    highest, lowest = features.max(axis=1), features.min(axis=1)
+    usable: Mask = np.isfinite(highest) & np.isfinite(lowest) & ((highest > 0) | (lowest < 0))
+    return usable
 
 
 def exact_similarities(query: Float32, rows: Float32) -> Float64:
@@ -68,23 +80,42 @@ class Widened:
     @classmethod
     def of(cls, rows: Float32) -> "Widened":
         """Of float32[q, d]."""
-        wide = rows.astype(np.float64)
-        return cls(wide, row_sums(wide * wide))
+        wide, squares = rows.astype(np.float64), np.empty(len(rows))
+        for part in _parts(rows):
+            squares[part] = row_sums(wide[part] * wide[part])
+        return cls(wide, squares)
 
 
 def exact_similarities_to(queries: Widened, numbers: Rows, rows: Float32) -> Float64:
     """What `exact_pair_similarities` gives, sooner.
 
     Args:
-        numbers: of each row its query, int64[c], or one for all; rows: float32[c, d].
+        numbers: of each row its query, int64[c]; rows: float32[c, d].
 
     Returns:
         float64[c].
     """
     cosines = np.empty(len(rows))
     for part in _parts(rows):
-        of = numbers if len(numbers) == 1 else numbers[part]
+        of = numbers[part]
         cosines[part] = _cosines(queries.rows[of], queries.squares[of], rows[part].astype(np.float64))
+    return cosines
+
+
+def exact_similarities_at(queries: Widened, numbers: Rows, addresses: Rows) -> Float64:
+    """What `exact_similarities_to` gives, soonest; only if `search.ranking.compiled.has_exact`.
+
+    Args:
+        addresses: where the rows are in memory, float32[d] each, int64[c]; the caller keeps them there.
+            They are read in the order of their addresses.
+    """
+    order, cosines = np.argsort(addresses, kind="stable"), np.empty(len(addresses))
+
+    def compute(part: slice) -> None:
+        some = order[part]
+        cosines[some] = exact_cosines(queries.rows, queries.squares, numbers[some], addresses[some])
+
+    in_threads(compute, parts_of(len(order), cores(), _PAIRS_OF_A_THREAD))
     return cosines
 
 

@@ -14,7 +14,9 @@ from pipeline.errors import UsageError
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic, Tiles
+from search.ranking.compiled import has_matrix_units
 from search.ranking.device_memory import can_stay, pair_sizes, scan_sizes
+from search.ranking.matrix_units import MAX_ROWS, MatrixUnits
 from search.ranking.numpy_arithmetic import NumpyArithmetic
 from search.ranking.rank import QUERIES_AT_ONCE
 from search.ranking.scan import default_block_rows
@@ -46,9 +48,9 @@ _UNITS = (
     Bfloat16Units("bf16", True, 50_000_000),
     Bfloat16Units("avx512_bf16", False, 400_000_000),
 )
-#: For fewer queries, rounding the gallery to bfloat16 on the way takes as long as numpy's float32. With matrix units,
-#: rows that are kept are quicker for one query too.
-_WORTH_BFLOAT16 = 16
+#: For fewer queries, rounding the gallery to bfloat16 takes as long as numpy's float32: if torch rounds it, or if it is
+#: then kept; and if what is compiled rounds it on the way. With matrix units, kept rows are quicker for one query too.
+_WORTH_BFLOAT16, _WORTH_ROUNDING = 16, 48
 #: What sums products of 8 bits exactly; without, torch saturates them.
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
 #: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
@@ -65,6 +67,14 @@ def wait_asleep() -> None:
     beside other work. The runtime reads this once, when torch is loaded: it must be called before.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+class Library(Enum):
+    """What multiplies; `compiled` stands for matrix units, which `search.ranking.compiled` uses."""
+
+    numpy = "numpy"
+    torch = "torch"
+    compiled = "matrix units"
 
 
 class Purpose(Enum):
@@ -109,6 +119,7 @@ class Machine:
         torch_loaded: whether this process has imported it already.
         bfloat16: what the CPU has to multiply bfloat16 with; None: nothing.
         int8: whether the CPU multiplies 8 bits exactly.
+        compiled: whether what is compiled for matrix units can use those of the CPU.
         memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None if CUDA is not asked for.
     """
@@ -119,6 +130,7 @@ class Machine:
     bfloat16: Bfloat16Units | None
     int8: bool
     memory_bytes: int
+    compiled: bool = False
     device_free_bytes: int | None = None
 
 
@@ -127,7 +139,7 @@ class Way:
     """The way to take.
 
     Attributes:
-        torch: multiply with torch, else with numpy.
+        library: what multiplies.
         device: `cpu` or `cuda`.
         precision: of a scan, or of tiles, or of an evaluation's products.
         resident: the gallery stays on the device between passes.
@@ -137,7 +149,7 @@ class Way:
         why: one sentence for people.
     """
 
-    torch: bool
+    library: Library
     device: Device
     precision: Precision
     resident: bool
@@ -154,8 +166,10 @@ class Way:
         Raises:
             UsageError: CUDA is asked for and does not work.
         """
-        if not self.torch:
+        if self.library is Library.numpy:
             return NumpyArithmetic(self.block_rows, codes=self.precision is Precision.int8)
+        if self.library is Library.compiled:
+            return MatrixUnits(resident=self.resident, block_rows=self.block_rows)
         from search.ranking.torch_arithmetic import TorchArithmetic
 
         return TorchArithmetic(
@@ -168,9 +182,9 @@ class Way:
         )
 
     def __str__(self) -> str:
-        library = "torch" if self.torch else "numpy"
+        library = self.library.value
         if self.purpose is Purpose.pairs:
-            on = f" on {self.device}" if self.torch else ""
+            on = f" on {self.device}" if self.library is Library.torch else ""
             return f"tiles with {library}{on} in {self.precision.value}: {self.why}"
         kept = ", gallery kept on the device" if self.resident else ""
         at_once = f"blocks of {self.block_rows:,} rows, up to {self.queries_at_once:,} queries a pass"
@@ -230,7 +244,8 @@ class Planner:
         """
         machine = replace(look_at_machine(self._device), torch_loaded=True)
         question = Question(gallery.rows, gallery.length, 1, coded=gallery.coded, lasting=self._lasting)
-        if any(choose_way(replace(question, queries=queries), machine).torch for queries in (1, QUERIES_AT_ONCE)):
+        ways = (choose_way(replace(question, queries=queries), machine) for queries in (1, QUERIES_AT_ONCE))
+        if any(way.library is Library.torch for way in ways):
             importlib.import_module("search.ranking.torch_arithmetic")
 
 
@@ -249,45 +264,54 @@ def _choose(question: Question, machine: Machine) -> Way:
     rows = default_block_rows(question.length)
     if question.purpose is Purpose.places:
         why = "whole rankings are multiplied in float64, where numpy is as fast as torch"
-        return Way(False, Device.cpu, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
-    fits = 2 * question.rows * question.length <= _MEMORY_PART * machine.memory_bytes
+        return Way(Library.numpy, Device.cpu, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+    # What is compiled keeps whole tiles of 32 values.
+    fits = 2 * question.rows * -(-question.length // 32) * 32 <= _MEMORY_PART * machine.memory_bytes
     units = machine.bfloat16
     if question.coded and question.metric is not Metric.euclidean:
         torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
-        matrix = units is not None and units.matrix and question.lasting and fits and _worth_bfloat16(question, units)
+        matrix = units is not None and units.matrix and question.lasting and fits and _worth_bfloat16(question, machine)
         # Rows that are neither kept nor in memory would have to be read to be kept.
         matrix = matrix and (question.kept or question.in_memory)
         if torch and question.queries <= _CODES_BY_TORCH and not matrix:
             why = "the kept codes are a quarter of the bytes"
-            return Way(True, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+            return Way(Library.torch, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
         if not question.in_memory and question.queries <= _CODES_BY_NUMPY and not matrix:
             why = "the features are not in memory, and the kept codes are a quarter of the bytes"
-            return Way(False, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+            return Way(Library.numpy, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(question, machine):
-        return Way(False, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
+        return Way(Library.numpy, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     again = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE)
     why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
     if again and fits:
         why = "the CPU's bfloat16 units multiply rows that are rounded once"
-    return Way(True, Device.cpu, Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
+    library = Library.compiled if _compiled(question, machine) else Library.torch
+    return Way(library, Device.cpu, Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
 
 
-def _worth_bfloat16(question: Question, units: Bfloat16Units) -> bool:
-    return question.queries >= _WORTH_BFLOAT16 or (question.kept and units.matrix)
+def _compiled(question: Question, machine: Machine) -> bool:
+    return machine.compiled and question.purpose is Purpose.hits and question.rows < MAX_ROWS
+
+
+def _worth_bfloat16(question: Question, machine: Machine) -> bool:
+    on_the_way = _compiled(question, machine) and not question.lasting
+    enough = question.queries >= (_WORTH_ROUNDING if on_the_way else _WORTH_BFLOAT16)
+    return enough or (question.kept and machine.bfloat16 is not None and machine.bfloat16.matrix)
 
 
 def _why_numpy(question: Question, machine: Machine) -> str:
-    """Why torch would not help on this CPU; empty if it would."""
+    """Why bfloat16 would not help on this CPU; empty if it would."""
     if question.metric is Metric.euclidean:
         return "Euclidean distances need float32, where numpy is as fast"
     units = machine.bfloat16
     if units is None:
         return "this CPU has no bfloat16 units, and without them numpy is as fast as torch"
-    if not machine.torch:
+    compiled = _compiled(question, machine)
+    if not (machine.torch or compiled):
         return "torch is not installed"
-    if not _worth_bfloat16(question, units):
+    if not _worth_bfloat16(question, machine):
         return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
-    if not machine.torch_loaded and question.queries * question.rows < units.products:
+    if not (machine.torch_loaded or compiled) and question.queries * question.rows < units.products:
         return "this takes less time than importing torch"
     return ""
 
@@ -302,12 +326,14 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
     free, why = machine.device_free_bytes, "CUDA was asked for"
     if question.purpose is Purpose.places:
         rows = default_block_rows(question.length)
-        return Way(True, Device.cuda, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
+        return Way(Library.torch, Device.cuda, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
     if question.purpose is Purpose.pairs:
         tiles, products = pair_sizes(free, question.rows, question.length)
         why += "; all rows stay on the device" if question.rows <= tiles.kept_rows else "; not all rows fit"
         at_once = tiles.tile_rows, QUERIES_AT_ONCE
-        return Way(True, Device.cuda, Precision.bfloat16, False, *at_once, why, products_at_once=products, tiles=tiles)
+        return Way(
+            Library.torch, Device.cuda, Precision.bfloat16, False, *at_once, why, products_at_once=products, tiles=tiles
+        )
     # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
     matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
     precision = Precision.bfloat16 if matrix and question.metric is not Metric.euclidean else Precision.float32
@@ -327,7 +353,7 @@ def _sized(precision: Precision, resident: bool, free_bytes: int, length: int, w
     """A way on CUDA whose blocks and products fit into so much memory."""
     sizes = scan_sizes(free_bytes, length, precision)
     at_once = sizes.block_rows, sizes.queries_at_once
-    return Way(True, Device.cuda, precision, resident, *at_once, why, products_at_once=sizes.products_at_once)
+    return Way(Library.torch, Device.cuda, precision, resident, *at_once, why, products_at_once=sizes.products_at_once)
 
 
 def check_cuda() -> None:
@@ -352,7 +378,9 @@ def look_at_machine(device: Device) -> Machine:
 
         free = free_bytes(device.value)
     int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
-    return Machine(device, installed, "torch" in sys.modules, bfloat16_units(), int8, _memory_bytes(), free)
+    units = bfloat16_units()
+    compiled = units is not None and units.matrix and has_matrix_units()
+    return Machine(device, installed, "torch" in sys.modules, units, int8, _memory_bytes(), compiled, free)
 
 
 @cache

@@ -9,7 +9,7 @@ could still be among the first k by that bound is decided in float64.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,12 @@ from search.gallery.norms import is_plain
 from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import float32_margin
-from search.ranking.exact import NEARLY_ONE, exact_angles, exact_pair_similarities, unusable
+from search.ranking.compiled import has_exact
+from search.ranking.exact import NEARLY_ONE, are_usable, exact_angles, exact_pair_similarities, unusable
 from search.ranking.scan import Batch, Candidates, Scan, numpy_scan
 
 #: Queries that share one pass over the gallery; with a block of 10^4 rows their cosines take 40 MB.
 QUERIES_AT_ONCE = 1000
-#: Rows whose features are read at once to decide (1024 x 1280: 5 MB).
-_DECIDED_AT_ONCE = 1024
 #: Pairs of a query and a row that are handed over at once.
 _PAIRS_AT_ONCE = 1 << 20
 #: Candidates of one query that wait for their decision, and of all queries of a pass; 32 bytes each.
@@ -147,9 +146,7 @@ def rows_within(
                 of_query = candidates.queries == number
                 some, reached = candidates.rows[of_query], candidates.lower[of_query] >= least
                 in_doubt = np.flatnonzero(~reached)
-                for first in range(0, len(in_doubt), _DECIDED_AT_ONCE):
-                    places = in_doubt[first : first + _DECIDED_AT_ONCE]
-                    reached[places] = batch.decide(np.array([number]), gallery.take(some[places])) >= least
+                reached[in_doubt] = batch.decide(gallery, np.full(len(in_doubt), number), some[in_doubt]) >= least
                 rows[number].append(some[reached])
         found += [np.sort(np.concatenate([np.empty(0, np.int64), *one])) for one in rows]
     return found
@@ -165,9 +162,8 @@ def check_queries(queries: Float32, length: int) -> None:
         raise QueryError(
             f"queries of the shape {list(queries.shape)} do not fit a gallery of features of length {length}"
         )
-    for number, query in enumerate(queries):
-        if problem := unusable(query):
-            raise QueryError(f"query {number} cannot be ranked: {problem}")
+    for number in np.flatnonzero(~are_usable(queries)).tolist():
+        raise QueryError(f"query {number} cannot be ranked: {unusable(queries[number])}")
 
 
 def _hits(gallery: Gallery, queries: Float32, found: list[Neighbours], metric: Metric) -> tuple[tuple[Hit, ...], ...]:
@@ -180,9 +176,9 @@ def _hits(gallery: Gallery, queries: Float32, found: list[Neighbours], metric: M
     else:
         looked_at, similarities = np.flatnonzero(np.abs(values) > NEARLY_ONE), values
         distances = np.arccos(values)
-    for start in range(0, len(looked_at), _DECIDED_AT_ONCE):
-        some = looked_at[start : start + _DECIDED_AT_ONCE]
-        pairs = queries[numbers[some]], gallery.take(rows[some])
+    for places, features in gallery.pieces(rows[looked_at]):
+        some = looked_at[places]
+        pairs = queries[numbers[some]], features
         if metric is Metric.euclidean:
             similarities[some] = exact_pair_similarities(*pairs)
         else:
@@ -287,18 +283,15 @@ class _Pools:
         margin = float32_margin(self._gallery.length)
         coarse = wanted[kept.queries] & (kept.upper - kept.lower > 4 * margin.absolute) & np.isfinite(kept.upper)
         many = np.bincount(kept.queries[coarse], minlength=len(wanted)) > 2 * batch.top_k
-        if batch.metric is Metric.euclidean or not many.any():
+        # What is compiled decides in float64 as soon.
+        if batch.metric is Metric.euclidean or has_exact() or not many.any():
             return
-
-        def cosines_of(some: Rows, features: Float32) -> Float64:
-            units = batch.units[kept.queries[some]]
-            dots, squares = (np.einsum("ij,ij->i", features, others) for others in (units, features))
-            cosines: Float64 = (dots / np.sqrt(squares)).astype(np.float64)
-            return cosines
-
         some = np.flatnonzero(coarse & many[kept.queries])
-        cosines = self._from_features(some, cosines_of)
-        kept.lower[some], kept.upper[some] = margin.lower(cosines), margin.upper(cosines)
+        for places, features in self._gallery.pieces(kept.rows[some]):
+            units = batch.units[kept.queries[some[places]]]
+            dots, squares = (np.einsum("ij,ij->i", features, others) for others in (units, features))
+            cosines = (dots / np.sqrt(squares)).astype(np.float64)
+            kept.lower[some[places]], kept.upper[some[places]] = margin.lower(cosines), margin.upper(cosines)
         self._cut()
 
     def _decide(self, wanted: Mask) -> NDArray[np.str_]:
@@ -310,9 +303,8 @@ class _Pools:
         self._narrow(wanted)
         kept = self._kept
         in_doubt = np.flatnonzero(wanted[kept.queries] & (kept.lower != kept.upper))
-        kept.lower[in_doubt] = kept.upper[in_doubt] = self._from_features(
-            in_doubt, lambda some, features: self.batch.decide(kept.queries[some], features)
-        )
+        values = self.batch.decide(self._gallery, kept.queries[in_doubt], kept.rows[in_doubt])
+        kept.lower[in_doubt] = kept.upper[in_doubt] = values
         self._cut()
         mine = wanted[self._kept.queries]
         rest, own = self._kept.only(~mine), self._kept.only(mine)
@@ -324,19 +316,6 @@ class _Pools:
         self._kept = _by_query(rest, own.only(best))
         found: NDArray[np.str_] = ids[best]
         return found
-
-    def _from_features(self, places: Rows, compute: Callable[[Rows, Float32], Float64]) -> Float64:
-        """What is computed from the features of rows at some places of those that are kept, float64[m].
-
-        Args:
-            compute: of some of these places and the features of their rows.
-        """
-        # In the gallery's order, which is read soonest.
-        order, values = np.argsort(self._kept.rows[places], kind="stable"), np.empty(len(places))
-        for start in range(0, len(order), _DECIDED_AT_ONCE):
-            piece = order[start : start + _DECIDED_AT_ONCE]
-            values[piece] = compute(places[piece], self._gallery.take(self._kept.rows[places[piece]]))
-        return values
 
 
 def _by_query(*parts: Candidates) -> Candidates:

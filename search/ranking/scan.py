@@ -17,7 +17,8 @@ from search.gallery.norms import is_plain, plain_rows
 from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import Margin, float32_margin
-from search.ranking.exact import Widened, exact_similarities_to, exact_squared_distances
+from search.ranking.compiled import has_exact
+from search.ranking.exact import Widened, exact_similarities_at, exact_similarities_to, exact_squared_distances
 
 #: Of features read at once: a whole shard of 10,000 rows of 1280, so that starts are rare; small beside any memory.
 BLOCK_BYTES = 64 << 20
@@ -50,17 +51,25 @@ class Batch:
     @cached_property
     def units(self) -> Float32:
         """Queries of length 1, float32[q, d], divided in float64."""
-        return (self.queries / self.norms).astype(np.float32)
+        units = np.empty(self.queries.shape, np.float32)
+        np.divide(self._wide.rows, self.norms, out=units, casting="same_kind")
+        return units
 
-    def decide(self, numbers: Rows, rows: Float32) -> Float64:
-        """The values that order rows, each for a query, float32[c, d] to float64[c]; higher is closer.
+    def decide(self, gallery: Gallery, numbers: Rows, rows: Rows) -> Float64:
+        """The values that order gallery rows, each for a query, float64[c]; higher is closer.
 
         Args:
-            numbers: int64[c], or one query for all rows.
+            numbers, rows: int64[c].
         """
-        if self.metric is Metric.euclidean:
-            return -exact_squared_distances(self.queries[numbers], rows)
-        return exact_similarities_to(self._wide, numbers, rows)
+        if self.metric is not Metric.euclidean and has_exact():
+            return exact_similarities_at(self._wide, numbers, gallery.addresses(rows))
+        values = np.empty(len(rows))
+        for some, features in gallery.pieces(rows):
+            if self.metric is Metric.euclidean:
+                values[some] = -exact_squared_distances(self.queries[numbers[some]], features)
+            else:
+                values[some] = exact_similarities_to(self._wide, numbers[some], features)
+        return values
 
 
 @dataclass(frozen=True)

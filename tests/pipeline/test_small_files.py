@@ -22,6 +22,7 @@ from pipeline.store import (
     write_feature,
     write_features,
 )
+from tests.sanitized import run_sanitized
 from workers.decode.images import open_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,8 +210,7 @@ def test_without_the_library_nothing_is_missing() -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_path: Path) -> None:
     """Every read and write is checked by the compiler's own sanitizers, with rooms that end with what belongs there."""
-    (tmp_path / "main.c").write_text(
-        """
+    program = """
         #include <stdint.h>
         #include <stdlib.h>
         #include <string.h>
@@ -245,19 +245,4 @@ def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_
             return !flags[0] || flags[1];
         }
         """
-    )
-    command = ["cc", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    built = subprocess.run(
-        [*command, "-fno-sanitize-recover=all", tmp_path / "main.c", ROOT / "pipeline" / "_small_files.c", "-o", "x"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    if "asan" in built.stderr:
-        pytest.skip("the compiler has no sanitizers here")
-    assert built.returncode == 0, built.stderr
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    ran = subprocess.run(
-        [tmp_path / "x", f"{tmp_path.resolve()}/"], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert ran.returncode == 0, (ran.returncode, ran.stderr)
+    run_sanitized(tmp_path, program, ROOT / "pipeline" / "_small_files.c", arguments=(f"{tmp_path.resolve()}/",))

@@ -18,7 +18,7 @@ from pipeline.progress import show_steps
 from pipeline.settings import MAX_PIXELS
 from search.options import Precision
 from search.queries import embed_images, load_encoder
-from search.ranking.planner import Purpose, look_at_machine
+from search.ranking.planner import Library, Purpose, look_at_machine
 from search.requests.index import index
 from tests.factories import pictures, tiny_model
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
@@ -322,9 +322,12 @@ def test_a_gallery_that_is_warm_answers_the_same(own_world: World, indexed: bool
     if indexed and machine.int8:
         # Of 100 queries rows that are kept in bfloat16 are quicker, with matrix units.
         many = Precision.bfloat16 if machine.bfloat16 is not None and machine.bfloat16.matrix else Precision.int8
-        assert [(way.torch, way.precision) for way in ways] == [(True, Precision.int8), (True, many)]
+        assert [way.precision for way in ways] == [Precision.int8, many]
+        assert ways[0].library is Library.torch
     elif not indexed and machine.bfloat16 is not None:
-        assert [(way.torch, way.resident) for way in ways] == [(False, False), (True, True)]
+        assert [way.resident for way in ways] == [False, True]
+        assert ways[0].library is Library.numpy
+        assert ways[1].library is (Library.compiled if machine.compiled else Library.torch)
     queries = np.concatenate([world.features] * 5)
     for count in (1, len(queries)):
         for metric in ("cosine", "euclidean"):

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import RuijiError
 from search.options import Metric, Precision
 from search.ranking.codes_scan import MakeCodesMultiply, NumpyCodesMultiply, codes_scan
-from search.ranking.planner import Way
+from search.ranking.planner import Library, Way
 from search.ranking.rank import rank
 from search.ranking.scan import Batch
 from tests.search.galleries import in_memory
@@ -80,7 +80,7 @@ def test_rows_of_one_value_are_left_to_numpy() -> None:
     assert "avx512f" not in cpu_flags() or not torch_scans.sums_integers(1)
     features = features_of("random", 50, 1)
     gallery = in_memory(features)
-    way = Way(True, "cpu", Precision.int8, False, 20, 10, "")
+    way = Way(Library.torch, "cpu", Precision.int8, False, 20, 10, "")
     assert rank(gallery, features[:3], 10, scan=way.arithmetic().scan) == rank(gallery, features[:3], 10)
 
 
@@ -101,14 +101,14 @@ def test_a_cpu_that_saturates_sums_is_noticed_and_answers_the_same() -> None:
 import sys
 from pipeline.errors import RuijiError
 from search.options import Metric, Precision
-from search.ranking.planner import Way
+from search.ranking.planner import Library, Way
 from search.ranking.rank import rank
 from search.ranking.torch_arithmetic import sums_integers
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
 features = features_of("positive", 2000, 1280)
 gallery = in_memory(features)
-way = Way(True, "cpu", Precision.int8, False, 500, 10, "")
+way = Way(Library.torch, "cpu", Precision.int8, False, 500, 10, "")
 assert rank(gallery, features[:3], 20, scan=way.arithmetic().scan) == rank(gallery, features[:3], 20)
 print(sums_integers(1280))
 """

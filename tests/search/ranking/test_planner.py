@@ -12,7 +12,7 @@ from pipeline.choices import Device
 from pipeline.errors import UsageError
 from search.options import Metric, Precision
 from search.ranking.numpy_arithmetic import NumpyArithmetic
-from search.ranking.planner import Bfloat16Units, Machine, Planner, Purpose, Question, Way, choose_way
+from search.ranking.planner import Bfloat16Units, Library, Machine, Planner, Purpose, Question, Way, choose_way
 from search.ranking.rank import rank
 from tests.search.galleries import in_memory
 from tests.search.ranking.test_rank import features_of
@@ -46,7 +46,7 @@ def test_a_cpu_takes_torch_only_where_it_pays(
     machine: Machine, rows: int, queries: int, torch: bool, said: str
 ) -> None:
     chosen = plan(machine, rows, queries)
-    assert (chosen.torch, chosen.device) == (torch, "cpu")
+    assert (chosen.library is Library.torch, chosen.device) == (torch, "cpu")
     assert chosen.precision is (Precision.bfloat16 if torch else Precision.float32)
     assert said in str(chosen)
 
@@ -83,6 +83,30 @@ def test_matrix_units_take_rows_that_are_kept_rather_than_codes(
 
 
 @pytest.mark.parametrize(
+    ("queries", "lasting", "way"),
+    [
+        (47, False, "numpy on cpu, float32"),
+        (48, False, "matrix units on cpu, bfloat16, blocks"),
+        (15, True, "numpy on cpu, float32"),
+        (16, True, "matrix units on cpu, bfloat16, gallery kept"),
+        (1001, False, "matrix units on cpu, bfloat16, gallery kept"),
+    ],
+)
+def test_what_is_compiled_for_matrix_units_needs_no_torch(queries: int, lasting: bool, way: str) -> None:
+    machine = dataclasses.replace(STRONG, torch=False, compiled=True)
+    question = Question(SMALL, 1280, queries, lasting=lasting)
+    assert str(choose_way(question, machine)).startswith(way)
+    assert str(choose_way(dataclasses.replace(question, kept=True), machine)).startswith("matrix units on cpu")
+    # It finds hits by cosine, in galleries whose rows it can count.
+    many = dataclasses.replace(question, rows=1 << 31)
+    for other in (dataclasses.replace(question, metric=Metric.euclidean), many):
+        assert choose_way(other, machine).library is Library.numpy
+    assert choose_way(many, dataclasses.replace(machine, torch=True)).library is not Library.compiled
+    pairs = dataclasses.replace(question, purpose=Purpose.pairs)
+    assert choose_way(pairs, machine).library is Library.numpy
+
+
+@pytest.mark.parametrize(
     ("machine", "in_memory", "queries", "way"),
     [
         (STRONG, True, 1, "numpy on cpu, float32"),
@@ -106,18 +130,18 @@ def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, in_memory: 
 
 def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
     loaded = dataclasses.replace(STRONG, torch_loaded=True)
-    assert choose_way(Question(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).torch
-    assert not choose_way(Question(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).torch
+    assert choose_way(Question(100, 1 << 17, 1, Metric.cosine, coded=True), loaded).library is Library.torch
+    assert choose_way(Question(100, 1 + (1 << 17), 1, Metric.cosine, coded=True), loaded).library is Library.numpy
 
 
 def test_euclidean_distances_are_never_scanned_in_bfloat16() -> None:
-    assert not plan(STRONG, SMALL, 10_000, Metric.euclidean).torch
+    assert plan(STRONG, SMALL, 10_000, Metric.euclidean).library is Library.numpy
     assert plan(GPU, SMALL, 10_000, Metric.euclidean).precision is Precision.float32
 
 
 def test_cuda_always_takes_torch_and_keeps_what_fits_and_is_used_again() -> None:
     one = plan(GPU, SMALL, 1)
-    assert (one.torch, one.device, one.precision, one.resident) == (True, "cuda", Precision.float32, False)
+    assert (one.library, one.device, one.precision, one.resident) == (Library.torch, "cuda", Precision.float32, False)
     assert not plan(GPU, SMALL, 4000).resident
     assert plan(GPU, SMALL, 5000).resident
     assert not plan(GPU, 30 * LARGE, 5000).resident
@@ -149,7 +173,8 @@ def test_pairs_and_evaluations_are_planned_by_the_same_rules() -> None:
     assert str(choose_way(pairs, GPU)).startswith("tiles with torch on cuda in bfloat16: ")
     for machine, device in ((BARE, "cpu"), (STRONG, "cpu"), (GPU, "cuda")):
         way = choose_way(places, machine)
-        assert (way.precision, way.device, way.torch) == (Precision.float64, device, device == "cuda")
+        assert (way.precision, way.device) == (Precision.float64, device)
+        assert way.library is (Library.torch if device == "cuda" else Library.numpy)
         assert not way.resident
     for question in (pairs, places):
         with pytest.raises(UsageError, match="not installed"):

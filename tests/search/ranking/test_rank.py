@@ -178,7 +178,9 @@ def test_the_number_of_rows_that_are_decided_at_once_changes_nothing(
     queries = queries_of(features)
     gallery = in_memory(features, ids_of(len(features)), cuts=(90,))
     whole = rank(gallery, queries, len(features), metric)
-    monkeypatch.setattr("search.ranking.rank._DECIDED_AT_ONCE", 7)
+    monkeypatch.setattr(gallery_module, "_TAKEN_AT_ONCE", 7)
+    # What is compiled takes them all where they are.
+    monkeypatch.setattr("search.ranking.scan.has_exact", lambda: False)
     assert rank(gallery, queries, len(features), metric) == whole
 
 
@@ -332,7 +334,7 @@ def check_bounds(found: Candidates, batch: Batch, rows: NDArray[np.float32]) -> 
     """Every row's value lies where the scan says that it does."""
     for number in range(len(batch.queries)):
         mine = found.queries == number
-        truth = batch.decide(np.array([number]), rows[found.rows[mine]])
+        truth = batch.decide(in_memory(rows), found.queries[mine], found.rows[mine])
         assert (found.lower[mine] <= truth).all()
         assert (truth <= found.upper[mine]).all()
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pipeline import compiled as compiled_libraries
 from pipeline.spec import RESIZE_FILTERS
 from tests.properties import examples
+from tests.sanitized import run_sanitized
 from tests.workers.decode.test_images import LIMIT, SPEC
 from workers.decode import images
 from workers.decode import resize as resizing
@@ -144,8 +145,7 @@ def test_pixels_of_another_shape_are_refused() -> None:
 @pytest.mark.skipif(shutil.which("cc") is None or not HAS_AVX2, reason="there is no C compiler, or no AVX2")
 def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_path: Path) -> None:
     """Every read and write is checked by the compiler's own sanitizers, in a program that resizes many sizes."""
-    (tmp_path / "main.c").write_text(
-        """
+    program = """
         #include <stdlib.h>
         #include <stdint.h>
         int ruiji_resize_window(const uint8_t *, int, int, int, int, uint8_t *, int, int, int, int, int);
@@ -170,26 +170,7 @@ def test_it_is_compiled_without_a_warning_and_reads_and_writes_nothing_else(tmp_
             return small < 1000 || ruiji_resize_window(0, 1 << 30, 8, 8, 1 << 30, 0, 0, 0, 8, 1 << 30, 1) != 1;
         }
         """
-    )
-    command = [
-        "cc",
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unused-parameter",
-        "-Werror",
-        "-fsanitize=address,undefined",
-    ]
-    sources = [tmp_path / "main.c", ROOT / "workers" / "_resize.c"]
-    built = subprocess.run(
-        [*command, "-fno-sanitize-recover=all", *sources, "-lm", "-o", tmp_path / "x"], capture_output=True, text=True
-    )
-    if "asan" in built.stderr:
-        pytest.skip("the compiler has no sanitizers here")
-    assert built.returncode == 0, built.stderr
-    ran = subprocess.run([tmp_path / "x"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    run_sanitized(tmp_path, program, ROOT / "workers" / "_resize.c")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
