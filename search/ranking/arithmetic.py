@@ -77,6 +77,10 @@ class Arithmetic(Protocol):
         """Whether it has the rows of a gallery that it scanned, as it multiplies them."""
         ...
 
+    def kept_bytes(self) -> int:
+        """What the rows take that it keeps."""
+        ...
+
     def tiles(self, length: int) -> Tiles:
         """What suits it for rows of that length."""
         ...

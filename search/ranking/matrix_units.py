@@ -109,6 +109,11 @@ class MatrixUnits(NumpyArithmetic):
         kept = self._kept
         return kept is not None and kept.gallery is gallery
 
+    def kept_bytes(self) -> int:
+        """As `Arithmetic` says."""
+        kept = self._kept
+        return 0 if kept is None else kept.rows.values.nbytes
+
     def _keep(self, gallery: Gallery) -> _Kept:
         if (kept := self._kept) is not None and kept.gallery is gallery:
             return kept

@@ -32,6 +32,10 @@ class NumpyArithmetic:
         """As `Arithmetic` says; numpy reads them anew."""
         return False
 
+    def kept_bytes(self) -> int:
+        """As `Arithmetic` says."""
+        return 0
+
     def tiles(self, length: int) -> Tiles:
         """As `Arithmetic` says."""
         return cpu_tiles(4 * length)

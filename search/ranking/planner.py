@@ -221,10 +221,18 @@ class Planner:
             self._lasting,
             any(one.keeps(gallery) for one in tuple(self._kept.values())),
         )
-        way = choose_way(question, look_at_machine(self._device))
-        # What is on the device already fits, although it leaves less free.
-        kept = replace(way, resident=True)
-        return next((one for one in tuple(self._kept) if one == kept), way)
+        machine = look_at_machine(self._device)
+        way = choose_way(question, machine)
+        kept = next((one for one in tuple(self._kept) if one == replace(way, resident=True)), None)
+        if kept is None:
+            return way
+        if self._kept[kept].keeps(gallery):
+            return kept
+        if machine.device_free_bytes is None:
+            return way
+        # What is kept makes room for this gallery.
+        free = machine.device_free_bytes + self._kept[kept].kept_bytes()
+        return choose_way(question, replace(machine, device_free_bytes=free))
 
     def arithmetic(self, way: Way) -> Arithmetic:
         """What multiplies on a way; the same one again if the gallery stays resident.

@@ -166,6 +166,12 @@ class TorchScan:
         """Whether the whole gallery is on the device."""
         return self._kept is not None
 
+    @property
+    def kept_bytes(self) -> int:
+        """What it takes there."""
+        kept = self._kept
+        return 0 if kept is None else kept.features.nbytes
+
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:
             return float32_margin(self.gallery.length)
@@ -293,6 +299,11 @@ class TorchArithmetic:
         """As `Arithmetic` says."""
         scan = self._scanned
         return scan is not None and scan.gallery is gallery and scan.keeps
+
+    def kept_bytes(self) -> int:
+        """As `Arithmetic` says."""
+        scan = self._scanned
+        return 0 if scan is None else scan.kept_bytes
 
     def tiles(self, length: int) -> Tiles:
         """As `Arithmetic` says."""

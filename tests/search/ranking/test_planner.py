@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 
 from pipeline.choices import Device
 from pipeline.errors import UsageError
 from search.options import Metric, Precision
-from search.ranking.numpy_arithmetic import NumpyArithmetic
+from search.ranking.arithmetic import Arithmetic
 from search.ranking.planner import Bfloat16Units, Library, Machine, Planner, Purpose, Question, Way, choose_way
 from search.ranking.rank import rank
 from tests.search.galleries import in_memory
@@ -189,13 +192,35 @@ def test_one_copy_is_kept_however_many_queries_ask(monkeypatch: pytest.MonkeyPat
     planner = Planner(Device.cpu, lasting=True)
     ways = [planner.way(gallery, Purpose.hits, queries) for queries in (16, 100)]
     assert planner.arithmetic(ways[0]) is planner.arithmetic(ways[1])
-    # Less memory is free now, of which the copy is the cause.
+    assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident
+    # One that has grown is kept only if it still fits.
     monkeypatch.setattr(
-        "search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(loaded, memory_bytes=1)
+        "search.ranking.planner.look_at_machine",
+        lambda device: dataclasses.replace(loaded, memory_bytes=4 * 2 * 300 * 64),
     )
     assert planner.way(gallery, Purpose.hits, 50).resident
-    assert not Planner(Device.cpu, lasting=True).way(gallery, Purpose.hits, 50).resident
-    assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident
+    assert not planner.way(in_memory(features_of("random", 301, 64)), Purpose.hits, 50).resident
+
+
+def test_what_is_kept_on_a_device_is_room_for_what_comes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery, grown = (in_memory(np.zeros((rows, 64), np.float32)) for rows in (1_000_000, 3_000_000))
+    planner, kept = Planner(Device.cuda, lasting=True), 2 * gallery.rows * gallery.length
+    free = [600 << 20]
+    monkeypatch.setattr(
+        "search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(GPU, device_free_bytes=free[0])
+    )
+    way = planner.way(gallery, Purpose.hits, 50)
+    assert way.resident and not planner.way(grown, Purpose.hits, 50).resident
+    planner._kept[way] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: one is gallery, kept_bytes=lambda: kept))
+    free[0] -= kept
+    # What is free now would not do for as much again, but the copy goes if another comes.
+    again = dataclasses.replace(gallery)
+    assert planner.way(gallery, Purpose.hits, 50) is way
+    assert (
+        planner.way(again, Purpose.hits, 50).resident
+        and not Planner(Device.cuda, True).way(again, Purpose.hits, 50).resident
+    )
+    assert not planner.way(grown, Purpose.hits, 50).resident
 
 
 def test_rows_that_many_queries_had_kept_serve_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +264,7 @@ def test_a_copy_on_cuda_is_found_again_though_less_is_free(monkeypatch: pytest.M
     planner = Planner(Device.cuda, lasting=True)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: GPU)
     first = planner.way(gallery, Purpose.hits, 1)
-    planner._kept[first] = NumpyArithmetic()
+    planner._kept[first] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: one is gallery))
     less = dataclasses.replace(GPU, device_free_bytes=1 << 30)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: less)
     # With the sizes that were planned for it.
