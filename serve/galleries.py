@@ -132,7 +132,7 @@ class Galleries:
                 except RuijiError as error:
                     failed[name] = error
             for name, resident in opened.items():
-                gone = None if name in folders else f"the folder {resident.gallery.folder} is gone"
+                gone = None if name in folders else f"the folder {resident.gallery.folder} is gone or may not be read"
                 problem = str(failed.pop(name)) if name in failed else gone
                 if problem not in (None, resident.problem):
                     note(f"warning: the gallery {name} is searched as it was: {problem}")
