@@ -21,8 +21,9 @@
 
 /* Rows and queries of a tile, and its values of each; rows and queries that are multiplied in one go. */
 enum { SIDE = 16, WIDTH = 32, TILE = SIDE * WIDTH, GO = 2 * SIDE };
-/* Rows that stay in the second cache while all queries come: 650 kB for 1280 values. Known in matrix_units.py. */
-enum { PANEL = 256 };
+/* Rows that stay in the second cache while all queries come: 650 kB for 1280 values. Known in compiled.py. A few queries
+   stay there themselves, and fewer rows in the first. */
+enum { PANEL = 256, FEW_QUERIES = 128, SMALL_PANEL = 64 };
 /* NaN in bfloat16. */
 enum { NONE = 0x7fc0 };
 
@@ -237,11 +238,11 @@ int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t f
                    const uint16_t *queries, int64_t asked, int64_t k, double margin, double *cuts, int64_t room,
                    int32_t *counts, int32_t *limits, int32_t *found, float *sums, float *least) {
     float here[GO * GO];
-    int64_t panel = from;
+    int64_t panel = from, step = asked > FEW_QUERIES ? PANEL : SMALL_PANEL;
     for (int64_t query = 0; query < (asked + GO - 1) / GO * GO; query++)
         least[query] = query < asked ? least_of(cuts[query], margin) : INFINITY;
     begin();
-    for (; panel < count; panel += PANEL) {
+    for (; panel < count; panel += step) {
         int full = 0;
         for (int64_t query = 0; query < asked; query++) {
             if (k && counts[query] > limits[query]) {
@@ -251,10 +252,10 @@ int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t f
                 /* If nearly all are still there, not again at once. */
                 if (2 * counts[query] > limits[query]) limits[query] = 2 * counts[query];
             }
-            full |= counts[query] + PANEL > room;
+            full |= counts[query] + step > room;
         }
         if (full) break;
-        int64_t panel_end = panel + PANEL < count ? panel + PANEL : count;
+        int64_t panel_end = panel + step < count ? panel + step : count;
         for (int64_t query = 0; query < asked; query += GO)
             for (int64_t row = panel; row < panel_end; row += GO) {
                 int wide = asked - query > SIDE;
