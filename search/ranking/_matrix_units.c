@@ -182,40 +182,45 @@ double ruiji_round_rows(int64_t count, int64_t length, const float *rows, const 
     return sqrt(largest);
 }
 
-/* The k-th largest of some values; those before it are then not smaller, and those behind it not larger. */
-static float kth(float *values, int32_t *rows, int64_t count, int64_t k) {
+/* A row of the gallery that was found, and its sum with a query; together, since each is written where nothing is near. */
+typedef struct {
+    float sum;
+    int32_t row;
+} hit;
+
+/* The k-th largest of some sums; those before it are then not smaller, and those behind it not larger. */
+static float kth(hit *hits, int64_t count, int64_t k) {
     int64_t low = 0, high = count - 1;
     while (low < high) {
-        float pivot = values[low + (high - low) / 2];
+        float pivot = hits[low + (high - low) / 2].sum;
         int64_t i = low, j = high;
         while (i <= j) {
-            while (values[i] > pivot) i++;
-            while (values[j] < pivot) j--;
+            while (hits[i].sum > pivot) i++;
+            while (hits[j].sum < pivot) j--;
             if (i > j) break;
-            float value = values[i];
-            int32_t row = rows[i];
-            values[i] = values[j], rows[i++] = rows[j];
-            values[j] = value, rows[j--] = row;
+            hit one = hits[i];
+            hits[i++] = hits[j];
+            hits[j--] = one;
         }
         if (k - 1 <= j) high = j;
         else if (k - 1 >= i) low = i;
         else break;
     }
-    return values[k - 1];
+    return hits[k - 1].sum;
 }
 
 /* No smaller sum can reach a cut. */
 static float least_of(double cut, double margin) { return nextafterf((float)(cut - margin), -INFINITY); }
 
 /* Leave out the rows of a query that cannot be among the best k; returns how many are left. */
-static int32_t cut_off(float *values, int32_t *rows, int32_t count, int64_t k, double margin, double *cut) {
+static int32_t cut_off(hit *hits, int32_t count, int64_t k, double margin, double *cut) {
     if (count < k) return count;
-    double reached = kth(values, rows, count, k) - margin;
+    double reached = kth(hits, count, k) - margin;
     if (reached > *cut) *cut = reached;
     float least = least_of(*cut, margin);
     int32_t left = 0;
     for (int32_t at = 0; at < count; at++)
-        if (values[at] >= least) values[left] = values[at], rows[left++] = rows[at];
+        if (hits[at].sum >= least) hits[left++] = hits[at];
     return left;
 }
 
@@ -230,24 +235,24 @@ static int32_t cut_off(float *values, int32_t *rows, int32_t count, int64_t k, d
    room       for so many rows of each query, at least `PANEL`
    counts     [asked], rows that were found
    limits     [asked], if there are more, they are looked through; raised
-   found      [asked][room], their rows in the gallery
-   sums       [asked][room]
+   found      [asked][room]
    least      [asked, as a multiple of 32], for use here
    Returns where to go on after the rows that were found were taken: `count` if there is nothing left to do. */
 int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t first, int64_t from,
                    const uint16_t *queries, int64_t asked, int64_t k, double margin, double *cuts, int64_t room,
-                   int32_t *counts, int32_t *limits, int32_t *found, float *sums, float *least) {
+                   int32_t *counts, int32_t *limits, hit *found, float *least) {
     float here[GO * GO];
-    int64_t panel = from, step = asked > FEW_QUERIES ? PANEL : SMALL_PANEL;
+    int64_t panel = from, step;
     for (int64_t query = 0; query < (asked + GO - 1) / GO * GO; query++)
         least[query] = query < asked ? least_of(cuts[query], margin) : INFINITY;
     begin();
     for (; panel < count; panel += step) {
         int full = 0;
+        /* Without a cut all rows are found: let there be few. */
+        step = asked <= FEW_QUERIES || (k && isinf(cuts[0])) ? SMALL_PANEL : PANEL;
         for (int64_t query = 0; query < asked; query++) {
             if (k && counts[query] > limits[query]) {
-                float *values = sums + query * room;
-                counts[query] = cut_off(values, found + query * room, counts[query], k, margin, cuts + query);
+                counts[query] = cut_off(found + query * room, counts[query], k, margin, cuts + query);
                 least[query] = least_of(cuts[query], margin);
                 /* If nearly all are still there, not again at once. */
                 if (2 * counts[query] > limits[query]) limits[query] = 2 * counts[query];
@@ -266,9 +271,7 @@ int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t f
                         uint32_t hits = reaching(here + i * GO + half * SIDE, least + query + half * SIDE);
                         for (; hits; hits &= hits - 1) {
                             int64_t column = half * SIDE + __builtin_ctz(hits), one = query + column;
-                            int64_t place = one * room + counts[one]++;
-                            found[place] = (int32_t)(first + row + i);
-                            sums[place] = here[i * GO + column];
+                            found[one * room + counts[one]++] = (hit){here[i * GO + column], (int32_t)(first + row + i)};
                         }
                     }
             }
@@ -276,6 +279,6 @@ int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t f
     end();
     if (panel < count) return panel;
     for (int64_t query = 0; k && query < asked; query++)
-        counts[query] = cut_off(sums + query * room, found + query * room, counts[query], k, margin, cuts + query);
+        counts[query] = cut_off(found + query * room, counts[query], k, margin, cuts + query);
     return count;
 }

@@ -27,9 +27,11 @@ _MATRIX_UNITS = {
         ctypes.c_double,
         _POINTER,
         _NUMBER,
-        *[_POINTER] * 5,
+        *[_POINTER] * 4,
     ),
 }
+#: What is found: a product, and its gallery row.
+_HIT = np.dtype([("product", np.float32), ("row", np.int32)])
 #: Rows or queries, and values, of a tile; `_matrix_units.c` goes through so many rows at once.
 _SIDE, _WIDTH, PANEL_ROWS = 16, 32, 256
 _TILE = _SIDE * _WIDTH
@@ -176,8 +178,7 @@ class Finder:
         self._queries, self._top_k, self._margin, self._room = queries, top_k, margin, room
         self._cuts = cuts.copy()
         self._counts, self._limits = np.empty((2, queries.count), np.int32)
-        self._found = np.empty((queries.count, room), np.int32)
-        self._products = np.empty((queries.count, room), np.float32)
+        self._found = np.empty((queries.count, room), _HIT)
         self._least = np.empty(_whole(queries.count, 2 * _SIDE), np.float32)
         self._clear()
 
@@ -194,7 +195,7 @@ class Finder:
         library = _matrix_units()
         assert library is not None
         queries, tiles = self._queries, -(-rows.length // _WIDTH)
-        arrays = (self._counts, self._limits, self._found, self._products, self._least)
+        arrays = (self._counts, self._limits, self._found, self._least)
         went: int = library.ruiji_find(
             rows.values.ctypes,
             *(end, tiles, first, start),
@@ -216,10 +217,10 @@ class Finder:
         """
         there = np.arange(self._counts.max(initial=0)) < self._counts[:, np.newaxis]
         queries, places = np.nonzero(there)
-        found = queries, self._found[queries, places].astype(np.int64), self._products[queries, places].astype(float)
+        found = self._found[queries, places]
         np.maximum(self._cuts, cuts, out=self._cuts)
         self._clear()
-        return found
+        return queries, found["row"].astype(np.int64), found["product"].astype(np.float64)
 
     def _clear(self) -> None:
         self._counts[:] = 0
@@ -228,7 +229,7 @@ class Finder:
 
 def few(top_k: int) -> int:
     """So many rows of a query are not looked through for the best k: it would take longer than it saves."""
-    return 4 * top_k + 64
+    return 2 * top_k + 32
 
 
 def _whole(count: int, part: int) -> int:

@@ -196,33 +196,36 @@ def test_it_reads_and_writes_nothing_else(tmp_path: Path) -> None:
         #include <math.h>
         #include <stdint.h>
         #include <stdlib.h>
+        typedef struct { float sum; int32_t row; } hit;
         double ruiji_round_rows(int64_t, int64_t, const float *, const float *, const uint8_t *, uint16_t *, int64_t);
         int64_t ruiji_find(const uint16_t *, int64_t, int64_t, int64_t, int64_t, const uint16_t *, int64_t, int64_t,
-                           double, double *, int64_t, int32_t *, int32_t *, int32_t *, float *, float *);
+                           double, double *, int64_t, int32_t *, int32_t *, hit *, float *);
         static int one(int64_t rows, int64_t length, int64_t asked, int64_t k, int64_t room) {
             int64_t tiles = (length + 31) / 32, whole = (asked + 31) / 32 * 32, stops = 0, found = 0;
-            float *features = malloc(rows * length * 4), *norms = malloc(rows * 4), *sums = malloc(asked * room * 4);
+            float *features = malloc(rows * length * 4), *norms = malloc(rows * 4);
+            hit *found_rows = malloc(asked * room * sizeof *found_rows);
             float *least = malloc(whole * 4);
             uint8_t *usable = malloc(rows);
             uint16_t *kept = calloc((rows + 31) / 32 * 32 * tiles * 32, 2), *queries = calloc(whole * tiles * 32, 2);
-            int32_t *counts = malloc(asked * 4), *limits = malloc(asked * 4), *places = malloc(asked * room * 4);
+            int32_t *counts = malloc(asked * 4), *limits = malloc(asked * 4);
             double *cuts = malloc(asked * 8);
             for (int64_t i = 0; i < rows * length; i++) features[i] = (float)(rand() % 7 - 3);
             for (int64_t i = 0; i < rows; i++) norms[i] = (float)length, usable[i] = rand() % 9 > 0;
             for (int64_t i = 0; i < whole * tiles * 32; i++) queries[i] = (uint16_t)(0x3f80 | (rand() & 1) << 15);
-            for (int64_t i = 0; i < asked; i++) counts[i] = 0, limits[i] = (int32_t)(4 * k + 64), cuts[i] = -INFINITY;
+            for (int64_t i = 0; i < asked; i++) counts[i] = 0, limits[i] = (int32_t)(2 * k + 32), cuts[i] = -INFINITY;
             if (!(ruiji_round_rows(rows, length, features, norms, usable, kept, 0) < 1)) return 1;
             for (int64_t from = 0; from < rows; stops++) {
                 from = ruiji_find(kept, rows, tiles, 5, from, queries, asked, k, 0.01, cuts, room, counts, limits,
-                                  places, sums, least);
+                                  found_rows, least);
                 for (int64_t i = 0; i < asked; i++)
-                    for (found += counts[i]; counts[i]; counts[i]--)
-                        if (places[i * room + counts[i] - 1] < 5 || places[i * room + counts[i] - 1] > rows + 4)
-                            return 2;
+                    for (found += counts[i]; counts[i]; counts[i]--) {
+                        int32_t row = found_rows[i * room + counts[i] - 1].row;
+                        if (row < 5 || row > rows + 4) return 2;
+                    }
                 if (stops > rows) return 3;
             }
-            free(features), free(norms), free(sums), free(least), free(usable), free(kept), free(queries);
-            free(counts), free(limits), free(places), free(cuts);
+            free(features), free(norms), free(found_rows), free(least), free(usable), free(kept), free(queries);
+            free(counts), free(limits), free(cuts);
             return found == 0 && rows > 40;
         }
         int main(void) {
