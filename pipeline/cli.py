@@ -448,11 +448,10 @@ def redis(state_dir: settings.StateDir = None) -> None:
 
     The other commands of this user find it by themselves.
     """
-    import os
     import threading
 
     from pipeline.queue.connection import public_url
-    from pipeline.queue.embedded import embedded_redis
+    from pipeline.queue.embedded import embedded_redis, write_private
 
     folder = settings.make_state_folder(state_dir)
     url_file = layout.redis_url_file(folder)
@@ -461,8 +460,7 @@ def redis(state_dir: settings.StateDir = None) -> None:
         signal.signal(number, lambda *_: stop.set())
     with embedded_redis(layout.redis_folder(folder)) as (url, check):
         try:
-            with open(url_file, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
-                file.write(url + "\n")
+            write_private(url_file, url + "\n")
             streams.note(f"Redis at {public_url(url)}, address and password in {url_file}; Ctrl-C stops it")
             while not stop.wait(1):
                 check()

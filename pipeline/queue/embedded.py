@@ -7,6 +7,7 @@ from the PATH. It listens on loopback only, with a generated password, and keeps
 import fcntl
 import importlib.util
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline import layout
@@ -22,6 +24,10 @@ from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
 from pipeline.queue.connection import connect
 
 _START_TIMEOUT_S = 10.0
+#: A server that ends at once is started so often in all: another process may have taken its port meanwhile.
+_STARTS = 3
+#: Below those that systems give to connections, of which any could come between the look and the server.
+_PORTS = range(20_000, 32_000)
 #: A run with one worker process takes 16; each further process 6.
 _LEAST_CLIENTS = 24
 
@@ -70,54 +76,50 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         "(--state-dir)"
     )
     with locked(layout.lock_file(data_dir), refusal) as lock:
-        port, password = _address(data_dir / "address")
-        settings = [
-            "bind 127.0.0.1",
-            f"port {port}",
-            # The configuration comes through a pipe, so that no process list shows the password.
-            f"requirepass {password}",
-            f'dir "{data_dir}"',
-            f'logfile "{log}"',
-            "appendonly yes",
-            # A queue may never drop messages to make room.
-            "maxmemory-policy noeviction",
-            'save ""',
-        ]
-        # Ctrl-C reaches this process only, which then ends it last: workers have to give back what they hold.
-        server = start_child(
-            [find_server(), "-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            # The server holds the lock too: it may outlive this process.
-            pass_fds=[lock],
-        )
-
-        def check() -> None:
-            if server.poll() is not None:
-                raise RuijiError(
-                    f"the embedded Redis has died (exit code {server.returncode}). What is done is on the disk: "
-                    f"run it again to continue. {_end_of(log)}"
-                )
-
-        try:
-            assert server.stdin is not None
-            server.stdin.write("\n".join(settings).encode() + b"\n")
-            server.stdin.close()
-            url = _url(port, password)
-            _wait_until_up(server, url, log)
-            yield url, check
-        finally:
-            server.terminate()
+        for _ in range(_STARTS):
+            server, url = _start(data_dir, log, lock)
             try:
-                server.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+                if _is_up(server, url, log):
+                    yield url, partial(_check, server, log)
+                    return
+            finally:
+                _end(server)
+        raise _not_started(log)
 
 
-def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+def _start(data_dir: Path, log: Path, lock: int) -> tuple["subprocess.Popen[bytes]", str]:
+    """A server that begins to start, and its URL."""
+    port, password = _address(data_dir / "address")
+    settings = [
+        "bind 127.0.0.1",
+        f"port {port}",
+        # The configuration comes through a pipe, so that no process list shows the password.
+        f"requirepass {password}",
+        f'dir "{data_dir}"',
+        f'logfile "{log}"',
+        "appendonly yes",
+        # A queue may never drop messages to make room.
+        "maxmemory-policy noeviction",
+        'save ""',
+    ]
+    # Ctrl-C reaches this process only, which then ends it last: workers have to give back what they hold.
+    server = start_child(
+        [find_server(), "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        # The server holds the lock too: it may outlive this process.
+        pass_fds=[lock],
+    )
+    assert server.stdin is not None
+    server.stdin.write("\n".join(settings).encode() + b"\n")
+    server.stdin.close()
+    return server, _url(port, password)
+
+
+def _is_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> bool:
+    """Wait until a server answers; False if it ends before."""
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while True:
+    while server.poll() is None:
         try:
             client = connect(url)
             clients = int(client.config_get("maxclients")["maxclients"] or 0)
@@ -127,15 +129,38 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> No
                     f"the embedded Redis can serve {clients} connections only, as this process may open few files: "
                     "raise that limit (ulimit -n 1024) and run it again"
                 )
-            return
+            return True
         except BrokerUnavailable:
-            if server.poll() is not None or time.monotonic() > deadline:
-                aof = log.parent / "appendonlydir"
-                raise RuijiError(
-                    f"the embedded Redis did not start. If its append-only file is damaged, remove {aof}: nothing is "
-                    f"lost, the next run or enqueue publishes again what was open. {_end_of(log)}"
-                ) from None
+            # Whoever has its port may have kept this waiting.
+            if time.monotonic() > deadline and server.poll() is None:
+                raise _not_started(log) from None
             time.sleep(0.05)
+    return False
+
+
+def _not_started(log: Path) -> RuijiError:
+    aof = log.parent / "appendonlydir"
+    return RuijiError(
+        f"the embedded Redis did not start. If its append-only file is damaged, remove {aof}: nothing is "
+        f"lost, the next run or enqueue publishes again what was open. {_end_of(log)}"
+    )
+
+
+def _check(server: "subprocess.Popen[bytes]", log: Path) -> None:
+    if server.poll() is not None:
+        raise RuijiError(
+            f"the embedded Redis has died (exit code {server.returncode}). What is done is on the disk: "
+            f"run it again to continue. {_end_of(log)}"
+        )
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def _end_of(log: Path) -> str:
@@ -178,22 +203,41 @@ def _address(file: Path) -> tuple[int, str]:
     """
     try:
         number, password = file.read_text().split()
-        port = _free_port(int(number))
-    except (OSError, ValueError, OverflowError):
-        port, password = _free_port(0), secrets.token_urlsafe(24)
-    with open(file, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-        out.write(f"{port} {password}\n")
+        port = int(number)
+        if not _is_free(port):
+            port = free_port()
+    except (OSError, ValueError):
+        port, password = free_port(), secrets.token_urlsafe(24)
+    write_private(file, f"{port} {password}\n")
     return port, password
 
 
-def _free_port(port: int) -> int:
-    """This port, if it is free; for 0 any that is.
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only this user may read, and that appears whole."""
+    new = file.with_name(f"{file.name}.new")
+    with open(new, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+        out.write(text)
+    new.replace(file)
+
+
+def free_port() -> int:
+    """A port of this machine that a server may take.
 
     Raises:
-        OSError: it is taken.
+        RuijiError: there is none.
     """
+    for port in random.sample(_PORTS, 100):
+        if _is_free(port):
+            return port
+    raise RuijiError(f"no port of this machine from {_PORTS.start} to {_PORTS.stop} is free for a Redis")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         # Connections that ended a minute ago still have it; a server may take it all the same.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+        return port > 0

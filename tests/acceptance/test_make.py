@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.queue.embedded import free_port
 from tests.compose.stack import Stack
 from tests.conftest import ROOT
 from tests.factories import pictures, wait_until
@@ -51,8 +51,7 @@ def test_without_an_engine_the_same_targets_work_on_this_machine_and_say_so(stac
 
 
 def test_the_service_comes_up_before_there_is_a_gallery_and_goes_with_down(stack: Stack) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     stack.set(RUIJI_WEB_PORT=str(port))
     said = stack.make("up", "WORKERS=1", "SERVE=1").stderr
     assert f"the page: http://127.0.0.1:{port}\n" in said

@@ -3,12 +3,15 @@
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
+from pipeline.errors import RuijiError
 from pipeline.gallery import read_gallery
+from pipeline.queue import embedded
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import embed_queue
 from tests.factories import Ruiji, pictures, wait_until
@@ -25,9 +28,7 @@ def started(ruiji: Ruiji) -> tuple[psutil.Process, str]:
     url_file = ruiji.state / "redis.url"
     url_file.unlink(missing_ok=True)
     process = ruiji.start("redis")
-    wait_until(
-        lambda: url_file.exists() and url_file.read_text().endswith("\n"), what="the address of the embedded Redis"
-    )
+    wait_until(url_file.exists, what="the address of the embedded Redis")
     return psutil.Process(process.pid), url_file.read_text().strip()
 
 
@@ -174,3 +175,39 @@ def test_a_server_that_may_open_too_few_files_is_refused_in_one_line(ruiji: Ruij
     )
     assert done.returncode == 1
     assert "ulimit -n 1024" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_port_that_somebody_takes_between_the_look_and_the_start_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = embedded.free_port
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        taken = iter([somebody.getsockname()[1]])
+        monkeypatch.setattr(embedded, "free_port", lambda: next(taken, None) or look())
+        with embedded.embedded_redis(tmp_path) as (url, check):
+            check()
+            assert connect(url).ping() and f":{somebody.getsockname()[1]}/" not in url
+            assert embedded.url_of(tmp_path) == url
+    # For ever it is not tried.
+    monkeypatch.setattr(embedded, "_start", lambda *_: (subprocess.Popen(["false"]), url))
+    with pytest.raises(RuijiError, match="did not start"), embedded.embedded_redis(tmp_path):
+        pass
+
+
+def test_an_address_is_never_seen_half_written(tmp_path: Path) -> None:
+    file, ended = tmp_path / "redis.url", threading.Event()
+    seen: set[str] = set()
+
+    def look() -> None:
+        while not ended.is_set():
+            if file.exists():
+                seen.add(file.read_text())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(2000):
+        embedded.write_private(file, f"redis://{number}\n")
+    ended.set()
+    reader.join()
+    assert seen and all(text.endswith("\n") for text in seen)
+    assert file.stat().st_mode & 0o777 == 0o600 and [path.name for path in tmp_path.iterdir()] == ["redis.url"]

@@ -14,7 +14,7 @@ import pytest
 from pipeline.children import start_child
 from pipeline.errors import RuijiError, UsageError
 from pipeline.queue.connection import connect
-from pipeline.queue.embedded import embedded_redis, find_server
+from pipeline.queue.embedded import embedded_redis, find_server, free_port
 from pipeline.settings import resolve_redis_url
 from tests.conftest import ROOT
 from tests.factories import Ruiji, pictures, wait_until
@@ -47,8 +47,7 @@ def old_redis() -> Iterator[str]:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """A real server in cluster mode."""
-    with socket.socket() as one, socket.socket() as other:
-        ports = [probe.bind(("127.0.0.1", 0)) or str(probe.getsockname()[1]) for probe in (one, other)]
+    ports = [str(free_port()) for _ in range(2)]
     settings = ["--port", ports[0], "--cluster-enabled", "yes", "--cluster-port", ports[1], "--dir", str(tmp_path)]
     process = start_child([find_server(), *settings, "--save", ""], stdout=subprocess.DEVNULL)
     try:

@@ -19,7 +19,7 @@ import redis
 from pipeline.children import start_child
 from pipeline.errors import BrokerUnavailable
 from pipeline.queue.connection import connect
-from pipeline.queue.embedded import find_server
+from pipeline.queue.embedded import find_server, free_port
 from tests.factories import Ruiji, kill, wait_until, worker_processes
 
 #: The table's full numbers (`make chaos`) or the short form that fits into every change's checks.
@@ -85,9 +85,7 @@ class Server:
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[Server]:
     """A Redis of this test's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server = Server(folder, int(probe.getsockname()[1]), secrets.token_urlsafe(16))
+    server = Server(folder, free_port(), secrets.token_urlsafe(16))
     server.start()
     try:
         yield server

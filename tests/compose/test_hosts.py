@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pipeline.queue.embedded import free_port
 from tests.compose.stack import Stack
 from tests.factories import pictures, wait_until
 
@@ -24,8 +25,7 @@ def hosts(new_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFact
     pictures(media, 120, size=(1600, 1200), distinct=4)
     first = new_stack(media)
     second = new_stack(media, first.features, first.model)
-    with socket.create_server(("", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     address = own_address()
     for host in (first, second):
         host.set(REDIS_HOST=address, REDIS_PORT=port, RUIJI_SHARD_ROWS="40")

@@ -2,21 +2,15 @@
 
 import http.client
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.queue.embedded import free_port
 from tests.compose.stack import Stack
 from tests.factories import picture, pictures, wait_until
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Page:
