@@ -165,6 +165,14 @@ def read_once(features: NDArray[np.float32]) -> object:
     return torch.from_numpy(features).view(-1).sum()
 
 
+def bfloat16_products(features: NDArray[np.float32], queries: NDArray[np.float32]) -> Callable[[], object]:
+    """All products of rows and queries with torch, in pieces that stay in the cache; nothing looks at them."""
+    import torch
+
+    rows, others = torch.from_numpy(features).bfloat16(), torch.from_numpy(queries).bfloat16().T
+    return lambda: [(piece @ others)[0, 0] for piece in rows.split(2048)]
+
+
 def by_api(gallery: ruiji.Gallery, queries: NDArray[np.float32]) -> Callable[[], list[NDArray[np.int64]]]:
     """The rows that `search_vectors` of the Python API finds."""
     return lambda: [
@@ -249,6 +257,8 @@ def resident(rows: int) -> Iterator[Figure]:
                 ways: dict[str, Callable[[], object]] = {**ours, "faiss": partial(index.search, units, TOP_K)}
                 if count == 1:
                     ways["read"] = partial(read_once, features)
+                if count == 1000:
+                    ways["products"] = bfloat16_products(features, queries)
                 taken = timed(ways, 3 if count == 1000 else 9)
                 what = f"{count} queries, {rows} {kind}"
                 for name in (*ours, "faiss"):
@@ -262,6 +272,16 @@ def resident(rows: int) -> Iterator[Figure]:
                         f"{what}: IndexFlatIP / {name}", taken["faiss"], taken[name], at_least=bound, judged=best
                     )
                     yield Figure(f"{what}: right ids, {name}", "share", (share_same(way(), exact[:count]),), at_least=1)
+                if count == 1000:
+                    yield milliseconds(f"{what}: bfloat16 products alone", taken["products"])
+                    for name in warm:
+                        yield ratio(
+                            f"{what}: bfloat16 products / {name}",
+                            taken["products"],
+                            taken[name],
+                            at_least=0.5,
+                            judged=judged and name == "Python API, indexed",
+                        )
                 if count == 1:
                     yield milliseconds(f"{what}: reading once", taken["read"])
                     for name, least in (("Python API, indexed", 0.9), ("Python API", 0.7)):
