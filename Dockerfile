@@ -3,8 +3,7 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 # The compiler builds the fast resize, what reads and writes many files at once, and what search multiplies and decides
-# with; without one, Pillow, Python and numpy do
-# that. It stays in this stage.
+# with; without one, Pillow, Python and numpy do that. It stays in this stage.
 RUN (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev) || echo "no compiler: Pillow resizes, Python reads and writes, numpy searches" >&2
 ARG ACCEL=cpu
 ENV PATH=/opt/ruiji/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -89,7 +89,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 180.0, what: 
 
 
 def processes_below(pid: int | None = None) -> list[psutil.Process]:
-    """What a process started, and what that started; by default this one. None if it has ended meanwhile."""
+    """The processes that a process started (by default this one), and theirs; empty once it has ended."""
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
     return []

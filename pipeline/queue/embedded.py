@@ -14,19 +14,21 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from pipeline import layout
 from pipeline.children import start_child
-from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
+from pipeline.errors import RuijiError, UsageError
 from pipeline.queue.connection import connect
 
-_START_TIMEOUT_S = 10.0
-#: A server that ends at once is started so often in all: another process may have taken its port meanwhile.
+#: It may have a long append-only file to load.
+_START_TIMEOUT_S = 60.0
+#: If a server exits at once, it is started up to this many times: another process may have taken its port.
 _STARTS = 3
-#: Below those that systems give to connections, of which any could come between the look and the server.
+#: Below the range from which systems give ports to outgoing connections, which could take one between the check and the
+#: server's start.
 _PORTS = range(20_000, 32_000)
 #: A run with one worker process takes 16; each further process 6.
 _LEAST_CLIENTS = 24
@@ -77,18 +79,18 @@ def embedded_redis(data_dir: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     )
     with locked(layout.lock_file(data_dir), refusal) as lock:
         for _ in range(_STARTS):
-            server, url = _start(data_dir, log, lock)
-            try:
-                if _is_up(server, url, log):
+            begins = log.stat().st_size if log.exists() else 0
+            with _started(data_dir, log, lock) as (server, url):
+                if _is_up(server, log, begins):
+                    _check_clients(url)
                     yield url, partial(_check, server, log)
                     return
-            finally:
-                _end(server)
         raise _not_started(log)
 
 
-def _start(data_dir: Path, log: Path, lock: int) -> tuple["subprocess.Popen[bytes]", str]:
-    """A server that begins to start, and its URL."""
+@contextmanager
+def _started(data_dir: Path, log: Path, lock: int) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """A server that begins to start, and its URL; it is ended with the block."""
     port, password = _address(data_dir / "address")
     settings = [
         "bind 127.0.0.1",
@@ -110,32 +112,49 @@ def _start(data_dir: Path, log: Path, lock: int) -> tuple["subprocess.Popen[byte
         # The server holds the lock too: it may outlive this process.
         pass_fds=[lock],
     )
-    assert server.stdin is not None
-    server.stdin.write("\n".join(settings).encode() + b"\n")
-    server.stdin.close()
-    return server, _url(port, password)
+    try:
+        assert server.stdin is not None
+        # One that has exited already is noticed by whoever waits for it.
+        with suppress(BrokenPipeError):
+            server.stdin.write("\n".join(settings).encode() + b"\n")
+            server.stdin.close()
+        yield server, _url(port, password)
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
-def _is_up(server: "subprocess.Popen[bytes]", url: str, log: Path) -> bool:
-    """Wait until a server answers; False if it ends before."""
+def _is_up(server: "subprocess.Popen[bytes]", log: Path, begins: int) -> bool:
+    """Wait until a server says that it is ready; False if it exits first.
+
+    Its log is asked, not its port: whoever has that may be somebody else, who must not get the password.
+
+    Args:
+        begins: where its part of the log begins.
+    """
     deadline = time.monotonic() + _START_TIMEOUT_S
     while server.poll() is None:
-        try:
-            client = connect(url)
-            clients = int(client.config_get("maxclients")["maxclients"] or 0)
-            client.close()
-            if clients < _LEAST_CLIENTS:
-                raise RuijiError(
-                    f"the embedded Redis can serve {clients} connections only, as this process may open few files: "
-                    "raise that limit (ulimit -n 1024) and run it again"
-                )
+        if log.exists() and b"ready to accept connections" in log.read_bytes()[begins:].lower():
             return True
-        except BrokerUnavailable:
-            # Whoever has its port may have kept this waiting.
-            if time.monotonic() > deadline and server.poll() is None:
-                raise _not_started(log) from None
-            time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise _not_started(log)
+        time.sleep(0.02)
     return False
+
+
+def _check_clients(url: str) -> None:
+    client = connect(url)
+    clients = int(client.config_get("maxclients")["maxclients"] or 0)
+    client.close()
+    if clients < _LEAST_CLIENTS:
+        raise RuijiError(
+            f"the embedded Redis can serve {clients} connections only, as this process may open few files: "
+            "raise that limit (ulimit -n 1024) and run it again"
+        )
 
 
 def _not_started(log: Path) -> RuijiError:
@@ -152,15 +171,6 @@ def _check(server: "subprocess.Popen[bytes]", log: Path) -> None:
             f"the embedded Redis has died (exit code {server.returncode}). What is done is on the disk: "
             f"run it again to continue. {_end_of(log)}"
         )
-
-
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    server.terminate()
-    try:
-        server.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 def _end_of(log: Path) -> str:
@@ -199,14 +209,14 @@ def _url(port: int, password: str) -> str:
 def _address(file: Path) -> tuple[int, str]:
     """Port and password: the last server's, so that who was connected to it finds the next one.
 
-    A port that somebody else has taken meanwhile is given up.
+    A port that somebody else has taken meanwhile is given up, and the password with it: it may have been told there.
     """
     try:
         number, password = file.read_text().split()
         port = int(number)
-        if not _is_free(port):
-            port = free_port()
     except (OSError, ValueError):
+        port, password = 0, ""
+    if not _is_free(port):
         port, password = free_port(), secrets.token_urlsafe(24)
     write_private(file, f"{port} {password}\n")
     return port, password
@@ -226,13 +236,15 @@ def free_port() -> int:
     Raises:
         RuijiError: there is none.
     """
-    for port in random.sample(_PORTS, 100):
+    for port in random.SystemRandom().sample(_PORTS, 100):
         if _is_free(port):
             return port
-    raise RuijiError(f"no port of this machine from {_PORTS.start} to {_PORTS.stop} is free for a Redis")
+    raise RuijiError(f"none of 100 ports between {_PORTS.start} and {_PORTS.stop} that were tried is free for a Redis")
 
 
 def _is_free(port: int) -> bool:
+    if port <= 0:
+        return False
     with socket.socket() as probe:
         # Connections that ended a minute ago still have it; a server may take it all the same.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -240,4 +252,4 @@ def _is_free(port: int) -> bool:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError):
             return False
-        return port > 0
+    return True

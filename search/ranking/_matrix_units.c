@@ -21,8 +21,8 @@
 
 /* Rows and queries of a tile, and its values of each; rows and queries that are multiplied in one go. */
 enum { SIDE = 16, WIDTH = 32, TILE = SIDE * WIDTH, GO = 2 * SIDE };
-/* Rows that stay in the second cache while all queries come: 650 kB for 1280 values. Known in compiled.py. A few queries
-   stay there themselves, and fewer rows in the first. */
+/* Rows that stay in the second cache while all queries come: 650 kB for 1280 values. Known in compiled.py. With few
+   queries it is these that stay there, and fewer rows at once are quicker. */
 enum { PANEL = 256, FEW_QUERIES = 128, SMALL_PANEL = 64 };
 /* NaN in bfloat16. */
 enum { NONE = 0x7fc0 };
@@ -238,7 +238,7 @@ static int32_t cut_off(hit *hits, int32_t count, int64_t k, double margin, doubl
    found      [asked][room]
    least      [asked, as a multiple of 32], for use here
    Returns where to go on after the rows that were found were taken: `count` if there is nothing left to do. */
-int64_t ruiji_find(const uint16_t *rows, int64_t count, int64_t tiles, int64_t first, int64_t from,
+int64_t ruiji_find_hits(const uint16_t *rows, int64_t count, int64_t tiles, int64_t first, int64_t from,
                    const uint16_t *queries, int64_t asked, int64_t k, double margin, double *cuts, int64_t room,
                    int32_t *counts, int32_t *limits, hit *found, float *least) {
     float here[GO * GO];

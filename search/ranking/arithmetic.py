@@ -77,8 +77,12 @@ class Arithmetic(Protocol):
         """Whether it has the rows of a gallery that it scanned, as it multiplies them."""
         ...
 
+    def holds(self, gallery: Gallery) -> bool:
+        """Whether it keeps a gallery's rows, or is about to."""
+        ...
+
     def kept_bytes(self) -> int:
-        """What the rows take that it keeps."""
+        """How many bytes the rows take that it keeps, or is about to."""
         ...
 
     def tiles(self, length: int) -> Tiles:

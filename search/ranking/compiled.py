@@ -19,7 +19,7 @@ _EXACT = {"ruiji_exact_cosines": (_NUMBER, _NUMBER, *[_POINTER] * 5)}
 _MATRIX_UNITS = {
     "ruiji_matrix_units": (),
     "ruiji_round_rows": (_NUMBER, _NUMBER, *[_POINTER] * 4, _NUMBER),
-    "ruiji_find": (
+    "ruiji_find_hits": (
         _POINTER,
         *[_NUMBER] * 4,
         _POINTER,
@@ -96,7 +96,7 @@ def _matrix_units() -> ctypes.CDLL | None:
     # Nobody may use them who has not asked for them.
     if isinstance(library, str) or not library.ruiji_matrix_units():
         return None
-    library.ruiji_round_rows.restype, library.ruiji_find.restype = ctypes.c_double, _NUMBER
+    library.ruiji_round_rows.restype, library.ruiji_find_hits.restype = ctypes.c_double, _NUMBER
     return library
 
 
@@ -115,7 +115,12 @@ class RowTiles:
     @classmethod
     def room_for(cls, rows: int, length: int) -> "RowTiles":
         """For so many rows, nothing in it yet."""
-        return cls(_zeros(_whole(rows, 2 * _SIDE) * _whole(length, _WIDTH)), length)
+        return cls(_zeros(cls.bytes_for(rows, length) // 2), length)
+
+    @staticmethod
+    def bytes_for(rows: int, length: int) -> int:
+        """What so many rows take."""
+        return 2 * _whole(rows, 2 * _SIDE) * _whole(length, _WIDTH)
 
     def put(self, features: Float32, norms: Float32, usable: Mask, first: int) -> float:
         """Round rows to unit vectors in bfloat16.
@@ -196,7 +201,7 @@ class Finder:
         assert library is not None
         queries, tiles = self._queries, -(-rows.length // _WIDTH)
         arrays = (self._counts, self._limits, self._found, self._least)
-        went: int = library.ruiji_find(
+        went: int = library.ruiji_find_hits(
             rows.values.ctypes,
             *(end, tiles, first, start),
             queries.values.ctypes,

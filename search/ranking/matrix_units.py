@@ -78,6 +78,8 @@ class MatrixUnits(NumpyArithmetic):
         super().__init__(block_rows)
         self._resident, self._block_rows = resident, block_rows
         self._kept: _Kept | None = None
+        #: Whose rows are kept, or put into tiles now.
+        self._gallery: Gallery | None = None
         # Two threads that come first would both make a copy.
         self._keeping = threading.Lock()
 
@@ -109,18 +111,22 @@ class MatrixUnits(NumpyArithmetic):
         kept = self._kept
         return kept is not None and kept.gallery is gallery
 
+    def holds(self, gallery: Gallery) -> bool:
+        """As `Arithmetic` says."""
+        return self._gallery is gallery
+
     def kept_bytes(self) -> int:
         """As `Arithmetic` says."""
-        kept = self._kept
-        return 0 if kept is None else kept.rows.values.nbytes
+        return 0 if self._gallery is None else RowTiles.bytes_for(self._gallery.rows, self._gallery.length)
 
     def _keep(self, gallery: Gallery) -> _Kept:
         if (kept := self._kept) is not None and kept.gallery is gallery:
             return kept
+        # Two copies may be more than there is memory for: none must be held here when the next one is made.
+        del kept
         with self._keeping:
             if self._kept is None or self._kept.gallery is not gallery:
-                # Two copies may be more than there is memory for.
-                self._kept = None
+                self._kept, self._gallery = None, gallery
                 rows, losses = RowTiles.room_for(gallery.rows, gallery.length), [0.0]
                 for block in self._blocks(gallery):
                     parts = parts_of(len(block.features), cores())

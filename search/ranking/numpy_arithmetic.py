@@ -32,6 +32,10 @@ class NumpyArithmetic:
         """As `Arithmetic` says; numpy reads them anew."""
         return False
 
+    def holds(self, gallery: Gallery) -> bool:
+        """As `Arithmetic` says."""
+        return False
+
     def kept_bytes(self) -> int:
         """As `Arithmetic` says."""
         return 0

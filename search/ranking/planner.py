@@ -223,15 +223,15 @@ class Planner:
         )
         machine = look_at_machine(self._device)
         way = choose_way(question, machine)
-        kept = next((one for one in tuple(self._kept) if one == replace(way, resident=True)), None)
-        if kept is None:
+        # With the sizes that were planned when there was room for it.
+        for kept, arithmetic in tuple(self._kept.items()):
+            if kept == replace(way, resident=True) and arithmetic.holds(gallery):
+                return kept
+        # The copy of another gallery goes, and with it what has that one's sizes.
+        gone = self._kept.pop(replace(way, resident=True), None)
+        if machine.device_free_bytes is None or gone is None:
             return way
-        if self._kept[kept].keeps(gallery):
-            return kept
-        if machine.device_free_bytes is None:
-            return way
-        # What is kept makes room for this gallery.
-        free = machine.device_free_bytes + self._kept[kept].kept_bytes()
+        free = machine.device_free_bytes + gone.kept_bytes()
         return choose_way(question, replace(machine, device_free_bytes=free))
 
     def arithmetic(self, way: Way) -> Arithmetic:
@@ -275,10 +275,12 @@ def _choose(question: Question, machine: Machine) -> Way:
         return Way(Library.numpy, Device.cpu, Precision.float64, False, rows, QUERIES_AT_ONCE, why)
     # What is compiled keeps whole tiles of 32 values.
     fits = 2 * question.rows * -(-question.length // 32) * 32 <= _MEMORY_PART * machine.memory_bytes
+    stays = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE) and fits
     units = machine.bfloat16
     if question.coded and question.metric is not Metric.euclidean:
         torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
-        matrix = units is not None and units.matrix and question.lasting and fits and _worth_bfloat16(question, machine)
+        matrix = units is not None and units.matrix and question.lasting and stays
+        matrix = matrix and _worth_bfloat16(question, machine, stays)
         # Rows that are neither kept nor in memory would have to be read to be kept.
         matrix = matrix and (question.kept or question.in_memory)
         if torch and question.queries <= _CODES_BY_TORCH and not matrix:
@@ -287,27 +289,26 @@ def _choose(question: Question, machine: Machine) -> Way:
         if not question.in_memory and question.queries <= _CODES_BY_NUMPY and not matrix:
             why = "the features are not in memory, and the kept codes are a quarter of the bytes"
             return Way(Library.numpy, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
-    if why := _why_numpy(question, machine):
+    if why := _why_numpy(question, machine, stays):
         return Way(Library.numpy, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
-    again = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE)
     why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
-    if again and fits:
+    if stays:
         why = "the CPU's bfloat16 units multiply rows that are rounded once"
     library = Library.compiled if _compiled(question, machine) else Library.torch
-    return Way(library, Device.cpu, Precision.bfloat16, again and fits, rows, QUERIES_AT_ONCE, why)
+    return Way(library, Device.cpu, Precision.bfloat16, stays, rows, QUERIES_AT_ONCE, why)
 
 
 def _compiled(question: Question, machine: Machine) -> bool:
     return machine.compiled and question.purpose is Purpose.hits and question.rows < MAX_ROWS
 
 
-def _worth_bfloat16(question: Question, machine: Machine) -> bool:
-    on_the_way = _compiled(question, machine) and not question.lasting
+def _worth_bfloat16(question: Question, machine: Machine, stays: bool) -> bool:
+    on_the_way = _compiled(question, machine) and not stays
     enough = question.queries >= (_WORTH_ROUNDING if on_the_way else _WORTH_BFLOAT16)
     return enough or (question.kept and machine.bfloat16 is not None and machine.bfloat16.matrix)
 
 
-def _why_numpy(question: Question, machine: Machine) -> str:
+def _why_numpy(question: Question, machine: Machine, stays: bool) -> str:
     """Why bfloat16 would not help on this CPU; empty if it would."""
     if question.metric is Metric.euclidean:
         return "Euclidean distances need float32, where numpy is as fast"
@@ -317,7 +318,7 @@ def _why_numpy(question: Question, machine: Machine) -> str:
     compiled = _compiled(question, machine)
     if not (machine.torch or compiled):
         return "torch is not installed"
-    if not _worth_bfloat16(question, machine):
+    if not _worth_bfloat16(question, machine, stays):
         return "for so few queries rounding the gallery to bfloat16 costs more than it saves"
     if not (machine.torch_loaded or compiled) and question.queries * question.rows < units.products:
         return "this takes less time than importing torch"

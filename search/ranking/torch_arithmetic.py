@@ -168,9 +168,9 @@ class TorchScan:
 
     @property
     def kept_bytes(self) -> int:
-        """What it takes there."""
-        kept = self._kept
-        return 0 if kept is None else kept.features.nbytes
+        """How many bytes it takes there, or is about to."""
+        begun = self._kept is not None or self._keeping.locked()
+        return self.gallery.rows * self.gallery.length * self._dtype.itemsize if begun else 0
 
     def _margin(self, row_loss: float, query_loss: float) -> Margin:
         if self._dtype is torch.float32:
@@ -299,6 +299,11 @@ class TorchArithmetic:
         """As `Arithmetic` says."""
         scan = self._scanned
         return scan is not None and scan.gallery is gallery and scan.keeps
+
+    def holds(self, gallery: Gallery) -> bool:
+        """As `Arithmetic` says."""
+        scan = self._scanned
+        return scan is not None and scan.gallery is gallery
 
     def kept_bytes(self) -> int:
         """As `Arithmetic` says."""

@@ -182,16 +182,28 @@ def test_a_port_that_somebody_takes_between_the_look_and_the_start_is_given_up(
 ) -> None:
     look = embedded.free_port
     with socket.create_server(("127.0.0.1", 0)) as somebody:
+        somebody.settimeout(0.1)
         taken = iter([somebody.getsockname()[1]])
         monkeypatch.setattr(embedded, "free_port", lambda: next(taken, None) or look())
         with embedded.embedded_redis(tmp_path) as (url, check):
             check()
             assert connect(url).ping() and f":{somebody.getsockname()[1]}/" not in url
             assert embedded.url_of(tmp_path) == url
-    # For ever it is not tried.
-    monkeypatch.setattr(embedded, "_start", lambda *_: (subprocess.Popen(["false"]), url))
-    with pytest.raises(RuijiError, match="did not start"), embedded.embedded_redis(tmp_path):
+        with pytest.raises(TimeoutError):
+            somebody.accept()  # Nobody asked there, nor told it a password.
+        before = embedded.url_of(tmp_path)
+        with embedded.embedded_redis(tmp_path) as (url, _):
+            assert url == before, "whoever was connected finds the next one"
+
+
+def test_a_server_that_exits_each_time_is_not_started_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho tried >> "$(dirname "$0")/tries"\n')
+    server.chmod(0o755)
+    monkeypatch.setattr(embedded, "find_server", lambda: str(server))
+    with pytest.raises(RuijiError, match="did not start"), embedded.embedded_redis(tmp_path / "data"):
         pass
+    assert (tmp_path / "tries").read_text() == "tried\n" * 3
 
 
 def test_an_address_is_never_seen_half_written(tmp_path: Path) -> None:

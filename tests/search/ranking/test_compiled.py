@@ -19,7 +19,6 @@ from search.options import Metric
 from search.ranking import compiled, exact
 from search.ranking.codes_scan import codes_scan
 from search.ranking.exact import Widened, exact_similarities_at, exact_similarities_to
-from search.ranking.planner import bfloat16_units
 from search.ranking.rank import rank
 from search.ranking.threads import in_threads
 from tests.sanitized import run_sanitized
@@ -37,11 +36,8 @@ def test_it_was_compiled_where_there_is_a_compiler(name: str) -> None:
     assert find_spec(f"search.ranking._{name}"), "install ruiji again: make clean setup"
 
 
-def test_each_is_used_where_it_can_be() -> None:
+def test_it_is_used_where_it_was_compiled() -> None:
     assert compiled.has_exact() == (find_spec("search.ranking._exact") is not None)
-    units = bfloat16_units()
-    if find_spec("search.ranking._matrix_units") and units is not None and units.flag == "amx_bf16":
-        assert compiled.has_matrix_units()
 
 
 @needs_compiled
@@ -63,7 +59,7 @@ def test_its_cosines_have_numpys_bits(d: int) -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @pytest.mark.parametrize("machine", ["", "avx2", "avx512f"])
 def test_each_machines_code_has_the_same_bits(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if machine not in CPU.read_text():
+    if not CPU.exists() or machine not in CPU.read_text():
         pytest.skip(f"this CPU has no {machine}")
     command = ["cc", "-O3", "-ffp-contract=off", "-DFOR_EACH_MACHINE=", *([f"-m{machine}"] if machine else [])]
     subprocess.run([*command, "-shared", "-fPIC", "-o", tmp_path / "x.so", SOURCE, "-lm"], check=True)
@@ -116,8 +112,12 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
         expected = rank(gallery, queries, 50)
         child = os.fork()
         if child == 0:
-            signal.alarm(60)
-            os._exit(0 if rank(gallery, queries, 50) == expected else 1)
+            same = False
+            try:
+                signal.alarm(60)
+                same = rank(gallery, queries, 50) == expected
+            finally:
+                os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
 
 

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,7 +188,30 @@ def test_several_threads_share_what_is_kept_and_only_the_last_gallery_is() -> No
         asked = [threads.submit(rank, galleries[n % 2], queries, 10, scan=arithmetic.scan) for n in range(20)]
         assert [one.result() for one in asked] == 10 * expected
     assert rank(galleries[0], queries, 10, scan=arithmetic.scan) == expected[0]
+    assert (arithmetic.holds(galleries[0]), arithmetic.holds(galleries[1])) == (True, False)
     assert (arithmetic.keeps(galleries[0]), arithmetic.keeps(galleries[1])) == (True, False)
+
+
+def test_the_copy_of_before_is_gone_when_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, made = features_of("random", 300), list[weakref.ref[RowTiles]]()
+    first, second = in_memory(features), in_memory(features)
+    room_for = RowTiles.room_for
+
+    def noted(rows: int, length: int) -> RowTiles:
+        assert rows < 300 or all(one() is None for one in made), "two are in memory"
+        tiles = room_for(rows, length)
+        if rows == 300:
+            made.append(weakref.ref(tiles))
+        return tiles
+
+    monkeypatch.setattr(RowTiles, "room_for", noted)
+    arithmetic = MatrixUnits(resident=True)
+    assert arithmetic.kept_bytes() == 0 and not arithmetic.holds(first)
+    for gallery in (first, second):
+        rank(gallery, features[:3], 10, scan=arithmetic.scan)
+        # Whole tiles of 32 rows and 32 values: 33 are 64.
+        assert arithmetic.kept_bytes() == 2 * 320 * 64
+    assert len(made) == 2
 
 
 def test_it_reads_and_writes_nothing_else(tmp_path: Path) -> None:
@@ -198,8 +222,8 @@ def test_it_reads_and_writes_nothing_else(tmp_path: Path) -> None:
         #include <stdlib.h>
         typedef struct { float sum; int32_t row; } hit;
         double ruiji_round_rows(int64_t, int64_t, const float *, const float *, const uint8_t *, uint16_t *, int64_t);
-        int64_t ruiji_find(const uint16_t *, int64_t, int64_t, int64_t, int64_t, const uint16_t *, int64_t, int64_t,
-                           double, double *, int64_t, int32_t *, int32_t *, hit *, float *);
+        int64_t ruiji_find_hits(const uint16_t *, int64_t, int64_t, int64_t, int64_t, const uint16_t *, int64_t,
+                                int64_t, double, double *, int64_t, int32_t *, int32_t *, hit *, float *);
         static int one(int64_t rows, int64_t length, int64_t asked, int64_t k, int64_t room) {
             int64_t tiles = (length + 31) / 32, whole = (asked + 31) / 32 * 32, stops = 0, found = 0;
             float *features = malloc(rows * length * 4), *norms = malloc(rows * 4);
@@ -215,7 +239,7 @@ def test_it_reads_and_writes_nothing_else(tmp_path: Path) -> None:
             for (int64_t i = 0; i < asked; i++) counts[i] = 0, limits[i] = (int32_t)(2 * k + 32), cuts[i] = -INFINITY;
             if (!(ruiji_round_rows(rows, length, features, norms, usable, kept, 0) < 1)) return 1;
             for (int64_t from = 0; from < rows; stops++) {
-                from = ruiji_find(kept, rows, tiles, 5, from, queries, asked, k, 0.01, cuts, room, counts, limits,
+                from = ruiji_find_hits(kept, rows, tiles, 5, from, queries, asked, k, 0.01, cuts, room, counts, limits,
                                   found_rows, least);
                 for (int64_t i = 0; i < asked; i++)
                     for (found += counts[i]; counts[i]; counts[i]--) {

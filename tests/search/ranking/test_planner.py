@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic
 from search.ranking.planner import Bfloat16Units, Library, Machine, Planner, Purpose, Question, Way, choose_way
@@ -211,16 +212,27 @@ def test_what_is_kept_on_a_device_is_room_for_what_comes_in_its_place(monkeypatc
     )
     way = planner.way(gallery, Purpose.hits, 50)
     assert way.resident and not planner.way(grown, Purpose.hits, 50).resident
-    planner._kept[way] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: one is gallery, kept_bytes=lambda: kept))
+    held = SimpleNamespace(keeps=lambda one: one is gallery, holds=lambda one: one is gallery, kept_bytes=lambda: kept)
+
+    def answered(asked: Gallery) -> Way:
+        planner._kept.clear()
+        planner._kept[way] = cast(Arithmetic, held)
+        return planner.way(asked, Purpose.hits, 50)
+
     free[0] -= kept
     # What is free now would not do for as much again, but the copy goes if another comes.
     again = dataclasses.replace(gallery)
-    assert planner.way(gallery, Purpose.hits, 50) is way
-    assert (
-        planner.way(again, Purpose.hits, 50).resident
-        and not Planner(Device.cuda, True).way(again, Purpose.hits, 50).resident
-    )
-    assert not planner.way(grown, Purpose.hits, 50).resident
+    assert not Planner(Device.cuda, lasting=True).way(again, Purpose.hits, 50).resident
+    assert answered(gallery) is way and way in planner._kept
+    for asked in (again, grown):
+        answer = answered(asked)
+        assert answer.resident == (asked is again)
+        # As if it had never been there, and so it must not be.
+        free[0] += kept
+        fresh = Planner(Device.cuda, lasting=True).way(asked, Purpose.hits, 50)
+        assert (answer, answer.products_at_once) == (fresh, fresh.products_at_once)
+        free[0] -= kept
+        assert not planner._kept
 
 
 def test_rows_that_many_queries_had_kept_serve_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +276,7 @@ def test_a_copy_on_cuda_is_found_again_though_less_is_free(monkeypatch: pytest.M
     planner = Planner(Device.cuda, lasting=True)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: GPU)
     first = planner.way(gallery, Purpose.hits, 1)
-    planner._kept[first] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: one is gallery))
+    planner._kept[first] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: True, holds=lambda one: one is gallery))
     less = dataclasses.replace(GPU, device_free_bytes=1 << 30)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: less)
     # With the sizes that were planned for it.

@@ -250,3 +250,17 @@ def test_looking_by_groups_finds_what_a_comparison_finds(share: float) -> None:
             assert is_dense(len(wanted[0]), values.size)
         else:
             assert np.array_equal(found[0], wanted[0]) and np.array_equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+def test_what_is_kept_is_counted(precision: Precision) -> None:
+    features = features_of("random", 300, 64)
+    gallery = in_memory(features)
+    arithmetic = TorchArithmetic("cpu", precision, resident=True)
+    assert arithmetic.kept_bytes() == 0 and not arithmetic.holds(gallery)
+    counted = []
+    for part in arithmetic.scan(gallery, Batch(features[:3], 5, Metric.cosine), np.full(3, -np.inf)):
+        counted.append((len(part.rows) > 0, arithmetic.holds(gallery), arithmetic.keeps(gallery)))
+        assert arithmetic.kept_bytes() == 300 * 64 * (4 if precision is Precision.float32 else 2)
+    assert counted == [(True, True, False)] * len(counted) and arithmetic.keeps(gallery)
+    assert not TorchArithmetic("cpu", precision).holds(gallery)
