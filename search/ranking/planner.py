@@ -225,7 +225,8 @@ class Planner:
         way = choose_way(question, machine)
         # With the sizes that were planned when there was room for it.
         for kept, arithmetic in tuple(self._kept.items()):
-            if kept == replace(way, resident=True) and arithmetic.holds(gallery):
+            begins = way.resident and not arithmetic.kept_bytes()
+            if kept == replace(way, resident=True) and (begins or arithmetic.holds(gallery)):
                 return kept
         # The copy of another gallery goes, and with it what has that one's sizes.
         gone = self._kept.pop(replace(way, resident=True), None)

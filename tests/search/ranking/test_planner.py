@@ -193,6 +193,8 @@ def test_one_copy_is_kept_however_many_queries_ask(monkeypatch: pytest.MonkeyPat
     planner = Planner(Device.cpu, lasting=True)
     ways = [planner.way(gallery, Purpose.hits, queries) for queries in (16, 100)]
     assert planner.arithmetic(ways[0]) is planner.arithmetic(ways[1])
+    # Whoever comes before the first has begun waits for its copy.
+    assert planner.arithmetic(planner.way(gallery, Purpose.hits, 50)) is planner.arithmetic(ways[0])
     assert not Planner(Device.cpu).way(gallery, Purpose.hits, 50).resident
     # One that has grown is kept only if it still fits.
     monkeypatch.setattr(
@@ -276,7 +278,9 @@ def test_a_copy_on_cuda_is_found_again_though_less_is_free(monkeypatch: pytest.M
     planner = Planner(Device.cuda, lasting=True)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: GPU)
     first = planner.way(gallery, Purpose.hits, 1)
-    planner._kept[first] = cast(Arithmetic, SimpleNamespace(keeps=lambda one: True, holds=lambda one: one is gallery))
+    planner._kept[first] = cast(
+        Arithmetic, SimpleNamespace(keeps=lambda one: True, holds=lambda one: one is gallery, kept_bytes=lambda: 1)
+    )
     less = dataclasses.replace(GPU, device_free_bytes=1 << 30)
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: less)
     # With the sizes that were planned for it.
