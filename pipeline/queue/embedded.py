@@ -7,7 +7,6 @@ from the PATH. It listens on loopback only, with a generated password, and keeps
 import fcntl
 import importlib.util
 import os
-import random
 import secrets
 import shutil
 import socket
@@ -138,12 +137,21 @@ def _is_up(server: "subprocess.Popen[bytes]", log: Path, begins: int) -> bool:
     """
     deadline = time.monotonic() + _START_TIMEOUT_S
     while server.poll() is None:
-        if log.exists() and b"ready to accept connections" in log.read_bytes()[begins:].lower():
+        if b"ready to accept connections" in _said(log, begins).lower():
             return True
         if time.monotonic() > deadline:
             raise _not_started(log)
         time.sleep(0.02)
     return False
+
+
+def _said(log: Path, begins: int) -> bytes:
+    try:
+        with log.open("rb") as file:
+            file.seek(begins)
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def _check_clients(url: str) -> None:
@@ -236,7 +244,7 @@ def free_port() -> int:
     Raises:
         RuijiError: there is none.
     """
-    for port in random.SystemRandom().sample(_PORTS, 100):
+    for port in secrets.SystemRandom().sample(_PORTS, 100):
         if _is_free(port):
             return port
     raise RuijiError(f"none of 100 ports between {_PORTS.start} and {_PORTS.stop} that were tried is free for a Redis")

@@ -235,12 +235,12 @@ static int32_t cut_off(hit *hits, int32_t count, int64_t k, double margin, doubl
    room       for so many rows of each query, at least `PANEL`
    counts     [asked], rows that were found
    limits     [asked], if there are more, they are looked through; raised
-   found      [asked][room]
+   found      [asked][room], written
    least      [asked, as a multiple of 32], for use here
    Returns where to go on after the rows that were found were taken: `count` if there is nothing left to do. */
 int64_t ruiji_find_hits(const uint16_t *rows, int64_t count, int64_t tiles, int64_t first, int64_t from,
-                   const uint16_t *queries, int64_t asked, int64_t k, double margin, double *cuts, int64_t room,
-                   int32_t *counts, int32_t *limits, hit *found, float *least) {
+                        const uint16_t *queries, int64_t asked, int64_t k, double margin, double *cuts, int64_t room,
+                        int32_t *counts, int32_t *limits, hit *found, float *least) {
     float here[GO * GO];
     int64_t panel = from, step;
     for (int64_t query = 0; query < (asked + GO - 1) / GO * GO; query++)

@@ -34,7 +34,6 @@ _MATRIX_UNITS = {
 _HIT = np.dtype([("product", np.float32), ("row", np.int32)])
 #: Rows or queries, and values, of a tile; `_matrix_units.c` goes through so many rows at once.
 _SIDE, _WIDTH, PANEL_ROWS = 16, 32, 256
-_TILE = _SIDE * _WIDTH
 
 
 # The cosine that decides
@@ -72,7 +71,8 @@ def _exact() -> ctypes.CDLL | None:
 
 def _has_numpys_bits(library: ctypes.CDLL) -> bool:
     """Whether it adds up as this numpy does, on rows that are added up in several parts."""
-    some, others = np.random.default_rng(0).normal(size=(2, 1283)).astype(np.float32)
+    # Any values will do; to import numpy's random ones takes as long as many searches.
+    some, others = np.sin(np.arange(2 * 1283, dtype=np.float64) ** 1.5).astype(np.float32).reshape(2, -1)
     query, row = some.astype(np.float64), others.astype(np.float64)
     square, numbers = row_sums((query * query)[np.newaxis]), np.zeros(1, np.int64)
     addresses, cosine = np.array([others.ctypes.data]), np.zeros(1)
