@@ -24,6 +24,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the settings of the person who runs it."""
     for name in [name for name in os.environ if name.startswith("RUIJI_")]:
         monkeypatch.delenv(name)
+    # What `make test ARGS=…` was given is not for the make of a test.
+    for name in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
     # A shell lets what it starts in the background ignore Ctrl-C, and so all that that starts in turn.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
