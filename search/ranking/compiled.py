@@ -15,7 +15,7 @@ from pipeline.compiled import load
 from search.arrays import Float32, Float64, Mask, Rows, row_sums
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_EXACT = {"ruiji_exact_cosines": (_NUMBER, _NUMBER, *[_POINTER] * 5)}
+_EXACT = {"ruiji_cosines_of_pairs": (_NUMBER, _NUMBER, *[_POINTER] * 5)}
 _MATRIX_UNITS = {
     "ruiji_matrix_units": (),
     "ruiji_round_rows": (_NUMBER, _NUMBER, *[_POINTER] * 4, _NUMBER),
@@ -39,11 +39,11 @@ _SIDE, _WIDTH, PANEL_ROWS = 16, 32, 256
 # The cosine that decides
 
 
-def exact_cosines(queries: Float64, squares: Float64, numbers: Rows, addresses: Rows) -> Float64:
+def exact_cosines(queries: Float32, squares: Float64, numbers: Rows, addresses: Rows) -> Float64:
     """As `search.ranking.exact.exact_similarities_to` has it; only if `has_exact`.
 
     Args:
-        queries: float64[q, d]; squares: of their norms, float64[q].
+        queries: float32[q, d]; squares: of their norms, float64[q].
         numbers: of each row its query, int64[c]; addresses: where the row is, float32[d], int64[c].
 
     Returns:
@@ -54,7 +54,7 @@ def exact_cosines(queries: Float64, squares: Float64, numbers: Rows, addresses: 
     cosines = np.empty(len(addresses))
     arrays = (np.ascontiguousarray(one) for one in (addresses, queries, squares, numbers))
     arguments = [one.ctypes for one in (*arrays, cosines)]
-    library.ruiji_exact_cosines(len(addresses), queries.shape[1], *arguments)
+    library.ruiji_cosines_of_pairs(len(addresses), queries.shape[1], *arguments)
     return cosines
 
 
@@ -76,8 +76,8 @@ def _has_numpys_bits(library: ctypes.CDLL) -> bool:
     query, row = some.astype(np.float64), others.astype(np.float64)
     square, numbers = row_sums((query * query)[np.newaxis]), np.zeros(1, np.int64)
     addresses, cosine = np.array([others.ctypes.data]), np.zeros(1)
-    arrays = (addresses, query, square, numbers, cosine)
-    library.ruiji_exact_cosines(1, len(query), *(one.ctypes for one in arrays))
+    arrays = (addresses, some, square, numbers, cosine)
+    library.ruiji_cosines_of_pairs(1, len(query), *(one.ctypes for one in arrays))
     expected = row_sums((row * query)[np.newaxis]) / np.sqrt(row_sums((row * row)[np.newaxis]) * square)
     return bool((cosine == expected).all())
 

@@ -102,10 +102,12 @@ def exact_similarities_to(queries: Widened, numbers: Rows, rows: Float32) -> Flo
     return cosines
 
 
-def exact_similarities_at(queries: Widened, numbers: Rows, addresses: Rows) -> Float64:
+def exact_similarities_at(queries: Float32, squares: Float64, numbers: Rows, addresses: Rows) -> Float64:
     """What `exact_similarities_to` gives, soonest; only if `search.ranking.compiled.has_exact`.
 
     Args:
+        queries: float32[q, d]; squares: of their norms, as `Widened` has them.
+        numbers: of each row its query, int64[c].
         addresses: where the rows are in memory, float32[d] each, int64[c]; the caller keeps them there.
             They are read in the order of their addresses.
     """
@@ -113,7 +115,7 @@ def exact_similarities_at(queries: Widened, numbers: Rows, addresses: Rows) -> F
 
     def compute(part: slice) -> None:
         some = order[part]
-        cosines[some] = exact_cosines(queries.rows, queries.squares, numbers[some], addresses[some])
+        cosines[some] = exact_cosines(queries, squares, numbers[some], addresses[some])
 
     in_threads(compute, parts_of(len(order), cores(), _PAIRS_OF_A_THREAD))
     return cosines

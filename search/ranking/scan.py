@@ -62,7 +62,7 @@ class Batch:
             numbers, rows: int64[c].
         """
         if self.metric is not Metric.euclidean and has_exact():
-            return exact_similarities_at(self._wide, numbers, gallery.addresses(rows))
+            return exact_similarities_at(self.queries, self._wide.squares, numbers, gallery.addresses(rows))
         values = np.empty(len(rows))
         for some, features in gallery.pieces(rows):
             if self.metric is Metric.euclidean:
