@@ -331,7 +331,7 @@ def members_of(gallery: Gallery, rows: Rows, turned: "TurnedPairs | None" = None
     first_with: dict[bytes, str] = {}
     for start, similarities in zip(range(0, len(rows), DECIDED_AT_ONCE), _from_first(gallery, rows), strict=True):
         some = rows[start : start + DECIDED_AT_ONCE]
-        told = gallery.object_ids(some).tolist(), gallery.paths(some), gallery.digests(some)
+        told = gallery.object_ids(some), gallery.paths(some), gallery.digests(some)
         for row, similarity, object_id, path, digest in zip(some.tolist(), similarities.tolist(), *told, strict=True):
             same = None if digest is None else first_with.get(digest)
             if digest is not None and same is None:

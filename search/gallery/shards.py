@@ -135,9 +135,8 @@ class Shard:
             ShardCorrupt: one of them is no text.
         """
         ids: list[str] = self.object_ids[rows].tolist()
-        for object_id in ids:
-            if not (object_id.isascii() or _is_text(object_id)):
-                raise ShardCorrupt(f"the object ids of shard {self.name} are not text; {RESTORE}")
+        if not all(map(str.isascii, ids)) and not all(map(_is_text, ids)):
+            raise ShardCorrupt(f"the object ids of shard {self.name} are not text; {RESTORE}")
         return ids
 
     @cached_property
@@ -150,7 +149,7 @@ class Shard:
     def paths_at(self, rows: list[int]) -> list[str | None]:
         """The paths of some of its rows; None where they are unknown."""
         paths = self.paths
-        return [None if paths is None else paths[row] for row in rows]
+        return [None] * len(rows) if paths is None else list(map(paths.__getitem__, rows))
 
     def digests_at(self, rows: list[int]) -> list[bytes | None]:
         """The digests of some of its rows, 32 bytes each; None where none was kept."""
@@ -377,9 +376,9 @@ class Gallery:
             raise IndexError(f"a gallery of {self.rows} rows has no row {rows.min()} or {rows.max()}")
         return self._bases[np.searchsorted(self._ends, rows, side="right")] + 4 * self.length * rows
 
-    def object_ids(self, rows: NDArray[np.int64]) -> NDArray[np.str_]:
-        """The object ids of some gallery rows, `<U…`[c], in the order given."""
-        return np.array(self._of_rows(rows, lambda shard, local: shard.ids(local)), dtype=np.str_)
+    def object_ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The object ids of some gallery rows, in the order given."""
+        return self._of_rows(rows, lambda shard, local: shard.ids(local))
 
     def paths(self, rows: NDArray[np.int64]) -> list[str | None]:
         """The objects' paths, as `path` has them, in the order given."""
@@ -393,14 +392,17 @@ class Gallery:
         """What a shard says of some of its rows, for gallery rows in the order given."""
         if not len(rows):
             return []
-        owners = np.searchsorted(self._ends, rows, side="right")
-        order = np.argsort(owners, kind="stable")
-        indexes, starts = np.unique(owners[order], return_index=True)
-        told: dict[int, _T] = {}
-        for index, places in zip(indexes.tolist(), np.split(order, starts[1:]), strict=True):
-            local = (rows[places] - self.firsts[index]).tolist()
-            told.update(zip(places.tolist(), of_shard(self.shards[index], local), strict=True))
-        return [told[place] for place in range(len(rows))]
+        # In the gallery's order, in which they lie in memory.
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        told: list[_T] = []
+        bounds = itertools.pairwise([0, *np.searchsorted(ordered, self._ends).tolist()])
+        for shard, first, (start, end) in zip(self.shards, self.firsts, bounds, strict=True):
+            if start < end:
+                told += of_shard(shard, (ordered[start:end] - first).tolist())
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return list(map(told.__getitem__, places.tolist()))
 
     def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
         """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import QueryError
 from search.arrays import Float32, Float64, Mask, Rows
@@ -33,7 +32,8 @@ _PAIRS_AT_ONCE = 1 << 20
 _WAITING, _ALL_WAITING = 1 << 16, 1 << 21
 
 
-@dataclass(frozen=True)
+# Not frozen: to make a frozen one takes four times as long, and a thousand queries have twenty thousand.
+@dataclass(unsafe_hash=True)
 class Hit:
     """One neighbour of a query.
 
@@ -75,12 +75,10 @@ class Neighbours:
     Attributes:
         rows: gallery rows, int64[k].
         values: float64[k], what they are ordered by: the cosine, or minus the squared Euclidean distance.
-        object_ids: `<U…`[k].
     """
 
     rows: Rows
     values: Float64
-    object_ids: NDArray[np.str_]
 
 
 def rank(
@@ -183,9 +181,8 @@ def _hits(gallery: Gallery, queries: Float32, found: list[Neighbours], metric: M
             similarities[some] = exact_pair_similarities(*pairs)
         else:
             distances[some] = exact_angles(*pairs)
-    ids = itertools.chain.from_iterable(one.object_ids.tolist() for one in found)
-    columns = zip(rows.tolist(), ids, gallery.paths(rows), similarities.tolist(), distances.tolist(), strict=True)
-    hits = (Hit(*column) for column in columns)
+    columns = rows.tolist(), gallery.object_ids(rows), gallery.paths(rows), similarities.tolist(), distances.tolist()
+    hits = map(Hit, *columns)
     return tuple(tuple(itertools.islice(hits, len(one.rows))) for one in found)
 
 
@@ -238,11 +235,10 @@ class _Pools:
         """Decide in float64, and by id where values are equal: the best k of each query."""
         self._take_in()
         self._gallery.plan_reads(self._kept.rows)
-        ids = self._decide(np.ones(len(self.cuts), bool))
+        self._decide(np.ones(len(self.cuts), bool))
         ends = [0, *np.cumsum(self._counts()).tolist()]
         rows, values = self._kept.rows, self._kept.lower
-        parts = (slice(start, end) for start, end in itertools.pairwise(ends))
-        return [Neighbours(rows[part], values[part], ids[part]) for part in parts]
+        return [Neighbours(rows[start:end], values[start:end]) for start, end in itertools.pairwise(ends)]
 
     def _take_in(self) -> None:
         if not self._new:
@@ -294,8 +290,8 @@ class _Pools:
             kept.lower[some[places]], kept.upper[some[places]] = margin.lower(cosines), margin.upper(cosines)
         self._cut()
 
-    def _decide(self, wanted: Mask) -> NDArray[np.str_]:
-        """Decide for some queries: their best k are left, best first; returns the object ids of these.
+    def _decide(self, wanted: Mask) -> None:
+        """Decide for some queries: their best k are left, best first.
 
         Args:
             wanted: bool[q].
@@ -308,14 +304,22 @@ class _Pools:
         self._cut()
         mine = wanted[self._kept.queries]
         rest, own = self._kept.only(~mine), self._kept.only(mine)
-        ids = self._gallery.object_ids(own.rows)
-        order = np.lexsort((own.rows, ids, -own.lower, own.queries))
+        order = np.lexsort((-own.lower, own.queries))
+        tied = _tied(own.queries[order], own.lower[order])
+        some = own.only(order[tied])
+        ids = np.array(self._gallery.object_ids(some.rows), dtype=np.str_)
+        order[tied] = order[tied][np.lexsort((some.rows, ids, -some.lower, some.queries))]
         # The queries are in the same order as before.
         starts = np.searchsorted(own.queries, own.queries, side="left")
         best = order[np.arange(len(order)) - starts < self.batch.top_k]
         self._kept = _by_query(rest, own.only(best))
-        found: NDArray[np.str_] = ids[best]
-        return found
+
+
+def _tied(queries: Rows, values: Float64) -> Rows:
+    """Places of rows whose value another row of the query has; those of a query together, and there by value."""
+    next_to = np.zeros(len(values) + 1, bool)
+    next_to[1:-1] = (values[1:] == values[:-1]) & (queries[1:] == queries[:-1])
+    return np.flatnonzero(next_to[1:] | next_to[:-1])
 
 
 def _by_query(*parts: Candidates) -> Candidates:

@@ -92,7 +92,7 @@ def test_many_rows_are_the_same_as_each_by_itself(folder: Path, count: int, asce
     if ascending:
         rows.sort()
     assert np.array_equal(gallery.take(rows), some_features(10)[rows])
-    assert gallery.object_ids(rows).tolist() == [gallery.object_id(row) for row in rows.tolist()]
+    assert gallery.object_ids(rows) == [gallery.object_id(row) for row in rows.tolist()]
     assert gallery.paths(rows) == [gallery.path(row) for row in rows.tolist()]
     assert gallery.digests(rows) == [gallery.digest(row) for row in rows.tolist()]
 
