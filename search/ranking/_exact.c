@@ -43,12 +43,14 @@ static inline __attribute__((always_inline)) void add(const float *q, const floa
     *squares += b * b;
 }
 
-static inline __attribute__((always_inline)) sums part_sums(const float *q, const float *x, int64_t n) {
+/* A row comes from anywhere in memory: while one is computed, the same part of the next one is on its way. */
+static inline __attribute__((always_inline)) sums part_sums(const float *q, const float *x, const float *next, int64_t n) {
     sums all = {0, 0};
     int64_t at = 0;
     if (n >= AT_ONCE) {
         four dots = {0}, squares = {0}, more_dots = {0}, more_squares = {0};
         for (; at + AT_ONCE <= n; at += AT_ONCE) {
+            __builtin_prefetch(next + at);
             add(q + at, x + at, &dots, &squares);
             add(q + at + HALF, x + at + HALF, &more_dots, &more_squares);
         }
@@ -61,12 +63,14 @@ static inline __attribute__((always_inline)) sums part_sums(const float *q, cons
     return all;
 }
 
-FOR_EACH_MACHINE static sums whole_part(const float *q, const float *x, int64_t n) { return part_sums(q, x, n); }
+FOR_EACH_MACHINE static sums whole_part(const float *q, const float *x, const float *next, int64_t n) {
+    return part_sums(q, x, next, n);
+}
 
-static sums row_sums(const float *q, const float *x, int64_t n) {
-    if (n <= PART) return whole_part(q, x, n);
+static sums row_sums(const float *q, const float *x, const float *next, int64_t n) {
+    if (n <= PART) return whole_part(q, x, next, n);
     int64_t half = n / 2 - n / 2 % AT_ONCE;
-    sums first = row_sums(q, x, half), second = row_sums(q + half, x + half, n - half);
+    sums first = row_sums(q, x, next, half), second = row_sums(q + half, x + half, next + half, n - half);
     return (sums){first.dot + second.dot, first.square + second.square};
 }
 
@@ -79,9 +83,8 @@ static sums row_sums(const float *q, const float *x, int64_t n) {
 void ruiji_cosines_of_pairs(int64_t count, int64_t length, const float *const *rows, const float *queries,
                             const double *squares, const int64_t *numbers, double *cosines) {
     for (int64_t pair = 0; pair < count; pair++) {
-        /* A row comes from anywhere in memory: the next one is on its way while this one is computed. */
-        for (int64_t at = 0; pair + 1 < count && at < length; at += 16) __builtin_prefetch(rows[pair + 1] + at);
-        sums here = row_sums(queries + numbers[pair] * length, rows[pair], length);
+        const float *next = rows[pair + 1 < count ? pair + 1 : pair];
+        sums here = row_sums(queries + numbers[pair] * length, rows[pair], next, length);
         double cosine = here.dot / sqrt(here.square * squares[numbers[pair]]);
         cosines[pair] = cosine > 1 ? 1 : cosine < -1 ? -1 : cosine;
     }

@@ -4,7 +4,6 @@ No block, batch, thread count, device or shard order changes a bit of what they 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,31 +64,20 @@ def exact_pair_similarities(some: Float32, others: Float32) -> Float64:
     return cosines
 
 
-@dataclass(frozen=True)
-class Widened:
-    """Rows that are compared often.
-
-    Attributes:
-        rows: float64[q, d].
-        squares: of their norms, float64[q].
-    """
-
-    rows: Float64
-    squares: Float64
-
-    @classmethod
-    def of(cls, rows: Float32) -> "Widened":
-        """Of float32[q, d]."""
-        wide, squares = rows.astype(np.float64), np.empty(len(rows))
-        for part in _parts(rows):
-            squares[part] = row_sums(wide[part] * wide[part])
-        return cls(wide, squares)
+def squared_norms(rows: Float32) -> Float64:
+    """Of each row, float32[q, d] to float64[q], as the cosine that decides has them."""
+    squares = np.empty(len(rows))
+    for part in _parts(rows):
+        wide = rows[part].astype(np.float64)
+        squares[part] = row_sums(wide * wide)
+    return squares
 
 
-def exact_similarities_to(queries: Widened, numbers: Rows, rows: Float32) -> Float64:
+def exact_similarities_to(queries: Float32, squares: Float64, numbers: Rows, rows: Float32) -> Float64:
     """What `exact_pair_similarities` gives, sooner.
 
     Args:
+        queries: float32[q, d]; squares: their `squared_norms`.
         numbers: of each row its query, int64[c]; rows: float32[c, d].
 
     Returns:
@@ -98,7 +86,7 @@ def exact_similarities_to(queries: Widened, numbers: Rows, rows: Float32) -> Flo
     cosines = np.empty(len(rows))
     for part in _parts(rows):
         of = numbers[part]
-        cosines[part] = _cosines(queries.rows[of], queries.squares[of], rows[part].astype(np.float64))
+        cosines[part] = _cosines(queries[of].astype(np.float64), squares[of], rows[part].astype(np.float64))
     return cosines
 
 
@@ -106,8 +94,6 @@ def exact_similarities_at(queries: Float32, squares: Float64, numbers: Rows, add
     """What `exact_similarities_to` gives, soonest; only if `search.ranking.compiled.has_exact`.
 
     Args:
-        queries: float32[q, d]; squares: of their norms, as `Widened` has them.
-        numbers: of each row its query, int64[c].
         addresses: where the rows are in memory, float32[d] each, int64[c]; the caller keeps them there.
             They are read in the order of their addresses.
     """

@@ -18,7 +18,7 @@ from search.gallery.shards import Gallery
 from search.options import Metric
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.compiled import has_exact
-from search.ranking.exact import Widened, exact_similarities_at, exact_similarities_to, exact_squared_distances
+from search.ranking.exact import exact_similarities_at, exact_similarities_to, exact_squared_distances, squared_norms
 
 #: Of features read at once: a whole shard of 10,000 rows of 1280, so that starts are rare; small beside any memory.
 BLOCK_BYTES = 64 << 20
@@ -42,17 +42,17 @@ class Batch:
     @cached_property
     def norms(self) -> Float64:
         """float64[q, 1]."""
-        return np.sqrt(self._wide.squares)[:, np.newaxis]
+        return np.sqrt(self._squares)[:, np.newaxis]
 
     @cached_property
-    def _wide(self) -> Widened:
-        return Widened.of(self.queries)
+    def _squares(self) -> Float64:
+        return squared_norms(self.queries)
 
     @cached_property
     def units(self) -> Float32:
         """Queries of length 1, float32[q, d], divided in float64."""
         units = np.empty(self.queries.shape, np.float32)
-        np.divide(self._wide.rows, self.norms, out=units, casting="same_kind")
+        np.divide(self.queries, self.norms, out=units, dtype=np.float64, casting="same_kind")
         return units
 
     def decide(self, gallery: Gallery, numbers: Rows, rows: Rows) -> Float64:
@@ -62,13 +62,13 @@ class Batch:
             numbers, rows: int64[c].
         """
         if self.metric is not Metric.euclidean and has_exact():
-            return exact_similarities_at(self.queries, self._wide.squares, numbers, gallery.addresses(rows))
+            return exact_similarities_at(self.queries, self._squares, numbers, gallery.addresses(rows))
         values = np.empty(len(rows))
         for some, features in gallery.pieces(rows):
             if self.metric is Metric.euclidean:
                 values[some] = -exact_squared_distances(self.queries[numbers[some]], features)
             else:
-                values[some] = exact_similarities_to(self._wide, numbers[some], features)
+                values[some] = exact_similarities_to(self.queries, self._squares, numbers[some], features)
         return values
 
 

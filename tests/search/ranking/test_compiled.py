@@ -18,7 +18,7 @@ from pipeline import compiled as libraries
 from search.options import Metric
 from search.ranking import compiled, exact
 from search.ranking.codes_scan import codes_scan
-from search.ranking.exact import Widened, exact_similarities_at, exact_similarities_to
+from search.ranking.exact import exact_similarities_at, exact_similarities_to, squared_norms
 from search.ranking.rank import rank
 from search.ranking.threads import in_threads
 from tests.sanitized import run_sanitized
@@ -50,9 +50,9 @@ def test_its_cosines_have_numpys_bits(d: int) -> None:
     rows[:3], rows[3:6], rows[6:9] = queries, -queries, 3 * queries
     numbers, places = rng.integers(0, 3, 300), rng.permutation(300)
     numbers[places < 9] = places[places < 9] % 3
-    wide, gallery = Widened.of(queries), in_memory(rows, cuts=(100, 101))
-    taken = exact_similarities_at(queries, wide.squares, numbers, gallery.addresses(places))
-    assert taken.tobytes() == exact_similarities_to(wide, numbers, rows[places]).tobytes()
+    squares, gallery = squared_norms(queries), in_memory(rows, cuts=(100, 101))
+    taken = exact_similarities_at(queries, squares, numbers, gallery.addresses(places))
+    assert taken.tobytes() == exact_similarities_to(queries, squares, numbers, rows[places]).tobytes()
     assert (taken[places < 3] == 1).all() and (taken[(places >= 3) & (places < 6)] == -1).all()
 
 
