@@ -8,8 +8,10 @@ A scan in float32 or less only finds candidates. Each of its values comes with a
 could still be among the first k by that bound is decided in float64.
 """
 
+import gc
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,8 +184,25 @@ def _hits(gallery: Gallery, queries: Float32, found: list[Neighbours], metric: M
         else:
             distances[some] = exact_angles(*pairs)
     columns = rows.tolist(), gallery.object_ids(rows), gallery.paths(rows), similarities.tolist(), distances.tolist()
-    hits = map(Hit, *columns)
-    return tuple(tuple(itertools.islice(hits, len(one.rows))) for one in found)
+    with _collector_off():
+        hits = map(Hit, *columns)
+        return tuple(tuple(itertools.islice(hits, len(one.rows))) for one in found)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Python's garbage collector waits while many objects are made that no cycle can have.
+
+    Else it would look through them every 700 objects, and through all objects of the process after some 80,000: beside
+    torch that takes 100 ms and more.
+    """
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _odd_rows(gallery: Gallery, queries: int) -> Iterator[Candidates]:

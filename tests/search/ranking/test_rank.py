@@ -1,11 +1,13 @@
 """Exactness of the ranking, against a brute force that shares no code with it."""
 
+import gc
 import math
 import mmap
 import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import search.gallery.shards as gallery_module
+import search.ranking.rank as rank_module
 import search.ranking.scan as scan_module
 from pipeline.errors import QueryError
 from pipeline.model import load_model
@@ -27,7 +30,7 @@ from search.options import Metric
 from search.ranking.bounds import float32_margin
 from search.ranking.codes_scan import codes_scan
 from search.ranking.exact import NEARLY_ONE, exact_angles, exact_pair_similarities, exact_squared_distances
-from search.ranking.rank import rank
+from search.ranking.rank import Hit, rank
 from search.ranking.scan import Batch, Candidates, numpy_scan
 from tests.factories import tiny_model
 from tests.properties import examples
@@ -423,3 +426,38 @@ def test_distances_rise_with_rank() -> None:
 def test_a_query_that_cannot_be_ranked_is_refused(query: NDArray[np.float32], said: str) -> None:
     with pytest.raises(QueryError, match=said):
         rank(in_memory(features_of("random")), query, 5)
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+def test_the_garbage_collector_does_not_run_while_hits_are_made(
+    collector: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def make(*columns: Any) -> Hit:
+        seen.append(gc.isenabled())
+        return Hit(*columns)
+
+    monkeypatch.setattr(rank_module, "Hit", make)
+    gallery, queries = in_memory(features_of("random")), features_of("random", 3)
+    rank(gallery, queries, 5)
+    assert seen == [False] * 15 and gc.isenabled()
+    # Whoever has turned it off finds it so.
+    gc.disable()
+    rank(gallery, queries, 5)
+    assert not gc.isenabled()
+
+
+def test_the_garbage_collector_is_on_again_after_an_error(collector: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*columns: Any) -> Hit:
+        raise MemoryError
+
+    monkeypatch.setattr(rank_module, "Hit", make)
+    with pytest.raises(MemoryError):
+        rank(in_memory(features_of("random")), features_of("random", 1), 5)
+    assert gc.isenabled()
