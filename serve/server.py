@@ -102,23 +102,23 @@ def _lifespan(service: Service, url: str) -> Lifespan[FastAPI]:
 
 
 async def _keep_looking(galleries: Galleries) -> None:
-    failing = False
+    failed = ""
     while True:
         await asyncio.sleep(_LOOK_S)
         try:
             await asyncio.to_thread(galleries.look)
         except Exception as error:
             # What is open goes on, whatever it was, and the next look may do better.
-            if not failing:
+            if repr(error) != failed:
                 # Of a bug nothing else says where it is.
                 bug = not isinstance(error, OSError)
                 extra = {"event": "looking_failed"}
                 logger.error("looking for new shards fails; trying again: %s", error, exc_info=bug, extra=extra)
-            failing = True
+            failed = repr(error)
         else:
-            if failing:
+            if failed:
                 logger.info("looking for new shards works again", extra={"event": "looking_works"})
-            failing = False
+            failed = ""
 
 
 def _listen(address: Address) -> socket.socket:

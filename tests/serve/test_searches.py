@@ -289,6 +289,8 @@ def test_looks_that_fail_are_told_once_and_what_is_open_goes_on(
     def find(folder: Path) -> list[Path]:
         nonlocal looks
         looks += 1
+        if looks == 8:
+            raise OSError(5, "Input/output error", "/features/tiny")
         if looks in (2, 3, 4, 6, 7):
             raise fault
         return find_galleries(folder)
@@ -304,9 +306,12 @@ def test_looks_that_fail_are_told_once_and_what_is_open_goes_on(
     monkeypatch.setattr("serve.server._LOOK_S", 0.01)
     monkeypatch.setattr("serve.galleries.find_galleries", find)
     caplog.set_level("INFO", "serve")
-    asyncio.run(look(9))
-    assert [record.__dict__["event"] for record in caplog.records] == ["looking_failed", "looking_works"] * 2
-    failed = caplog.records[0]
+    asyncio.run(look(10))
+    events = [record.__dict__["event"] for record in caplog.records]
+    assert events == ["looking_failed", "looking_works", "looking_failed", "looking_failed", "looking_works"]
+    # The same fault is told once, another one as well.
+    failed, other = caplog.records[0], caplog.records[3]
+    assert "Input/output error" in other.getMessage()
     assert str(fault) in failed.getMessage()
     # Where a bug is has to be seen; a folder's fault is one line.
     assert bool(failed.exc_info) == isinstance(fault, KeyError)
