@@ -18,6 +18,9 @@ from typing import TypeAlias
 
 import imagehash
 import numpy as np
+
+# What hashes imports it only then, in a thread: whether it is there has to show before.
+import scipy.fftpack  # noqa: F401
 from numpy.typing import NDArray
 from PIL import Image
 

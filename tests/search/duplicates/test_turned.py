@@ -320,10 +320,14 @@ def test_what_it_needs_is_said(request_of: NearDuplicatesRequest, monkeypatch: p
     assert request_of.media_dir is not None
     with pytest.raises(UsageError, match="no media folder"):
         found(replace(request_of, media_dir=request_of.media_dir / "nowhere"))
-    monkeypatch.setitem(sys.modules, "imagehash", None)
-    monkeypatch.delitem(sys.modules, "search.duplicates.turned")
-    with pytest.raises(UsageError, match=r"need the extra turned .*imagehash.* make setup, or .*'ruiji\[turned\]'"):
-        found(request_of)
+    for missing in ("imagehash", "scipy.fftpack"):
+        monkeypatch.delitem(sys.modules, "search.duplicates.turned", raising=False)
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, missing, None)
+            with pytest.raises(
+                UsageError, match=rf"need the extra turned .*{missing}.* make setup, or .*'ruiji\[turned\]'"
+            ):
+                found(request_of)
 
 
 def test_only_who_asks_for_turned_copies_loads_what_they_need(request_of: NearDuplicatesRequest) -> None:
