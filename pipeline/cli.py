@@ -206,7 +206,7 @@ def list_objects(
         raise RuijiError(f"cannot write {target}: {error.strerror}; choose another place with --out") from None
     for told in notes:
         streams.note(told)
-    streams.note(f"{lines} objects in {target}")
+    streams.note(f"{streams.counted(lines, 'object')} in {target}")
     raise typer.Exit(EXIT_INCOMPLETE if scan.unread else 0)
 
 
@@ -271,11 +271,11 @@ def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
         streams.note(f"nothing to do: {nothing.format(done.objects)}")
         return
     verb = "continues" if done.resumed else "opened"
-    tasks = "another process is publishing its tasks" if done.elsewhere else f"{done.published} tasks published now"
-    streams.note(
-        f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {done.objects} objects to do in "
-        f"{len(done.plan.segments)} shards, {tasks}"
-    )
+    published = streams.counted(done.published, "task")
+    tasks = "another process is publishing its tasks" if done.elsewhere else f"{published} published now"
+    objects = streams.counted(done.objects, "object")
+    shards = streams.counted(len(done.plan.segments), "shard")
+    streams.note(f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {objects} to do in {shards}, {tasks}")
 
 
 @app.command(panel=Panel.embed, examples=["ruiji retry --wait", "ruiji retry --reason missing"])
@@ -412,9 +412,10 @@ def _print_status(now: "Status") -> None:
     if now.starting:
         streams.tell("starting: no object list was accepted yet")
         return
+    objects = streams.counted(now.objects, "object")
     streams.tell(
-        f"{now.objects} objects: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
-        + (f"; {now.stale} stale rows besides" if now.stale else "")
+        f"{objects}: {now.done} done, {now.failed} failed, {now.running} running, {now.pending} pending"
+        + (f"; {streams.counted(now.stale, 'stale row')} besides" if now.stale else "")
     )
     streams.tell(f"plan {now.plan} is open" if now.plan else "no plan is open")
     if now.altered is not None:
@@ -422,7 +423,8 @@ def _print_status(now: "Status") -> None:
     if now.stopped is not None:
         streams.tell(f"the run was stopped: {now.stopped}")
     for worker in now.workers:
-        rate = f"{worker.images} images, {worker.images_per_s}/s" if worker.role == Role.embed else ""
+        images = streams.counted(worker.images, "image")
+        rate = f"{images}, {worker.images_per_s}/s" if worker.role == Role.embed else ""
         name = f"{worker.role} {worker.host}:{worker.pid} on {worker.device}"
         streams.tell(f"{name}: {worker.state} {rate}".rstrip())
         if worker.images:

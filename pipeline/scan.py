@@ -11,6 +11,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme, clean_list, escaped, prepare, read_lines, sort_lines
+from pipeline.streams import counted
 from pipeline.versions import heif_decoder
 
 #: Endings of what only pi-heif decodes.
@@ -103,7 +104,7 @@ class Scan:
         elif name.startswith(_SCRATCH):
             return False
         elif self._exclude.takes(path):
-            self._excluded["folders"] += 1
+            self._excluded["folder"] += 1
         elif entry.is_symlink():
             self._linked.append(path)
         elif os.path.exists(layout.gallery_file(Path(entry.path))):
@@ -119,7 +120,7 @@ class Scan:
         elif entry.name.lower() in _SYSTEM_FILES:
             self._system[entry.name] += 1
         elif self._exclude.takes(path):
-            self._excluded["files"] += 1
+            self._excluded["file"] += 1
         elif ending not in IMAGE_ENDINGS:
             if path != layout.OBJECT_LIST:
                 self._others[ending or "without an ending"] += 1
@@ -146,7 +147,7 @@ class Scan:
                 _counted(self._heif),
             ),
             ("left out, of the system: {}", _counted(self._system)),
-            ("left out by --exclude: {}", _counted(self._excluded)),
+            ("left out by --exclude: {}", ", ".join(counted(n, what) for what, n in sorted(self._excluded.items()))),
             ("left out, galleries of ruiji: {}", _named(self._galleries)),
             ("left out, links to folders: {}", _named(self._linked)),
             ("links that lead out of the media folder, listed, and fail: {}", _named(self._lead_out)),

@@ -43,6 +43,11 @@ def _shown(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number and the words for it: `1 group`, and `2 groups` if nothing else is said for many."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def tell(line: object) -> None:
     """Write a line for people to stdout."""
     print(shown(line), flush=True)

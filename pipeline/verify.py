@@ -38,6 +38,7 @@ from pipeline.store import (
     sync_folder,
     write_atomic,
 )
+from pipeline.streams import counted
 
 #: No enqueue takes longer; what is younger may be somebody's at work.
 _ENQUEUE_S = 24 * 3600
@@ -135,7 +136,7 @@ def _verify(folder: Path) -> list[Finding]:
     lost, given_up, _ = lost_segments(folder)
     open_shards = {segment.shard for segment in plan.segments} if plan is not None else set()
     findings += [
-        Finding("lost-shard", f"{shard:04d}", f"its record is gone ({lines} objects)", True, shard)
+        Finding("lost-shard", f"{shard:04d}", f"its record is gone ({counted(lines, 'object')})", True, shard)
         for shard, lines in ((entry.segment.shard, entry.segment.lines) for entry in lost)
         if shard not in open_shards
     ]
@@ -454,9 +455,11 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
     elif broken or any(finding.kind == "lost-shard" and finding.repairable for finding in findings):
         plan = plan_repair(folder, broken)
         if plan is not None:
+            shards = counted(len(plan.segments), "shard")
+            objects = counted(plan.lines, f"object of {shards} is", f"objects of {shards} are")
             notes.append(
-                f"plan {plan.plan_id} opened: {plan.lines} objects of {len(plan.segments)} shards are to be embedded "
-                "again; running workers do so by themselves; otherwise use ruiji run"
+                f"plan {plan.plan_id} opened: {objects} to be embedded again; running workers do so by themselves; "
+                "otherwise use ruiji run"
             )
     return notes
 

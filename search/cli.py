@@ -23,7 +23,7 @@ from pipeline.settings import (
     model_option,
     resolve_redis_url,
 )
-from pipeline.streams import exact_stdout, note, tell, to_json
+from pipeline.streams import counted, exact_stdout, note, tell, to_json
 from search.duplicates import cli as duplicates_cli
 from search.duplicates.cli import AgainstGallery, AgainstMediaDir, DecisionsFile, Threshold, reference_of
 from search.evaluation import cli as evaluation_cli
@@ -379,12 +379,13 @@ def near_duplicates(
     columns = DECIDED if decided else CHOSEN if keep is not None else MATCHED if reference is not None else ()
     write_groups(groups, output_format, media_dir, null, columns, against_media_dir, reference is not None)
     if isinstance(groups, tuple):
-        note(f"{len(groups)} decisions")
+        note(counted(len(groups), "decision"))
     elif reference is not None and len(groups):
-        note(f"{len(groups)} objects have near-duplicates in the reference")
+        note(f"{counted(len(groups), 'object has', 'objects have')} near-duplicates in the reference")
     elif len(groups):
-        more = groups.objects - len(groups)
-        note(f"{len(groups)} groups are open; {more} objects besides the first of each group")
+        is_open = counted(len(groups), "group is open", "groups are open")
+        more = counted(groups.objects - len(groups), "object")
+        note(f"{is_open}; {more} besides the first of each group")
     else:
         note("nothing is open")
     if sheet is not None:
@@ -408,7 +409,8 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     from search.requests.index import index as keep
 
     done = keep(find_gallery(feature_dir, model_path), show_steps)
-    note(f"{done.objects} objects in {done.shards} shards; {done.unusable} cannot be ranked")
+    objects, shards = counted(done.objects, "object"), counted(done.shards, "shard")
+    note(f"{objects} in {shards}; {done.unusable} cannot be ranked")
 
 
 def map_gallery(
@@ -433,7 +435,8 @@ def map_gallery(
     from search.requests.map import map_gallery as make
 
     made = make(find_gallery(feature_dir, model_path), projection, show_steps)
-    note(f"{len(made.rows)} objects are on the map; {made.unplaced} cannot be ranked and are not")
+    placed = counted(len(made.rows), "object is", "objects are")
+    note(f"{placed} on the map; {made.unplaced} cannot be ranked and are not")
 
 
 @gallery_app.command(examples=["ruiji gallery info --feature-dir FEATURES --json"])

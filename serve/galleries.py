@@ -10,7 +10,7 @@ from pipeline import layout, settings
 from pipeline.choices import Device
 from pipeline.errors import NoShards, QueryError, RuijiError, UsageError
 from pipeline.store import machine_faults
-from pipeline.streams import note
+from pipeline.streams import counted, note
 from search.gallery.opening import find_galleries, is_gallery
 from search.labels import Annotations
 
@@ -138,7 +138,7 @@ class Galleries:
                     note(f"warning: the gallery {name} is searched as it was: {problem}")
                 resident.problem = problem
             for name in opened.keys() - before.open.keys():
-                note(f"gallery {name}: {len(opened[name].gallery)} objects; {opened[name].gallery.way()}")
+                note(f"gallery {name}: {counted(len(opened[name].gallery), 'object')}; {opened[name].gallery.way()}")
             for name, why in failed.items():
                 if str(why) != str(before.failed.get(name)):
                     coming = isinstance(why, NoShards)

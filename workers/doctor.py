@@ -23,6 +23,7 @@ from pipeline.queue.connection import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import read_record, sync_folder, write_atomic
+from pipeline.streams import counted
 from pipeline.versions import library_versions, other_versions
 from workers.decode.images import load_pixels
 from workers.decode.resize import NO_INSTRUCTIONS, why_not
@@ -178,7 +179,7 @@ def _space(folder: Path, model: Model) -> Check:
         place = place.parent
     stat = os.statvfs(place)
     free = stat.f_bavail * stat.f_frsize
-    detail = f"{free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB needed for {left} objects"
+    detail = f"{free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB needed for {counted(left, 'object')}"
     if stat.f_files and stat.f_favail < flying:
         return Check("bad", "space", f"{detail}; {stat.f_favail} files can be made, {flying} are needed at once")
     return Check("ok" if free > need else "bad", "space", detail)
@@ -256,8 +257,8 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         if cosine < worst or not where:
             worst, where = cosine, path
     least = LEAST_COSINE if encoder.device is Device.cpu else LEAST_COSINE_CUDA
-    detail = f"{compared} objects embedded again, cosine at least {worst:.7f}"
-    detail += f", {skipped} images are gone" if skipped else ""
+    detail = f"{counted(compared, 'object')} embedded again, cosine at least {worst:.7f}"
+    detail += f", {counted(skipped, 'image is', 'images are')} gone" if skipped else ""
     if compared and not worst >= least:
         return Check("wrong", "features", f"{detail} ({where}): another picture, or other libraries than the gallery's")
     return Check("ok" if compared else "warn", "features", detail)

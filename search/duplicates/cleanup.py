@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.streams import counted
 from search.duplicates.decided import Decided
 from search.duplicates.files import Files
 from search.duplicates.groups import Group, Groups, Member, find_groups, members_of
@@ -76,7 +77,8 @@ def with_choices(
     def at_end() -> None:
         files.keep()
         if gone:
-            say(f"left out {gone} groups of which no file is there; ruiji run takes removed files off the list")
+            lost = counted(gone, "group")
+            say(f"left out {lost} of which no file is there; ruiji run takes removed files off the list")
 
     return groups.changed(chosen, at_end)
 

@@ -11,7 +11,7 @@ from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.errors import EXIT_INCOMPLETE, UsageError
 from pipeline.settings import FeatureDir, OptionalMediaDir, model_option
-from pipeline.streams import exact_stdout, note, tell, to_json
+from pipeline.streams import counted, exact_stdout, note, tell, to_json
 from search.options import THRESHOLD, FileFormat
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def decide(
         value = {"line": done.line, "decision": done.decision, "objects": done.objects}
         print(to_json(value), file=out, flush=True)
     again = "; run ruiji near-duplicates again until it says that nothing is open" if count else ""
-    note(f"{count} decisions recorded in {request.file}{again}")
+    note(f"{counted(count, 'decision')} recorded in {request.file}{again}")
 
 
 @app.command(examples=["ruiji duplicates undo IMG_0042.jpg", "ruiji duplicates undo IMG_0042.jpg IMG_0043.jpg"])

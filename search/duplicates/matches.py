@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from pipeline.streams import counted
 from search.arrays import Rows
 from search.duplicates.decided import Decided
 from search.duplicates.files import Files
@@ -236,11 +237,12 @@ def with_kept(matches: Matches, files: Files, rules: Sequence[Rule], say: Callab
     def at_end() -> None:
         files.keep()
         if gone:
-            say(f"left out {gone} groups of which no file of the reference is there; bring it up to date: ruiji run")
+            lost = counted(gone, "group")
+            say(f"left out {lost} of which no file of the reference is there; bring it up to date: ruiji run")
         if better:
             say(
-                f"left out {better} groups whose own file is better by these rules than what the reference has; "
-                "without --keep they are shown"
+                f"left out {counted(better, 'group')} whose own file is better by these rules than what the "
+                "reference has; without --keep they are shown"
             )
 
     return matches.changed(chosen, at_end)

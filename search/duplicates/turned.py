@@ -26,6 +26,7 @@ from PIL import Image
 
 from pipeline import layout
 from pipeline.errors import ImageError
+from pipeline.streams import counted
 from search.arrays import Float32, Mask, Rows
 from search.duplicates.pairs import pair_similarities
 from search.duplicates.store import Pairs, Part, pair_keys
@@ -202,7 +203,8 @@ class TurnedCopies:
                     shard.cache.write(layout.HASHES, table)
         there = lines[:, 0] > 0
         if lost := int((~there).sum()):
-            self._say(f"warning: {lost} pictures could not be read, so no turned copies of them are looked for")
+            pictures = counted(lost, "picture")
+            self._say(f"warning: {pictures} could not be read, so no turned copies of them are looked for")
         return lines[:, 2:], there
 
     def _look(self, rows: Rows, lines: Words) -> None:

@@ -8,7 +8,7 @@ import typer
 from pipeline.arguments import Commands, Panel
 from pipeline.choices import Device
 from pipeline.settings import MAX_PIXELS, FeatureDir, MaxPixels, ModelFile, OptionalMediaDir
-from pipeline.streams import exact_stdout, note, tell
+from pipeline.streams import counted, exact_stdout, note, tell
 from search.options import RUN_DEPTH, SHEET_QUERIES, ReportFormat
 
 Labels = Annotated[
@@ -139,5 +139,5 @@ def evaluate(
     missing = draw(request, gallery, evaluation)
     for target in (trec, plot, sheet):
         if target is not None:
-            pictures = f" ({missing} pictures could not be opened)" if target is sheet and missing else ""
+            pictures = f" ({counted(missing, 'picture')} could not be opened)" if target is sheet and missing else ""
             note(f"written: {target}{pictures}")

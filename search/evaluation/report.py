@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.streams import csv_writer, shown, to_json
+from pipeline.streams import counted, csv_writer, shown, to_json
 from pipeline.targets import writing
 from search.evaluation.full_ranking import Placed, Task, full_ranking
 from search.evaluation.metrics import METRICS
@@ -54,7 +54,7 @@ def as_table(evaluation: Evaluation, per_class: bool) -> Iterator[str]:
     yield f"gallery   {evaluation.gallery}"
     yield f"protocol  {protocol.name}, cosine, ties by object id; a query is never its own match"
     yield f"queries   {protocol.queries}, {valid} valid" + _reasons("excluded", evaluation.excluded)
-    yield f"ranked    {len(protocol.task.candidates)} objects" + _reasons("left out", protocol.left_out)
+    yield f"ranked    {counted(len(protocol.task.candidates), 'object')}" + _reasons("left out", protocol.left_out)
     yield ""
     rows = [("metric", "value", "95 % interval", "convention")]
     for metric in METRICS:
@@ -66,7 +66,8 @@ def as_table(evaluation: Evaluation, per_class: bool) -> Iterator[str]:
     touched = [(name, one) for name, one in touched if one.lowest != one.highest]
     if touched:
         yield ""
-        yield f"{scores.tied} queries have matches and others at exactly the same similarity; by how these ties fall:"
+        queries = counted(scores.tied, "query has", "queries have")
+        yield f"{queries} matches and others at exactly the same similarity; by how these ties fall:"
         yield from _aligned(
             [
                 ("metric", "minimum", "expected", "maximum"),

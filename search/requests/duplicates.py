@@ -16,7 +16,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
-from pipeline.streams import csv_writer, to_json
+from pipeline.streams import counted, csv_writer, to_json
 from pipeline.targets import check_targets
 from search.duplicates.contents import rows_with
 from search.duplicates.decided import Decided, decided_in, object_of
@@ -225,9 +225,10 @@ def listed(found: Iterable[ListedFile | LeftOut], say: Say) -> Iterator[ListedFi
         else:
             settled[one.kind] += 1
     if settled[Why.gone]:
-        say(f"{settled[Why.gone]} files are gone already")
+        say(counted(settled[Why.gone], "file is gone already", "files are gone already"))
     if settled[Why.same_file]:
-        say(f"{settled[Why.same_file]} are other names of files that are kept: removing them would free nothing")
+        this, these = "is another name of a file that is kept", "are other names of files that are kept"
+        say(f"{counted(settled[Why.same_file], this, these)}: removing them would free nothing")
     if left:
         raise SomeLeftOut(left)
 

@@ -12,6 +12,7 @@ from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
 from pipeline.settings import MAX_PIXELS
+from pipeline.streams import counted
 from search.duplicates.cleanup import decided_groups, open_groups, with_choices
 from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import read_decisions
@@ -162,7 +163,8 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
         both = request.reference.put_before(selection.folder, gallery, file, say)
         gallery, gone = both.gallery, both.gone
         if gone:
-            say(f"left out {len(gone)} objects of the reference that are to go, as decided in {both.decisions}")
+            objects = counted(len(gone), "object")
+            say(f"left out {objects} of the reference that should go, as decided in {both.decisions}")
     _check_keep(request, gallery)
     decided = decided_in(gallery, read_decisions(file))
     if request.decided:

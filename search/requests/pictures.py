@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import layout
 from pipeline.errors import UsageError
+from pipeline.streams import counted
 from search.requests.selection import Say, Selection
 
 if TYPE_CHECKING:
@@ -164,4 +165,4 @@ def draw_page(html: Path, lines: "Sequence[SheetLine]", max_pixels: int, say: Sa
 
 
 def _say_written(text: str, missing: int, say: Say) -> None:
-    say(text + (f" ({missing} pictures could not be opened)" if missing else ""))
+    say(text + (f" ({counted(missing, 'picture')} could not be opened)" if missing else ""))

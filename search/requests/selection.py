@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.errors import UsageError
+from pipeline.streams import counted
 from pipeline.versions import are_mixed, other_versions
 from search.gallery.opening import find_gallery, open_gallery
 from search.gallery.shards import Gallery
@@ -107,7 +108,7 @@ def say_unusable(gallery: Gallery, say: Say) -> None:
     zero, nonfinite = gallery.unusable_rows
     if zero or nonfinite:
         say(
-            f"warning: left out {zero} objects whose feature is all zero and "
+            f"warning: left out {counted(zero, 'object')} whose feature is all zero and "
             f"{nonfinite} whose feature has NaN or infinite values"
         )
     if gallery.searched_rows == zero + nonfinite:
@@ -117,4 +118,5 @@ def say_unusable(gallery: Gallery, say: Say) -> None:
 def say_undigested(gallery: Gallery, say: Say) -> None:
     """Say of how many objects it is not known whether their files are identical."""
     if unknown := gallery.rows - gallery.digested_rows:
-        say(f"{unknown} objects have no digest of their file, so identical files are not told apart among them")
+        objects = counted(unknown, "object has", "objects have")
+        say(f"{objects} no digest of their file, so identical files are not told apart among them")

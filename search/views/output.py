@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.streams import csv_writer, exact_stdout, shown, to_json
+from pipeline.streams import counted, csv_writer, exact_stdout, shown, to_json
 from search.options import GroupFormat, OutputFormat
 from search.views.table import aligned
 
@@ -136,10 +136,11 @@ def write_groups(
 
 
 def _heading(group: "Group") -> str:
+    objects = counted(len(group.members), "object")
     if group.decision is not None:
-        return f"decision {group.number}: {group.decision}, {group.time}: {len(group.members)} objects"
+        return f"decision {group.number}: {group.decision}, {group.time}: {objects}"
     least = "" if group.least_similarity is None else f", least similarity {group.least_similarity:.6f}"
-    return f"group {group.number}: {len(group.members)} objects, {group.pairs} pairs{least}"
+    return f"group {group.number}: {objects}, {counted(group.pairs, 'pair')}{least}"
 
 
 def _group_rows(group: "Group") -> list[Row]:

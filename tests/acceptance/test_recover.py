@@ -82,7 +82,7 @@ def test_a_broken_shard_is_found_and_made_again(ruiji: Ruiji, failed: list[str],
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
     ruiji.start("worker", "--processes", "1")
     told = ruiji("verify", "--repair").stderr
-    assert "10 objects of 1 shards are to be embedded again" in told
+    assert "10 objects of 1 shard are to be embedded again" in told
     # The running worker finds the plan on the disk by itself.
     ruiji("status", "--watch", code=3)
     assert ruiji.shard_digests() == before

@@ -146,7 +146,7 @@ def test_another_list_on_an_open_plan_is_refused_until_it_is_cancelled(ruiji: Ru
     (ruiji.media / "objects.txt").write_text(paths[0] + "\n")
     assert "ruiji cancel" in ruiji("enqueue", code=4).stderr
     ruiji("cancel")
-    assert "1 of 1 objects" in ruiji("enqueue").stderr
+    assert "1 of 1 object to do in 1 shard, 1 task" in ruiji("enqueue").stderr
     assert "no plan is open" not in ruiji("cancel").stderr
     assert "no plan is open" in ruiji("cancel").stderr
 

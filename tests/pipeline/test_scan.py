@@ -106,7 +106,7 @@ def test_globs_leave_out_files_and_whole_folders(tmp_path: Path) -> None:
         empty(tmp_path / name)
     paths, notes = scanned(tmp_path, Exclude(["deep", "a/*.png"]))
     assert paths == ["a/1.jpg", "b/4.jpg"]
-    assert notes.splitlines() == ["left out: 1 .txt", "left out by --exclude: 1 files, 1 folders"]
+    assert notes.splitlines() == ["left out: 1 .txt", "left out by --exclude: 1 file, 1 folder"]
 
 
 def test_names_that_no_line_can_hold_are_listed_escaped(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_unusable_features_are_counted_on_stderr_and_never_ranked(own_world: Wor
     bad[0], bad[1, 1], bad[2, 2] = 0, np.nan, np.inf
     write_shard(own_world.folder, 9, bad, ["x0.jpg", "x1.jpg", "x2.jpg"], own_world.model.fingerprint)
     result = own_world.search(own_world.media / own_world.paths[0], "-k", "100", "--format", "jsonl")
-    assert "1 objects whose feature is all zero and 2 whose feature has NaN or infinite values" in result.stderr
+    assert "1 object whose feature is all zero and 2 whose feature has NaN or infinite values" in result.stderr
     assert len(result.stdout.splitlines()) == COUNT
 
 

@@ -171,7 +171,7 @@ def test_a_file_with_two_names_frees_nothing_and_is_said_to(ruiji: Ruiji) -> Non
     # It is settled: no list waits for it, and none has it.
     listed = ruiji("duplicates", "list", "--remove", code=0)
     assert [Path(line).name for line in listed.stdout.splitlines()] == [small, "copied.jpg"]
-    assert "1 are other names of files that are kept" in listed.stderr
+    assert "1 is another name of a file that is kept" in listed.stderr
     assert served.get("/decisions/files?list=left_out&format=jsonl").body.count(b"linked.jpg") == 1
 
 

@@ -181,10 +181,10 @@ def test_rules_choose_in_the_reference_and_spare_a_better_file_of_the_card(desk:
     assert (group["keep"], group["remove"]) == ({"reference": "y.jpg"}, ["b.jpg"])
     assert group["reason"] == "most pixels (40 x 30)"
     # The archive has a file without pixels for it, however equal it was once.
-    assert "left out 1 groups whose own file is better by these rules" in told.stderr
+    assert "left out 1 group whose own file is better by these rules" in told.stderr
     (desk.archive.media / "2019/b.jpg").unlink()
     told = desk.card.run("near-duplicates", "--against-gallery", desk.archive.features, *given)
-    assert "left out 1 groups of which no file of the reference is there" in told.stderr
+    assert "left out 1 group of which no file of the reference is there" in told.stderr
     # A path is one of the reference, and where nothing tells files apart, the reference's is kept.
     picture(desk.archive.media / "2019/b.jpg", size=(8, 6))
     found = desk.groups("--against-media-dir", desk.archive.media, "--keep", "path=2019,pixels")
@@ -391,7 +391,7 @@ def test_a_file_that_is_the_kept_one_itself_is_not_named(desk: Desk) -> None:
     (desk.card.media / "a.jpg").unlink()
     os.link(desk.archive.media / "2019/b.jpg", desk.card.media / "a.jpg")
     files, said = desk.listed()
-    assert files == [] and "1 are other names of files that are kept" in said
+    assert files == [] and "1 is another name of a file that is kept" in said
     (desk.card.media / "a.jpg").unlink()
     (desk.card.media / "a.jpg").symlink_to(desk.archive.media / "2019/b.jpg")
     assert desk.named() == []

@@ -236,7 +236,7 @@ def test_nothing_is_kept_of_files_that_are_not_there(pair: Home) -> None:
     assert (group["keep"], group["reason"]) == ("b.jpg", "is there")
     (pair.media / "b.jpg").unlink()
     told = pair.run("near-duplicates", "--keep", "bytes")
-    assert told.stdout == "" and "left out 1 groups of which no file is there" in told.stderr
+    assert told.stdout == "" and "left out 1 group of which no file is there" in told.stderr
     pair.media.rename(pair.media.with_name("unmounted"))
     with pytest.raises(UsageError, match="no media folder"):
         pair.run("near-duplicates", "--keep", "bytes")

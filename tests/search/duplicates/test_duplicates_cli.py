@@ -204,7 +204,7 @@ def test_what_was_removed_is_only_counted(world: World) -> None:
     (world.media / "dog/c.png").unlink()
     result = world.run("list", "--remove")
     assert (result.exit_code, result.stdout) == (0, f"{world.media / 'cat/b1.png'}\n")
-    assert "1 files are gone already" in result.stderr
+    assert "1 file is gone already" in result.stderr
 
 
 def test_lists_are_refused_where_the_files_cannot_be_looked_at(world: World) -> None:

@@ -306,7 +306,7 @@ def test_python_finds_the_same(request_of: NearDuplicatesRequest) -> None:
         ruiji.open_gallery(selection.feature_dir).near_duplicates(THRESHOLD, turned=True, media_dir=media)
     assert media is not None
     (media / "00-turned.jpg").unlink()
-    with pytest.warns(ruiji.RuijiWarning, match="1 pictures could not be read"):
+    with pytest.warns(ruiji.RuijiWarning, match="1 picture could not be read"):
         gallery.near_duplicates(THRESHOLD, turned=True, media_dir=media)
 
 

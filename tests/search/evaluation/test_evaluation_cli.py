@@ -148,7 +148,7 @@ def test_a_tie_that_touches_the_outcome_is_printed_with_its_range(tmp_path: Path
     assert average["value"] == pytest.approx(0.5)
     assert average["lowest"] < average["expected"] < average["highest"]
     table = world.evaluate().stdout
-    assert "1 queries have matches and others at exactly the same similarity" in table
+    assert "1 query has matches and others at exactly the same similarity" in table
     assert ["mAP", "0.3250", f"{average['expected']:.4f}", "1.0000"] in [line.split() for line in table.splitlines()]
 
 

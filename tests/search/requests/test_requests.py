@@ -69,7 +69,7 @@ def test_near_duplicates_of_an_unverified_gallery_come_with_a_warning(tmp_path: 
     assert [member.object_id for member in group.members] == ["a", "c"]
     warned, left_out, digests = said
     assert warned.startswith("warning:")
-    assert left_out.startswith("warning:") and "left out 1 objects whose feature is all zero" in left_out
+    assert left_out.startswith("warning:") and "left out 1 object whose feature is all zero" in left_out
     assert digests.startswith("4 objects have no digest")
     with pytest.raises(UsageError, match="does not know paths"):
         Selection(feature_dir=tmp_path, need_paths=True).open(said.append)
