@@ -401,8 +401,9 @@ def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
     """Prepare a gallery for quick searches.
 
     Keeps the norms and the rows in 8 bits, a quarter of the features' size, in the gallery's folder cache, which can be
-    deleted. If the features are not in memory, a search with up to 64 queries then reads only these, and the rows that
-    it has to decide between. Makes only what is missing or damaged.
+    deleted. A search with up to 64 queries then reads only these, and the rows that it has to decide between: on a CPU
+    with AVX2, if there was a C compiler when ruiji was installed, and anywhere if the features are not in memory. Makes
+    only what is missing or damaged.
     """
     from pipeline.progress import show_steps
     from search.gallery.opening import find_gallery

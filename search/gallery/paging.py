@@ -31,7 +31,7 @@ def advise(array: NDArray[Any], start: int, rows: int, advice: int) -> None:
         mapping.madvise(advice, page, first - page + rows * row_bytes)
 
 
-def row_in_memory(row: NDArray[np.float32]) -> bool:
+def row_in_memory(row: NDArray[Any]) -> bool:
     """Whether the first page of a row is in memory; as it seems where the kernel does not tell."""
     if _mapping(row) is None or not hasattr(_libc, "mincore"):
         return True

@@ -406,9 +406,19 @@ class Gallery:
 
     def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
         """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
+        return all(row_in_memory(shard.features[local]) for shard, local in self._some(rows))
+
+    def codes_in_memory(self) -> bool:
+        """Whether most codes, which are kept, are in memory, as far as a few of them tell.
+
+        What is missing is a quarter of the bytes that features have, and will be there afterwards.
+        """
+        seen = [row_in_memory(shard.codes.integers[local]) for shard, local in self._some()]
+        return 2 * sum(seen) > len(seen)
+
+    def _some(self, rows: NDArray[np.int64] | None = None) -> list[tuple[Shard, int]]:
         asked = range(self.rows) if rows is None else rows
-        some = asked[:: max(1, len(asked) // _LOOKED_AT)]
-        return all(row_in_memory(shard.features[local]) for shard, local in (self._locate(int(row)) for row in some))
+        return [self._locate(int(row)) for row in asked[:: max(1, len(asked) // _LOOKED_AT)]]
 
     def plan_reads(self, rows: NDArray[np.int64]) -> None:
         """Have some rows read now, all at once and without read-ahead, if they are not in memory.

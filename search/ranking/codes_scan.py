@@ -4,17 +4,21 @@ Only candidates come from here. What coding took from each row is part of the bo
 float64 is that of `search.ranking.rank`, so the answer is the same bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.arrays import Float32, Float64
-from search.gallery.shards import Gallery
+from search.gallery.shards import Block, Gallery
 from search.ranking.bounds import int8_margin
+from search.ranking.compiled import CodeQueries, has_codes
 from search.ranking.scan import Batch, Candidates, Scan, default_block_rows, scanned_rows, select
 from search.ranking.threads import cores, in_threads, parts_of
+
+Integers: TypeAlias = NDArray[np.int8]
 
 #: Values that a thread converts at once: as float32 they take 1 MB and stay in its core's cache.
 _AT_ONCE = 1 << 18
@@ -29,12 +33,31 @@ class CodesMultiply(Protocol):
 
     query_loss: float
 
-    def __call__(self, integers: NDArray[np.int8]) -> Float32:
-        """Dot products with rows of integers, int8[b, d]: float32[q, b], in C order."""
+    def __call__(self, parts: Sequence[Integers]) -> Float32:
+        """Dot products with rows of integers, int8[b, d], one part after the other: float32[q, all b], in C order."""
         ...
 
 
 MakeCodesMultiply: TypeAlias = Callable[[Float32], CodesMultiply]
+
+
+class CompiledCodesMultiply:
+    """Integers are read as they are, once for all queries, by a thread a core; only if `compiled.has_codes`."""
+
+    def __init__(self, units: Float32) -> None:
+        self._queries = CodeQueries.of(units)
+        self.query_loss = self._queries.loss
+
+    def __call__(self, parts: Sequence[Integers]) -> Float32:
+        """As `CodesMultiply` says."""
+        products = np.empty((len(self._queries.integers), sum(map(len, parts))), np.float32)
+
+        def multiply(share: list[tuple[slice, Integers]]) -> None:
+            for rows, integers in share:
+                self._queries.multiply(integers, products[:, rows])
+
+        in_threads(multiply, _shares(parts))
+        return products
 
 
 class NumpyCodesMultiply:
@@ -45,40 +68,76 @@ class NumpyCodesMultiply:
     def __init__(self, units: Float32) -> None:
         self._columns = units.T
 
-    def __call__(self, integers: NDArray[np.int8]) -> Float32:
+    def __call__(self, parts: Sequence[Integers]) -> Float32:
         """As `CodesMultiply` says."""
-        rows, length = integers.shape
-        products = np.empty((rows, self._columns.shape[1]), np.float32)
+        length, count = self._columns.shape
+        products = np.empty((sum(map(len, parts)), count), np.float32)
         at_once = max(1, _AT_ONCE // max(1, length))
 
-        def multiply(rows: slice) -> None:
+        def multiply(share: list[tuple[slice, Integers]]) -> None:
             converted = np.empty((at_once, length), np.float32)
-            for first in range(rows.start, rows.stop, at_once):
-                some = slice(first, min(first + at_once, rows.stop))
-                part = converted[: some.stop - first]
-                part[:] = integers[some]
-                np.matmul(part, self._columns, out=products[some])
+            for rows, integers in share:
+                for first in range(0, len(integers), at_once):
+                    some = integers[first : first + at_once]
+                    part = converted[: len(some)]
+                    part[:] = some
+                    np.matmul(part, self._columns, out=products[rows][first : first + at_once])
 
-        in_threads(multiply, parts_of(rows, cores()))
+        in_threads(multiply, _shares(parts))
         return np.ascontiguousarray(products.T)
 
 
-def codes_scan(make_multiply: MakeCodesMultiply = NumpyCodesMultiply, block_rows: int | None = None) -> Scan:
+def _shares(parts: Sequence[Integers]) -> list[list[tuple[slice, Integers]]]:
+    """About the same number of rows for each core: pieces of the parts, and where they are among all rows."""
+    ends = list(itertools.accumulate(map(len, parts)))
+    shares = []
+    for share in parts_of(ends[-1], cores()):
+        pieces = []
+        for integers, end in zip(parts, ends, strict=True):
+            first = end - len(integers)
+            rows = slice(max(share.start, first), min(share.stop, end))
+            if rows.start < rows.stop:
+                pieces.append((rows, integers[rows.start - first : rows.stop - first]))
+        shares.append(pieces)
+    return shares
+
+
+def codes_scan(make_multiply: MakeCodesMultiply | None = None, block_rows: int | None = None) -> Scan:
     """A scan of a gallery's codes on the CPU.
 
     Args:
-        block_rows: rows read at once; by default as many as of features.
+        make_multiply: by default what is compiled, or numpy.
+        block_rows: rows read at once; by default so many that their codes take `BLOCK_BYTES`.
     """
 
     def scan(gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
-        multiply = make_multiply(batch.units)
-        for block in gallery.blocks(block_rows or default_block_rows(gallery.length), coded=True):
-            assert block.codes is not None
-            usable = scanned_rows(block.norms, block.left_out)
-            norms = np.where(usable, block.norms, np.float32(1))
-            cosines = multiply(block.codes.integers)
-            cosines *= block.codes.scales
-            margin = int8_margin(gallery.length, block.codes.losses, multiply.query_loss)
-            yield select(batch, cosines, margin, norms, usable, block.first, cuts)
+        make = make_multiply or (CompiledCodesMultiply if has_codes() else NumpyCodesMultiply)
+        multiply, most = make(batch.units), block_rows or default_coded_rows(gallery.length)
+        for blocks in _together(gallery.blocks(most, coded=True), most):
+            codes = [block.codes for block in blocks if block.codes is not None]
+            usable = np.concatenate([scanned_rows(block.norms, block.left_out) for block in blocks])
+            norms = np.where(usable, np.concatenate([block.norms for block in blocks]), np.float32(1))
+            cosines = multiply([one.integers for one in codes])
+            cosines *= np.concatenate([one.scales for one in codes])
+            losses = np.concatenate([one.losses for one in codes])
+            margin = int8_margin(gallery.length, losses, multiply.query_loss)
+            yield select(batch, cosines, margin, norms, usable, blocks[0].first, cuts)
 
     return scan
+
+
+def default_coded_rows(length: int) -> int:
+    """Rows whose codes take `BLOCK_BYTES`."""
+    return 4 * default_block_rows(length)
+
+
+def _together(blocks: Iterator[Block], most: int) -> Iterator[list[Block]]:
+    """Blocks that follow each other, at most so many rows: to wake threads costs as much as a small block."""
+    some: list[Block] = []
+    for block in blocks:
+        if some and sum(len(one.norms) for one in some) + len(block.norms) > most:
+            yield some
+            some = []
+        some.append(block)
+    if some:
+        yield some

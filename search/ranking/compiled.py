@@ -1,6 +1,6 @@
-"""What is compiled for searching: the cosine that decides, and products on a CPU's matrix units.
+"""What is compiled for searching: the cosine that decides, and products with codes and on a CPU's matrix units.
 
-`search/ranking/_exact.c` and `search/ranking/_matrix_units.c` say how. Without them numpy and torch do the same, more
+`_exact.c`, `_codes.c` and `_matrix_units.c` in this folder say how. Without them numpy and torch do the same, more
 slowly and to the same hits.
 """
 
@@ -16,6 +16,10 @@ from search.arrays import Float32, Float64, Mask, Rows, row_sums
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _EXACT = {"ruiji_cosines_of_pairs": (_NUMBER, _NUMBER, *[_POINTER] * 5)}
+_CODES = {
+    "ruiji_multiplies_codes": (),
+    "ruiji_multiply_codes": (*[_NUMBER] * 2, _POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER),
+}
 _MATRIX_UNITS = {
     "ruiji_matrix_units": (),
     "ruiji_round_rows": (_NUMBER, _NUMBER, *[_POINTER] * 4, _NUMBER),
@@ -80,6 +84,63 @@ def _has_numpys_bits(library: ctypes.CDLL) -> bool:
     library.ruiji_cosines_of_pairs(1, len(query), *(one.ctypes for one in arrays))
     expected = row_sums((row * query)[np.newaxis]) / np.sqrt(row_sums((row * row)[np.newaxis]) * square)
     return bool((cosine == expected).all())
+
+
+# Products with codes
+
+#: What 16 bits hold, less what rounding a step may add; sums that 32 bits hold, of products with 8 bits.
+_INT16, _INT32_SUM = (1 << 15) - 2, (1 << 31) >> 7
+
+
+def has_codes() -> bool:
+    """Whether this CPU multiplies codes by the library (AVX2)."""
+    return _codes() is not None
+
+
+@cache
+def _codes() -> ctypes.CDLL | None:
+    library = load("search.ranking._codes", _CODES)
+    return None if isinstance(library, str) or not library.ruiji_multiplies_codes() else library
+
+
+@dataclass(frozen=True)
+class CodeQueries:
+    """Queries as integers that are multiplied with codes exactly.
+
+    Attributes:
+        integers: int16[q, d].
+        steps: float32[q]; `integers * steps` is about a query.
+        loss: the largest norm of what that differs by.
+    """
+
+    integers: NDArray[np.int16]
+    steps: Float32
+    loss: float
+
+    @classmethod
+    def of(cls, units: Float32) -> "CodeQueries":
+        """Of unit vectors, float32[q, d], d at most 2^17."""
+        sizes = np.abs(units)
+        # To round adds at most a half to each value.
+        most = (_INT32_SUM - units.shape[1]) / sizes.sum(axis=1, dtype=np.float64)
+        steps = (1 / np.minimum(most, _INT16 / sizes.max(axis=1).astype(np.float64))).astype(np.float32)
+        wide = steps[:, np.newaxis].astype(np.float64)
+        integers = np.rint(units / wide)
+        lost = units - integers * wide
+        return cls(integers.astype(np.int16), steps, float(np.sqrt((lost * lost).sum(axis=1).max())))
+
+    def multiply(self, codes: NDArray[np.int8], products: Float32) -> None:
+        """Write dot products with rows of codes; only if `has_codes`.
+
+        Args:
+            codes: int8[b, d], in C order.
+            products: float32[q, b], written; it may be a part of the columns of a wider array.
+        """
+        library = _codes()
+        assert library is not None and codes.flags.c_contiguous and products.strides[1] == products.itemsize
+        arrays = (one.ctypes for one in (self.integers, self.steps, products))
+        count = len(self.integers)
+        library.ruiji_multiply_codes(*codes.shape, codes.ctypes, count, *arrays, products.strides[0] // 4)
 
 
 # Products on matrix units

@@ -14,7 +14,8 @@ from pipeline.errors import UsageError
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic, Tiles
-from search.ranking.compiled import has_matrix_units
+from search.ranking.codes_scan import default_coded_rows
+from search.ranking.compiled import has_codes, has_matrix_units
 from search.ranking.device_memory import can_stay, pair_sizes, scan_sizes
 from search.ranking.matrix_units import MAX_ROWS, MatrixUnits
 from search.ranking.numpy_arithmetic import NumpyArithmetic
@@ -55,9 +56,12 @@ _WORTH_BFLOAT16, _WORTH_ROUNDING = 16, 48
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
 #: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
 _INT32_LENGTH = 1 << 17
-#: Up to so many queries codes are quicker than features: multiplied by torch, unless matrix units have rows that are
-#: kept in bfloat16; and converted by numpy, which takes as long as reading features from memory, but not from a disk.
-_CODES_BY_TORCH, _CODES_BY_NUMPY = 128, 64
+#: Up to so many queries codes are quicker than features, unless matrix units have rows that are kept in bfloat16:
+#: multiplied by torch; or by what is compiled; or converted by numpy, which takes as long as reading features from
+#: memory, but not from a disk.
+_CODES_BY_TORCH, _CODES_BY_OTHERS = 128, 64
+#: Up to so many queries what is compiled is not slower than torch: it takes little longer than to read the codes.
+_CODES_IN_ONE_READING = 16
 
 
 def wait_asleep() -> None:
@@ -93,6 +97,7 @@ class Question:
         purpose: the best hits of each query; all pairs of rows that are near; or the places of matches in whole
             rankings, of an evaluation.
         coded: the rows' codes are kept.
+        codes_in_memory: and most of them are in memory, or seem to be.
         in_memory: so are their features, or they seem to be.
         lasting: more questions about the same rows will come, so that what is kept for them pays.
         kept: the rows are kept already, as unit vectors in bfloat16.
@@ -103,6 +108,7 @@ class Question:
     queries: int
     metric: Metric = Metric.cosine
     coded: bool = False
+    codes_in_memory: bool = True
     in_memory: bool = True
     purpose: Purpose = Purpose.hits
     lasting: bool = False
@@ -120,6 +126,7 @@ class Machine:
         bfloat16: what the CPU has to multiply bfloat16 with; None: nothing.
         int8: whether the CPU multiplies 8 bits exactly.
         compiled: whether what is compiled for matrix units can use those of the CPU.
+        codes: whether what is compiled for codes can multiply them.
         memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None if CUDA is not asked for.
     """
@@ -131,6 +138,7 @@ class Machine:
     int8: bool
     memory_bytes: int
     compiled: bool = False
+    codes: bool = False
     device_free_bytes: int | None = None
 
 
@@ -210,12 +218,14 @@ class Planner:
             UsageError: CUDA is asked for and does not work.
         """
         hits = purpose is Purpose.hits
+        coded = hits and gallery.coded
         question = Question(
             gallery.rows,
             gallery.length,
             queries,
             metric,
-            hits and gallery.coded,
+            coded,
+            not coded or queries > _CODES_BY_OTHERS or gallery.codes_in_memory(),
             not hits or gallery.in_memory(),
             purpose,
             self._lasting,
@@ -253,7 +263,8 @@ class Planner:
         """
         machine = replace(look_at_machine(self._device), torch_loaded=True)
         question = Question(gallery.rows, gallery.length, 1, coded=gallery.coded, lasting=self._lasting)
-        ways = (choose_way(replace(question, queries=queries), machine) for queries in (1, QUERIES_AT_ONCE))
+        counts = (1, _CODES_BY_TORCH, QUERIES_AT_ONCE)
+        ways = (choose_way(replace(question, queries=queries), machine) for queries in counts)
         if any(way.library is Library.torch for way in ways):
             importlib.import_module("search.ranking.torch_arithmetic")
 
@@ -277,19 +288,10 @@ def _choose(question: Question, machine: Machine) -> Way:
     # What is compiled keeps whole tiles of 32 values.
     fits = 2 * question.rows * -(-question.length // 32) * 32 <= _MEMORY_PART * machine.memory_bytes
     stays = question.purpose is Purpose.hits and (question.lasting or question.queries > QUERIES_AT_ONCE) and fits
-    units = machine.bfloat16
-    if question.coded and question.metric is not Metric.euclidean:
-        torch = machine.int8 and machine.torch_loaded and question.length <= _INT32_LENGTH
-        matrix = units is not None and units.matrix and question.lasting and stays
-        matrix = matrix and _worth_bfloat16(question, machine, stays)
-        # Rows that are neither kept nor in memory would have to be read to be kept.
-        matrix = matrix and (question.kept or question.in_memory)
-        if torch and question.queries <= _CODES_BY_TORCH and not matrix:
-            why = "the kept codes are a quarter of the bytes"
-            return Way(Library.torch, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
-        if not question.in_memory and question.queries <= _CODES_BY_NUMPY and not matrix:
-            why = "the features are not in memory, and the kept codes are a quarter of the bytes"
-            return Way(Library.numpy, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
+    if by_codes := _by_codes(question, machine, stays):
+        library, why = by_codes
+        rows = default_coded_rows(question.length)
+        return Way(library, Device.cpu, Precision.int8, False, rows, QUERIES_AT_ONCE, why)
     if why := _why_numpy(question, machine, stays):
         return Way(Library.numpy, Device.cpu, Precision.float32, False, rows, QUERIES_AT_ONCE, why)
     why = f"{question.queries:,} queries are worth the CPU's bfloat16 units"
@@ -297,6 +299,30 @@ def _choose(question: Question, machine: Machine) -> Way:
         why = "the CPU's bfloat16 units multiply rows that are rounded once"
     library = Library.compiled if _compiled(question, machine) else Library.torch
     return Way(library, Device.cpu, Precision.bfloat16, stays, rows, QUERIES_AT_ONCE, why)
+
+
+def _by_codes(question: Question, machine: Machine, stays: bool) -> tuple[Library, str] | None:
+    """What multiplies the kept codes, and why; None if features are quicker."""
+    if not question.coded or question.metric is Metric.euclidean:
+        return None
+    units = machine.bfloat16
+    matrix = units is not None and units.matrix and question.lasting and stays
+    # Rows that are neither kept nor in memory would have to be read to be kept.
+    if matrix and _worth_bfloat16(question, machine, stays) and (question.kept or question.in_memory):
+        return None
+    why = "the kept codes are a quarter of the bytes"
+    fits = question.length <= _INT32_LENGTH
+    torch = fits and machine.int8 and machine.torch_loaded
+    # Features in memory are sooner there than codes that are not.
+    near = question.codes_in_memory or not question.in_memory
+    most = _WORTH_ROUNDING - 1 if _compiled(question, machine) else _CODES_BY_OTHERS
+    if fits and machine.codes and near and question.queries <= (_CODES_IN_ONE_READING if torch else most):
+        return Library.numpy, f"{why}, and what is compiled multiplies them"
+    if torch and question.queries <= _CODES_BY_TORCH:
+        return Library.torch, why
+    if not question.in_memory and question.queries <= _CODES_BY_OTHERS:
+        return Library.numpy, f"the features are not in memory, and {why}"
+    return None
 
 
 def _compiled(question: Question, machine: Machine) -> bool:
@@ -390,7 +416,8 @@ def look_at_machine(device: Device) -> Machine:
     int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
     units = bfloat16_units()
     compiled = units is not None and units.matrix and has_matrix_units()
-    return Machine(device, installed, "torch" in sys.modules, units, int8, _memory_bytes(), compiled, free)
+    loaded = "torch" in sys.modules
+    return Machine(device, installed, loaded, units, int8, _memory_bytes(), compiled, has_codes(), free)
 
 
 @cache

@@ -6,7 +6,7 @@ float64 is that of `search.ranking.rank`, on the host, so the answer is the same
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -364,12 +364,15 @@ class TorchCodesMultiply:
         self._digits, self._wide = torch.from_numpy(digits), digits.astype(np.float64)
         self._steps = torch.from_numpy(np.stack([steps, second_steps])[:, :, np.newaxis])
 
-    def __call__(self, integers: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Dot products with rows of integers, int8[b, d]: float32[q, b].
+    def __call__(self, parts: Sequence[NDArray[np.int8]]) -> NDArray[np.float32]:
+        """As `CodesMultiply` says.
 
         Raises:
             RuijiError: torch gave wrong sums; it says nothing where oneDNN refuses the shapes.
         """
+        return np.concatenate([self._products(integers) for integers in parts], axis=1)
+
+    def _products(self, integers: NDArray[np.int8]) -> NDArray[np.float32]:
         sums = _integer_products(self._digits, _borrow(integers))
         if (sums[:, 0].numpy() != self._wide @ integers[0]).any():
             raise RuijiError(

@@ -6,19 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+import search.gallery.shards as gallery_module
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from pipeline.model import load_model
+from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic
 from search.ranking.planner import Bfloat16Units, Library, Machine, Planner, Purpose, Question, Way, choose_way
 from search.ranking.rank import rank
-from tests.search.galleries import in_memory
+from tests.factories import tiny_model
+from tests.search.galleries import in_memory, write_gallery
 from tests.search.ranking.test_rank import features_of
 
 ROOT = Path(__file__).parents[3]
@@ -130,6 +135,68 @@ def test_kept_codes_are_read_where_few_queries_ask(machine: Machine, in_memory: 
     assert str(choose_way(question, machine)).startswith(way)
     assert choose_way(dataclasses.replace(question, metric=Metric.euclidean), machine).precision is Precision.float32
     assert choose_way(dataclasses.replace(question, coded=False), machine).precision is not Precision.int8
+
+
+@pytest.mark.parametrize(
+    ("machine", "queries", "way"),
+    [
+        (BARE, 1, "numpy on cpu, int8"),
+        (BARE, 64, "numpy on cpu, int8"),
+        (BARE, 65, "numpy on cpu, float32"),
+        (STRONG, 64, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), 16, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True), 17, "torch on cpu, int8"),
+        (dataclasses.replace(STRONG, torch_loaded=True, int8=False), 15, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch=False, compiled=True), 47, "numpy on cpu, int8"),
+        (dataclasses.replace(STRONG, torch=False, compiled=True), 48, "matrix units on cpu, bfloat16, blocks"),
+    ],
+)
+def test_what_is_compiled_multiplies_kept_codes(machine: Machine, queries: int, way: str) -> None:
+    machine = dataclasses.replace(machine, codes=True)
+    question = Question(SMALL, 1280, queries, Metric.cosine, coded=True)
+    chosen = choose_way(question, machine)
+    assert str(chosen).startswith(way)
+    by_codes = way == "numpy on cpu, int8"
+    assert ("what is compiled" in chosen.why) == by_codes
+    # Codes that would come from the disk are no quicker than features that are in memory; if these would too, they are.
+    far = dataclasses.replace(question, codes_in_memory=False)
+    assert "what is compiled" not in choose_way(far, machine).why
+    assert ("what is compiled" in choose_way(dataclasses.replace(far, in_memory=False), machine).why) == by_codes
+    for other in ({"metric": Metric.euclidean}, {"coded": False}, {"length": 1 + (1 << 17)}):
+        assert "what is compiled" not in choose_way(dataclasses.replace(question, **other), machine).why
+
+
+@pytest.mark.parametrize(
+    ("codes", "features", "by_codes"),
+    [(20, True, True), (11, True, True), (10, True, False), (0, True, False), (0, False, True)],
+)
+def test_codes_are_read_where_most_are_in_memory(
+    codes: int, features: bool, by_codes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model(tmp_path / "model.onnx", length=64))
+    write_gallery(tmp_path, model, features_of("random", 20, 64), [f"{row}.jpg" for row in range(20)], 7)
+    for shard in open_gallery(tmp_path).shards:
+        shard.keep()
+    asked: list[None] = []
+
+    def row_in_memory(row: NDArray[Any]) -> bool:
+        if row.dtype != np.int8:
+            return features
+        asked.append(None)
+        return len(asked) <= codes
+
+    monkeypatch.setattr(gallery_module, "row_in_memory", row_in_memory)
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(BARE, codes=True))
+    way = Planner(Device.cpu).way(open_gallery(tmp_path), Purpose.hits, 3)
+    assert ("what is compiled" in way.why) == by_codes and len(asked) == 20
+
+
+def test_matrix_units_that_have_rows_kept_come_before_what_is_compiled_for_codes() -> None:
+    machine = dataclasses.replace(STRONG, torch=False, compiled=True, codes=True)
+    question = Question(SMALL, 1280, 1, coded=True, lasting=True)
+    assert choose_way(question, machine).precision is Precision.int8
+    assert choose_way(dataclasses.replace(question, kept=True), machine).library is Library.compiled
+    assert choose_way(dataclasses.replace(question, queries=16), machine).library is Library.compiled
 
 
 def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
