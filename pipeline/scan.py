@@ -167,7 +167,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _counted(counts: Counter[str]) -> str:
     told = sorted(counts, key=lambda what: (-counts[what], what))[:_TOLD]
     rest = counts.total() - sum(counts[what] for what in told)
-    return ", ".join([*(f"{counts[what]} {what}" for what in told), *([f"{rest} others"] if rest else [])])
+    return ", ".join([*(f"{counts[what]} {what}" for what in told), *([counted(rest, "other")] if rest else [])])
 
 
 def _named(names: list[str]) -> str:

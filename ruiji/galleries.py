@@ -529,9 +529,9 @@ class Gallery:
         """Make ready, in a process that stays, whatever makes later searches quicker.
 
         The model is loaded, if there is one, and the norms of all rows. If torch is installed and quicker here, it is
-        imported, and from then on answers: by the rows in 8 bits, if `ruiji index` has kept them, on CPUs with matrix
-        units (AMX) only until 16 queries come at once; by rows in bfloat16, which stay in memory if they take less than
-        a quarter of it; on CUDA by rows that stay on the device.
+        imported. From then on few queries are answered by the rows in 8 bits, if `ruiji index` has kept them, on CPUs
+        with matrix units (AMX) only until 16 queries come at once; many by rows in bfloat16, which stay in memory if
+        they take less than a quarter of it; on CUDA all by rows that stay on the device.
 
         Raises:
             UsageError: CUDA was asked for and does not work.

@@ -109,12 +109,13 @@ async def _keep_looking(galleries: Galleries) -> None:
             await asyncio.to_thread(galleries.look)
         except Exception as error:
             # What is open goes on, whatever it was, and the next look may do better.
-            if repr(error) != failed:
+            why = f"{type(error).__name__}: {error}"
+            if why != failed:
                 # Of a bug nothing else says where it is.
                 bug = not isinstance(error, OSError)
                 extra = {"event": "looking_failed"}
                 logger.error("looking for new shards fails; trying again: %s", error, exc_info=bug, extra=extra)
-            failed = repr(error)
+            failed = why
         else:
             if failed:
                 logger.info("looking for new shards works again", extra={"event": "looking_works"})

@@ -80,6 +80,13 @@ class ShardCodes:
         """int8[rows, d] to read ahead; not checked."""
         return self._all.integers
 
+    @property
+    def at_hand(self) -> NDArray[np.int8] | None:
+        """int8[rows, d], not checked, none of them made for this; None if there are none yet."""
+        kept, made = self._kept, self._made
+        codes = made if kept is None else kept.codes
+        return None if codes is None else codes.integers
+
     def part(self, rows: slice) -> Codes:
         """Some rows. If those of the cache are not as they were written, the whole shard's are made and kept."""
         # Another thread may give them up meanwhile.

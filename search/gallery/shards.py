@@ -413,8 +413,8 @@ class Gallery:
 
         What is missing is a quarter of the bytes that features have, and will be there afterwards.
         """
-        seen = [row_in_memory(shard.codes.integers[local]) for shard, local in self._some()]
-        return 2 * sum(seen) > len(seen)
+        some = [(shard.codes.at_hand, local) for shard, local in self._some()]
+        return 2 * sum(codes is not None and row_in_memory(codes[local]) for codes, local in some) > len(some)
 
     def _some(self, rows: NDArray[np.int64] | None = None) -> list[tuple[Shard, int]]:
         asked = range(self.rows) if rows is None else rows

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from search.arrays import Float32, Float64
 from search.gallery.shards import Block, Gallery
 from search.ranking.bounds import int8_margin
-from search.ranking.compiled import CodeQueries, has_codes
+from search.ranking.compiled import LONGEST_CODES, CodeQueries, has_codes
 from search.ranking.scan import Batch, Candidates, Scan, default_block_rows, scanned_rows, select
 from search.ranking.threads import cores, in_threads, parts_of
 
@@ -22,6 +22,8 @@ Integers: TypeAlias = NDArray[np.int8]
 
 #: Values that a thread converts at once: as float32 they take 1 MB and stay in its core's cache.
 _AT_ONCE = 1 << 18
+#: Products of queries and rows that are looked through at once: 4 MB.
+_PRODUCTS_AT_ONCE = 1 << 20
 
 
 class CodesMultiply(Protocol):
@@ -107,12 +109,14 @@ def codes_scan(make_multiply: MakeCodesMultiply | None = None, block_rows: int |
 
     Args:
         make_multiply: by default what is compiled, or numpy.
-        block_rows: rows read at once; by default so many that their codes take `BLOCK_BYTES`.
+        block_rows: rows read at once, fewer if many queries ask; by default as `default_coded_rows` has it.
     """
 
     def scan(gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
-        make = make_multiply or (CompiledCodesMultiply if has_codes() else NumpyCodesMultiply)
+        compiled = has_codes() and gallery.length <= LONGEST_CODES
+        make = make_multiply or (CompiledCodesMultiply if compiled else NumpyCodesMultiply)
         multiply, most = make(batch.units), block_rows or default_coded_rows(gallery.length)
+        most = min(most, max(1, _PRODUCTS_AT_ONCE // len(batch.queries)))
         for blocks in _together(gallery.blocks(most, coded=True), most):
             codes = [block.codes for block in blocks if block.codes is not None]
             usable = np.concatenate([scanned_rows(block.norms, block.left_out) for block in blocks])
@@ -134,10 +138,12 @@ def default_coded_rows(length: int) -> int:
 def _together(blocks: Iterator[Block], most: int) -> Iterator[list[Block]]:
     """Blocks that follow each other, at most so many rows: to wake threads costs as much as a small block."""
     some: list[Block] = []
+    rows = 0
     for block in blocks:
-        if some and sum(len(one.norms) for one in some) + len(block.norms) > most:
+        if some and rows + len(block.norms) > most:
             yield some
-            some = []
+            some, rows = [], 0
         some.append(block)
+        rows += len(block.norms)
     if some:
         yield some

@@ -90,6 +90,8 @@ def _has_numpys_bits(library: ctypes.CDLL) -> bool:
 
 #: What 16 bits hold, less what rounding a step may add; sums that 32 bits hold, of products with 8 bits.
 _INT16, _INT32_SUM = (1 << 15) - 2, (1 << 31) >> 7
+#: Of longer rows the products could overflow the 32 bits that they are summed in.
+LONGEST_CODES = 1 << 17
 
 
 def has_codes() -> bool:
@@ -119,7 +121,7 @@ class CodeQueries:
 
     @classmethod
     def of(cls, units: Float32) -> "CodeQueries":
-        """Of unit vectors, float32[q, d], d at most 2^17."""
+        """Of unit vectors, float32[q, d], d at most `LONGEST_CODES`."""
         sizes = np.abs(units)
         # To round adds at most a half to each value.
         most = (_INT32_SUM - units.shape[1]) / sizes.sum(axis=1, dtype=np.float64)

@@ -15,7 +15,7 @@ from search.gallery.shards import Gallery
 from search.options import Metric, Precision
 from search.ranking.arithmetic import Arithmetic, Tiles
 from search.ranking.codes_scan import default_coded_rows
-from search.ranking.compiled import has_codes, has_matrix_units
+from search.ranking.compiled import LONGEST_CODES, has_codes, has_matrix_units
 from search.ranking.device_memory import can_stay, pair_sizes, scan_sizes
 from search.ranking.matrix_units import MAX_ROWS, MatrixUnits
 from search.ranking.numpy_arithmetic import NumpyArithmetic
@@ -54,8 +54,6 @@ _UNITS = (
 _WORTH_BFLOAT16, _WORTH_ROUNDING = 16, 48
 #: What sums products of 8 bits exactly; without, torch saturates them.
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
-#: Longer rows of 8 bits could overflow the 32 bits that their products are summed in.
-_INT32_LENGTH = 1 << 17
 #: Up to so many queries codes are quicker than features, unless matrix units have rows that are kept in bfloat16:
 #: multiplied by torch; or by what is compiled; or converted by numpy, which takes as long as reading features from
 #: memory, but not from a disk.
@@ -219,13 +217,15 @@ class Planner:
         """
         hits = purpose is Purpose.hits
         coded = hits and gallery.coded
+        by_codes = coded and queries <= _CODES_BY_TORCH and metric is not Metric.euclidean
+        by_codes = by_codes and self._device is not Device.cuda
         question = Question(
             gallery.rows,
             gallery.length,
             queries,
             metric,
             coded,
-            not coded or queries > _CODES_BY_OTHERS or gallery.codes_in_memory(),
+            not by_codes or gallery.codes_in_memory(),
             not hits or gallery.in_memory(),
             purpose,
             self._lasting,
@@ -307,18 +307,19 @@ def _by_codes(question: Question, machine: Machine, stays: bool) -> tuple[Librar
         return None
     units = machine.bfloat16
     matrix = units is not None and units.matrix and question.lasting and stays
+    matrix = matrix and (machine.torch or _compiled(question, machine))
     # Rows that are neither kept nor in memory would have to be read to be kept.
     if matrix and _worth_bfloat16(question, machine, stays) and (question.kept or question.in_memory):
         return None
     why = "the kept codes are a quarter of the bytes"
-    fits = question.length <= _INT32_LENGTH
+    fits = question.length <= LONGEST_CODES
     torch = fits and machine.int8 and machine.torch_loaded
-    # Features in memory are sooner there than codes that are not.
-    near = question.codes_in_memory or not question.in_memory
+    # Features in memory are sooner there than codes that are not; but these are there the next time.
+    near = question.codes_in_memory or question.lasting or not question.in_memory
     most = _WORTH_ROUNDING - 1 if _compiled(question, machine) else _CODES_BY_OTHERS
     if fits and machine.codes and near and question.queries <= (_CODES_IN_ONE_READING if torch else most):
         return Library.numpy, f"{why}, and what is compiled multiplies them"
-    if torch and question.queries <= _CODES_BY_TORCH:
+    if torch and near and question.queries <= _CODES_BY_TORCH:
         return Library.torch, why
     if not question.in_memory and question.queries <= _CODES_BY_OTHERS:
         return Library.numpy, f"the features are not in memory, and {why}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline import layout
 from pipeline.errors import RuijiError
+from pipeline.streams import counted
 from search.gallery.opening import open_gallery
 from search.requests.selection import Progress
 
@@ -38,7 +39,7 @@ def index(folder: Path, progress: Progress) -> Indexed:
     zero, nonfinite = gallery.unusable_rows
     if unkept:
         raise RuijiError(
-            f"cannot write to {layout.cache_folder(folder)}: nothing is kept of {unkept} shards; check its permissions "
-            f"and that the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
+            f"cannot write to {layout.cache_folder(folder)}: nothing is kept of {counted(unkept, 'shard')}; check its "
+            f"permissions and that the disk has {gallery.size_bytes // 4 / 1e6:.0f} MB to spare"
         )
     return Indexed(gallery.rows, len(gallery.shards), zero + nonfinite)

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import search.ranking.codes_scan as codes_scan_module
 from pipeline import compiled as libraries
@@ -17,7 +19,13 @@ from pipeline.errors import RuijiError
 from search.arrays import Float32
 from search.options import Metric, Precision
 from search.ranking import compiled
-from search.ranking.codes_scan import CompiledCodesMultiply, MakeCodesMultiply, NumpyCodesMultiply, codes_scan
+from search.ranking.codes_scan import (
+    CodesMultiply,
+    CompiledCodesMultiply,
+    MakeCodesMultiply,
+    NumpyCodesMultiply,
+    codes_scan,
+)
 from search.ranking.compiled import CodeQueries
 from search.ranking.planner import Library, Way
 from search.ranking.rank import rank
@@ -236,6 +244,32 @@ def test_what_is_compiled_reads_and_writes_nothing_else(tmp_path: Path) -> None:
         """
     for options in ([], ["-DRUIJI_PLAIN"]):
         run_sanitized(tmp_path, program, SOURCE, *options)
+
+
+def test_many_queries_take_fewer_rows_at_once(multiply: MakeCodesMultiply, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes_scan_module, "_PRODUCTS_AT_ONCE", 1000)
+    rows: list[int] = []
+
+    def make(units: Float32) -> CodesMultiply:
+        inner = multiply(units)
+
+        class Multiply:
+            query_loss = inner.query_loss
+
+            def __call__(self, parts: Sequence[NDArray[np.int8]]) -> Float32:
+                products = inner(parts)
+                rows.append(products.shape[1])
+                return products
+
+        return Multiply()
+
+    features = features_of("random", 400, 64)
+    gallery, queries = in_memory(features, cuts=(7, 9, 100, 300)), features_of("positive", 20, 64)
+    for count, most in ((1, 400), (3, 333), (20, 50)):
+        rows.clear()
+        assert rank(gallery, queries[:count], 5, scan=codes_scan(make)) == rank(gallery, queries[:count], 5)
+        assert sum(rows) == 400 and most / 2 < max(rows) <= most
+    assert rows[:3] == [9, 50, 41], "small shards share a block, others are cut"
 
 
 def test_what_is_compiled_comes_before_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,26 @@ def test_codes_are_read_where_most_are_in_memory(
     monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(BARE, codes=True))
     way = Planner(Device.cpu).way(open_gallery(tmp_path), Purpose.hits, 3)
     assert ("what is compiled" in way.why) == by_codes and len(asked) == 20
+    # In a process that stays they are there the next time.
+    stays = Planner(Device.cpu, lasting=True).way(open_gallery(tmp_path), Purpose.hits, 3)
+    assert "what is compiled" in stays.why
+
+
+@pytest.mark.parametrize("metric", [Metric.cosine, Metric.euclidean])
+def test_no_codes_are_made_to_plan(metric: Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny_model(tmp_path / "model.onnx", length=64))
+    write_gallery(tmp_path, model, features_of("random", 20, 64), [f"{row}.jpg" for row in range(20)], 7)
+    for shard in open_gallery(tmp_path).shards:
+        shard.keep()
+    for scales in (tmp_path / "cache").glob("*.scales.npy"):
+        damaged = bytearray(scales.read_bytes())
+        damaged[-20] ^= 1
+        scales.write_bytes(damaged)
+    made: list[None] = []
+    monkeypatch.setattr("search.gallery.codes.codes_of", lambda *features: made.append(None))
+    monkeypatch.setattr("search.ranking.planner.look_at_machine", lambda device: dataclasses.replace(BARE, codes=True))
+    way = Planner(Device.cpu).way(open_gallery(tmp_path), Purpose.hits, 3, metric)
+    assert not made and way.precision is Precision.float32
 
 
 def test_matrix_units_that_have_rows_kept_come_before_what_is_compiled_for_codes() -> None:
@@ -197,6 +217,9 @@ def test_matrix_units_that_have_rows_kept_come_before_what_is_compiled_for_codes
     assert choose_way(question, machine).precision is Precision.int8
     assert choose_way(dataclasses.replace(question, kept=True), machine).library is Library.compiled
     assert choose_way(dataclasses.replace(question, queries=16), machine).library is Library.compiled
+    # Units that nothing here can use do not count.
+    useless = choose_way(dataclasses.replace(question, queries=16), dataclasses.replace(machine, compiled=False))
+    assert (useless.library, useless.precision) == (Library.numpy, Precision.int8)
 
 
 def test_rows_whose_products_could_overflow_are_not_multiplied_as_integers() -> None:
