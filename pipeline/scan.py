@@ -141,12 +141,12 @@ class Scan:
     def notes(self) -> list[str]:
         """What was met beside images, for people; after `paths` has ended."""
         told = [
-            ("left out: {}", _counted(self._others)),
+            ("left out: {}", _commonest(self._others)),
             (
                 "left out, because pi-heif is not installed here (run make setup, or pip install 'ruiji[heic]'): {}",
-                _counted(self._heif),
+                _commonest(self._heif),
             ),
-            ("left out, of the system: {}", _counted(self._system)),
+            ("left out, of the system: {}", _commonest(self._system)),
             ("left out by --exclude: {}", ", ".join(counted(n, what) for what, n in sorted(self._excluded.items()))),
             ("left out, galleries of ruiji: {}", _named(self._galleries)),
             ("left out, links to folders: {}", _named(self._linked)),
@@ -164,7 +164,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _counted(counts: Counter[str]) -> str:
+def _commonest(counts: Counter[str]) -> str:
     told = sorted(counts, key=lambda what: (-counts[what], what))[:_TOLD]
     rest = counts.total() - sum(counts[what] for what in told)
     return ", ".join([*(f"{counts[what]} {what}" for what in told), *([counted(rest, "other")] if rest else [])])

@@ -119,6 +119,7 @@ def codes_scan(make_multiply: MakeCodesMultiply | None = None, block_rows: int |
         most = min(most, max(1, _PRODUCTS_AT_ONCE // len(batch.queries)))
         for blocks in _together(gallery.blocks(most, coded=True), most):
             codes = [block.codes for block in blocks if block.codes is not None]
+            assert len(codes) == len(blocks)
             usable = np.concatenate([scanned_rows(block.norms, block.left_out) for block in blocks])
             norms = np.where(usable, np.concatenate([block.norms for block in blocks]), np.float32(1))
             cosines = multiply([one.integers for one in codes])
