@@ -12,7 +12,7 @@ RUIJI = .venv/bin/ruiji
 # Extras that `make setup` installs too; an image has all but the Redis.
 BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
 # What is compiled if there is a compiler.
-COMPILED = pipeline/_small_files.c search/ranking/_exact.c search/ranking/_matrix_units.c workers/_resize.c
+COMPILED := $(wildcard pipeline/_*.c search/ranking/_*.c workers/_*.c)
 # Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -231,4 +231,4 @@ lock: .venv/made ## Resolve the dependencies anew (needs the package uv)
 	done
 
 clean: ## Remove .venv and what was built; no features, no data
-	rm -rf .venv build demo-output *.egg-info workers/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo-output *.egg-info $(COMPILED:.c=.*.so) .pytest_cache .mypy_cache .ruff_cache .hypothesis
