@@ -358,9 +358,7 @@ def verify(
     """
     from pipeline.verify import check
 
-    found = check(layout.gallery_folder(feature_dir, model), streams.tell, repair_it=repair)
-    for note in found.notes:
-        streams.note(note)
+    found = check(layout.gallery_folder(feature_dir, model), streams.tell, streams.note, repair_it=repair)
     if not repair and any(finding.repairable for finding in found.findings):
         streams.note("ruiji verify --repair repairs what can be repaired")
     streams.note(f"findings: {len(found.findings)}; broken{' still' if repair else ''}: {len(found.broken)}")

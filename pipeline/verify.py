@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,7 @@ class Finding:
         message: what is the matter, for people.
         repairable: whether `repair` mends it.
         shard: of broken and lost ones.
+        generation: what had been committed last when the verification began; -1: not said.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Finding:
     message: str
     repairable: bool = True
     shard: int | None = None
+    generation: int = -1
 
     @property
     def broken(self) -> bool:
@@ -80,19 +82,20 @@ class Verification:
 
     Attributes:
         broken: findings for which the gallery is worse; after a repair those that it cannot mend.
-        notes: what was repaired and what is left to do, for people.
     """
 
     findings: list[Finding]
     broken: list[Finding]
-    notes: list[str]
 
 
-def check(folder: Path, tell: Callable[[Finding], None], *, repair_it: bool = False) -> Verification:
+def check(
+    folder: Path, tell: Callable[[Finding], None], note: Callable[[str], None], *, repair_it: bool = False
+) -> Verification:
     """Verify a gallery and, if asked, repair it.
 
     Args:
         tell: gets every finding before anything is repaired.
+        note: gets what is repaired and what is left to do, for people, as it happens.
 
     Raises:
         As `verify` and `repair`.
@@ -100,8 +103,10 @@ def check(folder: Path, tell: Callable[[Finding], None], *, repair_it: bool = Fa
     findings = verify(folder)
     for finding in findings:
         tell(finding)
+    if repair_it:
+        repair(folder, findings, note)
     broken = [finding for finding in findings if finding.broken and not (repair_it and finding.repairable)]
-    return Verification(findings, broken, repair(folder, findings) if repair_it else [])
+    return Verification(findings, broken)
 
 
 def verify(folder: Path) -> list[Finding]:
@@ -112,7 +117,9 @@ def verify(folder: Path) -> list[Finding]:
         RuijiError: files were taken away while they were read.
     """
     try:
-        return _verify(folder)
+        # Read before all else: what is found to be of no use may be taken up by a plan that opens meanwhile.
+        generation = current(folder).number
+        return [replace(finding, generation=generation) for finding in _verify(folder)]
     except FileNotFoundError as error:
         raise RuijiError(
             f"{error.filename} disappeared while the gallery was read; is another repair running? Run it again"
@@ -131,6 +138,8 @@ def _verify(folder: Path) -> list[Finding]:
         for segment in each.segments
         if segment.plan == each.plan_id and segment.shard not in unreadable
     }
+    # In this order, so that a shard that is published meanwhile is not taken for one that came too late.
+    recorded = recorded_shards(folder)
     shards = published_shards(folder)
     findings += [found for shard in shards if (found := _check(folder, gallery, shard, shard in makeable))]
     lost, given_up, _ = lost_segments(folder)
@@ -141,18 +150,7 @@ def _verify(folder: Path) -> list[Finding]:
         if shard not in open_shards
     ]
     settled = {shard for each in plans for shard in each.given_up}
-    findings += [
-        Finding(
-            "lost-shard",
-            f"{shard:04d}",
-            "its record is gone, and so is the list of what was in it; the next ruiji enqueue (or ruiji run) makes new "
-            "shards of those of its objects that are on the object list",
-            False,
-            shard,
-        )
-        for shard in given_up
-        if shard not in settled
-    ]
+    findings += [_without_list(shard, shard not in unreadable) for shard in given_up if shard not in settled]
     known = set(shards) | reserved
     findings += [
         Finding("unknown-gap", f"{shard:04d}", "no plan names this number, but shards with higher numbers exist", False)
@@ -163,14 +161,16 @@ def _verify(folder: Path) -> list[Finding]:
         Finding(
             "leftover", f"{shard:04d}", "it was published after its plan was closed, and does not count", True, shard
         )
-        for shard in recorded_shards(folder)
+        for shard in recorded
         if shard not in shards
     ]
     sound = [shard for shard in shards if shard not in {found.shard for found in findings}]
     scheme = IdScheme(gallery.object_id)
     with _scratch(folder) as scratch:
         findings += _twice(scheme, folder, sound, scratch)
-        findings += _strangers(folder, set(recorded_shards(folder)), plan)
+        # What is left of a lost shard may be all that there is of it: it stays until the shard is made again.
+        remains = {entry.segment.shard for entry in lost} | (set(given_up) - settled)
+        findings += _strangers(folder, set(recorded_shards(folder)) | remains, plan)
         if plan is None and not any(each.keep_features for each in plans):
             findings += _inputs(folder, scheme, sound, scratch)
     findings += _broken_copies(folder)
@@ -179,6 +179,21 @@ def _verify(folder: Path) -> list[Finding]:
         for name, damaged, why in look_through(folder)
     ]
     return findings
+
+
+def _without_list(shard: int, makeable: bool) -> Finding:
+    """A lost shard whose todo list is damaged.
+
+    Args:
+        makeable: whether that can be written again.
+    """
+    words = "its record is gone, and so is the list of what was in it"
+    if not makeable:
+        words += (
+            "; the next ruiji enqueue (or ruiji run) makes new shards of those of its objects that are on the object "
+            "list"
+        )
+    return Finding("lost-shard", f"{shard:04d}", words, makeable, shard)
 
 
 @contextmanager
@@ -224,10 +239,11 @@ def _rebuilt_list(plan: Plan) -> list[bytes] | None:
     try:
         for segment in plan.segments:
             record = plan.record(segment)
-            if record is None:
+            # Without a record its paths may still be all: the digest below decides.
+            if record is None and not segment.digest:
                 return None
-            paths = {failure.path for failure in record.failed}
-            if record.rows:
+            paths = set() if record is None else {failure.path for failure in record.failed}
+            if record is None or record.rows:
                 paths |= set(read_lines(layout.paths_file(plan.folder, segment.shard)))
             lines += sorted(f"{path}\n".encode() for path in paths)
     except (GalleryMismatch, OSError, ValueError):
@@ -331,6 +347,10 @@ def _broken_copies(folder: Path) -> Iterator[Finding]:
     place = layout.broken_folder(folder)
     for path in sorted(place.iterdir()) if place.is_dir() else []:
         name = str(path.relative_to(folder))
+        if path.name.startswith(layout.TEMPORARY_PREFIX):
+            if time.time() - path.stat().st_mtime > _ENQUEUE_S:
+                yield Finding("leftover", name, "a killed repair left it")
+            continue
         if (shard := layout.broken_shard(path.name)) is None:
             yield Finding("foreign", name, "nothing that a repair set aside", False)
             continue
@@ -399,10 +419,10 @@ def _nested(folder: Path, top: Path, plan: Plan | None) -> Iterator[Finding]:
 
 
 def _digested(folder: Path, shard: int) -> bool:
-    """Whether a shard's record names digests; a damaged one might."""
+    """Whether a shard's record names digests; one that is damaged or lost might."""
     try:
         return read_record(folder, shard).format > 1
-    except GalleryMismatch:
+    except (FileNotFoundError, GalleryMismatch):
         return True
 
 
@@ -415,53 +435,69 @@ def _rows(folder: Path, shard: int) -> int:
         return count_lines(paths) if paths.exists() else 0
 
 
-def repair(folder: Path, findings: list[Finding]) -> list[str]:
-    """Mend what `verify` found; returns what was done and what is left to do, for people.
+def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = lambda note: None) -> None:
+    """Mend what `verify` found.
 
-    Leftovers are deleted. A broken shard whose record, features and digests are sound gets its paths and ids from its
-    plan. Any other is planned again, and only its objects are embedded; nothing of it is touched before its plan is
-    ready, and then it is set aside below `run/broken`.
+    Leftovers are deleted, unless a plan was opened since. A broken shard whose record, features and digests are sound
+    gets its paths and ids from its plan. Any other is planned again, and only its objects are embedded; nothing of it
+    is touched before its plan is ready, and then it is set aside below `run/broken`.
+
+    Args:
+        note: gets what was done and what is left to do, for people, as it happens.
 
     Raises:
         MachineFault: the folder cannot be written.
         UsageError: a shard can only be made again by an enqueue with the object list.
     """
-    notes = []
     broken = set()
+    kept = 0
     for finding in findings:
         if finding.kind in ("leftover", "damaged-cache"):
-            _remove(folder, finding)
-            notes.append(f"removed {finding.name}")
+            if _may_go(folder, finding):
+                _remove(folder, finding)
+                note(f"removed {finding.name}")
+            else:
+                kept += 1
         elif finding.kind == "damaged" and finding.repairable:
             _write_list(folder, finding)
-            notes.append(f"wrote {finding.name} again from the shards")
+            note(f"wrote {finding.name} again from the shards")
         elif finding.kind == "broken-shard" and finding.repairable:
             assert finding.shard is not None
             if _rebuilt(folder, finding.shard):
-                notes.append(f"rebuilt the paths and ids of shard {finding.name} from its plan")
+                note(f"rebuilt the paths and ids of shard {finding.name} from its plan")
             else:
                 broken.add(finding.shard)
+    if kept:
+        note(
+            f"{counted(kept, 'leftover')} not removed, because a plan was opened while the gallery was read: run ruiji "
+            "verify --repair again when it is done"
+        )
     plan = open_plan(folder)
     if plan is not None:
         its_own = {segment.shard for segment in plan.segments}
         for shard in sorted(broken):
             set_aside(folder, shard)
             maker = "the open plan makes" if shard in its_own else "the next ruiji enqueue (or ruiji run) makes"
-            notes.append(f"set aside the broken shard {shard:04d}, which {maker} again")
+            note(f"set aside the broken shard {shard:04d}, which {maker} again")
         if plan.unpublished():
-            notes.append(
-                f"the plan {plan.plan_id} is open: its workers make its shards, or the next ruiji enqueue or ruiji run"
-            )
+            by = "its workers make its shards, or the next ruiji enqueue or ruiji run"
+            note(f"the plan {plan.plan_id} is open: {by}")
     elif broken or any(finding.kind == "lost-shard" and finding.repairable for finding in findings):
         plan = plan_repair(folder, broken)
         if plan is not None:
             shards = counted(len(plan.segments), "shard")
             objects = counted(plan.lines, f"object of {shards} is", f"objects of {shards} are")
-            notes.append(
+            note(
                 f"plan {plan.plan_id} opened: {objects} to be embedded again; running workers do so by themselves; "
                 "otherwise use ruiji run"
             )
-    return notes
+
+
+def _may_go(folder: Path, finding: Finding) -> bool:
+    """Whether a leftover is one still: workers of a plan that was opened since may have taken it up."""
+    if current(folder).number != finding.generation:
+        return False
+    return finding.shard is None or finding.shard not in published_shards(folder)
 
 
 def _remove(folder: Path, finding: Finding) -> None:

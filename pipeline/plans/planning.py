@@ -22,7 +22,7 @@ from pipeline.plans.generations import ListState, commit, current, making, marks
 from pipeline.plans.plan import Limits, Plan, Segment
 from pipeline.plans.probes import find_probes
 from pipeline.plans.published import Published
-from pipeline.plans.repair import copy_lost, lost_segments, origins_of
+from pipeline.plans.repair import copy_lost, keep_remains, lost_segments, origins_of
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS
 from pipeline.store import read_record
 from pipeline.versions import library_versions
@@ -155,6 +155,7 @@ def _make(
         if retry is not None:
             segments = []
             lost_lines.write_bytes(b"")
+        keep_remains(folder, [segment.shard for segment in segments])
         offset = lost_lines.stat().st_size
         first = segments[-1].first + segments[-1].lines if segments else 0
         new = _cut(fresh, settings.shard_rows, len(segments), next_shard, first, offset)

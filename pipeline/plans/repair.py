@@ -3,7 +3,9 @@
 An enqueue plans them beside its new objects (`pipeline.plans.planning`); `plan_repair` plans them alone.
 """
 
-from collections.abc import Collection
+import errno
+import tempfile
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +109,7 @@ def plan_repair(folder: Path, broken: Collection[int] = ()) -> Plan | None:
         }
         with making(folder) as made:
             segments = copy_lost(lost, layout.todo_file(made))
+            keep_remains(folder, [segment.shard for segment in segments if segment.shard not in broken])
             state = before.objects or ListState(lost[0].plan.list_digest, lost[0].plan.list_lines, 0, 0)
             bits = {shard: marked for shard, marked in marks.bits.items() if shard not in off_list}
             ids = {shard: sorted(marked) for shard, marked in {**marks.ids, **off_list}.items()}
@@ -168,3 +171,29 @@ def set_aside(folder: Path, shard: int) -> None:
         with suppress(FileNotFoundError):
             layout.shard_file(folder, shard, ending).rename(layout.shard_file(target, shard, ending))
     sync_folder(folder)
+
+
+def keep_remains(folder: Path, shards: Iterable[int]) -> None:
+    """Give what is left of lost shards a second name below `run/broken`, before a plan makes them again.
+
+    Their images may be gone: then these files are all that there is. They stay where they are too, since a reducer may
+    be writing under these names by then, which replaces files and changes none. An earlier copy is left as it is.
+    """
+    for shard in shards:
+        files = [layout.shard_file(folder, shard, ending) for ending in layout.SHARD_ENDINGS]
+        target = layout.broken_shard_folder(folder, shard)
+        if target.exists() or not any(file.exists() for file in files):
+            continue
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=layout.TEMPORARY_PREFIX) as name:
+            whole = Path(name, target.name)
+            whole.mkdir()
+            for file in files:
+                with suppress(FileNotFoundError):
+                    (whole / file.name).hardlink_to(file)
+            try:
+                whole.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # Those say that another repair has kept them first.
+        sync_folder(target.parent)

@@ -17,7 +17,7 @@ from pipeline.reduce import tidy
 from pipeline.segments import reduce_segment
 from pipeline.status import StatusReader
 from pipeline.store import shard_contents
-from pipeline.verify import repair, verify
+from pipeline.verify import Finding, check, repair, verify
 from search.gallery.opening import open_gallery
 from tests.factories import pictures
 from tests.pipeline.galleries import embed, fail, feature_of, files, new_plan, plan_for
@@ -37,6 +37,13 @@ def finish(plan: Plan) -> None:
         reduce_segment(plan, segment, lambda: None)
     tidy(plan)
     close_plan(plan)
+
+
+def notes_of(plan: Plan, findings: list[Finding]) -> list[str]:
+    """What a repair says that it does."""
+    notes: list[str] = []
+    repair(plan.folder, findings, notes.append)
+    return notes
 
 
 def kinds(folder: Path) -> list[tuple[str, str]]:
@@ -64,7 +71,7 @@ def record_anew(
 
 def test_a_sound_gallery_has_no_findings(plan: Plan) -> None:
     assert verify(plan.folder) == []
-    assert repair(plan.folder, []) == []
+    assert notes_of(plan, []) == []
     # What searches keep is part of it.
     assert open_gallery(plan.folder).unusable_rows == (0, 0)
     assert (plan.folder / "cache").is_dir()
@@ -89,7 +96,7 @@ def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, en
         path.write_bytes(path.read_bytes()[:-5])
     findings = verify(plan.folder)
     gone = ending == "json" and damage == "delete"
-    assert [(finding.kind, finding.name) for finding in findings if finding.broken] == [
+    assert [(finding.kind, finding.name) for finding in findings] == [
         ("lost-shard" if gone else "broken-shard", "0001")
     ]
     repair(plan.folder, findings)
@@ -102,7 +109,7 @@ def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, en
         assert not (plan.folder / "0001.json").exists(), "a broken shard is set aside, not deleted"
         finish(again)
         # What was set aside can go once the shard is there again.
-        assert gone or kinds(plan.folder) == [("leftover", "run/broken/0001")]
+        assert kinds(plan.folder) == [("leftover", "run/broken/0001")]
         repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
     assert verify(plan.folder) == []
@@ -208,7 +215,7 @@ def test_a_broken_shard_that_nothing_tells_of_is_not_touched(plan: Plan, how: st
     before = files(plan.folder)
     findings = verify(plan.folder)
     assert {finding.kind: finding.repairable for finding in findings} == {"damaged": False, "broken-shard": False}
-    assert repair(plan.folder, findings) == []
+    assert notes_of(plan, findings) == []
     assert files(plan.folder) == before
     assert open_plan(plan.folder) is None
 
@@ -295,7 +302,7 @@ def test_a_broken_shard_is_set_aside_beside_an_open_plan_and_made_again_after_it
     opened = plan_for(tmp_path, model_path, more)
     assert opened is not None
     flip(plan.folder / "0001.features.npy")
-    notes = repair(plan.folder, verify(plan.folder))
+    notes = notes_of(plan, verify(plan.folder))
     assert any("0001, which the next ruiji enqueue" in note for note in notes)
     assert open_gallery(plan.folder).rows == 6, "the rest is searched meanwhile"
     finish(opened)
@@ -303,3 +310,114 @@ def test_a_broken_shard_is_set_aside_beside_an_open_plan_and_made_again_after_it
     assert again is not None
     finish(again)
     assert {name: data for name, data in files(plan.folder).items() if name in before} == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of one folder, by name, as bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def remains(plan: Plan, shard: int) -> dict[str, bytes]:
+    """The files of a shard, by name."""
+    return {name: data for name, data in contents(plan.folder).items() if name.startswith(f"{shard:04d}.")}
+
+
+@pytest.mark.parametrize("planned_by", ["repair", "enqueue"])
+def test_what_is_left_of_a_lost_shard_is_kept_if_its_images_are_gone(
+    plan: Plan, tmp_path: Path, model_path: Path, planned_by: str
+) -> None:
+    (plan.folder / "0001.json").unlink()
+    left = remains(plan, 1)
+    assert len(left) == 4
+    assert kinds(plan.folder) == [("lost-shard", "0001")]
+    if planned_by == "repair":
+        repair(plan.folder, verify(plan.folder))
+    else:
+        plan_for(tmp_path, model_path, (tmp_path / "media" / "objects.txt").read_text().splitlines())
+    assert remains(plan, 1) == left, "nothing is taken away before the shard is there again"
+    again = open_plan(plan.folder)
+    assert again is not None
+    (segment,) = again.unpublished()
+    for path in again.paths(segment):
+        fail(again, path)
+    reduce_segment(again, segment, lambda: None)
+    close_plan(again)
+    assert len(np.load(plan.folder / "0001.features.npy")) == 0
+    for _ in range(2):  # Nor does a repair.
+        assert contents(plan.folder / "run" / "broken" / "0001") == left
+        assert ("foreign", "run/broken/0001") in kinds(plan.folder)
+        repair(plan.folder, verify(plan.folder))
+
+
+def test_the_paths_of_a_lost_shard_write_a_lost_list_again(plan: Plan) -> None:
+    before = files(plan.folder)
+    (plan.folder / "0001.json").unlink()
+    plan.todo.unlink()
+    assert {found.kind: found.repairable for found in verify(plan.folder)} == {"damaged": True, "lost-shard": True}
+    repair(plan.folder, verify(plan.folder))
+    again = open_plan(plan.folder)
+    assert again is not None
+    finish(again)
+    repair(plan.folder, verify(plan.folder))
+    assert files(plan.folder) == before
+    assert verify(plan.folder) == []
+
+
+def test_what_is_left_of_a_shard_of_which_nothing_tells_is_not_touched(plan: Plan) -> None:
+    (plan.folder / "0001.json").unlink()
+    (plan.folder / "0001.paths.txt").unlink()
+    plan.todo.unlink()
+    left = remains(plan, 1)
+    assert {found.kind: found.repairable for found in verify(plan.folder)} == {"damaged": False, "lost-shard": False}
+    assert notes_of(plan, verify(plan.folder)) == []
+    assert remains(plan, 1) == left
+
+
+def test_a_repair_says_what_it_did_before_what_it_cannot_do(plan: Plan, tmp_path: Path, model_path: Path) -> None:
+    paths = (tmp_path / "media" / "objects.txt").read_text().splitlines()
+    assert plan_for(tmp_path, model_path, paths[:5]) is None
+    (plan.folder / "0001.json").unlink()
+    (plan.folder / "0009.features.npy").write_text("x")
+    left, notes = remains(plan, 1), list[str]()
+    with pytest.raises(UsageError, match="run ruiji enqueue"):
+        check(plan.folder, lambda finding: None, notes.append, repair_it=True)
+    assert notes == ["removed 0009.features.npy"]
+    assert remains(plan, 1) == left
+
+
+def test_a_repair_takes_nothing_from_a_run_that_began_while_it_read(
+    plan: Plan, tmp_path: Path, model_path: Path
+) -> None:
+    for name in ("0003.features.npy", "0003.paths.txt", ".tmp-1-x"):
+        (plan.folder / name).write_text("x")
+    fail(plan, "a.png")
+    found = verify(plan.folder)
+    assert [finding.kind for finding in found] == ["leftover"] * 4
+    opened = plan_for(tmp_path, model_path, pictures(tmp_path / "media", 12))
+    assert opened is not None
+    (segment,) = opened.unpublished()
+    assert segment.shard == 3
+    embed(opened, opened.paths(segment))
+    reduce_segment(opened, segment, lambda: None)
+    before = files(plan.folder)
+    (said, *_) = notes_of(plan, found)
+    assert said.startswith("4 leftovers not removed, because a plan was opened")
+    assert files(plan.folder) == before
+
+
+def test_a_shard_that_is_published_while_the_gallery_is_read_is_no_leftover(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = new_plan(tmp_path, model_path, 10)
+    first, *others = plan.unpublished()
+    for segment in plan.segments:
+        embed(plan, plan.paths(segment))
+    reduce_segment(plan, first, lambda: None)
+
+    def meanwhile(*_: object) -> None:
+        for segment in others:
+            reduce_segment(plan, segment, lambda: None)
+
+    monkeypatch.setattr("pipeline.verify._check", meanwhile)
+    assert [finding for finding in verify(plan.folder) if finding.shard is not None] == []
+    assert len(plan.unpublished()) == 0
