@@ -123,8 +123,10 @@ class Segments:
                 failed.append(object_id)
         # What gets less ends by itself.
         heals = 0 if before is None else 1 if len(rows) < before.size else before.heals + 1
-        digest = hashlib.sha256(",".join(str(row) for row, _ in rows).encode()).hexdigest()[:8]
-        # Celery fires a body once per group and size, so the id says exactly which rows are in the group.
+        # Celery fires a body once per group and size, so the id says exactly which rows are in the group; and whose,
+        # since galleries of one list and model that share a Redis have plans of one id.
+        named = ",".join([plan.gallery_id, *(str(row) for row, _ in rows)])
+        digest = hashlib.sha256(named.encode()).hexdigest()[:8]
         group = group_id(plan.plan_id, segment.index, digest)
         armed = Armed(group, len(rows), complete=False, heals=heals, at=time.time())
         self._chords.set_armed(segment.index, armed)

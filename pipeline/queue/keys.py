@@ -90,7 +90,7 @@ def task_id(group: str, row: int | None) -> str:
 
 
 def group_id(plan_id: str, segment: int, digest: str) -> str:
-    """The id of a group of tasks: those rows of a segment that `digest` stands for."""
+    """The id of a group of tasks: those rows of a segment, and of which gallery, that `digest` stands for."""
     return f"{plan_id}.{segment}.{digest}"
 
 

@@ -61,6 +61,21 @@ def test_a_publishing_that_was_cut_off_is_done_again(chords: Chords, segments: S
     assert segments.fill_window(1) == 4
 
 
+def test_two_galleries_of_one_list_and_model_that_share_a_redis_have_chords_of_their_own(
+    tmp_path: Path, model_path: Path, redis_url: str, plan: Plan, client: redis.Redis, chords: Chords, segments: Segments
+) -> None:
+    segments.fill_window(1)
+    armed = chords.armed()[0]
+    client.sadd(chord_keys(armed.group)["d"], 0, 1)
+    other = new_plan(tmp_path / "other", model_path, plan.list_lines)
+    assert other.plan_id == plan.plan_id
+    assert other.gallery_id != plan.gallery_id
+    with make_app(redis_url, other.gallery_id, visibility_timeout_s=60) as app:
+        assert Segments(app, client, other).fill_window(1) == 4
+    assert chords.finished_members([armed]) == [2]
+    assert Chords(client, other.gallery_id, other.plan_id).armed()[0].group != armed.group
+
+
 def test_a_slow_folder_costs_the_lease_nothing(
     chords: Chords, segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
