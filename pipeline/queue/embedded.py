@@ -191,13 +191,17 @@ def locked(path: Path, refusal: str) -> Iterator[int]:
     """Hold a lock on a file while the block runs, and as long as children have what this yields, its descriptor.
 
     Raises:
-        UsageError: somebody else on this machine holds it; `refusal` is the message.
+        UsageError: somebody else on this machine holds it, which `refusal` says; or the file cannot be locked.
     """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(refusal) from None
+        except OSError as error:
+            raise UsageError(
+                f"cannot lock {path}: {error.strerror}. Name a folder on a disk of this machine with --state-dir"
+            ) from None
         yield file.fileno()
 
 
