@@ -15,7 +15,7 @@ from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.mending import mend
 from pipeline.plans.plan import Plan
-from pipeline.plans.planning import PlanSettings, Retry, check_matches, plan_list
+from pipeline.plans.planning import PlanSettings, Retry, check_matches, kept_settings, plan_list
 from pipeline.plans.probes import find_probes, note_probes
 from pipeline.plans.stuck import try_again
 from pipeline.queue.app import make_app
@@ -69,7 +69,9 @@ class Enqueued:
         published: tasks sent now; further segments follow by themselves.
         elsewhere: another process is sending the plan's tasks, and took longer than this one waited.
         objects: on the list.
-        notes: how the list was changed, for people.
+        notes: how the list was changed, and what the open plan keeps instead of what was asked for, for people.
+        list_waits: whether the list was not looked at, because the open plan tries failed objects or makes lost shards
+            again.
     """
 
     plan: Plan | None
@@ -78,6 +80,7 @@ class Enqueued:
     objects: int
     notes: tuple[str, ...]
     elsewhere: bool = False
+    list_waits: bool = False
 
 
 def enqueue(
@@ -128,7 +131,7 @@ def enqueue(
                 with broker_faults():
                     check_place(work.folder, gallery, client)
             plan = open_plan(work.folder)
-            resumed, anew = plan is not None, list[int]()
+            resumed, anew, notes = plan is not None, list[int](), list(objects.notes)
             if plan is None:
                 plan = plan_list(work.folder, work.media_dir, gallery, objects, work.plan, failed)
             if plan is not None:
@@ -140,6 +143,7 @@ def enqueue(
                 check_matches(plan, objects, gallery, work.plan.shard_rows)
                 if resumed:
                     anew = try_again(plan)
+                    notes += kept_settings(plan, work.plan)
                     # Where none can be read, the workers wait for the media folder as they did.
                     with suppress(RuijiError):
                         note_probes(plan, find_probes(work.media_dir, objects))
@@ -152,7 +156,8 @@ def enqueue(
                 published = segments.fill_window(window_segments)
             except LeaseTaken:
                 elsewhere = True  # If that process dies, a watchdog goes on where it stopped.
-    return Enqueued(plan, resumed, published, objects.lines, objects.notes, elsewhere)
+    waits = resumed and failed is None and plan is not None and not plan.from_list
+    return Enqueued(plan, resumed, published, objects.lines, tuple(notes), elsewhere, waits)
 
 
 def retry(

@@ -44,7 +44,7 @@ def failed_objects(folder: Path) -> Iterator[FailedObject]:
     for object_id in (*marks.failed, *(object_id for ids in marks.ids.values() for object_id in ids)):
         recorded.pop(object_id, None)
     plan = open_plan(folder)
-    if plan is not None and plan.retry:
+    if plan is not None and plan.retries:
         # What is being tried again is no failure until it fails again.
         for segment in plan.unpublished():
             for path in plan.paths(segment):

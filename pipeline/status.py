@@ -199,7 +199,7 @@ class StatusReader:
 
     def _coming(self, plan: Plan, published: set[int], exact: bool) -> tuple[list[ShardStatus], int]:
         # A retry's segment of which all failed again is settled too, and changes no sum.
-        settled = published | set(self._records.fruitless() if plan.retry else ())
+        settled = published | set(self._records.fruitless() if plan.retries else ())
         segments = [s for s in plan.segments if s.shard not in settled]
         chords = Chords(self._client, plan.gallery_id, plan.plan_id) if self._client is not None else None
         if chords is None or exact or not chords.known():

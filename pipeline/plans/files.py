@@ -38,6 +38,11 @@ class ClosedPlan:
     published: frozenset[int]
     fruitless: frozenset[int] | None
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of it was left to do."""
+        return {segment.shard for segment in self.plan.segments} <= self.published | (self.fruitless or frozenset())
+
 
 def is_closed(folder: Path, plan_id: str) -> bool:
     """Whether a plan was finished or cancelled."""

@@ -137,14 +137,24 @@ class Plan:
         return IdScheme(self.object_id)
 
     @property
-    def retry(self) -> bool:
-        """Whether any of its segments is a retry of failed objects."""
+    def retries(self) -> bool:
+        """Whether any of its segments has objects that failed before, if only as a lost shard of an earlier retry."""
         return any(segment.retry for segment in self.segments)
+
+    @property
+    def retry(self) -> bool:
+        """Whether it tries failed objects again, and nothing else."""
+        return all(segment.retry and segment.plan == self.plan_id for segment in self.segments)
 
     @property
     def repair(self) -> bool:
         """Whether it makes lost shards again, and nothing else."""
         return all(segment.plan != self.plan_id for segment in self.segments)
+
+    @property
+    def from_list(self) -> bool:
+        """Whether it has all that was to do of an object list; a repair and a retry take nothing from it."""
+        return not self.repair and not self.retry
 
     @cached_property
     def tag(self) -> bytes:
@@ -348,7 +358,7 @@ class Plan:
     def unpublished(self) -> list[Segment]:
         """Segments that have no record yet; one listing of the gallery folder."""
         recorded = set(recorded_shards(self.folder))
-        if self.retry:
+        if self.retries:
             recorded |= set(recorded_shards(layout.fruitless_folder(self.folder)))
         return [segment for segment in self.segments if segment.shard not in recorded]
 

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -284,12 +284,12 @@ def _cut(fresh: Path, shard_rows: int, index: int, shard: int, first: int, offse
 def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_rows: int) -> None:
     """Raise unless enqueuing would carry on with this open plan.
 
-    A repair or a retry is carried on whatever the list: it takes nothing from it.
+    A repair or a retry is carried on whatever the list.
 
     Raises:
         PlanMismatch: the list, the model or the shard size differs.
     """
-    ours = not plan.repair and not plan.retry
+    ours = plan.from_list
     differences = [
         what
         for what, differs in (
@@ -305,3 +305,23 @@ def check_matches(plan: Plan, objects: ObjectList, gallery: GalleryInfo, shard_r
             f"the plan {plan.plan_id} is open in {plan.folder}, with {' and '.join(differences)}; let it finish, "
             "or close it with ruiji cancel (nothing that is done is lost) and enqueue again"
         )
+
+
+def kept_settings(plan: Plan, settings: PlanSettings) -> list[str]:
+    """What an open plan was made with and keeps, though the caller asks for something else; for people."""
+    if plan.repair:
+        return []  # Each of its shards is made again as it was.
+    asked = asdict(settings)
+    kept = [
+        f"--{name.replace('_', '-')} {value} (not {asked[name]})"
+        for name, value in asdict(plan.limits).items()
+        if value != asked[name]
+    ]
+    if plan.keep_features != settings.keep_features:
+        kept.append("--keep-features" if plan.keep_features else "--drop-features")
+    if not kept:
+        return []
+    return [
+        f"the open plan {plan.plan_id} keeps what it was made with: {', '.join(kept)}. For other settings run ruiji "
+        "cancel (nothing that is done is lost), then enqueue again"
+    ]

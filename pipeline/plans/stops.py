@@ -64,6 +64,5 @@ def stopped(folder: Path) -> str | None:
         reason = str(read_json(layout.stopped_file(folder, plan_id))["reason"])
     except (FileNotFoundError, GalleryMismatch, KeyError, TypeError):
         return None
-    closed = read_closed(folder, plan_id)
-    # Somebody may have wanted to stop it just when its last shard was published.
-    return None if len(closed.published) == len(closed.plan.segments) else reason
+    # Somebody may have wanted to stop it just when its last segment was settled.
+    return None if read_closed(folder, plan_id).finished else reason

@@ -1,6 +1,7 @@
 """The functions under `ruiji enqueue`, `retry`, `cancel` and `status`, as a program calls them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from pipeline.enqueue import Extraction, enqueue, retry
 from pipeline.errors import ObjectListError, PlanMismatch, UsageError
 from pipeline.follow import Look, look
 from pipeline.plans.closing import cancel
+from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings
 from pipeline.plans.published import published_shards
+from pipeline.plans.repair import plan_repair
+from pipeline.plans.stops import stop_plan, stopped
 from pipeline.queue.connection import connect
 from pipeline.queue.keys import lease_key
 from pipeline.queue.leases import holding, lease
@@ -131,6 +135,74 @@ def test_a_retry_does_not_mix_with_objects_that_were_never_tried(work: Extractio
     enqueue(work, None)
     with pytest.raises(PlanMismatch, match="never tried"):
         retry(work, None)
+
+
+def finish_open(plan: Plan) -> None:
+    """Do all of a plan that is open."""
+    for segment in plan.unpublished():
+        embed(plan, plan.paths(segment))
+        reduce_segment(plan, segment, lambda: None)
+    finish_plan(plan, lambda _: _Nothing())
+
+
+@pytest.mark.parametrize("what", ["retry", "repair"])
+def test_an_open_retry_or_repair_leaves_the_list_for_later_and_says_so(work: Extraction, what: str) -> None:
+    paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
+    finish(work, {paths[2]: Reason.undecodable})
+    if what == "retry":
+        opened = retry(work, None).plan
+    else:
+        layout.record_file(work.folder, 0).unlink()
+        opened = plan_repair(work.folder)
+    assert opened is not None and not opened.from_list
+    pictures(work.media_dir, 9)
+    done = enqueue(work, None)
+    assert done.list_waits and done.resumed
+    assert done.plan is not None and done.plan.plan_id == opened.plan_id
+    finish_open(opened)
+    then = enqueue(work, None)
+    assert not then.list_waits
+    assert then.plan is not None and then.plan.lines == 3
+
+
+def test_an_open_plan_says_which_settings_it_keeps(work: Extraction) -> None:
+    assert enqueue(work, None).notes == enqueue(work, None).notes == ()
+    other = replace(work, plan=replace(work.plan, max_pixels=7, max_image_s=9, keep_features=True))
+    (note,) = enqueue(other, None).notes
+    assert "--max-pixels 89478485 (not 7), --max-image-s 60 (not 9), --drop-features. For" in note
+    assert "ruiji cancel" in note
+
+
+def test_a_plan_of_new_objects_beside_a_lost_shard_of_a_retry_is_no_retry(work: Extraction) -> None:
+    paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
+    finish(work, {paths[2]: Reason.undecodable})
+    again = retry(work, None).plan
+    assert again is not None and again.retry
+    finish_open(again)
+    layout.record_file(work.folder, again.segments[0].shard).unlink()
+    pictures(work.media_dir, 9)
+    plan = enqueue(work, None).plan
+    assert plan is not None
+    assert [segment.retry for segment in plan.segments] == [True, False]
+    assert (plan.retries, plan.retry, plan.repair, plan.from_list) == (True, False, False, True)
+    with pytest.raises(PlanMismatch, match="never tried"):
+        retry(work, None)
+    pictures(work.media_dir, 10)
+    with pytest.raises(PlanMismatch, match="another object list"):
+        enqueue(work, None)
+
+
+def test_who_wants_to_stop_a_retry_that_is_complete_stops_nothing(work: Extraction) -> None:
+    paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
+    finish(work, {paths[2]: Reason.undecodable})
+    plan = retry(work, None).plan
+    assert plan is not None
+    (segment,) = plan.segments
+    fail(plan, paths[2])
+    reduce_segment(plan, segment, lambda: None)
+    assert plan.all_published()
+    assert stop_plan(plan, "a fault that came just then")
+    assert stopped(work.folder) is None
 
 
 def test_what_cannot_be_extracted_is_refused(work: Extraction, tmp_path: Path) -> None:

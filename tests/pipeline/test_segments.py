@@ -62,8 +62,9 @@ def test_a_publishing_that_was_cut_off_is_done_again(chords: Chords, segments: S
 
 
 def test_two_galleries_of_one_list_and_model_that_share_a_redis_have_chords_of_their_own(
-    tmp_path: Path, model_path: Path, redis_url: str, plan: Plan, client: redis.Redis, chords: Chords, segments: Segments
+    tmp_path: Path, model_path: Path, redis_url: str, plan: Plan, chords: Chords, segments: Segments
 ) -> None:
+    client = connect(redis_url)
     segments.fill_window(1)
     armed = chords.armed()[0]
     client.sadd(chord_keys(armed.group)["d"], 0, 1)
