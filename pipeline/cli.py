@@ -168,9 +168,11 @@ def run(
         log_format=log_format,
     )
     now = ran.status
+    if ran.cancelled:
+        streams.note("the plan was cancelled; ruiji run continues with what is left")
     streams.note(f"{now.done} done, {now.failed} failed of {now.objects}: {work.folder}")
     _told_altered(now)
-    raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread else 0))
+    raise typer.Exit(_exit_code(now) or (EXIT_INCOMPLETE if ran.unread or ran.cancelled else 0))
 
 
 @app.command(
@@ -241,21 +243,31 @@ def enqueue(
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     frozen = PlanSettings(shard_rows, keep_features, max_pixels, max_image_s, max_image_mb)
     work = Extraction(media_dir, feature_dir, model, object_id, frozen)
-    _tell_enqueued(enqueue_list(work, url, list_path), "all {} objects are in shards")
-    if wait:
-        _follow(work.folder, url)
+    while True:
+        done = enqueue_list(work, url, list_path)
+        _tell_enqueued(done, "all {} objects are in shards")
+        if not wait:
+            raise typer.Exit(EXIT_INCOMPLETE if done.list_waits else 0)
+        now = _follow(work.folder, url)
+        if not done.list_waits:
+            raise typer.Exit(_exit_code(_told_altered(now)))
 
 
-def _follow(folder: Path, redis_url: str) -> None:
-    """Wait for the end of a run, and leave with its exit code."""
+def _follow(folder: Path, redis_url: str) -> "Status":
+    """Wait until no plan is open.
+
+    Raises:
+        PlanStopped: the last one was stopped.
+    """
     from pipeline.follow import follow
     from pipeline.plans.stops import PlanStopped
     from pipeline.queue.connection import connect
 
-    now = _told_altered(follow(folder, connect(redis_url)))
+    now = follow(folder, connect(redis_url))
     if now.stopped is not None:
+        _told_altered(now)
         raise PlanStopped(now.stopped)
-    raise typer.Exit(_exit_code(now))
+    return now
 
 
 def _told_altered(now: "Status") -> "Status":
@@ -276,6 +288,9 @@ def _tell_enqueued(done: "Enqueued", nothing: str) -> None:
     objects = streams.counted(done.objects, "object")
     shards = streams.counted(len(done.plan.segments), "shard")
     streams.note(f"plan {done.plan.plan_id} {verb}: {done.plan.lines} of {objects} to do in {shards}, {tasks}")
+    if done.list_waits:
+        what = "makes lost shards" if done.plan.repair else "tries failed objects"
+        streams.note(f"this plan {what} again, and nothing of the list: enqueue the list again when it is done")
 
 
 @app.command(panel=Panel.embed, examples=["ruiji retry --wait", "ruiji retry --reason missing"])
@@ -324,7 +339,7 @@ def retry(
     if done.plan is not None and url is None:
         streams.note("no Redis is running; ruiji run carries out the plan")
     if wait and url is not None:
-        _follow(work.folder, url)
+        raise typer.Exit(_exit_code(_told_altered(_follow(work.folder, url))))
 
 
 @app.command(panel=Panel.check, examples=["ruiji failures", "ruiji failures --format csv > failed.csv"])

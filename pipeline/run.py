@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from pipeline import layout
 from pipeline.children import python_command, start_child
 from pipeline.choices import Device, LogFormat
 from pipeline.enqueue import Enqueued, Extraction, enqueue
-from pipeline.errors import RuijiError
+from pipeline.errors import RuijiError, UsageError
 from pipeline.follow import follow
 from pipeline.gallery import gallery_model
 from pipeline.objects import Exclude, IdScheme
-from pipeline.plans.files import open_plan
+from pipeline.plans.files import open_plan, read_closed
 from pipeline.plans.mending import mend
+from pipeline.plans.plan import Plan
 from pipeline.plans.stops import PlanStopped, stopped
 from pipeline.queue.connection import connect
 from pipeline.queue.embedded import embedded_redis, locked
@@ -41,10 +42,12 @@ class Ran:
 
     Attributes:
         unread: how many folders could not be read when the object list was made.
+        cancelled: whether somebody cancelled its plan.
     """
 
     status: Status
     unread: int
+    cancelled: bool = False
 
 
 def run(
@@ -69,10 +72,15 @@ def run(
         window_segments, visibility_timeout_s, log_format: as `WorkerSettings` has them.
 
     Raises:
-        UsageError: another `ruiji run` is at work on the same folder.
+        UsageError: another `ruiji run` is at work on the same folder, or the list can be read only once.
         RuijiError: the workers cannot start, or the Redis died. PlanStopped: a fault that cannot pass.
     """
-    source = _Source(work, list_path, exclude or Exclude())
+    if list_path is not None and list_path.exists() and not (list_path.is_file() or list_path.is_dir()):
+        raise UsageError(
+            f"the object list {list_path} is no file, and a run reads its list again after each plan: write it into a "
+            "file first"
+        )
+    source, cancelled = _Source(work, list_path, exclude or Exclude()), False
     private = layout.own_run_folder(state_dir, work.folder)
     private.mkdir(parents=True, exist_ok=True)
     # The disk is the truth: every run starts with an empty Redis and rebuilds what was open.
@@ -101,10 +109,20 @@ def run(
                     status = follow(work.folder, client, check_redis, check_workers)
                     if status.stopped is not None:
                         raise PlanStopped(status.stopped)
+                    if cancelled := _was_cancelled(enqueued.plan):
+                        break
                     # What was taken up first may have been an older plan; then there may be more.
                     enqueued = source.enqueue(url, window_segments or WINDOW_SEGMENTS)
     source.tell_unlisted()
-    return Ran(StatusReader(work.folder, None).read(), source.unread)
+    return Ran(StatusReader(work.folder, None).read(), source.unread, cancelled)
+
+
+def _was_cancelled(plan: Plan) -> bool:
+    """Whether a plan that is open no more was closed before all of it was done."""
+    try:
+        return not read_closed(plan.folder, plan.plan_id).finished
+    except FileNotFoundError:
+        return False  # Its folder was emptied: then all is to do again.
 
 
 @contextmanager
@@ -220,4 +238,6 @@ def _worker_processes(work: Extraction, told: WorkerSettings) -> Iterator[Callab
 
 def _relay(lines: Iterable[str]) -> None:
     for line in lines:
-        sys.stderr.write(line)
+        # A log that is full or gone stops nobody's work: workers would wait for this pipe to be read.
+        with suppress(OSError):
+            sys.stderr.write(line)

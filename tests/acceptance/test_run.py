@@ -151,6 +151,56 @@ def test_another_list_on_an_open_plan_is_refused_until_it_is_cancelled(ruiji: Ru
     assert "no plan is open" in ruiji("cancel").stderr
 
 
+def test_a_list_that_has_to_wait_for_a_retry_is_enqueued_after_it(ruiji: Ruiji, redis_url: str) -> None:
+    paths = pictures(ruiji.media, 9)
+    (ruiji.media / "objects.txt").write_text("\n".join([*paths, "zz-comes-later.png\n"]))
+    ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
+    ruiji("enqueue")
+    ruiji.start("worker", "--processes", "1")
+    ruiji("enqueue", "--wait", code=3)
+    ruiji.stop_all()
+    picture(ruiji.media / "zz-comes-later.png", 9)
+    ruiji("retry")
+    picture(ruiji.media / "zz-new.png", 10)
+    ruiji("list", str(ruiji.media))
+    said = ruiji("enqueue", code=3).stderr
+    assert "this plan tries failed objects again, and nothing of the list: enqueue the list again" in said
+    ruiji.start("worker", "--processes", "1")
+    said = ruiji("enqueue", "--wait").stderr
+    assert "1 of 11 objects to do in 1 shard" in said.rpartition(" opened: ")[2]
+    assert json.loads(ruiji("status", "--json").stdout)["done"] == 11
+
+
+def test_a_run_that_is_cancelled_ends(ruiji: Ruiji, tmp_path: Path) -> None:
+    pictures(ruiji.media, 60)
+    running = ruiji.start("run", "--workers", "1", errors=tmp_path / "said")
+    wait_until(lambda: ruiji.gallery.exists() and open_plan(ruiji.gallery) is not None, what="a plan")
+    ruiji("cancel")
+    assert running.wait(timeout=60) == 3
+    assert "the plan was cancelled; ruiji run continues with what is left" in (tmp_path / "said").read_text()
+    assert open_plan(ruiji.gallery) is None
+    assert "60 done, 0 failed of 60" in run(ruiji)
+
+
+def test_a_run_whose_log_is_full_ends_as_any_other(ruiji: Ruiji) -> None:
+    ruiji.media.mkdir(exist_ok=True)
+    # What is said of them is more than a pipe holds.
+    for number in range(600):
+        (ruiji.media / f"{number:03d}-is-no-picture-and-has-a-long-name-{'x' * 60}.png").write_bytes(b"x")
+    picture(ruiji.media / "a.png", 1)
+    running = ruiji.start("run", "--workers", "1", errors=Path("/dev/full"))
+    assert running.wait(timeout=120) == 3
+    assert "1 done, 600 failed" in ruiji("status", code=3).stdout
+
+
+def test_a_list_that_can_be_read_only_once_is_refused_before_anything_is_done(ruiji: Ruiji, tmp_path: Path) -> None:
+    pictures(ruiji.media, 3)
+    done = ruiji.shell('ruiji run --workers 1 --list <(find media -name "*.png" -printf "%P\\n")')
+    assert done.returncode == 2
+    assert b"write it into a file first" in done.stderr
+    assert not ruiji.gallery.exists()
+
+
 def test_an_unmounted_media_folder_pauses_the_run_and_fails_no_image(ruiji: Ruiji, redis_url: str) -> None:
     pictures(ruiji.media, 10)
     ruiji.environment = {"RUIJI_REDIS_URL": redis_url}
