@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.errors import FileDamaged, PlanMismatch, RuijiError, UsageError
+from pipeline.folding import check_names
 from pipeline.gallery import check_place, claim_gallery, gallery_model, read_gallery, require_gallery
 from pipeline.objects import Exclude, IdScheme, prepare
 from pipeline.plans.files import closed_plans, open_plan
@@ -121,6 +122,7 @@ def enqueue(
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=run, prefix=f"{layout.TEMPORARY_PREFIX}list-") as scratch:
             objects = prepare(list_path or layout.object_list_file(work.media_dir), Path(scratch), scheme, exclude)
+            check_names(objects, scheme, Path(scratch))
             if found is None:
                 # Before the folder is this model's: a first enqueue that is refused leaves no claim.
                 find_probes(work.media_dir, objects)

@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, RuijiError, UsageError
+from pipeline.streams import counted
 
 #: An id becomes a file name with up to 11 more bytes (`.error.json`); file systems allow 255.
 MAX_ID_BYTES = 230
@@ -268,9 +269,9 @@ def clean_list(
         duplicates, lines = duplicates + lines - remaining, remaining
         notes.append("sorted by bytes, as LC_ALL=C sort does")
     if blanks:
-        notes.append(f"{blanks} blank lines left out")
+        notes.append(f"{counted(blanks, 'blank line')} left out")
     if duplicates:
-        notes.append(f"{duplicates} duplicate lines left out")
+        notes.append(f"{counted(duplicates, 'duplicate line')} left out")
     if excluded:
         notes.append(f"lines left out by --exclude: {excluded}")
     if bad:

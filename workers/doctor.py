@@ -13,6 +13,7 @@ import redis
 from pipeline import layout, small_files
 from pipeline.choices import Device
 from pipeline.errors import GalleryMismatch, ImageError, RuijiError, ShardCorrupt, UsageError
+from pipeline.folding import folds
 from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
@@ -152,6 +153,7 @@ def _atomic(folder: Path) -> Check:
             write_atomic(file, [b"1"], sync=True)
             write_atomic(file, [b"2"], sync=True)
             sync_folder(file.parent)
+            folded = folds(file.parent)
             again = write_atomic(file, [b"3"], exclusive=True)
             if again or file.read_bytes() != b"2" or os.listdir(name) != ["x"]:
                 return Check(
@@ -159,6 +161,13 @@ def _atomic(folder: Path) -> Check:
                 )
     except (RuijiError, OSError) as error:
         return Check("bad", "folder", f"{place} cannot be written to as needed: {error}")
+    if folded:
+        return Check(
+            "warn",
+            "folder",
+            f"{place} takes names for one that differ only in case or in Unicode's normal form; a list with two such "
+            "ids is refused",
+        )
     return Check("ok", "folder", f"{place}: written, renamed and linked atomically, synced")
 
 

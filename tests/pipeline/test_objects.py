@@ -38,13 +38,13 @@ def test_order_line_ends_blanks_duplicates_and_a_leading_dot_are_mended_and_said
     assert objects.path.read_bytes() == b"B.jpg\na.jpg\nb.jpg\n"
     assert objects.notes == (
         "sorted by bytes, as LC_ALL=C sort does",
-        "1 blank lines left out",
-        "1 duplicate lines left out",
+        "1 blank line left out",
+        "1 duplicate line left out",
     )
 
 
 def test_repeated_lines_of_a_sorted_list_do_not_make_it_unsorted(tmp_path: Path) -> None:
-    assert prepared(tmp_path, b"a.jpg\na.jpg\nb.jpg\n").notes == ("1 duplicate lines left out",)
+    assert prepared(tmp_path, b"a.jpg\na.jpg\nb.jpg\n").notes == ("1 duplicate line left out",)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["C"], exclude_characters="/"), min_size=5, max_size=9)))
