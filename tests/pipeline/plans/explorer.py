@@ -264,6 +264,10 @@ class World:
             data[-1] ^= 1
             path.write_bytes(data)
 
+    def lose_record(self, shard: int) -> None:
+        """Leave a shard's arrays without their record."""
+        layout.record_file(self.folder, shard).unlink()
+
     def lose(self, shard: int) -> None:
         for path in self.folder.glob(f"{shard:04d}.*"):
             path.unlink()

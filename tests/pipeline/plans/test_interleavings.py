@@ -160,7 +160,7 @@ def broken(world: World) -> None:
 
 def lost_and_shrunk(world: World) -> None:
     shrunk(world)
-    world.lose(1)
+    world.lose_record(1)
 
 
 def repairing(world: World) -> None:
