@@ -22,7 +22,7 @@ CURRENT = [path for path in DOCUMENTS if path.name not in HISTORY]
 #: Options of other programs that the documents show.
 OTHERS = {
     *("--build", "--wait", "--scale", "--profile", "--rm", "--no-deps", "--require-hashes", "--dist", "--from"),
-    *("--queries", "--gallery", "--seed", "--quick", "--images", "--rows"),
+    *("--queries", "--gallery", "--seed", "--quick", "--images", "--rows", "--backup"),
 }
 #: A path of this repository, or a pattern of some.
 NAMED_PATH = re.compile(
