@@ -54,7 +54,12 @@ MediaDir = Annotated[
 ]
 OptionalMediaDir = Annotated[
     Path | None,
-    typer.Option("--media-dir", envvar="RUIJI_MEDIA_DIR", metavar="DIR", help="Folder of the images, for whole paths."),
+    typer.Option(
+        "--media-dir",
+        envvar="RUIJI_MEDIA_DIR",
+        metavar="DIR",
+        help="Folder of the images: needed to show or read them, and to print full paths.",
+    ),
 ]
 FeatureDir = Annotated[
     Path,
@@ -83,7 +88,10 @@ ModelsDir = Annotated[
 ListFile = Annotated[
     Path | None,
     typer.Option(
-        "--list", envvar="RUIJI_LIST", metavar="FILE", help="The object list.  [default: MEDIA_DIR/objects.txt]"
+        "--list",
+        envvar="RUIJI_LIST",
+        metavar="FILE",
+        help="The object list. If there is none, ruiji run makes one of its own.  [default: MEDIA_DIR/objects.txt]",
     ),
 ]
 Exclude = Annotated[
@@ -117,7 +125,7 @@ RedisPasswordFile = Annotated[
 WebPort = Annotated[
     int,
     typer.Option(
-        "--port", envvar="RUIJI_WEB_PORT", min=0, max=65535, metavar="N", help="Where it listens; 0: any that is free."
+        "--port", envvar="RUIJI_WEB_PORT", min=0, max=65535, metavar="N", help="Port to listen on; 0: any free one."
     ),
 ]
 WebTokenFile = Annotated[
@@ -126,7 +134,7 @@ WebTokenFile = Annotated[
         "--web-token-file",
         envvar="RUIJI_WEB_TOKEN_FILE",
         metavar="FILE",
-        help="File with the token that every request to the service needs.  [default: on loopback none is needed]",
+        help="File with the token that every request to the service needs.  [default: none; allowed on loopback]",
     ),
 ]
 ShardRows = Annotated[
@@ -148,7 +156,9 @@ Window = Annotated[
 ]
 ObjectId = Annotated[
     ObjectIds,
-    typer.Option("--object-id", envvar="RUIJI_OBJECT_ID", help="Take the file name as an object's id, or its path."),
+    typer.Option(
+        "--object-id", envvar="RUIJI_OBJECT_ID", help="What an object's id is: its file name, or its relative path."
+    ),
 ]
 KeepFeatures = Annotated[
     bool,
@@ -175,7 +185,7 @@ MaxImageSeconds = Annotated[
         envvar="RUIJI_MAX_IMAGE_S",
         min=1,
         metavar="S",
-        help="Seconds after which decoding an image is given up.",
+        help="Seconds after which an image that is still being decoded fails as timeout.",
     ),
 ]
 MaxImageMegabytes = Annotated[
@@ -185,10 +195,17 @@ MaxImageMegabytes = Annotated[
         envvar="RUIJI_MAX_IMAGE_MB",
         min=16,
         metavar="MB",
-        help="Memory that decoding may take for an image that is suspected of having killed a worker.",
+        help="Memory that decoding may take, for an image that may have killed a worker.",
     ),
 ]
-WorkerDevice = Annotated[Device, typer.Option("--device", envvar="RUIJI_DEVICE", help="Where the model runs.")]
+WorkerDevice = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        envvar="RUIJI_DEVICE",
+        help="Where the model runs. auto: on a GPU that can be used, else on the CPU; for ruiji serve on the CPU.",
+    ),
+]
 Processes = Annotated[
     int | None,
     typer.Option(
@@ -197,7 +214,7 @@ Processes = Annotated[
         min=1,
         max=1024,
         metavar="N",
-        help="Embed processes; on CUDA for each GPU slot.  [default: one per core; one per two on CUDA, up to 8]",
+        help="Embed processes; on CUDA per GPU slot.  [default: one per core; on CUDA one per two cores, up to 8]",
     ),
 ]
 BatchImages = Annotated[
@@ -208,7 +225,7 @@ BatchImages = Annotated[
         min=1,
         max=4096,
         metavar="N",
-        help="Images per batch; a CPU still runs them one by one.  [default: 64]",
+        help="Images per batch; on a CPU, the model still takes them one by one.  [default: 64]",
     ),
 ]
 GpuMemory = Annotated[
@@ -218,7 +235,7 @@ GpuMemory = Annotated[
         envvar="RUIJI_GPU_MEMORY_MB",
         min=1,
         metavar="MB",
-        help="Limit of what ONNX Runtime allocates on the GPU in one process; CUDA itself takes some more.  "
+        help="Limit of what ONNX Runtime allocates on the GPU per process; CUDA itself takes some more.  "
         "[default: none]",
     ),
 ]
@@ -241,7 +258,7 @@ Slots = Annotated[
         min=1,
         max=1024,
         metavar="N",
-        help="GPU slots that the worker takes at most.  [default: all that are free]",
+        help="GPU slots that the worker takes at most.  [default: all free ones]",
     ),
 ]
 SlotsPerDevice = Annotated[
@@ -266,7 +283,7 @@ StateDir = Annotated[
         "--state-dir",
         envvar="RUIJI_STATE_DIR",
         metavar="DIR",
-        help="Folder on this host: the embedded Redis, and what workers have in hand.  [default: ~/.local/state/ruiji]",
+        help="Folder on this host for the embedded Redis and notes of workers.  [default: ~/.local/state/ruiji]",
     ),
 ]
 LogFormatOption = Annotated[

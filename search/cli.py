@@ -60,9 +60,7 @@ Features = Annotated[
 ]
 Texts = Annotated[
     list[str] | None,
-    typer.Option(
-        "--text", metavar="WORDS", help="Search with words, if the model has a text tower beside it. Repeatable."
-    ),
+    typer.Option("--text", metavar="WORDS", help="Search with words, if the model has a text tower. Repeatable."),
 ]
 Minus = Annotated[
     list[str] | None,
@@ -71,7 +69,7 @@ Minus = Annotated[
 Combine = Annotated[
     bool,
     typer.Option(
-        "--combine", help="Search once, with the sum of all queries (each brought to norm 1), instead of with each."
+        "--combine", help="Search once, with the sum of all queries (each scaled to norm 1), instead of with each."
     ),
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Hits per query.")]
@@ -86,14 +84,14 @@ Collapse = Annotated[
         min=0.0,
         max=1.0,
         metavar="COSINE",
-        help="Of hits that are as similar as this to each other, show only the first, with the number of the others.",
+        help="Show only the first of several hits that are this similar to each other, with the number of the others.",
     ),
 ]
 ExcludeSelf = Annotated[
     bool | None,
     typer.Option(
         "--exclude-self/--include-self",
-        help="Leave a query that is itself an object of the gallery out of its hits, or not. For pictures, "
+        help="If a query is itself an object of the gallery, leave it out of its hits, or not. For pictures, "
         "--exclude-self needs --media-dir.  [default: exclude for --id, include for pictures]",
         show_default=False,
     ),
@@ -103,7 +101,7 @@ Labels = Annotated[
     typer.Option(
         "--labels",
         metavar="FILE",
-        help="A CSV about the objects: a header, img_path or img_name, label, and any other columns.",
+        help="A CSV about the objects, with a header: img_path or img_name, label, and any other columns.",
     ),
 ]
 Where = Annotated[
@@ -134,18 +132,18 @@ SearchDevice = Annotated[
 ]
 Format = Annotated[
     OutputFormat,
-    typer.Option("--format", help="table is for people; the others have every digit. paths writes one path per line."),
+    typer.Option("--format", help="table is for people; the others show every digit. paths writes one path per line."),
 ]
 GroupFormatOption = Annotated[
     GroupFormat,
-    typer.Option("--format", help="paths writes one path per line, with an empty line between groups (not with -0)."),
+    typer.Option("--format", help="paths writes one path per line, and an empty line between groups (not with -0)."),
 ]
 Null = Annotated[
     bool, typer.Option("--null", "-0", help="With --format paths: end each path with a null character, for xargs -0.")
 ]
 Sheet = Annotated[
     Path | None,
-    typer.Option("--sheet", metavar="FILE", help="Also draw the hits, into this .jpg or .png; needs --media-dir."),
+    typer.Option("--sheet", metavar="FILE", help="Also draw what was found into this .jpg or .png; needs --media-dir."),
 ]
 Page = Annotated[
     Path | None,
@@ -176,7 +174,7 @@ _SEARCH_EXAMPLES = [
     "ruiji search --text 'a red car' --html hits.html",
     "ruiji search photo.jpg --text 'at night' --combine",
     "ruiji search photo.jpg --labels anno.csv --where label=cat --html hits.html",
-    "ruiji search photo.jpg --format paths -0 | xargs -0 cp -t FOUND",
+    "ruiji search photo.jpg --format paths -0 | xargs -0 cp --backup=numbered -t FOUND",
     "find NEW -name '*.jpg' -print0 | ruiji search - --min-similarity 0.9",
 ]
 _NEAR_DUPLICATES_EXAMPLES = [
@@ -233,8 +231,8 @@ def search(
 ) -> None:
     """Find the objects that look most like each query.
 
-    The ranking is exact, with ties broken by object id. Exit code 3: some pictures could not be read; the others were
-    searched with.
+    The ranking is exact, with ties broken by object id. Exit code 3: some pictures could not be read; the others got
+    their hits.
     """
     from search.requests.search import SearchRequest
     from search.requests.search import search as answer
@@ -291,8 +289,8 @@ def near_duplicates(
         typer.Option(
             "--against",
             metavar="CONDITION",
-            help="Compare only these objects with the others, for instance path=ARCHIVE/ with what is new; conditions "
-            "as of --where. One of them comes first in each group.",
+            help="Compare only these objects with the others, for example path=ARCHIVE/ with what is new; conditions "
+            "as for --where. One of them comes first in each group.",
         ),
     ] = None,
     against_gallery: AgainstGallery = None,
@@ -333,14 +331,14 @@ def near_duplicates(
     """Find all groups of near-identical objects.
 
     Compares each pair once; the result is exact. In a group every pair is at or above the threshold. A pair that is in
-    no group is shown as "see also" of the groups that it connects. The similarity of each member is that to the group's
-    first, which comes first in the object list, or is the one that --keep chooses; identical_to names the first member
-    whose file has the very same bytes. What was compared is kept: a search that is interrupted goes on. With
-    --distributed, workers compare (ruiji worker --role compare); the groups are the same. What is decided (ruiji
-    duplicates decide) is left out.
+    no group is shown as "see also" in both groups that it connects. A member's similarity is to the group's first
+    member: the first in the object list, or the one that --keep chooses. identical_to names the first member whose file
+    has exactly the same bytes. Results are kept, so an interrupted search continues. With --distributed, workers
+    compare (ruiji worker --role compare); the groups are the same. Pairs that are decided (ruiji duplicates decide)
+    are left out.
 
-    With --against-gallery a group is one object with what it matches in the reference, the other gallery, which is what
-    is kept.
+    With --against-gallery a group is one object with all that it matches in the reference, the other gallery. The
+    reference is kept.
     """
     from pipeline.progress import show_steps
     from search.duplicates.keep import parse_rules
@@ -398,12 +396,11 @@ def near_duplicates(
 
 
 def index(feature_dir: FeatureDir, model_path: GalleryModel = None) -> None:
-    """Prepare a gallery for quick searches.
+    """Prepare a gallery for fast searches.
 
-    Keeps the norms and the rows in 8 bits, a quarter of the features' size, in the gallery's folder cache, which can be
-    deleted. A search with up to 64 queries then reads only these, and the rows that it has to decide between: on a CPU
-    with AVX2, if there was a C compiler when ruiji was installed, and anywhere if the features are not in memory. Makes
-    only what is missing or damaged.
+    Keeps the norms, and the rows in 8 bits (a quarter of the features' size), in the gallery's folder cache, which can
+    be deleted. A search with up to 64 queries then reads only these and a few rows. If the features are in memory
+    already, this needs a CPU with AVX2, and ruiji installed with a C compiler. Makes only what is missing or damaged.
     """
     from pipeline.progress import show_steps
     from search.gallery.opening import find_gallery
@@ -421,7 +418,7 @@ def map_gallery(
         Projection,
         typer.Option(
             "--projection",
-            help="pca: the first two principal components. umap: UMAP, which keeps groups apart and takes much "
+            help="pca: the first two principal components. umap: UMAP, which separates groups and takes much "
             "longer; it needs the extra map.",
         ),
     ] = Projection.pca,

@@ -11,7 +11,7 @@ from pipeline.choices import Contract, Fit
 
 Pooling = Annotated[
     str | None,
-    typer.Option("--pooling", metavar="KIND", help="One vector from tokens or a map: cls, mean or map-mean."),
+    typer.Option("--pooling", metavar="KIND", help="How tokens or a map become one vector: cls, mean or map-mean."),
 ]
 SkipTokens = Annotated[
     int | None,
@@ -41,8 +41,9 @@ def add(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="An .onnx file, or a folder with one, as Hugging Face, timm, open_clip or immich publish it; or "
-            "hf:ORG/REPO[@REVISION][:FILE], to download it; or timm:NAME or open_clip:NAME/PRETRAINED, to export it.",
+            help="An .onnx file, or a folder as Hugging Face, timm, open_clip or immich publish it, with an .onnx file "
+            "or only with .safetensors of transformers, which are exported; or hf:ORG/REPO[@REVISION][:FILE], to "
+            "download it; or timm:NAME or open_clip:NAME/PRETRAINED, to export it.",
         ),
     ],
     name: Annotated[
@@ -54,7 +55,7 @@ def add(
     skip_tokens: SkipTokens = None,
     contract: Annotated[
         Contract | None,
-        typer.Option(help="With timm:NAME: a graph that takes RGB in [0, 1] as it is stretched, as the article's do."),
+        typer.Option(help="With timm:NAME: article, a graph that takes stretched RGB in [0, 1] and needs no .toml."),
     ] = None,
     check: Annotated[
         bool,
@@ -65,7 +66,8 @@ def add(
     """Copy a model, write its .toml, and prove that it runs.
 
     Reads how pictures are prepared from preprocessor_config.json, timm's config.json, open_clip_config.json or
-    preprocess_cfg.json beside the model. What ruiji cannot do is refused by its name. Then: ruiji run --model NAME
+    preprocess_cfg.json next to the model. If ruiji cannot do something, the refusal names it. Then: ruiji run --model
+    NAME
     """
     from workers.models.library import add_model
 
@@ -125,7 +127,7 @@ def declare(
 ) -> None:
     """Write down how pictures are prepared for a model.
 
-    Writes MODEL.toml beside it. docs/models.md has all keys and more examples.
+    Writes MODEL.toml next to it. docs/models.md explains all keys, with more examples.
     """
     from workers.models.library import declare_model
 
@@ -164,7 +166,9 @@ def list_models(models_dir: settings.ModelsDir = None) -> None:
     examples=["ruiji model inspect MODEL.onnx", "ruiji model inspect MODEL.onnx --picture photo.jpg --out seen.png"]
 )
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file, or a name of ruiji model list.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The .onnx file, or a name that ruiji model list shows.")
+    ],
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Also write what the model sees of this picture; needs --out."),
