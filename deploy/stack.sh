@@ -193,7 +193,7 @@ remember() {
 }
 
 compose_up() {
-	[ -e .env ] || [ -n "${RUIJI_MEDIA_DIR:-}" ] || refuse "no .env: copy .env.example to it, and set the three paths in it"
+	[ -e .env ] || [ -n "${RUIJI_MEDIA_DIR:-}" ] || refuse "no .env: copy .env.example to it, and set RUIJI_MEDIA_DIR, RUIJI_FEATURE_DIR, MODEL_DIR and RUIJI_MODEL in it"
 	read_settings
 	for name in RUIJI_MEDIA_DIR RUIJI_FEATURE_DIR MODEL_DIR RUIJI_MODEL; do
 		case $(setting $name) in /*) ;; *) refuse "$name must be an absolute path (in .env), not '$(setting $name)'" ;; esac

@@ -1,7 +1,7 @@
 """The two roles of a worker process as plain callables: embed a batch of images, reduce a segment.
 
 They take the arguments of tasks, which anybody may have made up, and decide what a fault ends: nothing, this process or
-the plan (docs/reliability.md, "What passes and what does not"). If they raise, the work goes back to its queue.
+the plan (docs/reliability.md, "Temporary and permanent faults"). If they raise, the work goes back to its queue.
 """
 
 import logging
