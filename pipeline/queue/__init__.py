@@ -24,8 +24,8 @@ then. So the room leans on internals of Celery 5.7 and kombu 5.7, which pyprojec
 (`make contract`).
 
 Every key in Redis, with the modules that write and read it; G is a gallery's id, P a plan's, S a segment's index, R a
-group's id, `P.S.<digest of G and rows>`, PANEL a panel's number, key and threshold. All of it can be lost at any time: the disk is
-the truth.
+group's id, `P.S.<digest of G and rows>`, PANEL a panel's number, key and threshold. All of it can be lost at any time:
+the disk is the truth.
 
 | key | holds | written by | read by | goes |
 |---|---|---|---|---|
