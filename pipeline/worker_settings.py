@@ -39,6 +39,7 @@ class WorkerSettings:
         stall_timeout_s: seconds without progress before lost tasks are looked for; see `FOR_TESTS`.
         transport: likewise.
         in_hand: the file in which one process notes what it works on; None: nobody reads it.
+        gpu: UUID of the GPU that one process is for, which was there when its worker started; None: none.
     """
 
     media_dir: Path
@@ -58,6 +59,7 @@ class WorkerSettings:
     transport: Transport = Transport.fast
     log_format: LogFormat = LogFormat.text
     in_hand: Path | None = None
+    gpu: str | None = None
 
     @property
     def folder(self) -> Path:

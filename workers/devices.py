@@ -86,8 +86,12 @@ class Gpus:
     built: bool = True
 
     def fault(self) -> RuijiError:
-        """The problem, as an error; one that may pass is a DeviceFault."""
-        return (DeviceFault if self.passes else UsageError)(f"no GPU can be used: {self.problem}")
+        """The problem, as an error: a DeviceFault if it may pass, else a `NoGpu`."""
+        return (DeviceFault if self.passes else NoGpu)(f"no GPU can be used: {self.problem}")
+
+
+class NoGpu(UsageError):
+    """No GPU can be used, until somebody repairs the machine."""
 
 
 class _CudaError(Exception):

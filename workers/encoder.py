@@ -30,14 +30,17 @@ CUDA_BATCH_IMAGES = 64
 _GREY = 128
 #: What ONNX Runtime says where the machine failed and not the model; its classes of exceptions do not tell.
 _MACHINE = re.compile(
-    r"bad.?alloc|failed to allocate|out of memory|\bCU[A-Z_]+ failure|CUDA error|cudaError", re.IGNORECASE
+    r"bad.?alloc|failed to allocate|out of memory|\bCU[A-Z_]+ failure|CUDA error|cudaError"
+    r"|smaller than requested bytes|failed to find a free memory block",
+    re.IGNORECASE,
 )
 #: What CUDA says of a card or a driver that this build is not for; it says so whenever it is asked.
 _NO_CODE = re.compile(r"no kernel image is available|driver version is insufficient", re.IGNORECASE)
 #: The severity from which ONNX Runtime writes to stderr: its errors come as exceptions, and are told once.
 _FATAL = 4
-#: Of what ONNX Runtime says, so much of its beginning and of its end is repeated: between them is its own source.
-_SAID = 160
+#: Of what ONNX Runtime says, so much of its beginning and of its end is repeated: between them is its own source, and
+#: before an error of CUDA. Of that so much is repeated before and after.
+_SAID, _BEFORE = 160, 40
 
 
 class Encoder:
@@ -76,7 +79,6 @@ class Encoder:
         """
         self.model = model
         self.turn = threading.Lock()
-        self._proven = False
         bound = _on_cuda(model, device, model.batch or batch_images or CUDA_BATCH_IMAGES, gpu_memory_mb)
         self._bound = bound
         self.device = Device.cpu if bound is None else Device.cuda
@@ -92,17 +94,16 @@ class Encoder:
         """Encode one grey picture: a model that cannot do that cannot do anything, here or, mostly, anywhere.
 
         Raises:
-            ModelError, MachineFault: as `encode`; `DeviceFault` where a GPU did it before, and does so no longer.
+            ModelError, MachineFault: as `encode`; `DeviceFault` on a GPU, which has run the model when it was loaded.
         """
         spec = self.model.spec
         try:
             with self.turn:
                 self.encode(np.full((1, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8))
         except RunFailed as error:
-            if self._proven and self.device is Device.cuda:
+            if self.device is Device.cuda:
                 raise DeviceFault(f"the GPU runs the model no longer: {error}") from error
             raise
-        self._proven = True
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features.
@@ -150,19 +151,32 @@ def _fault(model: Model, device: Device, error: Exception) -> RuijiError:
     """What an exception of ONNX Runtime means, in one line."""
     if isinstance(error, RuijiError):
         return error
-    said, kind = _said(error), type(error).__name__
-    if device is Device.cuda and _NO_CODE.search(said):
+    # In all of it: what CUDA says stands behind a signature of some hundred characters.
+    no_code, machine, kind = _NO_CODE.search(str(error)), _MACHINE.search(str(error)), type(error).__name__
+    said = _said(error, no_code or machine)
+    if device is Device.cuda and no_code:
         return UsageError(f"this GPU cannot run the model: {said}")
-    if isinstance(error, MemoryError) or kind == "NoSuchFile" or _MACHINE.search(said):
+    if isinstance(error, MemoryError) or kind == "NoSuchFile" or machine:
         return (DeviceFault if device is Device.cuda else MachineFault)(f"the model failed on {device}: {said}")
     if kind == "NotImplemented":
         return CannotRunHere(f"the model {model.path} cannot run on {device}: {said}")
     return RunFailed(f"the model {model.path} does not run: {said}")
 
 
-def _said(error: Exception) -> str:
-    words = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ") or type(error).__name__
-    return words if len(words) <= 2 * _SAID else f"{words[:_SAID]} … {words[-_SAID:]}"
+def _said(error: Exception, what: re.Match[str] | None = None) -> str:
+    """What an exception says, in one line.
+
+    Args:
+        what: the part of it that matters.
+    """
+    whole = str(error)
+    words = " ".join(whole.split()).removeprefix("[ONNXRuntimeError] : ") or type(error).__name__
+    if len(words) <= 2 * _SAID:
+        return words
+    if what is None:
+        return f"{words[:_SAID]} … {words[-_SAID:]}"
+    start = max(0, what.start() - _BEFORE)
+    return f"… {' '.join(whole[start : what.end() + 2 * _SAID].split())} …"
 
 
 def pool(output: NDArray[Any], spec: ModelSpec) -> NDArray[np.float32] | None:
@@ -315,16 +329,25 @@ def _cuda_session(model: Model, run_images: int, gpu_memory_mb: int | None) -> B
     with redirect_stdout(io.StringIO()):
         ort.preload_dlls()
     ort.set_default_logger_severity(_FATAL)
-    session = _session(model, 1, _cuda_options(gpu_memory_mb))
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise UsageError(
-            f"ONNX Runtime cannot load its CUDA provider: {_why_not_loaded()}. CUDA's libraries come with torch: "
-            "make clean setup ACCEL=gpu"
-        )
     try:
-        return BoundSession(session, model, run_images, Device.cuda)
-    except Exception as error:  # ONNX Runtime has no common base class for what it raises.
-        raise _fault(model, Device.cuda, error) from error
+        session = _session(model, 1, _cuda_options(gpu_memory_mb))
+        if session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UsageError(
+                f"ONNX Runtime cannot load its CUDA provider: {_why_not_loaded()}. CUDA's libraries come with torch: "
+                "make clean setup ACCEL=gpu"
+            )
+        try:
+            return BoundSession(session, model, run_images, Device.cuda)
+        except Exception as error:  # ONNX Runtime has no common base class for what it raises.
+            raise _fault(model, Device.cuda, error) from error
+    except ModelError as error:
+        # A CPU has run it, or nobody could try it: what this GPU says ends no other worker.
+        raise UsageError(f"this GPU cannot run the model: {error}") from error
+    except DeviceFault as error:
+        if gpu_memory_mb is None:
+            raise
+        limit = f"its arena may take {gpu_memory_mb} MB here (RUIJI_GPU_MEMORY_MB)"
+        raise DeviceFault(f"{error}; {limit}") from error
 
 
 def _why_not_loaded() -> str:

@@ -25,7 +25,7 @@ from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.versions import library_versions
 from pipeline.watchdog import Watchdog
 from pipeline.worker_settings import WorkerSettings
-from workers.devices import DEVICE_FAILED
+from workers.devices import DEVICE_FAILED, NoGpu
 from workers.heartbeat import GalleryWatch, Heartbeat, Report
 from workers.readiness import Readiness
 from workers.roles import Embedder, Reducer, check_versions
@@ -146,7 +146,13 @@ class Embedding(Work):
 
             return Encoder(model, settings.device, threads, settings.batch_images, settings.gpu_memory_mb)
 
-        encoder = proven_encoder(settings.model, folder, given.gallery, given.client, hand, make)
+        try:
+            encoder = proven_encoder(settings.model, folder, given.gallery, given.client, hand, make)
+        except NoGpu as error:
+            if settings.gpu is None:
+                raise
+            # It was there when the worker started, whose other GPUs go on.
+            raise DeviceFault(f"{settings.gpu} is gone: {error}") from error
         self._given, self._encoder, self._hand = given, encoder, hand
         self.queue, self.device = embed_queue(given.gallery.gallery_id), encoder.device
         # On CUDA three batches are in hand: one is decoded, one encoded, one written and acknowledged.

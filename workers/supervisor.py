@@ -185,7 +185,7 @@ class Supervisor:
     def _start(self, place: Place) -> _Child:
         command = python_command("pipeline", "worker-process", "--role", place.role)
         in_hand = self._in_hand / secrets.token_hex(8)
-        told = replace(self._settings, in_hand=in_hand)
+        told = replace(self._settings, in_hand=in_hand, gpu=place.gpu.uuid if place.gpu is not None else None)
         # Its own session: Ctrl-C reaches the supervisor only, which then ends its children in order.
         # Celery says good-bye on stdout, which is for answers; events go to stderr.
         process = start_child(

@@ -103,6 +103,28 @@ BUSY_DEVICE = "CUDA failure 46: CUDA-capable device(s) is/are busy or unavailabl
 NO_KERNEL = "CUDA failure 209: no kernel image is available for execution on the device ; GPU=0"
 
 
+def long_words(error: str, kind: str = "cudaError", where: str = "Exception during initialization: ") -> str:
+    """An error of CUDA as ONNX Runtime throws it: behind the signature of what called, and before place and source."""
+    call = (
+        "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:123 std::conditional_t<THRW, void, "
+        "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE, const char*, "
+        f"const char*, int) [with ERRTYPE = {kind}; bool THRW = true; SUCCTYPE = {kind}; "
+        "std::conditional_t<THRW, void, onnxruntime::common::Status> = void] "
+    )
+    place = "GPU=0 ; hostname=gpu-node-17.rack-4.example ; file=/onnxruntime_src/onnxruntime/core/providers/cuda"
+    return (
+        f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : {where}{call}{error} ; {place}/x.cc ; line=168 ; expr=f(&x, y); "
+    )
+
+
+ARENA = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. "
+    "Name:'/vision_model/embeddings/patch_embedding/Conv' Status Message: /onnxruntime_src/onnxruntime/core/framework/"
+    "bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*, bool, "
+    "onnxruntime::WaitNotificationFn) Available memory of 16777216 is smaller than requested bytes of 154140672"
+)
+
+
 @pytest.mark.parametrize(
     ("where", "words", "kind", "told"),
     [
@@ -110,6 +132,18 @@ NO_KERNEL = "CUDA failure 209: no kernel image is available for execution on the
         ("run", "CUDNN_FE failure 11: CUDNN_BACKEND_API_FAILED ; GPU=0", DeviceFault, "CUDNN_BACKEND_API_FAILED"),
         ("run", "CUDA error cudaErrorIllegalAddress:an illegal memory access was encountered", DeviceFault, "illegal"),
         ("run", NO_KERNEL, UsageError, "this GPU cannot run the model: CUDA failure 209"),
+        (
+            "create",
+            long_words("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", "cublasStatus_t"),
+            DeviceFault,
+            "failure 3",
+        ),
+        ("create", long_words("CUDA failure 2: out of memory"), DeviceFault, "… .*CUDA failure 2: out of memory"),
+        ("run", long_words("CUDA failure 719: unspecified launch failure", where=""), DeviceFault, "failure 719"),
+        ("run", long_words(NO_KERNEL), UsageError, "this GPU cannot run the model: … .*no kernel image"),
+        ("run", ARENA, DeviceFault, "Available memory of 16777216 is smaller than requested bytes of 154140672"),
+        ("run", "an error that nobody knows", UsageError, "this GPU cannot run the model: .*nobody knows"),
+        ("create", "an error that nobody knows", UsageError, "this GPU cannot run the model: .*nobody knows"),
         ("absent", "yes", UsageError, "cannot load its CUDA provider: .*libonnxruntime_providers_cuda.so"),
     ],
 )
@@ -146,11 +180,8 @@ def test_a_driver_that_does_not_serve_is_told_too(cuda: PretendedCuda, model_pat
 def test_a_gpu_that_ran_the_model_and_does_not_any_more_is_at_fault_not_the_model(
     cuda: PretendedCuda, model_path: Path
 ) -> None:
+    # It has run the model when it was loaded.
     encoder = Encoder(load_model(model_path), Device.cuda)
-    cuda.fail("run", "words that nobody knows")
-    with pytest.raises(RunFailed):
-        encoder.prove()
-    cuda.fail("run", None)
     encoder.prove()
     cuda.fail("run", "words that nobody knows")
     with pytest.raises(RunFailed):
@@ -339,3 +370,9 @@ def test_weights_outside_the_file_are_not_copied_into_it(tmp_path: Path) -> None
     whole = onnx.load(tiny_model(tmp_path / "m.onnx"))
     onnx.save(whole, tmp_path / "split.onnx", save_as_external_data=True, size_threshold=0)
     assert taking_pixels(load_model(tmp_path / "split.onnx"), always=True) is None
+
+
+def test_a_limit_of_the_arena_is_named_where_the_memory_does_not_suffice(cuda: PretendedCuda, model_path: Path) -> None:
+    cuda.fail("run", ARENA)
+    with pytest.raises(DeviceFault, match=r"its arena may take 16 MB here \(RUIJI_GPU_MEMORY_MB\)"):
+        Encoder(load_model(model_path), Device.cuda, gpu_memory_mb=16)

@@ -1,11 +1,15 @@
 """GPUs that fail while they work, with real worker processes on a GPU that is not there."""
 
 import json
+import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
@@ -102,3 +106,43 @@ def test_a_card_that_is_of_no_use_ends_the_worker_in_one_line(ruiji: Ruiji, cuda
     done = ruiji("worker", code=2)
     (line,) = done.stderr.splitlines()
     assert "NVIDIA GeForce GTX 1080" in line and "compute capability 6.1" in line
+
+
+def test_what_no_known_fault_of_a_gpu_says_ends_this_worker_and_stops_no_plan(
+    ruiji: Ruiji, cuda: PretendedCuda
+) -> None:
+    pictures(ruiji.media, 4)
+    ruiji("enqueue")
+    cuda.fail("run", "an error that nobody knows")
+    done = ruiji("worker", code=2)
+    assert "this GPU cannot run the model" in done.stderr
+    status = ruiji.status()
+    assert (status.plan is not None, status.stopped) == (True, None)
+    # Another host does the work.
+    ruiji.environment |= {"RUIJI_DEVICE": "cpu"}
+    ruiji.start("worker")
+    ruiji("enqueue", "--wait")
+
+
+def test_a_gpu_that_is_gone_ends_no_other(ruiji: Ruiji, cuda: PretendedCuda, tmp_path: Path) -> None:
+    cuda.have(H200, H200.replace("a", "b", 1))
+    pictures(ruiji.media, 4)
+    ruiji("enqueue")
+    said = tmp_path / "said.txt"
+    worker = ruiji.start("worker", errors=said)
+    ruiji("enqueue", "--wait")
+    cuda.have(H200.replace("a", "b", 1))
+    os.kill(next(pid_of_process_on(uuid("a"))), signal.SIGKILL)
+    wait_until(lambda: "is gone: no GPU can be used" in said.read_text(), what="the reason")
+    pictures(ruiji.media, 12)
+    ruiji("enqueue", "--wait")
+    assert worker.poll() is None
+    assert {event["status"] for event in events(said, "process_died")} <= {-signal.SIGKILL, 75}
+
+
+def pid_of_process_on(device: str) -> Iterator[int]:
+    """The processes that embed on a device."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RUIJI_GPU") == device and "worker-process" in process.cmdline():
+                yield process.pid
