@@ -14,7 +14,7 @@ import redis
 from celery import Celery
 
 from pipeline.choices import Device
-from pipeline.errors import GalleryMismatch, MachineFault, RuijiError, ShardCorrupt, UsageError
+from pipeline.errors import DeviceFault, GalleryMismatch, MachineFault, RuijiError, ShardCorrupt, UsageError
 from pipeline.queue.batches import REST_S, register
 from pipeline.queue.comparisons import NOTE_S, Comparisons, PanelTask
 from pipeline.queue.keys import COMPARE_TASK, compare_queue
@@ -47,12 +47,12 @@ class Comparing(Work):
         """Find out what this machine compares with; nothing is read.
 
         Raises:
-            UsageError: CUDA is asked for and does not work.
+            UsageError: CUDA is asked for and does not work. DeviceFault: the worker has a GPU that does not work now.
         """
         wait_asleep()
         self._given = given
         self.queue = compare_queue(given.gallery.gallery_id)
-        self.device = _device(given.settings.device)
+        self.device = _device(given.settings.device, given.settings.gpu)
         self.facts = {"device": self.device}
 
     def register(self, app: Celery, heartbeat: Heartbeat, report: Report) -> None:
@@ -60,13 +60,19 @@ class Comparing(Work):
         register(app, COMPARE_TASK, Comparer(self._given, self.device, heartbeat))
 
 
-def _device(asked: Device) -> Device:
-    """Where panels are compared; `auto` takes the CPU if torch has no CUDA, and says so."""
+def _device(asked: Device, gpu: str | None) -> Device:
+    """Where panels are compared; `auto` takes the CPU if torch has no CUDA, and says so.
+
+    Args:
+        gpu: the UUID of a GPU that was there when the worker started.
+    """
     if asked is Device.cpu:
         return Device.cpu
     try:
         check_cuda()
     except UsageError as error:
+        if asked is Device.cuda and gpu is not None and isinstance(error.__cause__, RuntimeError):
+            raise DeviceFault(f"{gpu}: {error}") from error
         if asked is Device.cuda:
             raise
         logger.warning("%s; the CPU compares", error, extra={"event": "gpu_refused"})
@@ -119,6 +125,11 @@ class Comparer:
             noted(error)
             self._heartbeat.pause(None, REST_S)
             raise
+        except DeviceFault as error:
+            # CUDA reports most faults until its process ends; other GPUs of the worker go on.
+            logger.error("%s; the panel is given back", error, extra={"event": "machine_fault", "panel": number})
+            end_process(RuijiError.exit_code if self._worked else DEVICE_FAILED)
+            raise
         except (MachineFault, OSError) as error:
             logger.error("%s; the panel is given back", error, extra={"event": "machine_fault", "panel": number})
             self._heartbeat.pause(str(error), REST_S)
@@ -148,9 +159,12 @@ class Comparer:
             # Redis counts the deaths that a panel is to blame for.
             with self._hand.other():
                 opened.comparison(self._planner).compare(panel, task.threshold, folder, notes)
-        except (MachineFault, OSError, redis.RedisError, UsageError):
+        except (MachineFault, OSError, redis.RedisError, UsageError) as error:
             with suppress(redis.RedisError):
                 self._panels.excuse(task)
+            if isinstance(error, UsageError) and self._device is Device.cuda:
+                # It worked when this process started: too little of its memory is free now, or it is gone.
+                raise DeviceFault(str(error)) from error
             raise
         except Exception as error:
             words = str(error) if isinstance(error, RuijiError) else f"{type(error).__name__}: {error}"

@@ -127,6 +127,7 @@ class Machine:
         codes: whether what is compiled for codes can multiply them.
         memory_bytes: of the machine.
         device_free_bytes: free memory of the CUDA device; None if CUDA is not asked for.
+        device_bfloat16: whether that device has units for bfloat16.
     """
 
     device: Device
@@ -138,6 +139,7 @@ class Machine:
     compiled: bool = False
     codes: bool = False
     device_free_bytes: int | None = None
+    device_bfloat16: bool = True
 
 
 @dataclass(frozen=True)
@@ -372,7 +374,7 @@ def _on_cuda(question: Question, machine: Machine) -> Way:
             Library.torch, Device.cuda, Precision.bfloat16, False, *at_once, why, products_at_once=products, tiles=tiles
         )
     # Rows that stay take half the memory in bfloat16, and a pass over them half the time, also for one query.
-    matrix = question.queries >= _WORTH_TENSOR_CORES or question.lasting
+    matrix = machine.device_bfloat16 and (question.queries >= _WORTH_TENSOR_CORES or question.lasting)
     precision = Precision.bfloat16 if matrix and question.metric is not Metric.euclidean else Precision.float32
     needed = question.rows * question.length * (2 if precision is Precision.bfloat16 else 4)
     streamed = _sized(precision, False, free, question.length, why)
@@ -409,16 +411,16 @@ def look_at_machine(device: Device) -> Machine:
         UsageError: CUDA is asked for and does not work.
     """
     installed = _has_torch()
-    free = None
+    free, bfloat16 = None, True
     if device is Device.cuda and installed:
-        from search.ranking.torch_arithmetic import free_bytes
+        from search.ranking.torch_arithmetic import free_bytes, multiplies_bfloat16
 
-        free = free_bytes(device.value)
+        free, bfloat16 = free_bytes(device.value), multiplies_bfloat16(device.value)
     int8 = not _cpu_flags().isdisjoint(_INT8_FLAGS)
     units = bfloat16_units()
     compiled = units is not None and units.matrix and has_matrix_units()
     loaded = "torch" in sys.modules
-    return Machine(device, installed, loaded, units, int8, _memory_bytes(), compiled, has_codes(), free)
+    return Machine(device, installed, loaded, units, int8, _memory_bytes(), compiled, has_codes(), free, bfloat16)
 
 
 @cache

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import RuijiError, UsageError
+from pipeline.errors import DeviceFault, MachineFault, RuijiError, UsageError
 from search.arrays import Float32, Float64, Rows
 from search.gallery.codes import integers_of
 from search.gallery.norms import is_plain
@@ -33,6 +33,7 @@ _ROUNDED_ROWS, _PRODUCTS = 1024, 1 << 22
 #: So many rows of products are looked at by their highest: one quick pass, where comparing all and looking for what
 #: that found take two to three times as long. If every eighth group has a hit, all are compared.
 _GROUP_ROWS, _GROUP_WORTH = 16, 8
+_T = TypeVar("_T")
 _SETTINGS = threading.RLock()
 _NO_PLACES: tuple[Rows, Rows] = (np.empty(0, np.int64), np.empty(0, np.int64))
 #: Far below what a bound on the error of a unit vector's product notices.
@@ -206,7 +207,9 @@ class TorchScan:
     def _streamed(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
         """Each block on the device, while the next one is on its way."""
         cuda = self._device.type == "cuda"
-        shape = (self._block_rows, self.gallery.length)
+        # No block is of two shards.
+        longest = max((len(shard.features) for shard in self.gallery.shards), default=0)
+        shape = (min(self._block_rows, longest), self.gallery.length)
         buffers = [torch.empty(shape, dtype=torch.float32, pin_memory=cuda) for _ in range(2)]
         copies = torch.cuda.Stream(self._device) if cuda else None
         left: list[torch.cuda.Event | None] = [None, None]
@@ -293,7 +296,7 @@ class TorchArithmetic:
                 products_at_once=self._products_at_once,
             )
             self._scanned = scan if self._resident else None
-        return scan(gallery, batch, cuts)
+        return _guarded(scan(gallery, batch, cuts))
 
     def keeps(self, gallery: Gallery) -> bool:
         """As `Arithmetic` says."""
@@ -316,14 +319,18 @@ class TorchArithmetic:
 
     def prepare(self, units: Float32) -> tuple[object, Margin]:
         """As `Arithmetic` says."""
-        exact = torch.from_numpy(units).to(self._device)
-        rounded = exact.bfloat16()
-        # Both sides are rounded rows; the larger loss of the two counts for both.
-        loss = _largest_loss(exact, rounded)
+        with _device_faults():
+            exact = torch.from_numpy(units).to(self._device)
+            rounded = exact.bfloat16()
+            # Both sides are rounded rows; the larger loss of the two counts for both.
+            loss = _largest_loss(exact, rounded)
         return rounded, bfloat16_margin(units.shape[1], loss, loss)
 
     def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
         """As `Arithmetic` says; only near pairs leave the device, or all if many are."""
+        return _guarded(self._near(some, others, least))
+
+    def _near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
         at_once = max(1, (self._products_at_once or _PRODUCTS) // max(1, len(b)))
         for number, part in enumerate(a.split(at_once)):
@@ -338,13 +345,15 @@ class TorchArithmetic:
 
     def products(self, units: Float64) -> Products:
         """As `Arithmetic` says."""
-        queries = torch.from_numpy(units).to(self._device)
+        with _device_faults():
+            queries = torch.from_numpy(units).to(self._device)
 
         def multiply(rows: Float32) -> Float64:
-            # A copy: torch warns about read-only arrays such as a mapped shard. It is widened on the device.
-            block = torch.from_numpy(np.array(rows)).to(self._device).double()
-            dots: Float64 = (queries @ block.T).cpu().numpy()
-            return dots
+            with _device_faults():
+                # A copy: torch warns about read-only arrays such as a mapped shard. It is widened on the device.
+                block = torch.from_numpy(np.array(rows)).to(self._device).double()
+                dots: Float64 = (queries @ block.T).cpu().numpy()
+                return dots
 
         return multiply
 
@@ -404,11 +413,20 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on))
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a CUDA device has units for bfloat16; before compute capability 8.0 it is emulated, slower than float32.
+
+    Raises:
+        UsageError: torch has no CUDA that works.
+    """
+    return tuple(torch.cuda.get_device_capability(torch_device(device))) >= (8, 0)
+
+
 def torch_device(name: str) -> torch.device:
     """A torch device that works.
 
     Raises:
-        UsageError: CUDA was asked for and torch has none that works.
+        UsageError: CUDA was asked for and torch has none that works; a RuntimeError is its cause if the device refused.
     """
     if name == "cuda":
         try:
@@ -416,9 +434,36 @@ def torch_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise UsageError(
                 f"--device cuda: torch {torch.__version__} has no CUDA device that works "
-                f"({str(error).splitlines()[0]}); use --device cpu, or set up with make setup ACCEL=gpu"
-            ) from None
+                f"({_first_line(error)}); use --device cpu, or set up with make setup ACCEL=gpu"
+            ) from error
     return torch.device(name)
+
+
+@contextmanager
+def _device_faults() -> Iterator[None]:
+    """What CUDA reports in a search, as ruiji's errors.
+
+    Raises:
+        MachineFault: the GPU's memory does not suffice now. DeviceFault: the GPU failed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineFault(
+            f"--device cuda: the GPU's memory does not suffice ({_first_line(error)}); end what else uses the GPU, or "
+            "use --device cpu"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise DeviceFault(f"--device cuda: the GPU failed ({_first_line(error)})") from error
+
+
+def _guarded(parts: Iterator[_T]) -> Iterator[_T]:
+    with _device_faults():
+        yield from parts
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _borrow(rows: NDArray[Any]) -> torch.Tensor:
@@ -433,15 +478,15 @@ def _full_sums() -> Iterator[None]:
     # TensorFloat-32 has 10 bits of mantissa, and sums in bfloat16 have 7: either would break the error bound. The
     # settings are the process': another thread that sets them back must wait.
     with _SETTINGS:
-        precision = torch.get_float32_matmul_precision()
-        reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        # Of each by itself: the word for all of them cannot be asked for once somebody chose for one.
+        before = cuda.fp32_precision, cpu.fp32_precision, cuda.allow_bf16_reduced_precision_reduction
+        cuda.fp32_precision = cpu.fp32_precision = "ieee"
+        cuda.allow_bf16_reduced_precision_reduction = False
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+            cuda.fp32_precision, cpu.fp32_precision, cuda.allow_bf16_reduced_precision_reduction = before
 
 
 def _largest_loss(units: torch.Tensor, rounded: torch.Tensor) -> float:

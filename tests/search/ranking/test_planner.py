@@ -242,6 +242,13 @@ def test_cuda_always_takes_torch_and_keeps_what_fits_and_is_used_again() -> None
     assert plan(GPU, SMALL, 4000).precision is Precision.bfloat16
 
 
+def test_a_card_that_only_emulates_bfloat16_multiplies_float32() -> None:
+    old = dataclasses.replace(GPU, device_bfloat16=False)
+    assert plan(old, SMALL, 4000).precision is Precision.float32
+    kept = choose_way(Question(SMALL, 1280, 1, lasting=True), old)
+    assert (kept.precision, kept.resident) == (Precision.float32, True)
+
+
 def test_cuda_without_torch_is_refused() -> None:
     with pytest.raises(UsageError, match="not installed"):
         plan(dataclasses.replace(GPU, torch=False), SMALL, 1)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; `make test-all` installs it")
 
-from pipeline.errors import UsageError  # noqa: E402
+from pipeline.errors import DeviceFault, MachineFault, UsageError  # noqa: E402
 from search.duplicates.groups import find_groups  # noqa: E402
 from search.gallery.shards import Block, Gallery  # noqa: E402
 from search.options import Metric, Precision  # noqa: E402
@@ -106,6 +107,62 @@ def test_a_permitted_tensorfloat32_is_not_used_and_stays_permitted(device: str) 
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_precision_that_was_chosen_for_one_backend_is_neither_used_nor_lost() -> None:
+    # Then torch no longer answers which precision counts for all of them.
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    cuda.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
+    try:
+        features = features_of("near_duplicates", 1000, 256)
+        gallery = in_memory(features)
+        assert rank(gallery, features[:3], 20, scan=TorchScan(gallery, "cpu")) == rank(gallery, features[:3], 20)
+        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "bf16")
+        with torch_arithmetic._full_sums():
+            assert (cuda.fp32_precision, cpu.fp32_precision) == ("ieee", "ieee")
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MachineFault, "does not suffice"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), DeviceFault, "failed"),
+    ],
+)
+def test_a_fault_of_the_device_is_one_line_that_says_whose_it_is(
+    error: Exception, kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(torch_arithmetic, "_products", fails)
+    features = features_of("random", 300, 64)
+    gallery = in_memory(features)
+    for precision in (Precision.float32, Precision.bfloat16):
+        arithmetic = TorchArithmetic("cpu", precision)
+        with pytest.raises(kind, match=words) as caught:
+            rank(gallery, features[:3], 20, scan=arithmetic.scan)
+        assert type(caught.value) is kind and "\n" not in str(caught.value)
+    with pytest.raises(kind, match=words):
+        find_groups(gallery, 0.9, arithmetic=TorchArithmetic("cpu", Precision.bfloat16))
+
+
+def test_buffers_are_no_longer_than_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = features_of("random", 300, 64)
+    gallery = in_memory(features, cuts=(100, 200))
+    made, empty = [], torch.empty
+
+    def noted(*size: Any, **rest: Any) -> torch.Tensor:
+        made.append(size[0])
+        return empty(*size, **rest)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    scan = TorchScan(gallery, "cpu", block_rows=10_000, staged=True)
+    assert rank(gallery, features[:3], 20, scan=scan) == rank(gallery, features[:3], 20)
+    assert made == [(100, 64)] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
