@@ -31,7 +31,7 @@ from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
-from search.maps.store import GalleryMap, make_map, read_map
+from search.maps.store import GalleryMap, make_map, read_map, updated_map
 from search.options import THRESHOLD, TOP_K, Linkage, Metric, Projection
 from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
 from search.ranking.exact import are_usable, unusable
@@ -325,8 +325,8 @@ class Gallery:
             UsageError: the rows have other numbers since.
         """
         found, shards = [], self._shards
-        if rows_key is not None and rows_key != shards.rows_key:
-            raise UsageError("the gallery has changed and its rows have other numbers now: load the map again")
+        if rows_key is not None:
+            _check_rows_key(shards, rows_key)
         for row in rows:
             if not 0 <= row < shards.rows:
                 raise QueryError(f"the gallery has no row {row}, only 0 to {shards.rows - 1}")
@@ -357,6 +357,16 @@ class Gallery:
             UsageError: there is no such projection.
         """
         return read_map(self._shards, _projection(projection))
+
+    def updated_map(self, earlier: GalleryMap) -> GalleryMap:
+        """An earlier map with the objects that are searched now: those that left the list since are not on it.
+
+        Raises:
+            UsageError: the rows have other numbers since; load the map again.
+        """
+        shards = self._shards
+        _check_rows_key(shards, earlier.rows_key)
+        return updated_map(shards, earlier)
 
     @property
     def rows_key(self) -> str:
@@ -671,6 +681,11 @@ def _features(shards: Shards, object_ids: Sequence[str], rows: dict[str, list[in
 
 def _unknown(object_id: str) -> UnknownObject:
     return UnknownObject(f"the gallery has no object {object_id}")
+
+
+def _check_rows_key(shards: Shards, rows_key: str) -> None:
+    if rows_key != shards.rows_key:
+        raise UsageError("the gallery has changed and its rows have other numbers now: load the map again")
 
 
 def _projection(name: str) -> Projection:

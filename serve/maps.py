@@ -74,7 +74,8 @@ class Maps:
             return making
         if making.made.exception() is not None and self._makings.get(resident.name) is making:
             del self._makings[resident.name]
-        return making.made.result()
+        # Stale rows do not count in the key: since it was made, objects may have left the list or come back.
+        return await asyncio.to_thread(gallery.updated_map, making.made.result())
 
     def _begin(self, resident: Resident) -> Making:
         making = self._makings[resident.name] = Making(resident.gallery.rows_key)

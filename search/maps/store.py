@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class GalleryMap:
         unplaced: searched rows that are not on it, because they cannot be ranked.
         rows_key: the gallery's when it was made; if the gallery has another one now, its rows have other numbers.
         kept: whether it is in the gallery's cache.
+        all_positions: float32[n, 2], of all gallery rows, searched or not; NaN for those that cannot be ranked.
     """
 
     projection: Projection
@@ -45,6 +46,7 @@ class GalleryMap:
     unplaced: int
     rows_key: str
     kept: bool
+    all_positions: Float32 = field(repr=False)
 
 
 def read_map(gallery: Gallery, projection: Projection) -> GalleryMap | None:
@@ -63,7 +65,8 @@ def read_map(gallery: Gallery, projection: Projection) -> GalleryMap | None:
     except NpyError as error:
         note(f"{path} is damaged ({error}); the map is made again")
         return None
-    return _map_of(gallery, projection, kept.array, kept=True)
+    # Copied, because a map may be held longer than its file is there.
+    return _map_of(gallery, projection, np.array(kept.array), kept=True)
 
 
 def make_map(
@@ -95,6 +98,11 @@ def make_map(
     return _map_of(gallery, projection, positions, _keep(gallery, projection, positions))
 
 
+def updated_map(gallery: Gallery, earlier: GalleryMap) -> GalleryMap:
+    """A map of the rows that are searched now, from one that was made of the same gallery rows."""
+    return _map_of(gallery, earlier.projection, earlier.all_positions, earlier.kept)
+
+
 def _map_of(gallery: Gallery, projection: Projection, positions: Float32, kept: bool) -> GalleryMap:
     """A map of the searched rows.
 
@@ -102,7 +110,8 @@ def _map_of(gallery: Gallery, projection: Projection, positions: Float32, kept: 
         positions: float32[n, 2], of all gallery rows; NaN for those that cannot be ranked.
     """
     rows = np.flatnonzero(usable_rows(gallery))
-    return GalleryMap(projection, rows, positions[rows], gallery.searched_rows - len(rows), gallery.rows_key, kept)
+    unplaced = gallery.searched_rows - len(rows)
+    return GalleryMap(projection, rows, positions[rows], unplaced, gallery.rows_key, kept, positions)
 
 
 def _path(gallery: Gallery, projection: Projection) -> Path | None:

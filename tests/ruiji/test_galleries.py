@@ -267,6 +267,18 @@ def test_new_shards_are_taken_up_and_what_is_known_of_the_others_stays(own_world
     assert len(some) == 3
 
 
+def test_a_map_follows_the_objects_that_are_searched_but_no_other_rows(own_world: World) -> None:
+    gallery = own_world.open()
+    some = gallery.only(f"path={own_world.paths[3]}")
+    whole, of_some = gallery.map(), some.map()
+    for found, wanted in ((some.updated_map(whole), of_some), (gallery.updated_map(of_some), whole)):
+        assert np.array_equal(found.rows, wanted.rows) and np.array_equal(found.positions, wanted.positions)
+    write_shard(own_world.folder, 3, own_world.features[:2], own_world.paths[:2], own_world.model.fingerprint)
+    gallery.refresh()
+    with pytest.raises(ruiji.UsageError, match="load the map again"):
+        gallery.updated_map(whole)
+
+
 def test_a_shard_that_is_damaged_is_refused_and_the_gallery_stays_as_it_was(own_world: World) -> None:
     world = own_world
     gallery = world.open()

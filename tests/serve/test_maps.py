@@ -13,6 +13,7 @@ import ruiji as api
 from pipeline import layout
 from pipeline.cache import write_array
 from pipeline.model import load_model
+from pipeline.store import write_atomic
 from search.gallery.opening import open_gallery
 from search.options import Projection
 from serve.galleries import Resident
@@ -79,6 +80,36 @@ def test_rows_that_were_renumbered_are_not_mixed_up(ruiji: Ruiji) -> None:
     assert len(rows) == COUNT + 2
 
 
+@pytest.mark.parametrize("cache", ["kept", "not kept"])
+def test_a_map_that_was_made_follows_the_object_list(ruiji: Ruiji, cache: str) -> None:
+    write_served_gallery(ruiji)
+    if cache == "not kept":
+        (ruiji.gallery / "cache").write_text("in the way")
+    leave(ruiji, 30, 31)
+    served = start(ruiji)
+    first, places = points(served.get("/map/points"))
+    assert first.tolist() == [row for row in range(COUNT) if row not in (30, 31)]
+    # One comes back, others leave.
+    leave(ruiji, 31, 4, 5)
+    wait_until(lambda: len(points(served.get("/map/points"))[0]) == COUNT - 3, 60, "the shorter list")
+    now = served.get("/map/points")
+    rows, positions = points(now)
+    assert rows.tolist() == [row for row in range(COUNT) if row not in (4, 5, 31)]
+    both = [row for row in rows.tolist() if row != 30]
+    assert np.array_equal(positions[np.isin(rows, both)], places[np.isin(first, both)])
+    asked = served.get(f"/map/objects?rows_key={now.headers['x-ruiji-rows']}&rows={','.join(map(str, rows))}")
+    assert [one["row"] for one in asked.json()["objects"]] == rows.tolist()
+
+
+def leave(ruiji: Ruiji, *gone: int) -> None:
+    """Take the objects of these rows off the list, and no others."""
+    folder = ruiji.gallery / "run" / "stale"
+    folder.mkdir(parents=True, exist_ok=True)
+    marked = np.isin(np.arange(COUNT), gone)
+    for number, first in enumerate(range(0, COUNT, 16)):
+        write_atomic(folder / f"{number:04d}.bits", [np.packbits(marked[first : first + 16]).tobytes()])
+
+
 def test_umap_is_shown_if_it_is_kept(ruiji: Ruiji) -> None:
     write_served_gallery(ruiji)
     gallery = api.open_gallery(ruiji.gallery)
@@ -128,7 +159,8 @@ def test_a_map_is_made_once_for_all_who_ask_and_they_are_told_how_far_it_is(
         go_on.set()
         answer = await maps.get(resident, None)
         assert isinstance(answer, api.GalleryMap) and len(answer.rows) == 30
-        assert await maps.get(resident, Projection.pca) is answer
+        again = await maps.get(resident, Projection.pca)
+        assert isinstance(again, api.GalleryMap) and np.array_equal(again.positions, answer.positions)
         maps.close()
 
     asyncio.run(ask())
