@@ -406,6 +406,7 @@ class DecisionsStatus(BaseModel):
     kept: int | None = Field(description="Files; this and the next ones are null without a media folder.")
     to_remove: int | None
     frees_bytes: int | None
+    gone: int | None = Field(description="Files that were decided to go and are not there any more.")
 
 
 class FilesQuery(Choice):

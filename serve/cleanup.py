@@ -122,15 +122,17 @@ class _Made:
     at: float
     seconds: float
 
+    @property
+    def is_cheap(self) -> bool:
+        """Whether it can be made again: it takes little, or enough time has passed."""
+        return self.seconds < _QUICK_S or time.monotonic() > self.at + _TIMES * self.seconds
+
     def is_due(self, decisions: list[Decision]) -> bool:
-        """Whether it has to be made again: something was decided, and enough time has passed."""
+        """Whether it has to be made again: something was decided, and it is cheap."""
         before = len(self.decisions)
         # Decisions are the same objects as long as what was there is what it was.
         appended = len(decisions) >= before and (not before or decisions[before - 1] is self.decisions[-1])
-        if not appended:
-            return True
-        quick = self.seconds < _QUICK_S or time.monotonic() > self.at + _TIMES * self.seconds
-        return len(decisions) > before and quick
+        return not appended or (len(decisions) > before and self.is_cheap)
 
 
 @dataclass
@@ -144,6 +146,10 @@ class _MadeGroups(_Made):
 @dataclass
 class _MadeStand(_Made):
     stand: Stand
+
+    def is_due(self, decisions: list[Decision]) -> bool:
+        """Files come and go without a decision."""
+        return self.is_cheap or super().is_due(decisions)
 
 
 @dataclass
@@ -210,10 +216,11 @@ class CleanUp:
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page`.
         """
         gallery, decisions = self._opened(), self._decisions.read()
+        media_dir = None if self.media_dir is None else self._media
         if self._stand is None or self._stand.is_due(decisions):
             began = time.monotonic()
             decided = decided_in(gallery, decisions)
-            totals = None if self.media_dir is None else Lists(decided, self._media).totals()
+            totals = None if media_dir is None else Lists(decided, media_dir).totals()
             now = time.monotonic()
             self._stand = _MadeStand(decisions, now, now - began, Stand(count_verdicts(decided), totals))
         return self._stand.stand
@@ -250,6 +257,8 @@ class CleanUp:
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page`.
         """
         lists = Lists(decided_in(self._opened(), self._decisions.read()), self._media)
+        # Who has the list holds it against the stand, which must not be an older one.
+        self._stand = None
         return lists.to_remove() if removed else lists.to_keep()
 
     @property

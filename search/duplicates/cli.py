@@ -128,7 +128,8 @@ def status(
 ) -> None:
     """Show how far a clean-up is.
 
-    Groups that are open, decisions, files that are kept and that can go, and the bytes that removing these would free.
+    Groups that are open, decisions, files that are kept and that can go, the bytes that removing these would free, and
+    files that are gone already.
     With --against-gallery, the groups are of objects with what the reference has of them.
     """
     from pipeline.progress import show_steps
@@ -151,6 +152,7 @@ def status(
         "kept": now.totals.kept,
         "to_remove": now.totals.remove,
         "frees_bytes": now.totals.frees_bytes,
+        "gone": now.totals.gone,
     }
     if as_json:
         print(to_json(facts), file=exact_stdout())

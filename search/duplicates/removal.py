@@ -75,11 +75,13 @@ class Totals:
     Attributes:
         kept, remove: files that are there.
         frees_bytes: what removing would free; a file with other names frees nothing until all of them go.
+        gone: files that were decided to go and are not there any more.
     """
 
     kept: int
     remove: int
     frees_bytes: int
+    gone: int
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class Lists:
                 sizes[_inode(there)] = there.st_nlink, there.st_size
         freed = sum(size for inode, (links, size) in sizes.items() if names[inode] >= links)
         kept = sum(self._stats[key] is not None for key in self._keeps)
-        return Totals(kept, sum(names.values()), freed)
+        gone = sum(self._stats[key] is None for key in self._removals)
+        return Totals(kept, sum(names.values()), freed, gone)
 
     def _why_not(self, removal: Removal) -> str:
         """Why a file is not named for one decision; empty if it is."""

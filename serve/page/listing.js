@@ -41,8 +41,12 @@ async function download(gallery, sent) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
     const stand = await ask(`/decisions/status?gallery=${encodeURIComponent(gallery)}`);
-    const missing = which === "remove" ? stand.to_remove - lines : 0;
-    say(`${plural(lines, "file")} listed.${missing > 0 ? ` ${plural(missing, "file")} left out: choose “left out” for the reasons.` : ""}`);
+    const said = [`${plural(lines, "file")} listed.`];
+    if (which === "remove") {
+      if (stand.to_remove > lines) said.push(`${plural(stand.to_remove - lines, "file")} left out: choose “left out” for the reasons.`);
+      if (stand.gone) said.push(`${plural(stand.gone, "file")} ${stand.gone === 1 ? "is" : "are"} gone already.`);
+    }
+    say(said.join(" "));
   } catch (error) {
     say(error instanceof TypeError ? "The list broke off; it is not complete. Try again." : error.message, true);
   }

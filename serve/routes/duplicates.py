@@ -116,6 +116,7 @@ async def status(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
         kept=None if totals is None else totals.kept,
         to_remove=None if totals is None else totals.remove,
         frees_bytes=None if totals is None else totals.frees_bytes,
+        gone=None if totals is None else totals.gone,
     )
     return answer(found)
 

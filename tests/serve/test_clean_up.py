@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
+from search.duplicates.removal import LeftOut
+from search.requests.duplicates import Asked
+from serve.cleanup import CleanUp
 from tests.factories import Ruiji, wait_until
 from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
 from tests.serve.conftest import Answer, Served, start
@@ -228,6 +231,44 @@ def test_a_media_folder_that_is_gone_is_said_and_files_that_are_gone_are_counted
     ruiji.media.rename(ruiji.media.parent / "away")
     answer = ready.get("/decisions/status")
     assert (answer.status, "there is no media folder" in answer.error) == (409, True)
+
+
+def test_the_stand_follows_the_files_without_a_decision(ruiji: Ruiji, ready: Served) -> None:
+    decide(
+        ready, *({"decision": "same", "keep": f"00{n}-large.jpg", "remove": [f"00{n}-small1.jpg"]} for n in range(3))
+    )
+    files = [ruiji.media / f"00{n}/00{n}-small1.jpg" for n in range(3)]
+    before = ready.get("/decisions/status").json()
+    freed = sum(path.stat().st_size for path in files)
+    assert (before["kept"], before["to_remove"], before["frees_bytes"], before["gone"]) == (3, 3, freed, 0)
+    for path in files:
+        path.unlink()
+    after = ready.get("/decisions/status").json()
+    assert (after["kept"], after["to_remove"], after["frees_bytes"], after["gone"]) == (3, 0, 0, 3)
+    told = json.loads(ruiji("duplicates", "status", "--json").stdout)
+    assert told.pop("open") == 3 and told == after
+    ruiji.media.rename(ruiji.media.parent / "away")
+    answer = ready.get("/decisions/status")
+    assert (answer.status, "there is no media folder" in answer.error) == (409, True)
+
+
+def test_the_stand_of_a_large_clean_up_is_made_again_after_a_while_or_a_list(
+    ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_look_alikes(ruiji, 2)
+    one = CleanUp(ruiji.gallery, ruiji.media)
+    one.record([Asked(Verdict.same, keep="000-large.jpg", remove=("000-small1.jpg",))])
+    monkeypatch.setattr("serve.cleanup._QUICK_S", 0.0)
+    monkeypatch.setattr("serve.cleanup._TIMES", 10.0**9)
+    first = one.stand()
+    (ruiji.media / "000/000-small1.jpg").unlink()
+    assert one.stand() is first and first.totals is not None and first.totals.remove == 1
+    assert [type(each) for each in one.files(removed=True)] == [LeftOut]
+    listed = one.stand()
+    assert listed.totals is not None and (listed.totals.remove, listed.totals.gone) == (0, 1)
+    assert one.stand() is listed
+    monkeypatch.setattr("serve.cleanup._TIMES", 0.0)
+    assert one.stand() is not listed
 
 
 def test_a_damaged_decisions_file_and_a_full_disk_are_said_and_lose_nothing(ruiji: Ruiji, ready: Served) -> None:

@@ -254,7 +254,7 @@ def test_status_counts_what_is_open_decided_kept_and_to_remove(world: World) -> 
     os.link(world.media / "dog/c.png", world.media / "link.png")
     now = json.loads(world.run("status", "--json").stdout)
     assert {
-        name: now[name] for name in ("decided", "same", "different", "skip", "kept", "to_remove", "frees_bytes")
+        name: now[name] for name in ("decided", "same", "different", "skip", "kept", "to_remove", "frees_bytes", "gone")
     } == {
         "decided": 2,
         "same": 2,
@@ -263,6 +263,7 @@ def test_status_counts_what_is_open_decided_kept_and_to_remove(world: World) -> 
         "kept": 1,
         "to_remove": 3,
         "frees_bytes": 40,
+        "gone": 0,
     }
     shown = world.run("status").stdout
     assert re.search(r"^to_remove +3$", shown, re.MULTILINE) and re.search(r"^frees_bytes +40$", shown, re.MULTILINE)

@@ -55,7 +55,7 @@ def test_what_is_to_go_is_named_with_what_is_kept_for_it(tmp_path: Path) -> None
     found = lists(tmp_path, same("a", "c", "b"))
     assert list(found.to_remove()) == [ListedFile(name, 1, digest(name), "a", TIME) for name in "bc"]
     assert list(found.to_keep()) == [ListedFile("a", 1, digest("a"), "a", TIME)]
-    assert found.totals() == Totals(1, 2, 2)
+    assert found.totals() == Totals(1, 2, 2, 0)
 
 
 def test_a_file_that_changed_since_its_decision_is_left_out_and_named(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_names_of_one_file_are_one_file(tmp_path: Path, link: Callable[[Path, Pa
     assert told(lists(tmp_path, decision)) == ([], {remove: f"it is the same file as {keep}"})
     (left,) = lists(tmp_path, decision).to_remove()
     assert isinstance(left, LeftOut) and left.kind is Why.same_file
-    assert lists(tmp_path, decision).totals() == Totals(1, 0, 0)
+    assert lists(tmp_path, decision).totals() == Totals(1, 0, 0, 0)
 
 
 def test_a_file_that_another_group_keeps_under_another_name_is_not_named(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_hard_link_frees_its_bytes_once_all_of_its_names_go(tmp_path: Path) ->
     write(tmp_path, "a", "bb")
     os.link(tmp_path / "bb", tmp_path / "b2")
     both = Decision(Verdict.same, (one("a"), one("bb"), one("b2", "bb")), TIME)
-    assert lists(tmp_path, same("a", "bb")).totals() == Totals(1, 1, 0)
-    assert lists(tmp_path, both).totals() == Totals(1, 2, 2)
+    assert lists(tmp_path, same("a", "bb")).totals() == Totals(1, 1, 0, 0)
+    assert lists(tmp_path, both).totals() == Totals(1, 2, 2, 0)
     assert told(lists(tmp_path, both)) == (["b2", "bb"], {})
 
 
@@ -158,11 +158,12 @@ def test_what_was_removed_is_gone_and_no_fault(tmp_path: Path) -> None:
     write(tmp_path, "a")
     (gone,) = lists(tmp_path, same("a", "b")).to_remove()
     assert gone == LeftOut("b", "there is no such file any more", Why.gone)
-    assert lists(tmp_path, same("a", "b")).totals() == Totals(1, 0, 0)
+    assert lists(tmp_path, same("a", "b")).totals() == Totals(1, 0, 0, 1)
     # Of a folder that is not mounted everything is gone.
     (tmp_path / "a").unlink()
     (lost,) = lists(tmp_path, same("a", "b")).to_remove()
     assert isinstance(lost, LeftOut) and lost.kind is Why.fault
+    assert lists(tmp_path, same("a", "b")).totals() == Totals(0, 0, 0, 1)
 
 
 NAMES = "abcdef"

@@ -146,6 +146,22 @@ def test_pictures_are_chosen_compared_and_listed(ruiji: Ruiji, page: Page) -> No
         expect(page.locator("#read")).to_have_text("3 files listed.")
 
 
+def test_files_that_are_gone_are_told_from_those_that_are_left_out(ruiji: Ruiji, page: Page) -> None:
+    write_look_alikes(ruiji, 4)
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    page.keyboard.press("Shift+Enter")
+    wait_until(lambda: standing(served)["same"] == 4, what="the decisions")
+    for n in (0, 1):
+        (ruiji.media / f"00{n}/00{n}-small1.jpg").unlink()
+    (ruiji.media / "002/002-small1.jpg").write_bytes(b"edited")
+    page.locator("#list").click()
+    page.locator("#download").click()
+    left_out = "1 file left out: choose “left out” for the reasons."
+    expect(page.locator("#read")).to_have_text(f"1 file listed. {left_out} 2 files are gone already.")
+
+
 def test_what_is_in_a_folder_can_be_kept(ruiji: Ruiji, page: Page, watch: Watch) -> None:
     # Its name needs quotes in a rule.
     paths = ["a/large.jpg", 'best, "of"/small.jpg']
