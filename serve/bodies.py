@@ -293,7 +293,12 @@ class DuplicatesQuery(CompareQuery):
     linkage: Linkage = Field(
         Linkage.complete, description="Whether all pairs of a group reach the threshold, or enough to connect it."
     )
-    keep: str = Field("pixels,bytes", max_length=1000, description="Rules as `ruiji near-duplicates --keep` has them.")
+    keep: str | None = Field(
+        None,
+        max_length=1000,
+        description="Rules as `ruiji near-duplicates --keep` has them. By default `pixels,bytes`, if files can be "
+        "looked at: there is a media folder, and the gallery knows paths.",
+    )
     skipped: bool = Field(False, description="Also groups that were skipped.")
     contains: str = Field("", max_length=1000, description="Only groups with a path that has this in it.")
     identical: bool = Field(False, description="Only groups with identical files.")
@@ -309,7 +314,7 @@ class DuplicateMember(BaseModel):
     similarity: float = Field(description="The cosine with the first one.")
     identical_to: str | None = Field(description="Id of the first member whose file has the same bytes.")
     same_file_as: str | None = Field(description="Id of an earlier member that is the same file under another name.")
-    there: bool | None = Field(description="Whether there is a file; null: there is no media folder to look into.")
+    there: bool | None = Field(description="Whether there is a file; null: nobody can look.")
     bytes: int | None
     width: int | None = Field(description="In pixels.")
     height: int | None
@@ -332,7 +337,7 @@ class DuplicateGroup(BaseModel):
 
     name: int = Field(description="The least gallery row of its members: stays while other groups are decided.")
     members: list[DuplicateMember]
-    reason: str | None = Field(description="Why the first one is kept; null without a media folder.")
+    reason: str | None = Field(description="Why the first one is kept; null if files cannot be looked at.")
     pairs: int = Field(description="That reach the threshold.")
     least_similarity: float | None
     see_also: list[AlsoSimilar] = Field(description="The five most similar.")
@@ -403,7 +408,7 @@ class DecisionsStatus(BaseModel):
     different: int
     same: int
     skip: int
-    kept: int | None = Field(description="Files; this and the next ones are null without a media folder.")
+    kept: int | None = Field(description="Files; this and the next ones are null if nobody can look at them.")
     to_remove: int | None
     frees_bytes: int | None
     gone: int | None = Field(description="Files that were decided to go and are not there any more.")

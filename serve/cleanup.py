@@ -47,6 +47,9 @@ _MOST_GONE = 200
 _MOST_WAITING = 64
 #: Objects of the groups of one page, unless the first group alone has more.
 _MOST_MEMBERS = 2000
+#: Choose which file of a group is kept, if nobody says it.
+_USUAL_RULES = (Rule(RuleKind.pixels), Rule(RuleKind.bytes))
+_NO_PATHS = "this gallery has no gallery.json and does not know paths, only object ids"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Shown:
     """A member of a group, and what is known of its file now.
 
     Attributes:
-        there: whether there is a file; None: nobody can look, because there is no media folder.
+        there: whether there is a file; None: nobody can look.
         same_file_as: id of an earlier member that is the same file under another name.
     """
 
@@ -103,7 +106,7 @@ class Stand:
     """How far a clean-up is.
 
     Attributes:
-        totals: None: nobody can look, because there is no media folder.
+        totals: None: nobody can look.
     """
 
     by_verdict: dict[str, int]
@@ -156,9 +159,11 @@ class _MadeStand(_Made):
 class CleanUp:
     """The clean-up of one gallery; to be used by one thread at a time.
 
+    Without a media folder, or if the gallery knows no paths, nobody can look at its files.
+
     Attributes:
         folder: of the gallery.
-        media_dir: where its pictures are; None: nobody can look.
+        media_dir: where its pictures are; None: not known.
     """
 
     folder: Path
@@ -172,17 +177,18 @@ class CleanUp:
         self.file = layout.decisions_file(self.folder)
         self._decisions = DecisionsFile(self.file)
 
-    def page(self, wanted: Wanted, rules: Sequence[Rule], after: int, count: int) -> Page:
+    def page(self, wanted: Wanted, rules: Sequence[Rule] | None, after: int, count: int) -> Page:
         """The next groups.
 
         Args:
-            rules: choose which file of a group is kept.
+            rules: choose which file of a group is kept; None: the usual ones, if somebody can look.
             after: the name of the group before; -1: none.
             count: so many at most, and fewer if they are large.
 
         Raises:
             PairsMissing: not all pairs are compared.
-            UsageError: there is no such prefix, or no media folder where one was; or as `open_groups`.
+            UsageError: there is no such prefix, or no media folder where one was, or rules need paths that are not
+                known; or as `open_groups`.
             FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `read_decisions` and `open_gallery`.
         """
         gallery = self._opened()
@@ -190,7 +196,7 @@ class CleanUp:
         decisions = self._decisions.read()
         made = self._made(gallery, wanted, decisions)
         open_ones, groups = self._hidden(gallery, made, wanted, decisions)
-        chosen, gone = self._chosen(gallery, groups, rules), 0
+        chosen, gone = self._chosen(gallery, groups, _USUAL_RULES if rules is None else rules), 0
         place = int(np.searchsorted(groups.firsts, after, side="right"))
         found: list[tuple[int, Group, list[Shown]]] = []
         members = 0
@@ -216,7 +222,7 @@ class CleanUp:
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page`.
         """
         gallery, decisions = self._opened(), self._decisions.read()
-        media_dir = None if self.media_dir is None else self._media
+        media_dir = self._media if self._looks_at(gallery) else None
         if self._stand is None or self._stand.is_due(decisions):
             began = time.monotonic()
             decided = decided_in(gallery, decisions)
@@ -256,7 +262,10 @@ class CleanUp:
         Raises:
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page`.
         """
-        lists = Lists(decided_in(self._opened(), self._decisions.read()), self._media)
+        gallery, media_dir = self._opened(), self._media
+        if not self._looks_at(gallery):
+            raise UsageError(_NO_PATHS)
+        lists = Lists(decided_in(gallery, self._decisions.read()), media_dir)
         # Who has the list holds it against the stand, which must not be an older one.
         self._stand = None
         return lists.to_remove() if removed else lists.to_keep()
@@ -269,6 +278,9 @@ class CleanUp:
             raise UsageError(f"there is no media folder {self.media_dir}; mount it, or check --media-dir")
         return self.media_dir
 
+    def _looks_at(self, gallery: Gallery) -> bool:
+        return self.media_dir is not None and gallery.fingerprint is not None
+
     def _opened(self) -> Gallery:
         """The gallery with its newest shards."""
         opened = open_gallery(self.folder)
@@ -278,10 +290,12 @@ class CleanUp:
             self._groups.clear()
         return gallery
 
-    def _check(self, gallery: Gallery, rules: Sequence[Rule]) -> None:
-        if self.media_dir is not None:
+    def _check(self, gallery: Gallery, rules: Sequence[Rule] | None) -> None:
+        if self._looks_at(gallery):
             self._files = self._files or Files(gallery, self._media)
-        for rule in rules:
+        if rules and gallery.fingerprint is None:
+            raise UsageError(f"keep: {_NO_PATHS}")
+        for rule in rules or ():
             of_gallery = (path for shard in gallery.shards for path in shard.paths or ())
             if rule.kind is RuleKind.path and not any(path.startswith(rule.prefix) for path in of_gallery):
                 raise UsageError(f"path={rule.prefix}: no path of the gallery begins with it")

@@ -49,6 +49,12 @@ function time(seconds) {
 
 const ofGallery = () => `gallery=${encodeURIComponent(where.gallery)}`;
 
+// Why nobody can look at the files; empty if somebody can.
+function blind() {
+  if (!where.health.media) return "start the service with --media-dir";
+  return where.about?.paths ? "" : "this gallery has no gallery.json and does not know paths";
+}
+
 // As `ruiji duplicates --keep` takes it; a folder may have a comma in its name.
 function rules() {
   if (keep.value !== "path") return keep.value;
@@ -57,7 +63,8 @@ function rules() {
 }
 
 function question(after) {
-  const parts = new URLSearchParams({ gallery: where.gallery, threshold: threshold.value, keep: rules(), after, count: AT_ONCE });
+  const parts = new URLSearchParams({ gallery: where.gallery, threshold: threshold.value, after, count: AT_ONCE });
+  if (!blind()) parts.set("keep", rules());
   if (show.value === "skipped") parts.set("skipped", "true");
   if (contains.value.trim()) parts.set("contains", contains.value.trim());
   if (identical.checked) parts.set("identical", "true");
@@ -67,7 +74,7 @@ function question(after) {
 function take(found) {
   next = found.next;
   for (const group of found.groups) {
-    // Without media folder nothing is known of the files, and the first one is a choice like any other.
+    // If nothing is known of the files, the first one is a choice like any other.
     group.keeps = group.members.map((_, n) => n === 0);
     groups.push(group);
   }
@@ -103,8 +110,8 @@ async function load() {
     open = found.open;
     total = found.total;
     if (found.gone) tell(`${plural(found.gone, "group")} left out: none of the files is there. ruiji run takes removed files off the list.`);
-    else if (found.open && !decided && where.health.media) tell("Nothing is deleted here: what you decide makes a list of files to remove.");
-    else if (!where.health.media) tell("There are no pictures to show, and sizes are not known: start the service with --media-dir.");
+    else if (blind()) tell(`There are no pictures to show, and sizes are not known: ${blind()}.`);
+    else if (found.open && !decided) tell("Nothing is deleted here: what you decide makes a list of files to remove.");
     draw();
   } catch (error) {
     if (!isOld()) fail(error.message, "Try again", load);
@@ -227,8 +234,8 @@ function drawStanding() {
   const part = listed ? plural(decided, "group") : `${decided.toLocaleString("en")} of ${plural(all, "group")}`;
   element("counts").textContent = `${part} decided${freed}`;
   element("undo").disabled = !done.length;
-  element("list").disabled = !where.health.media || !decided;
-  element("list").title = where.health.media ? "" : "Needs the files: start the service with --media-dir";
+  element("list").disabled = blind() || !decided;
+  element("list").title = blind() ? `Needs the files: ${blind()}` : "";
 }
 
 function facts(member) {
@@ -587,7 +594,7 @@ function change() {
 
 function drawFields() {
   threshold.nextElementSibling.textContent = Number(threshold.value).toFixed(2);
-  keep.disabled = prefix.disabled = !where?.health.media;
+  keep.disabled = prefix.disabled = !where || blind();
   element("of-folder").hidden = keep.value !== "path";
   for (const label of ["of-paths", "of-bytes"]) element(label).hidden = show.value === "decided";
 }

@@ -41,7 +41,7 @@ async def duplicates(service: Kept, asked: Annotated[DuplicatesQuery, Query()]) 
     resident = service.galleries.get(asked.gallery)
     wanted = Wanted(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
     try:
-        rules = parse_rules(asked.keep)
+        rules = None if asked.keep is None else parse_rules(asked.keep)
     except UsageError as error:
         raise HTTPException(422, str(error)) from None
     folder = resident.gallery.folder

@@ -16,6 +16,7 @@ from search.duplicates.removal import LeftOut
 from search.requests.duplicates import Asked
 from serve.cleanup import CleanUp
 from tests.factories import Ruiji, wait_until
+from tests.search.galleries import write_article_shard
 from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
 from tests.serve.conftest import Answer, Served, start
 
@@ -219,6 +220,24 @@ def test_without_media_folder_there_are_ids_and_decisions(ruiji: Ruiji) -> None:
     assert (status["same"], status["frees_bytes"], len(look(served)["groups"])) == (1, None, 1)
     answer = served.get("/decisions/files")
     assert (answer.status, "--media-dir" in answer.error) == (409, True)
+
+
+def test_files_of_a_gallery_that_knows_no_paths_are_not_looked_at(ruiji: Ruiji) -> None:
+    ruiji.media.mkdir()
+    write_article_shard(ruiji.gallery, 0, look_alikes(2), ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    served = start(ruiji)
+    compare(served)
+    found = look(served)
+    assert (names(found["groups"]), found["gone"]) == ([["a.jpg", "b.jpg"], ["c.jpg", "d.jpg"]], 0)
+    assert found["groups"][0]["reason"] is None and found["groups"][0]["members"][0]["there"] is None
+    for rule in ("pixels", "path=2024/"):
+        answer = served.get(f"/duplicates?keep={rule}")
+        assert answer.status == 409 and answer.error.startswith("keep: this gallery has no gallery.json")
+    assert decide(served, {"decision": "same", "keep": "a.jpg", "remove": ["b.jpg"]}).status == 200
+    status = served.get("/decisions/status").json()
+    assert (status["same"], status["to_remove"], status["gone"], look(served)["open"]) == (1, None, None, 1)
+    answer = served.get("/decisions/files")
+    assert (answer.status, "does not know paths" in answer.error) == (409, True)
 
 
 def test_a_media_folder_that_is_gone_is_said_and_files_that_are_gone_are_counted(ruiji: Ruiji, ready: Served) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from playwright.sync_api import Page, expect
 
 from tests.factories import Ruiji, wait_until
+from tests.search.galleries import write_article_shard
 from tests.serve.cleaning import add_rows, compare, comparers, draw, look_alikes, write_look_alikes
 from tests.serve.conftest import Served, start
 from tests.serve.page.conftest import Watch, check_accessible, check_fits
@@ -259,6 +260,20 @@ def test_without_media_folder_there_are_names_and_what_is_missing(ruiji: Ruiji, 
     page.keyboard.press("d")
     counts(page, 1, 2)
     wait_until(lambda: standing(served)["different"] == 1, what="the decision")
+
+
+def test_a_gallery_that_knows_no_paths_is_cleaned_up_by_names(ruiji: Ruiji, page: Page) -> None:
+    ruiji.media.mkdir()
+    write_article_shard(ruiji.gallery, 0, look_alikes(2), ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    expect(page.locator("#said")).to_contain_text("this gallery has no gallery.json and does not know paths")
+    expect(page.locator("#members .path")).to_have_text(["a.jpg", "b.jpg"])
+    expect(page.locator("#keep")).to_be_disabled()
+    page.keyboard.press("d")
+    counts(page, 1, 2)
+    expect(page.locator("#list")).to_be_disabled()
 
 
 def test_it_is_accessible_and_works_with_a_finger(
