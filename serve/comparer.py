@@ -22,6 +22,9 @@ _SAID_S = 0.2
 
 
 def _main() -> None:
+    # C libraries write to stdout as they please.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     folder, threshold, device = Path(sys.argv[1]), float(sys.argv[2]), Device(sys.argv[3])
     # Searches of the service come first; beside a run of workers it still gets a tenth of their share.
     os.nice(10)
@@ -32,7 +35,7 @@ def _main() -> None:
         nonlocal said
         if time.monotonic() - said >= _SAID_S:
             said = time.monotonic()
-            print(json.dumps({"done": done, "total": total}), flush=True)
+            print(json.dumps({"done": done, "total": total}), file=answers, flush=True)
 
     try:
         gallery, planner = open_gallery(folder), Planner(device)
@@ -44,7 +47,7 @@ def _main() -> None:
             kept = layout.cache_folder(folder)
             raise MachineFault(f"the pairs cannot be kept: make {kept} writable, or free space there") from None
     except RuijiError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        print(json.dumps({"error": str(error)}), file=answers, flush=True)
         sys.exit(error.exit_code)
 
 

@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.children import python_command, start_child
 from pipeline.choices import Device
 from pipeline.errors import UsageError
+from pipeline.logs import clipped
 from pipeline.progress import Rate
 
 
@@ -46,23 +49,38 @@ class _Comparison:
         self._listening.start()
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None and self._process.stderr is not None
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if "error" in said:
-                self.step = Step(failed=said["error"])
-                continue
-            done, total = said["done"], said["total"]
-            self._rate.add(done)
-            left = (total - done) / self._rate.per_s if self._rate.per_s > 0 else None
-            self.step = Step(done, total, left)
-        # Its warnings are few lines.
-        words = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-        code = self._process.wait()
-        if code != 0 and self.step.failed is None and not self._stopped:
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.step = Step(failed=f"the comparison ended with {how}: {words[-1] if words else 'it may lack memory'}")
-        self.running = False
+        try:
+            with self._process as child:
+                assert child.stdout is not None and child.stderr is not None
+                last_words = deque[bytes](maxlen=1)
+                lines = filter(None, map(bytes.strip, child.stderr))
+                # Beside the steps: a child whose words nobody takes stands still.
+                listening = threading.Thread(target=last_words.extend, args=(lines,), daemon=True)
+                listening.start()
+                for line in child.stdout:
+                    try:
+                        self.step = self._step(json.loads(line))
+                    except (ValueError, TypeError, KeyError):
+                        words = clipped(line.decode(errors="replace").strip())
+                        self.step = Step(failed=f"the comparison ended early: it said what cannot be read: {words}")
+                        child.kill()
+                        break
+                listening.join()
+            code = child.returncode
+            if code != 0 and self.step.failed is None and not self._stopped:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                why = last_words[0].decode(errors="replace") if last_words else "it may lack memory"
+                self.step = Step(failed=f"the comparison ended with {how}: {why}")
+        finally:
+            self.running = False
+
+    def _step(self, said: dict[str, Any]) -> Step:
+        """What the child says of its work."""
+        if "error" in said:
+            return Step(failed=said["error"])
+        done, total = said["done"], said["total"]
+        self._rate.add(done)
+        return Step(done, total, (total - done) / self._rate.per_s if self._rate.per_s > 0 else None)
 
     def end(self) -> None:
         """Stop it; what it has compared stays compared."""

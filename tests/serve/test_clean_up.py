@@ -5,16 +5,19 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.choices import Device
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.removal import LeftOut
 from search.requests.duplicates import Asked
 from serve.cleanup import CleanUp
+from serve.comparing import Comparing, Step
 from tests.factories import Ruiji, wait_until
 from tests.search.galleries import write_article_shard
 from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
@@ -354,6 +357,38 @@ def test_one_comparison_runs_at_a_time_and_ends_with_the_service(ruiji: Ruiji) -
     assert served.process.wait(180) == 0
     assert not Path(f"/proc/{child}").exists()
     assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.parametrize("how", ["a C library speaks", "a stray line"])
+def test_what_is_no_step_of_a_comparison_does_not_keep_it_running(
+    ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    write_look_alikes(ruiji, 2)
+    # More than a pipe holds.
+    loud = "os.write(1, b'not a step\\n' * 20_000)"
+    code = {
+        "a C library speaks": f"comparer.wait_asleep = lambda: {loud}; comparer._main()",
+        "a stray line": f"{loud}; comparer._main()",
+    }[how]
+
+    def command(_: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", f"import os; import serve.comparer as comparer; {code}", *arguments]
+
+    monkeypatch.setattr("serve.comparing.python_command", command)
+    comparing = Comparing(Device.cpu)
+    comparing.start(ruiji.gallery, 0.95)
+
+    def ended() -> Step | None:
+        running, step = comparing.step(ruiji.gallery, 0.95) or (True, Step())
+        return None if running else step
+
+    wait_until(ended, 60, "its end")
+    step = ended()
+    assert step is not None
+    if how == "a C library speaks":
+        assert step.failed is None and step.total > 0
+    else:
+        assert step.failed == "the comparison ended early: it said what cannot be read: not a step"
 
 
 def add_many(ruiji: Ruiji, rows: int = 3000) -> None:
