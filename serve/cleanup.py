@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -371,18 +372,14 @@ def modified(member: Member) -> str | None:
 
 
 class CleanUps:
-    """The clean-ups of all galleries, in one thread that does one thing after the other; for one event loop.
-
-    Attributes:
-        listing: whether files are being read for a list.
-    """
+    """The clean-ups of all galleries, in one thread that does one thing after the other; for one event loop."""
 
     def __init__(self, media_dir: Path | None) -> None:
         self._media_dir = media_dir
         self._thread = ThreadPoolExecutor(1, "clean-up")
         self._of: dict[Path, CleanUp] = {}
         self._waiting = 0
-        self.listing = False
+        self._listing = False
 
     async def ask(self, folder: Path, work: Callable[[CleanUp], _T]) -> _T:
         """What some work on the clean-up of a gallery gives, once it is its turn.
@@ -398,6 +395,22 @@ class CleanUps:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, one)
         finally:
             self._waiting -= 1
+
+    def begin_list(self) -> ExitStack:
+        """Take the turn to read files for a list, until what is returned is closed; a second time does nothing.
+
+        Raises:
+            Busy: another list has its turn.
+        """
+        if self._listing:
+            raise Busy("the files are being read for another list; try again when that has ended")
+        self._listing = True
+        turn = ExitStack()
+        turn.callback(self._end_list)
+        return turn
+
+    def _end_list(self) -> None:
+        self._listing = False
 
     def close(self) -> None:
         """Wait for what is being done, and drop what waits."""

@@ -1,13 +1,14 @@
 """Near-duplicates by the page, decisions about them, and the lists that come of these."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Query
-from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from pipeline.errors import UsageError
 from search.duplicates.decided import Decided
@@ -20,10 +21,9 @@ from search.options import FileFormat
 from search.requests.duplicates import Asked, file_lines, left_out_lines
 from serve import bodies
 from serve.bodies import Choice, CompareQuery, ComparingState, DuplicatesQuery, FileList, FilesQuery, ListQuery
-from serve.cleanup import CleanUps, Page, Shown, Wanted, modified
+from serve.cleanup import Page, Shown, Wanted, modified
 from serve.comparing import Step
 from serve.routes.common import BUSY, ERRORS, SENT, Kept, answer
-from serve.searches import Busy
 
 #: Of what leads out of a group so much is told.
 _SEE_ALSO = 5
@@ -133,13 +133,32 @@ async def files(service: Kept, asked: Annotated[FilesQuery, Query()]) -> Respons
     if asked.null and asked.format is not FileFormat.paths:
         raise HTTPException(422, "null needs format=paths")
     folder, cleanups = service.galleries.get(asked.gallery).gallery.folder, service.cleanups
-    if cleanups.listing:
-        raise Busy("the files are being read for another list; try again when that has ended")
-    found = await cleanups.ask(folder, lambda one: one.files(asked.list is not FileList.keep))
     kind, ending = _KINDS[asked.format]
     name = f'attachment; filename="ruiji-{asked.list.replace("_", "-")}.{ending}"'
-    lines = _lines(asked, found, service.media_dir or Path())
-    return StreamingResponse(_listed(cleanups, lines), headers={"content-disposition": name}, media_type=kind)
+    with cleanups.begin_list() as turn:
+        found = await cleanups.ask(folder, lambda one: one.files(asked.list is not FileList.keep))
+        lines = _lines(asked, found, service.media_dir or Path())
+        return _List(turn.pop_all(), lines, {"content-disposition": name}, kind)
+
+
+class _List(StreamingResponse):
+    """Each line, once its file is read; ends the turn, however it ends itself."""
+
+    def __init__(self, turn: ExitStack, lines: Iterator[str], headers: dict[str, str], kind: str) -> None:
+        super().__init__(_encoded(turn, lines), headers=headers, media_type=kind)
+        self._turn = turn
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The lines alone could not do it: they are never begun if the client has left.
+        with self._turn:
+            await super().__call__(scope, receive, send)
+
+
+def _encoded(turn: ExitStack, lines: Iterator[str]) -> Iterator[bytes]:
+    # Who has the last line may ask for another list at once.
+    with turn:
+        for line in lines:
+            yield line.encode("utf-8", "surrogateescape")
 
 
 def _lines(asked: FilesQuery, found: Iterator[ListedFile | LeftOut], media_dir: Path) -> Iterator[str]:
@@ -148,16 +167,6 @@ def _lines(asked: FilesQuery, found: Iterator[ListedFile | LeftOut], media_dir: 
         return left_out_lines(left, asked.format, media_dir, asked.null)
     named = (one for one in found if isinstance(one, ListedFile))
     return file_lines(named, asked.format, media_dir, asked.null)
-
-
-async def _listed(cleanups: CleanUps, lines: Iterator[str]) -> AsyncIterator[bytes]:
-    """Each line, once its file is read."""
-    cleanups.listing = True
-    try:
-        async for line in iterate_in_threadpool(lines):
-            yield line.encode("utf-8", "surrogateescape")
-    finally:
-        cleanups.listing = False
 
 
 def _comparison(comparing: tuple[bool, Step] | None) -> bodies.Comparison:

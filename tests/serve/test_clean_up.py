@@ -1,5 +1,6 @@
 """Cleaning up through the service: groups, decisions that stick, and the lists that come of them."""
 
+import asyncio
 import json
 import os
 import resource
@@ -11,13 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Message
 
 from pipeline.choices import Device
+from pipeline.errors import UsageError
+from pipeline.plans.plan import Limits
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.removal import LeftOut
 from search.requests.duplicates import Asked
+from serve.bodies import FilesQuery
 from serve.cleanup import CleanUp
 from serve.comparing import Comparing, Step
+from serve.galleries import Galleries
+from serve.routes.duplicates import files
+from serve.searches import Busy
+from serve.service import Service
 from tests.factories import Ruiji, wait_until
 from tests.search.galleries import write_article_shard
 from tests.serve.cleaning import add_rows, compare, comparers, look, look_alikes, send, write_look_alikes
@@ -154,6 +165,36 @@ def test_the_lists_are_those_of_the_command_and_nothing_is_removed(ruiji: Ruiji,
     ]
     assert ready.get("/decisions/files?null=true&format=csv").status == 422
     assert {path: path.read_bytes() for path in ruiji.media.rglob("*.jpg")} == there
+
+
+def test_files_are_read_for_one_list_at_a_time_however_it_ends(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 1)
+    galleries = Galleries(ruiji.features)
+    service = Service(galleries, ruiji.media, None, Limits(10**6, 10, 1000), ruiji.state, lambda: "")
+    galleries.open()
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        raise OSError("nobody is there")
+
+    async def ask() -> None:
+        answers = await asyncio.gather(*(files(service, FilesQuery()) for _ in range(5)), return_exceptions=True)
+        begun, *busy = sorted(answers, key=lambda one: isinstance(one, Busy))
+        assert isinstance(begun, Response) and all(isinstance(one, Busy) for one in busy)
+        # The client leaves before anything is sent.
+        with pytest.raises(ClientDisconnect):
+            await begun({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+        away = ruiji.media.rename(ruiji.media.parent / "away")
+        for _ in range(2):
+            with pytest.raises(UsageError, match="there is no media folder"):
+                await files(service, FilesQuery())
+        away.rename(ruiji.media)
+        assert isinstance(await files(service, FilesQuery()), Response)
+        await service.close()
+
+    asyncio.run(ask())
 
 
 def test_a_file_with_two_names_frees_nothing_and_is_said_to(ruiji: Ruiji) -> None:
