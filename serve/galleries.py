@@ -35,8 +35,11 @@ class Resident:
     gallery: ruiji.Gallery
     model: Path | None
     problem: str | None = None
-    #: Why it cannot be searched with words; None: it can.
+    #: Why it cannot be searched with pictures, or with words; None: it can.
+    no_pictures: str | None = None
     no_words: str | None = None
+    #: Of the model's files when it was opened.
+    stamp: tuple[object, ...] = ()
     _parts: dict[tuple[str, ...], ruiji.Gallery] = field(default_factory=dict)
     _parting: threading.Lock = field(default_factory=threading.Lock)
 
@@ -127,7 +130,7 @@ class Galleries:
                     with machine_faults(f"cannot read {folder}"):
                         if name in opened:
                             opened[name].refresh()
-                        else:
+                        if name not in opened or self._has_more(opened[name]):
                             opened[name] = self._opened(folder)
                 except RuijiError as error:
                     failed[name] = error
@@ -137,8 +140,11 @@ class Galleries:
                 if problem not in (None, resident.problem):
                     note(f"warning: the gallery {name} is searched as it was: {problem}")
                 resident.problem = problem
-            for name in opened.keys() - before.open.keys():
-                note(f"gallery {name}: {counted(len(opened[name].gallery), 'object')}; {opened[name].gallery.way()}")
+            for name, resident in opened.items():
+                if name not in before.open:
+                    note(f"gallery {name}: {counted(len(resident.gallery), 'object')}; {resident.gallery.way()}")
+                elif resident is not before.open[name]:
+                    note(f"gallery {name}: the model is {resident.model} from now on")
             for name, why in failed.items():
                 if str(why) != str(before.failed.get(name)):
                     coming = isinstance(why, NoShards)
@@ -201,10 +207,14 @@ class Galleries:
 
     def model_of(self, name: str) -> Path | None:
         """The model that was given, if it is this gallery's by its name, else one of this name in the library."""
+        file = self._model_file(name)
+        return file if file.is_file() else None
+
+    def _model_file(self, name: str) -> Path:
         if self.model is not None and self._meant == name:
-            return self.model if self.model.is_file() else None
-        added = layout.added_model_file(settings.models_dir(), name)
-        return added if added.is_file() else None
+            # Again: a name is that of a model that may have been added since.
+            return settings.model_file(self.model)
+        return layout.added_model_file(settings.models_dir(), name)
 
     def _named(self, known: _Known, name: str | None) -> str:
         wanted = name or self.default
@@ -224,7 +234,7 @@ class Galleries:
             found = {folder.name: folder for folder in find_galleries(self.feature_dir)}
         except UsageError:
             found = {}
-        if self.model is not None and self.model.is_file() and not is_gallery(self.feature_dir):
+        if self.model is not None and self.model_of(self._meant) is not None and not is_gallery(self.feature_dir):
             found.setdefault(self._meant, layout.gallery_folder(self.feature_dir, self.model))
         return found
 
@@ -232,15 +242,48 @@ class Galleries:
         if not is_gallery(folder):
             raise NoShards(f"no run into {folder} has begun yet")
         model = self.model_of(folder.name)
+        stamp = _stamp(model)
         gallery = ruiji.open_gallery(folder, model, device=self.device, max_pixels=self.max_pixels)
+        if model is not None:
+            # Another gallery's model is refused before all rows are read: each look tries it again.
+            _ = gallery.spec
         gallery.warm_up()
-        return Resident(folder.name, gallery, model, no_words=_why_no_words(gallery, model))
+        no_pictures = self._why_no_pictures(folder.name) if model is None else None
+        return Resident(
+            folder.name,
+            gallery,
+            model,
+            no_pictures=no_pictures,
+            no_words=no_pictures or _why_no_words(gallery),
+            stamp=stamp,
+        )
+
+    def _has_more(self, resident: Resident) -> bool:
+        """Whether a model may be there now, or its text tower, that was not when a gallery was opened."""
+        model = self.model_of(resident.name)
+        return model is not None and resident.no_words is not None and _stamp(model) != resident.stamp
+
+    def _why_no_pictures(self, name: str) -> str:
+        missing = f"there is no model {self._model_file(name)}"
+        if self.model is not None and self._meant == name:
+            return f"{missing}; it is used as soon as it is there"
+        return f"{missing}: add the model of the gallery {name} as that, or start the service with --model"
 
 
-def _why_no_words(gallery: ruiji.Gallery, model: Path | None) -> str | None:
+def _stamp(model: Path | None) -> tuple[object, ...]:
+    """Changes with a model's file, and with the `.toml` that names its text tower."""
+    found: list[object] = []
+    for file in () if model is None else (model, layout.toml_file(model)):
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        found.append((file, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def _why_no_words(gallery: ruiji.Gallery) -> str | None:
     """Why a gallery cannot be searched with words; None: its text tower is loaded."""
-    if model is None:
-        return "the model of this gallery is not known: start the service with --model"
     try:
         gallery.encode_text("words")
     except QueryError:

@@ -85,8 +85,8 @@ async def _hits(
 
 
 async def _picture_feature(service: Service, resident: Resident, data: bytes) -> Float32:
-    if resident.model is None:
-        raise UsageError(f"the model of the gallery {resident.name} is not known: start the service with --model")
+    if resident.no_pictures is not None:
+        raise UsageError(resident.no_pictures)
     gallery = resident.gallery
     pixels = await service.decoders.pixels(data, await asyncio.to_thread(lambda: gallery.spec))
     feature: Float32 = (await asyncio.to_thread(gallery.encode, pixels[None]))[0]

@@ -21,9 +21,10 @@ from search.gallery.opening import find_galleries
 from serve.galleries import Galleries
 from serve.searches import MOST_WAITING, Busy, Searches, Wanted
 from serve.server import Address, _keep_looking, _listen
-from tests.factories import Ruiji, picture, wait_until
+from tests.factories import Ruiji, picture, tiny_model, wait_until
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
-from tests.serve.conftest import COUNT, Served, start
+from tests.serve.conftest import COUNT, Served, start, write_served_gallery
+from tests.words import with_words
 
 
 def expected(hits: "tuple[ruiji_api.Hit, ...]") -> list[dict[str, Any]]:
@@ -276,6 +277,41 @@ def test_new_shards_and_galleries_are_taken_up_and_what_cannot_be_is_told(
     problem = next(one["problem"] for one in served.get("/healthz").json()["galleries"] if one["name"] == "tiny")
     assert "shard 0004" in problem
     assert served.similar("2.png").status == 200
+
+
+def test_a_model_that_comes_later_is_used(ruiji: Ruiji) -> None:
+    write_served_gallery(ruiji)
+    data, model = ruiji.model.read_bytes(), load_model(ruiji.model)
+    rows = np.random.default_rng(1).normal(size=(4, 12)).astype(np.float32)
+    write_gallery(ruiji.features / "other", model, rows, [f"{row}.jpg" for row in range(4)], 4)
+    library = ruiji.media.parent / "models"
+    ruiji.environment |= {"RUIJI_MODELS": str(library)}
+    ruiji.model.unlink()
+    served = start(ruiji)
+    sent = next(ruiji.media.rglob("*.png")).read_bytes()
+
+    def health(name: str) -> Any:
+        return next(one for one in served.get("/healthz").json()["galleries"] if one["name"] == name)
+
+    def check(name: str, file: Path) -> None:
+        refused = served.search(sent, f"?gallery={name}")
+        assert (refused.status, f"there is no model {file}" in refused.error) == (409, True)
+        assert not health(name)["pictures"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Another model first: it is refused, and the gallery goes on.
+        tiny_model(file, seed=1)
+        wait_until(lambda: "was made by the model" in (health(name)["problem"] or ""), what="the other model")
+        assert served.get(f"/objects?gallery={name}").status == 200
+        file.write_bytes(data)
+        wait_until(lambda: health(name)["pictures"], what="the model")
+        assert health(name)["problem"] is None and not health(name)["words"]
+        assert served.search(sent, f"?gallery={name}").status == 200
+
+    check("tiny", ruiji.model)
+    check("other", library / "other/other.onnx")
+    with_words(ruiji.model)
+    wait_until(lambda: health("tiny")["words"], what="the text tower")
+    assert "the model is" in served.log.read_text()
 
 
 @pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied", "/features/tiny"), KeyError("a bug")])
