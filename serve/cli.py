@@ -75,7 +75,8 @@ def serve(
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
     service = Service(
         Galleries(feature_dir, model, device, max_pixels),
-        media_dir,
+        # Whoever downloads a list does not know where the service was started.
+        None if media_dir is None else media_dir.absolute(),
         list_path,
         Limits(max_pixels, max_image_s, max_image_mb),
         settings.state_folder(state_dir),

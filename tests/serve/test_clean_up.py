@@ -167,6 +167,14 @@ def test_the_lists_are_those_of_the_command_and_nothing_is_removed(ruiji: Ruiji,
     assert {path: path.read_bytes() for path in ruiji.media.rglob("*.jpg")} == there
 
 
+def test_lists_have_whole_paths_if_the_media_folder_was_named_from_the_current_one(ruiji: Ruiji) -> None:
+    write_look_alikes(ruiji, 1)
+    ruiji.environment |= {"RUIJI_MEDIA_DIR": ruiji.media.name}
+    served = start(ruiji)
+    assert decide(served, {"decision": "same", "keep": "000-large.jpg", "remove": ["000-small1.jpg"]}).status == 200
+    assert served.get("/decisions/files").body.decode() == f"{ruiji.media / '000/000-small1.jpg'}\n"
+
+
 def test_files_are_read_for_one_list_at_a_time_however_it_ends(ruiji: Ruiji) -> None:
     write_look_alikes(ruiji, 1)
     galleries = Galleries(ruiji.features)
