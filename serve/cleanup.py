@@ -54,7 +54,7 @@ _NO_PATHS = "this gallery has no gallery.json and does not know paths, only obje
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedGroups:
     """Which groups are asked for.
 
     Attributes:
@@ -178,7 +178,7 @@ class CleanUp:
         self.file = layout.decisions_file(self.folder)
         self._decisions = DecisionsFile(self.file)
 
-    def page(self, wanted: Wanted, rules: Sequence[Rule] | None, after: int, count: int) -> Page:
+    def page(self, wanted: WantedGroups, rules: Sequence[Rule] | None, after: int, count: int) -> Page:
         """The next groups.
 
         Args:
@@ -301,7 +301,7 @@ class CleanUp:
             if rule.kind is RuleKind.path and not any(path.startswith(rule.prefix) for path in of_gallery):
                 raise UsageError(f"path={rule.prefix}: no path of the gallery begins with it")
 
-    def _made(self, gallery: Gallery, wanted: Wanted, decisions: list[Decision]) -> _MadeGroups:
+    def _made(self, gallery: Gallery, wanted: WantedGroups, decisions: list[Decision]) -> _MadeGroups:
         key = (wanted.threshold, wanted.linkage, wanted.skipped)
         made = self._groups.get(key)
         if made is None or made.is_due(decisions):
@@ -322,7 +322,7 @@ class CleanUp:
         return made
 
     def _hidden(
-        self, gallery: Gallery, made: _MadeGroups, wanted: Wanted, decisions: list[Decision]
+        self, gallery: Gallery, made: _MadeGroups, wanted: WantedGroups, decisions: list[Decision]
     ) -> tuple[Groups, Groups]:
         """The groups without those that something was decided about since; and as the filters have it."""
         since = decisions[len(made.decisions) :]
@@ -356,7 +356,7 @@ class CleanUp:
         return shown
 
 
-def _fits(gallery: Gallery, wanted: Wanted, rows: Sequence[int]) -> bool:
+def _fits(gallery: Gallery, wanted: WantedGroups, rows: Sequence[int]) -> bool:
     text = wanted.contains.casefold()
     if text and not any(text in (gallery.path(row) or gallery.object_id(row)).casefold() for row in rows):
         return False

@@ -89,7 +89,7 @@ class _Comparison:
         self._listening.join()
 
 
-class Comparing:
+class BackgroundComparison:
     """The comparison of a service that runs, or ran last; several threads may use it."""
 
     def __init__(self, device: Device) -> None:

@@ -29,7 +29,7 @@ class Busy(RuijiError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class WantedSearch:
     """One search.
 
     Attributes:
@@ -66,7 +66,7 @@ class _Criteria(TypedDict):
 
 @dataclass(eq=False)
 class _Waiting:
-    wanted: Wanted
+    wanted: WantedSearch
     done: "asyncio.Future[tuple[ruiji.Hit, ...]]"
 
 
@@ -91,7 +91,7 @@ class Searches:
         """How many are not answered yet."""
         return self._pending
 
-    async def hits(self, wanted: Wanted) -> tuple[ruiji.Hit, ...]:
+    async def hits(self, wanted: WantedSearch) -> tuple[ruiji.Hit, ...]:
         """The hits of one search; if this is cancelled before its pass begins, it costs nothing.
 
         Raises:
@@ -107,7 +107,7 @@ class Searches:
         finally:
             self._pending -= 1
 
-    async def _in_turn(self, wanted: Wanted) -> tuple[ruiji.Hit, ...]:
+    async def _in_turn(self, wanted: WantedSearch) -> tuple[ruiji.Hit, ...]:
         one = _Waiting(wanted, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
         self._came += 1
@@ -160,7 +160,7 @@ class Searches:
             if self._came == came and time.monotonic() - began < 2 * quiet_s:
                 return
 
-    def _answers(self, wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...] | Exception]":
+    def _answers(self, wanted: Sequence[WantedSearch]) -> "list[tuple[ruiji.Hit, ...] | Exception]":
         """The hits of searches of one key; each one's own error if they fail together."""
         try:
             found: list[tuple[ruiji.Hit, ...] | Exception] = list(_search(wanted))
@@ -183,7 +183,7 @@ class Searches:
         self._thread.shutdown()
 
 
-def _is_known(wanted: Wanted) -> bool:
+def _is_known(wanted: WantedSearch) -> bool:
     assert isinstance(wanted.query, str)
     try:
         wanted.gallery.find(wanted.query)
@@ -192,7 +192,7 @@ def _is_known(wanted: Wanted) -> bool:
     return True
 
 
-def _search(wanted: Sequence[Wanted]) -> "list[tuple[ruiji.Hit, ...]]":
+def _search(wanted: Sequence[WantedSearch]) -> "list[tuple[ruiji.Hit, ...]]":
     first = wanted[0]
     most = max(one.top_k for one in wanted)
     ids = [one.query for one in wanted if isinstance(one.query, str)]

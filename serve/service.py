@@ -13,7 +13,7 @@ from pipeline.follow import Look, look, redis_of_run
 from pipeline.plans.plan import Limits
 from search.labels import Annotations
 from serve.cleanup import CleanUps
-from serve.comparing import Comparing
+from serve.comparing import BackgroundComparison
 from serve.decoders import Decoders
 from serve.fresh import Fresh
 from serve.galleries import Galleries
@@ -59,7 +59,7 @@ class Service:
     def __post_init__(self) -> None:
         self.decoders = Decoders(self.limits, min(_MOST_DECODERS, len(os.sched_getaffinity(0))))
         self.maps = Maps(lambda: self.closing())
-        self.comparing = Comparing(self.galleries.device)
+        self.comparing = BackgroundComparison(self.galleries.device)
         self.cleanups = CleanUps(self.media_dir)
         self.runs: Fresh[Look] = Fresh(lambda folder: look(folder, self.state_dir, self.find_redis))
         self.failures: Fresh[dict[str, FailedObject]] = Fresh(_failures)

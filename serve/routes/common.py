@@ -21,7 +21,7 @@ async def _service(request: Request) -> Service:
     return service
 
 
-Kept = Annotated[Service, Depends(_service)]
+TheService = Annotated[Service, Depends(_service)]
 ObjectId = Annotated[str, Path(description="The object's id, percent-encoded; it may have slashes.")]
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": bodies.Error, "description": what}

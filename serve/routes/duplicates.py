@@ -21,9 +21,9 @@ from search.options import FileFormat
 from search.requests.duplicates import Asked, file_lines, left_out_lines
 from serve import bodies
 from serve.bodies import Choice, CompareQuery, ComparingState, DuplicatesQuery, FileList, FilesQuery, ListQuery
-from serve.cleanup import Page, Shown, Wanted, modified
+from serve.cleanup import Page, Shown, WantedGroups, modified
 from serve.comparing import Step
-from serve.routes.common import BUSY, ERRORS, SENT, Kept, answer
+from serve.routes.common import BUSY, ERRORS, SENT, TheService, answer
 
 #: Of what leads out of a group so much is told.
 _SEE_ALSO = 5
@@ -36,10 +36,10 @@ router = APIRouter(responses=ERRORS | BUSY)
 
 
 @router.get("/duplicates", response_model=bodies.Duplicates)
-async def duplicates(service: Kept, asked: Annotated[DuplicatesQuery, Query()]) -> Response:
+async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Query()]) -> Response:
     """Groups of near-duplicates that are not decided, as far as all pairs are compared; `POST` has that done."""
     resident = service.galleries.get(asked.gallery)
-    wanted = Wanted(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
+    wanted = WantedGroups(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
     try:
         rules = None if asked.keep is None else parse_rules(asked.keep)
     except UsageError as error:
@@ -67,7 +67,7 @@ async def duplicates(service: Kept, asked: Annotated[DuplicatesQuery, Query()]) 
 
 
 @router.post("/duplicates/compare", status_code=202, response_model=bodies.Comparison, responses=SENT)
-async def compare(service: Kept, asked: Annotated[CompareQuery, Query()]) -> Response:
+async def compare(service: TheService, asked: Annotated[CompareQuery, Query()]) -> Response:
     """Have all pairs compared, in the background, if they are not yet; `GET /duplicates` says how far it is."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     service.comparing.start(folder, asked.threshold)
@@ -75,14 +75,14 @@ async def compare(service: Kept, asked: Annotated[CompareQuery, Query()]) -> Res
 
 
 @router.post("/duplicates/stop", status_code=204, responses=SENT)
-async def stop(service: Kept) -> Response:
+async def stop(service: TheService) -> Response:
     """End the comparison that is running, if there is one; the next one goes on where it was."""
     service.comparing.stop()
     return Response(status_code=204)
 
 
 @router.get("/decisions", response_model=bodies.Decisions)
-async def decisions(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
+async def decisions(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
     """Decisions of which something counts, the last one first."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     found, total, gallery, decided = await service.cleanups.ask(
@@ -95,7 +95,7 @@ async def decisions(service: Kept, asked: Annotated[ListQuery, Query()]) -> Resp
 
 @router.post("/decisions", response_model=bodies.Recorded, responses=SENT)
 async def decide(
-    service: Kept, given: Annotated[bodies.AskedDecisions, Body()], asked: Annotated[Choice, Query()]
+    service: TheService, given: Annotated[bodies.AskedDecisions, Body()], asked: Annotated[Choice, Query()]
 ) -> Response:
     """Record decisions, all of them or none; they are on the disk when this is answered. `undo` takes others back."""
     folder = service.galleries.get(asked.gallery).gallery.folder
@@ -105,7 +105,7 @@ async def decide(
 
 
 @router.get("/decisions/status", response_model=bodies.DecisionsStatus)
-async def status(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+async def status(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
     """How far the clean-up is."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     stand = await service.cleanups.ask(folder, lambda one: one.stand())
@@ -128,7 +128,7 @@ async def status(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
         200: {"description": "The list.", "content": {kind.partition(";")[0]: {} for kind, _ in _KINDS.values()}}
     },
 )
-async def files(service: Kept, asked: Annotated[FilesQuery, Query()]) -> Response:
+async def files(service: TheService, asked: Annotated[FilesQuery, Query()]) -> Response:
     """The files that can go, as `ruiji duplicates list` prints them; all of them are read again. Nothing is removed."""
     if asked.null and asked.format is not FileFormat.paths:
         raise HTTPException(422, "null needs format=paths")

@@ -12,13 +12,13 @@ from search.options import Metric
 from serve import bodies
 from serve.galleries import Resident
 from serve.metrics import Now
-from serve.routes.common import ERRORS, Kept, answer
+from serve.routes.common import ERRORS, TheService, answer
 
 router = APIRouter(responses=ERRORS)
 
 
 @router.get("/healthz", response_model=bodies.Health)
-async def health(request: Request, service: Kept) -> Response:
+async def health(request: Request, service: TheService) -> Response:
     """How the service stands: its galleries, and which way a query takes through each."""
     galleries = await asyncio.to_thread(lambda: [_gallery_health(one) for one in service.galleries.all])
     problem = service.galleries.refused or any(one.problem for one in service.galleries.all)
@@ -57,7 +57,7 @@ def _gallery_health(resident: Resident) -> bodies.GalleryHealth:
     response_class=Response,
     responses={200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}},
 )
-async def metrics(service: Kept) -> Response:
+async def metrics(service: TheService) -> Response:
     """What Prometheus collects, and a scaler needs."""
     seen: dict[str, Look] = {}
     for name in service.galleries.names:

@@ -13,7 +13,7 @@ from serve import bodies
 from serve.bodies import MapObjectsQuery, MapQuery
 from serve.maps import Making
 from serve.replies import json_response
-from serve.routes.common import ERRORS, Kept, answer
+from serve.routes.common import ERRORS, TheService, answer
 
 _POINTS = "Little-endian: uint32 m; uint32[m], gallery rows, ascending; float32[m, 2], their positions, of any scale."
 _HEADERS: dict[str, Any] = {
@@ -35,7 +35,7 @@ router = APIRouter(responses=ERRORS)
         202: {"model": bodies.MapProgress, "description": "The map is being made: ask again in a moment."},
     },
 )
-async def map_points(service: Kept, asked: Annotated[MapQuery, Query()]) -> Response:
+async def map_points(service: TheService, asked: Annotated[MapQuery, Query()]) -> Response:
     """Where the objects of a gallery are on a plane, so that those that look alike are near each other."""
     found = await service.maps.get(service.galleries.get(asked.gallery), asked.projection)
     if isinstance(found, Making):
@@ -55,7 +55,7 @@ def _packed(found: ruiji.GalleryMap) -> bytes:
 
 
 @router.get("/map/objects", response_model=bodies.MapObjects)
-async def map_objects(service: Kept, asked: Annotated[MapObjectsQuery, Query()]) -> Response:
+async def map_objects(service: TheService, asked: Annotated[MapObjectsQuery, Query()]) -> Response:
     """The objects of some points; 409 if the gallery has changed since the map was loaded."""
     gallery = service.galleries.get(asked.gallery).gallery
     rows = [int(row) for row in asked.rows.split(",")]

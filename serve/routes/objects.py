@@ -15,7 +15,7 @@ from search.views.thumbnail import Thumbnail
 from serve import bodies
 from serve.bodies import Choice, ListQuery, SampleQuery, ThumbnailQuery
 from serve.galleries import NoGallery
-from serve.routes.common import BUSY, ERRORS, Kept, ObjectId, answer, unless_gone
+from serve.routes.common import BUSY, ERRORS, ObjectId, TheService, answer, unless_gone
 from serve.service import Service
 from serve.thumbnails import DEADLY
 
@@ -28,7 +28,7 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.get("/objects", response_model=bodies.Objects)
-async def objects(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
+async def objects(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
     """A part of the gallery, in the order of its rows."""
     gallery = service.galleries.get(asked.gallery).gallery
     found = await asyncio.to_thread(gallery.objects, asked.first, asked.count)
@@ -38,7 +38,7 @@ async def objects(service: Kept, asked: Annotated[ListQuery, Query()]) -> Respon
 
 
 @router.get("/objects/{object_id:path}", response_model=bodies.Object)
-async def one_object(service: Kept, object_id: ObjectId, asked: Annotated[Choice, Query()]) -> Response:
+async def one_object(service: TheService, object_id: ObjectId, asked: Annotated[Choice, Query()]) -> Response:
     """One object of the gallery."""
     gallery = service.galleries.get(asked.gallery).gallery
     return answer(_object(service, await asyncio.to_thread(gallery.find, object_id)))
@@ -50,7 +50,7 @@ def _object(service: Service, found: ruiji.GalleryObject) -> bodies.Object:
 
 
 @router.get("/sample", response_model=bodies.Sample)
-async def sample(service: Kept, asked: Annotated[SampleQuery, Query()]) -> Response:
+async def sample(service: TheService, asked: Annotated[SampleQuery, Query()]) -> Response:
     """Some objects by chance, to begin with."""
     resident = service.galleries.get(asked.gallery)
     gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
@@ -59,7 +59,7 @@ async def sample(service: Kept, asked: Annotated[SampleQuery, Query()]) -> Respo
 
 
 @router.get("/columns", response_model=bodies.Columns)
-async def columns(service: Kept) -> Response:
+async def columns(service: TheService) -> Response:
     """The columns of the annotations, by which objects can be filtered; none if there are no annotations."""
     return answer(bodies.Columns(columns=await asyncio.to_thread(_columns, service.annotations)))
 
@@ -86,7 +86,7 @@ def _columns(annotations: Annotations | None) -> list[bodies.Column]:
     },
 )
 async def thumbnail(
-    request: Request, service: Kept, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
+    request: Request, service: TheService, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
 ) -> Response:
     """The small picture of an object; of one that failed, too, unless its picture ended its decoder."""
     try:

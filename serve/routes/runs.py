@@ -14,7 +14,7 @@ from pipeline.follow import Look
 from pipeline.streams import to_json
 from serve import bodies
 from serve.bodies import Choice, ListQuery
-from serve.routes.common import BUSY, ERRORS, Kept, answer
+from serve.routes.common import BUSY, ERRORS, TheService, answer
 from serve.searches import Busy
 from serve.service import Service
 
@@ -28,7 +28,7 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.get("/failures", response_model=bodies.Failures)
-async def failures(service: Kept, asked: Annotated[ListQuery, Query()]) -> Response:
+async def failures(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
     """The failed objects, with their reasons."""
     found = list((await service.failures.get(service.galleries.folder(asked.gallery))).values())
     after = asked.first + asked.count
@@ -37,7 +37,7 @@ async def failures(service: Kept, asked: Annotated[ListQuery, Query()]) -> Respo
 
 
 @router.get("/runs", response_model=bodies.Run)
-async def runs(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+async def runs(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
     """How the gallery's run stands: from Redis, or from the disk alone."""
     folder = service.galleries.folder(asked.gallery)
     return answer(_run(folder, await service.runs.get(folder)))
@@ -48,7 +48,7 @@ async def runs(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
     response_class=StreamingResponse,
     responses={200: {"description": "An event for each change.", "content": {"text/event-stream": {}}}, **BUSY},
 )
-async def run_events(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+async def run_events(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
     """The same, whenever it changes: server-sent events, each with the body of `/runs`, or one of two others.
 
     `unknown` has an `error` that says why nothing can be told: no run has begun. `late` comes while Redis or the disk
@@ -68,7 +68,7 @@ async def run_events(service: Kept, asked: Annotated[Choice, Query()]) -> Respon
         415: {"model": bodies.Error, "description": "The body is not application/json."},
     },
 )
-async def retry(service: Kept, asked: Annotated[Choice, Query()]) -> Response:
+async def retry(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
     """Enqueue the failed objects of the list again, and nothing else, as `ruiji retry` does; needs a Redis.
 
     They are tried with the settings of the last plan. Asked twice, they are tried once.

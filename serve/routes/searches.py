@@ -13,8 +13,8 @@ from search.arrays import Float32
 from serve import bodies
 from serve.bodies import SentQuery, SimilarQuery
 from serve.galleries import Resident
-from serve.routes.common import BUSY, ERRORS, UPLOAD, Kept, ObjectId, answer, unless_gone
-from serve.searches import Wanted
+from serve.routes.common import BUSY, ERRORS, UPLOAD, ObjectId, TheService, answer, unless_gone
+from serve.searches import WantedSearch
 from serve.service import Service
 
 router = APIRouter(responses=ERRORS)
@@ -22,7 +22,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.get("/similar/{object_id:path}", response_model=bodies.Similar, responses=BUSY)
 async def similar(
-    request: Request, service: Kept, object_id: ObjectId, asked: Annotated[SimilarQuery, Query()]
+    request: Request, service: TheService, object_id: ObjectId, asked: Annotated[SimilarQuery, Query()]
 ) -> Response:
     """What looks like an object of the gallery; without parameters by the article's Euclidean distance.
 
@@ -40,7 +40,7 @@ async def similar(
 @router.post("/search", response_model=bodies.Similar, responses=BUSY | UPLOAD)
 async def search(
     request: Request,
-    service: Kept,
+    service: TheService,
     asked: Annotated[SentQuery, Query()],
     image: Annotated[UploadFile | None, File(description="A picture: the bytes of its file.")] = None,
     text: Annotated[
@@ -73,7 +73,7 @@ async def _hits(
     gallery = resident.gallery
     if asked.where:
         gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
-    wanted = Wanted(
+    wanted = WantedSearch(
         gallery=gallery,
         query=await query(),
         top_k=asked.k,

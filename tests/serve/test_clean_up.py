@@ -24,7 +24,7 @@ from search.duplicates.removal import LeftOut
 from search.requests.duplicates import Asked
 from serve.bodies import FilesQuery
 from serve.cleanup import CleanUp
-from serve.comparing import Comparing, Step
+from serve.comparing import BackgroundComparison, Step
 from serve.galleries import Galleries
 from serve.routes.duplicates import files
 from serve.searches import Busy
@@ -424,7 +424,7 @@ def test_what_is_no_step_of_a_comparison_does_not_keep_it_running(
         return [sys.executable, "-c", f"import os; import serve.comparer as comparer; {code}", *arguments]
 
     monkeypatch.setattr("serve.comparing.python_command", command)
-    comparing = Comparing(Device.cpu)
+    comparing = BackgroundComparison(Device.cpu)
     comparing.start(ruiji.gallery, 0.95)
 
     def ended() -> Step | None:

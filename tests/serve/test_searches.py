@@ -19,7 +19,7 @@ from pipeline.errors import UnknownObject
 from pipeline.model import load_model
 from search.gallery.opening import find_galleries
 from serve.galleries import Galleries
-from serve.searches import MOST_WAITING, Busy, Searches, Wanted
+from serve.searches import MOST_WAITING, Busy, Searches, WantedSearch
 from serve.server import Address, _keep_looking, _listen
 from tests.factories import Ruiji, picture, tiny_model, wait_until
 from tests.search.galleries import brute_force, write_article_shard, write_gallery, write_shard
@@ -87,9 +87,9 @@ def test_searches_that_wait_share_a_pass_and_one_that_fails_spoils_no_other(
 ) -> None:
     async def ask() -> tuple[list[Any], int]:
         searches = Searches()
-        asked = [Wanted(gallery=gallery, query=name, top_k=5, metric="cosine") for name in [*ids, "nobody"]]
+        asked = [WantedSearch(gallery=gallery, query=name, top_k=5, metric="cosine") for name in [*ids, "nobody"]]
         vectors = gallery.features(ids)
-        asked += [Wanted(gallery=gallery, query=vector, top_k=4, metric="cosine") for vector in vectors]
+        asked += [WantedSearch(gallery=gallery, query=vector, top_k=4, metric="cosine") for vector in vectors]
         found = await asyncio.gather(*map(searches.hits, asked), return_exceptions=True)
         alone = searches.passes
         await asyncio.gather(*map(searches.hits, asked[: len(ids)]))
@@ -112,7 +112,7 @@ def test_clients_that_ask_again_one_after_the_other_share_every_pass(
     clients, rounds, pass_s = 8, 6, 0.1
     found, sizes = gallery.search_ids(ids[0], top_k=5).hits, list[int]()
 
-    def search(wanted: list[Wanted]) -> "list[tuple[ruiji_api.Hit, ...]]":
+    def search(wanted: list[WantedSearch]) -> "list[tuple[ruiji_api.Hit, ...]]":
         sizes.append(len(wanted))
         time.sleep(pass_s)
         return [found] * len(wanted)
@@ -124,7 +124,7 @@ def test_clients_that_ask_again_one_after_the_other_share_every_pass(
 
         async def client(number: int) -> None:
             for _ in range(rounds):
-                await searches.hits(Wanted(gallery=gallery, query=ids[number], top_k=5, metric="cosine"))
+                await searches.hits(WantedSearch(gallery=gallery, query=ids[number], top_k=5, metric="cosine"))
                 # The last one asks again after a third of a pass.
                 await asyncio.sleep(pass_s / 3 * number / (clients - 1))
 
@@ -142,7 +142,7 @@ def test_beyond_the_bound_a_search_is_refused_and_one_that_is_left_costs_nothing
 ) -> None:
     async def ask() -> tuple[int, int, int]:
         searches = Searches()
-        wanted = Wanted(gallery=gallery, query=ids[0], top_k=5, metric="cosine")
+        wanted = WantedSearch(gallery=gallery, query=ids[0], top_k=5, metric="cosine")
         tasks = [asyncio.create_task(searches.hits(wanted)) for _ in range(MOST_WAITING + 7)]
         await asyncio.sleep(0)
         busy = sum(task.done() and isinstance(task.exception(), Busy) for task in tasks)
@@ -379,7 +379,7 @@ def test_an_unknown_object_shares_no_pass_and_spoils_none(world: Ruiji, served: 
         searches = Searches()
         gallery = ruiji_api.open_gallery(world.gallery)
         names = [ids[0], "nobody", ids[1], "nobody", ids[0]]
-        wanted = [Wanted(gallery=gallery, query=name, top_k=3, metric="cosine") for name in names]
+        wanted = [WantedSearch(gallery=gallery, query=name, top_k=3, metric="cosine") for name in names]
         answers = await asyncio.gather(*map(searches.hits, wanted), return_exceptions=True)
         searches.close()
         return list(answers), searches.passes
