@@ -171,6 +171,8 @@ compose_files() {
 	*) refuse "GPU must be 1 or 0, not '$GPU'" ;;
 	esac
 	[ -z "$(setting REDIS_HOST)" ] || files=$files:docker-compose.hosts.yml
+	# Compose adds it by itself only if nobody names files.
+	[ ! -e docker-compose.override.yml ] || files=$files:docker-compose.override.yml
 	echo "$files"
 }
 
@@ -260,7 +262,7 @@ look_from_inside() {
 		exit $ok' sh "$CONTAINER_USER" "$host" "$port"
 }
 
-# As many as there are GPU slots: another would wait for one, and never be healthy.
+# As many as the GPU slots are for: another would wait for one, and never be healthy.
 default_workers() {
 	case $COMPOSE_FILE in
 	*docker-compose.gpu.yml*) docker compose run --rm --no-deps -T --entrypoint python worker -P -m workers.slots ;;

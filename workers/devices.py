@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -104,8 +105,21 @@ class _CudaError(Exception):
 
 def probe() -> Gpus:
     """Look at the GPUs and their free memory, in a child process: a driver can crash or hang who asks it."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(names) < 2 or not all(name.startswith("MIG-") for name in names):
+        return _probe(os.environ)
+    # Of several instances of cut cards CUDA shows a process only the first.
+    found = [_probe({**os.environ, "CUDA_VISIBLE_DEVICES": name}) for name in names]
+    usable = tuple(gpu for one in found for gpu in one.usable)
+    refused = tuple(reason for one in found for reason in (one.refused or (one.problem,)) if not one.usable)
+    problem = "" if usable else "; ".join(dict.fromkeys(refused))
+    return Gpus(usable, refused, problem, any(one.passes for one in found), all(one.built for one in found))
+
+
+def _probe(environment: Mapping[str, str]) -> Gpus:
     try:
-        child = subprocess.run(python_command("workers.devices"), capture_output=True, timeout=_PROBE_S)
+        command = python_command("workers.devices")
+        child = subprocess.run(command, capture_output=True, timeout=_PROBE_S, env=environment)
         return msgspec.json.decode(child.stdout.rpartition(b"\n")[2], type=Gpus)
     except subprocess.TimeoutExpired:
         return Gpus(problem=f"the NVIDIA driver does not answer within {_PROBE_S:g} s", passes=True)

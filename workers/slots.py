@@ -4,10 +4,11 @@ Every replica of a compose service sees the same devices, in the same order (doc
 first. So each worker leases slots in Redis and shows each of its processes one device. A slot is named by the device's
 UUID, not by host and number: containers have host names of their own, and several machines share one Redis.
 
-`python -m workers.slots` prints how many slots this machine has.
+`python -m workers.slots` prints how many workers it takes for all slots of this machine.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -47,11 +48,14 @@ def leased_gpus(redis_url: str, gpus: Sequence[Gpu], slots_per_device: int, most
     if not gpus or "CUDA_VISIBLE_DEVICES" in os.environ:
         yield list(gpus)
         return
-    by_uuid = {gpu.uuid: gpu for gpu in gpus}
+    by_uuid, since = {gpu.uuid: gpu for gpu in gpus}, time.monotonic()
     with (
         closing(connect(redis_url)) as client,
         device_slots(client, list(by_uuid), slots_per_device, most) as devices,
     ):
+        if time.monotonic() - since > _LOOK_S:
+            # Who had the slot had its memory too.
+            by_uuid |= {gpu.uuid: gpu for gpu in probe().usable}
         yield [by_uuid[device] for device in devices]
 
 
@@ -151,7 +155,10 @@ def _main() -> None:
         print(f"error: {found.fault()}", file=sys.stderr)
         raise SystemExit(found.fault().exit_code)
     slots_per_device = read_variables(os.environ, ("slots_per_device",)).get("slots_per_device", SLOTS_PER_DEVICE)
-    print(len(found.usable) * slots_per_device)
+    slots = len(found.usable) * slots_per_device
+    # A worker refuses what is no number; without one it takes all that are free.
+    most = os.environ.get("RUIJI_SLOTS", "")
+    print(math.ceil(slots / int(most)) if most.isdecimal() and int(most) else 1)
 
 
 if __name__ == "__main__":

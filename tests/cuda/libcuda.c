@@ -25,8 +25,8 @@ static void called(const char *what, int device, int value) {
 
 static int shown(char letter) {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    char uuid[6] = {'G', 'P', 'U', '-', letter, 0};
-    return !visible || strstr(visible, uuid) != NULL;
+    char whole[6] = {'G', 'P', 'U', '-', letter, 0}, instance[6] = {'M', 'I', 'G', '-', letter, 0};
+    return !visible || strstr(visible, whole) != NULL || strstr(visible, instance) != NULL;
 }
 
 static void load(void) {
@@ -44,7 +44,8 @@ int cuInit(unsigned flags) {
     count = 0;
     while (file && fscanf(file, " %c %d %d %zu %zu %d %199[^\n]", &one.letter, &one.major, &one.minor, &one.total,
                           &one.free, &one.mode, one.name) == 7)
-        if (shown(one.letter)) gpus[count++] = one;
+        /* A process sees one MIG instance, however many are named. */
+        if (shown(one.letter) && !(count && strstr(one.name, " MIG "))) gpus[count++] = one;
     if (file) fclose(file);
     return result ? result : count ? 0 : 100;
 }

@@ -48,6 +48,25 @@ def test_a_cut_card_is_named_as_cuda_names_it_and_an_exclusive_one_is_noticed(cu
     assert exclusive.exclusive
 
 
+def test_of_several_instances_of_cut_cards_each_is_looked_at_by_itself(
+    cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, third = (f"{letter} 9 0 18000 17000 0 NVIDIA H200 MIG 1g.18gb" for letter in "abc")
+    cuda.have(one, other, third)
+    names = [uuid(letter).replace("GPU", "MIG") for letter in "abc"]
+    assert [gpu.uuid for gpu in probe().usable] == names[:1], "CUDA shows the first"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names[1:]))
+    found = probe()
+    assert ([gpu.uuid for gpu in found.usable], found.refused, found.problem) == (names[1:], (), "")
+    cuda.have(third)
+    found = probe()
+    assert [gpu.uuid for gpu in found.usable] == names[2:]
+    (reason,) = found.refused
+    assert "CUDA_ERROR_NO_DEVICE" in reason and names[1] in reason
+    cuda.have(one)
+    assert not probe().usable and "CUDA_ERROR_NO_DEVICE" in probe().problem
+
+
 def test_a_card_without_code_is_refused_by_name_and_the_others_serve(
     cuda: PretendedCuda, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,8 @@ from pipeline.queue.connection import connect
 from tests.conftest import ROOT
 from tests.cuda.pretended import BUSY, H200, PretendedCuda, uuid
 from tests.factories import Ruiji, processes_below, wait_until, worker_processes
-from workers.slots import LEASE_S, device_slots
+from workers.devices import probe
+from workers.slots import LEASE_S, device_slots, leased_gpus
 
 DEVICES = [uuid("a"), uuid("b")]
 
@@ -140,14 +143,37 @@ def test_one_worker_takes_all_gpus_and_the_next_gets_all_that_it_gives_back(
     assert client.keys("ruiji:slot:*") == []
 
 
-def test_a_machine_tells_how_many_slots_it_has(gpu_worker: Ruiji, tmp_path: Path) -> None:
+def test_who_waited_for_a_slot_looks_at_what_is_free_then(
+    gpu_worker: Ruiji, redis_url: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in gpu_worker.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    then = probe().usable
+    full = [replace(gpu, free_mb=1) for gpu in then]
+    with leased_gpus(redis_url, full, 1, None) as held:
+        assert sorted(gpu.free_mb or 0 for gpu in held) == [1, 1], "nobody had to be waited for"
+    with ThreadPoolExecutor(1) as pool:
+        with device_slots(client, DEVICES, 1):
+            waiting = pool.submit(lambda: list(ExitStack().enter_context(leased_gpus(redis_url, full, 1, None))))
+            time.sleep(3)
+        assert sorted(gpu.uuid for gpu in waiting.result(60)) == DEVICES
+        assert [gpu.free_mb for gpu in sorted(waiting.result(), key=lambda gpu: gpu.uuid)] == [
+            gpu.free_mb for gpu in then
+        ]
+
+
+def test_a_machine_tells_how_many_workers_its_slots_are_for(gpu_worker: Ruiji, tmp_path: Path) -> None:
     def told(**environment: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-P", "-m", "workers.slots"]
         environment = {**os.environ, **gpu_worker.environment, **environment}
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    assert told(RUIJI_SLOTS_PER_DEVICE="").stdout == "2\n"
-    assert told(RUIJI_SLOTS_PER_DEVICE="3").stdout == "6\n"
+    assert told(RUIJI_SLOTS="1", RUIJI_SLOTS_PER_DEVICE="").stdout == "2\n"
+    assert told(RUIJI_SLOTS="1", RUIJI_SLOTS_PER_DEVICE="3").stdout == "6\n"
+    assert told(RUIJI_SLOTS="4", RUIJI_SLOTS_PER_DEVICE="3").stdout == "2\n"
+    # One takes all.
+    assert told(RUIJI_SLOTS="").stdout == "1\n"
     none = told(CUDA_VISIBLE_DEVICES="")
     assert (none.returncode, none.stdout) == (2, "") and "no GPU can be used" in none.stderr
 
