@@ -13,6 +13,9 @@ from tests.compose.stack import Stack
 from tests.factories import picture, pictures, wait_until
 
 
+ODD_PASSWORD = "quote\" back\\slash $x 'single' \\n % #"
+
+
 class Page:
     """Asks the published service."""
 
@@ -47,6 +50,11 @@ def up(new_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory
     (media / paths[7]).write_text("<html>")
     stack, port = new_stack(media), free_port()
     stack.set(RUIJI_SHARD_ROWS="10", RUIJI_WEB_PORT=str(port))
+    # What a user chose, with all that a shell or Redis' configuration could take for something else.
+    (stack.folder / "secrets").mkdir()
+    (stack.folder / "secrets" / "redis_password").write_text(ODD_PASSWORD + " \n")
+    (stack.folder / "secrets" / "redis_password").chmod(0o600)
+    (stack.folder / "docker-compose.override.yml").write_text("services: {serve: {labels: {added: by-a-user}}}\n")
     said = stack.make("up", "WORKERS=1", "SERVE=1").stderr
     assert f"the page: http://127.0.0.1:{port}; its token is in secrets/web_token" in said
     return stack, Page(stack, port), paths
@@ -73,6 +81,13 @@ def test_from_an_empty_folder_to_look_alikes_and_a_retry(up: tuple[Stack, Page, 
     status, body = page.ask("/retry", "POST", **headers)
     assert (status, json.loads(body)["objects"]) == (200, 1)
     wait_until(lambda: page.json("/healthz")["galleries"][0]["objects"] == 30, what="the mended picture")
+
+
+def test_what_a_user_adds_to_compose_holds(up: tuple[Stack, Page, list[str]]) -> None:
+    stack, _, _ = up
+    (serve,) = stack.containers("serve")
+    assert serve["Config"]["Labels"]["added"] == "by-a-user"
+    assert (stack.folder / "secrets" / "redis_password").read_text().strip() == ODD_PASSWORD
 
 
 def test_who_has_no_token_gets_nothing_and_it_stands_nowhere(up: tuple[Stack, Page, list[str]]) -> None:
