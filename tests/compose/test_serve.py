@@ -12,7 +12,6 @@ from pipeline.queue.embedded import free_port
 from tests.compose.stack import Stack
 from tests.factories import picture, pictures, wait_until
 
-
 ODD_PASSWORD = "quote\" back\\slash $x 'single' \\n % #"
 
 
