@@ -439,7 +439,8 @@ class Gallery:
         and not at all if that was often asked.
         """
         found: dict[str, list[int]] = {object_id: [] for object_id in object_ids}
-        asked = np.array(sorted(found), dtype=np.str_)
+        # numpy drops null characters at the end, so no object has such an id, and it would be taken for another one.
+        asked = np.array(sorted(one for one in found if not one.endswith("\0")), dtype=np.str_)
         for shard, first in zip(self.shards, self.firsts, strict=True):
             local = shard.rows_of(asked)
             for row, object_id in zip(local.tolist(), shard.object_ids[local].tolist(), strict=True):

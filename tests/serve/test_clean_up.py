@@ -127,6 +127,7 @@ def test_decisions_are_recorded_together_or_not_at_all(ruiji: Ruiji, ready: Serv
     for bad in (
         {"decision": "different", "objects": ["001-large.jpg"]},
         {"decision": "different", "objects": ["001-large.jpg", "nobody.jpg"]},
+        {"decision": "different", "objects": ["001-large.jpg", "002-large.jpg\0"]},
         {"decision": "same", "objects": ["001-large.jpg", "001-small1.jpg"]},
         {"decision": "same", "keep": "001-large.jpg", "remove": ["001-large.jpg"]},
         {"decision": "delete", "objects": ["001-large.jpg", "001-small1.jpg"]},

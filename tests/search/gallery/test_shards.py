@@ -331,6 +331,14 @@ def test_ids_that_are_looked_for_often_are_found_as_in_the_first_look() -> None:
         assert [gallery.rows_of(asked) for _ in range(4)] == [want] * 4
 
 
+@pytest.mark.parametrize("asked", [["3.jpg\0"], ["3.jpg\0", "3.jpg"], ["\0"], ["\0", "", "2\0.jpg\0\0"]], ids=repr)
+def test_an_id_that_ends_with_null_characters_is_that_of_no_object(asked: list[str]) -> None:
+    ids = [*(f"{row}.jpg" for row in range(1000)), ""]
+    gallery = in_memory(np.zeros((len(ids), 2), np.float32), ids, cuts=(400,))
+    want = {name: [ids.index(name)] if name in ids else [] for name in asked}
+    assert [gallery.rows_of(asked) for _ in range(4)] == [want] * 4
+
+
 def test_rows_of_many_ids_are_found_in_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [f"{row % 90_000:040d}.jpg" for row in range(100_000)]
     gallery = in_memory(np.zeros((100_000, 2), np.float32), ids, cuts=tuple(range(10_000, 100_000, 10_000)))
