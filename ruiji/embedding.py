@@ -51,11 +51,11 @@ class Embedder:
         self._encoder = load_encoder(self._model, checked_device(device))
         self._encoder.result()
 
-    def embed(self, pictures: "Sequence[Picture]") -> Float32:
+    def embed(self, pictures: "Picture | Sequence[Picture]") -> Float32:
         """Embed pictures; on the CPU each feature has the very bits that a worker writes.
 
         Args:
-            pictures: files, bytes of files, or Pillow images of 8 bits a sample.
+            pictures: files, bytes of files, or Pillow images of 8 bits a sample; one, or a sequence of them.
 
         Returns:
             float32[n, d], raw model output, a row for each picture in the order given.
@@ -67,11 +67,13 @@ class Embedder:
         return embed_all(pictures, self._model, self._encoder, self._max_pixels)
 
 
-def embed_all(pictures: "Sequence[Picture]", model: Model, encoder: "Future[Encoder]", max_pixels: int) -> Float32:
+def embed_all(
+    pictures: "Picture | Sequence[Picture]", model: Model, encoder: "Future[Encoder]", max_pixels: int
+) -> Float32:
     """Embed pictures or raise an error that names each one that cannot be embedded."""
-    features, errors = [], []
-    outcomes = embed_pictures(inputs(pictures), model, encoder, max_pixels)
-    for number, (picture, outcome) in enumerate(zip(pictures, outcomes, strict=True)):
+    features, errors, several = [], [], several_of(pictures)
+    outcomes = embed_pictures(inputs(several), model, encoder, max_pixels)
+    for number, (picture, outcome) in enumerate(zip(several, outcomes, strict=True)):
         if isinstance(outcome, ImageError):
             errors.append(f"{name_of(picture, number)}: {outcome}")
         elif not np.isfinite(outcome).all():
@@ -79,8 +81,15 @@ def embed_all(pictures: "Sequence[Picture]", model: Model, encoder: "Future[Enco
         else:
             features.append(outcome)
     if errors:
-        raise ImageError(f"{len(errors)} of {len(pictures)} pictures cannot be embedded: {'; '.join(errors)}")
+        raise ImageError(f"{len(errors)} of {len(several)} pictures cannot be embedded: {'; '.join(errors)}")
     return np.stack(features) if features else np.empty((0, model.spec.length), np.float32)
+
+
+def several_of(pictures: "Picture | Sequence[Picture]") -> "list[Picture]":
+    """Pictures as a list, one as well as several."""
+    if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
+        return list(pictures)
+    return [pictures]
 
 
 def inputs(pictures: "Sequence[Picture]") -> "list[Path | bytes | Image]":

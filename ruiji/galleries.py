@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UnknownObject, UsageError
 from pipeline.settings import MAX_PIXELS, model_file
-from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of
+from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of, several_of
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from search.answers import Criteria, answer
 from search.arrays import Float32
@@ -188,9 +188,9 @@ class Gallery:
             UsageError: the gallery was opened without its model, or its model has no text tower.
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
-        several, shards = _several(pictures), self._shards
+        several, shards = several_of(pictures), self._shards
         criteria = _criteria(top_k, metric, min_similarity, collapse)
-        texts, less = ([words] if isinstance(words, str) else list(words) for words in (text, minus))
+        texts, less = _texts(text), _texts(minus)
         names = [name_of(picture, number) for number, picture in enumerate(several)]
         queries = self._embedded(shards, several, names) if several or not texts else []
         said = text_queries([*texts, *less], self._words(shards), _warn) if texts or less else []
@@ -232,7 +232,7 @@ class Gallery:
             QueryError: there is no such object, or it cannot be ranked.
         """
         shards = self._shards
-        names = [object_ids] if isinstance(object_ids, str) else list(object_ids)
+        names = _texts(object_ids)
         rows = shards.rows_of(names)
         features = _features(shards, names, rows)
         queries: list[Query | str] = []
@@ -276,13 +276,13 @@ class Gallery:
         queries = list(map(Query, names, features))
         return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
 
-    def features(self, object_ids: Sequence[str]) -> Float32:
-        """The features of some objects, float32[n, d], raw model output, in the order given.
+    def features(self, object_ids: str | Sequence[str]) -> Float32:
+        """The features of an object, or of several, float32[n, d], raw model output, in the order given.
 
         Raises:
             QueryError: there is no such object.
         """
-        shards, names = self._shards, list(object_ids)
+        shards, names = self._shards, _texts(object_ids)
         return _features(shards, names, shards.rows_of(names))
 
     def find(self, object_id: str) -> GalleryObject:
@@ -397,7 +397,7 @@ class Gallery:
         progress: Callable[[int, int], None] | None = None,
         *,
         linkage: str = Linkage.complete,
-        against: Sequence[str] = (),
+        against: str | Sequence[str] = (),
         against_gallery: "Gallery | None" = None,
         not_within_folder: bool = False,
         turned: bool = False,
@@ -410,8 +410,8 @@ class Gallery:
             threshold: the least similarity of a pair, above 0, at most 1.
             linkage: with `complete` every pair of a group reaches the threshold; with `single` a group is everything
                 that is connected by such pairs.
-            against: conditions, as `only` takes them: objects that meet them are only compared with those that do not,
-                and come first in each group.
+            against: conditions, as `only` takes them, one or a sequence of them: objects that meet them are only
+                compared with those that do not, and come first in each group.
             against_gallery: another gallery of the same model, the reference. Each object that has near-duplicates
                 there is a group with them, and `member.reference` says which these are. Objects that the decisions
                 beside the other gallery's folder want removed take no part. It goes with `decisions` only.
@@ -436,7 +436,7 @@ class Gallery:
             if against or not_within_folder or turned or Linkage(linkage) is not Linkage.complete:
                 raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
             return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
-        compared = Compared(shards, against, self._annotations, not_within_folder)
+        compared = Compared(shards, _texts(against), self._annotations, not_within_folder)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
         said: list[str] = []
@@ -469,7 +469,7 @@ class Gallery:
             raise UsageError("turned=True looks at the pictures: say where they are with media_dir")
         return turned_copies(shards, Path(media_dir), lambda: self._model(shards), self._max_pixels, say)
 
-    def embed(self, pictures: "Sequence[Picture]") -> Float32:
+    def embed(self, pictures: "Picture | Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.
 
         Args:
@@ -614,10 +614,9 @@ def _combined(names: Sequence[str], queries: Sequence[Query | str], minus: Seque
     return combine_queries(whole, minus)
 
 
-def _several(pictures: "Picture | Sequence[Picture]") -> "list[Picture]":
-    if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
-        return list(pictures)
-    return [pictures]
+def _texts(given: str | Sequence[str]) -> list[str]:
+    """Texts as a list, one as well as several."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def open_gallery(

@@ -162,6 +162,20 @@ def test_embedding_gives_the_bits_of_the_gallery_or_names_each_failure(world: Wo
             embed([images[0], "gone.png"])
 
 
+def test_one_of_anything_is_as_good_as_a_sequence_of_one(world: World) -> None:
+    gallery, image = world.open(), world.media / world.paths[3]
+    for embed in (gallery.embed, ruiji.Embedder(world.model.path).embed):
+        with Image.open(image) as opened:
+            for picture in (image, str(image), image.read_bytes(), opened):
+                assert np.array_equal(embed(picture), world.features[3:4])
+        with pytest.raises(ruiji.ImageError, match=r"1 of 1 pictures cannot be embedded: gone\.png: there is no"):
+            embed("gone.png")
+    assert np.array_equal(gallery.features(world.ids[3]), world.features[3:4])
+    condition = f"path={world.paths[0]}"
+    alone, several = (gallery.near_duplicates(0.01, against=against) for against in (condition, [condition]))
+    assert list(alone) == list(several) and alone.groups[0].members[0].object_id == world.ids[0]
+
+
 def test_pixels_that_are_decoded_already_are_encoded_to_the_same_bits(world: World) -> None:
     gallery = world.open()
     pixels = load_pixels(world.media / world.paths[4], gallery.spec, 10**6)
