@@ -90,6 +90,14 @@ class _Embedding:
             return self.tower[1]
 
 
+@dataclass(frozen=True)
+class _Filter:
+    """What one call of `only` asks for; conditions on one column are alternatives within it alone."""
+
+    conditions: tuple[Condition, ...]
+    annotations: Annotations | None
+
+
 class Gallery:
     """All features of one model, mapped into memory; `open_gallery` opens it.
 
@@ -104,12 +112,11 @@ class Gallery:
         device: Device,
         include_stale: bool,
         whole: Shards,
-        conditions: tuple[Condition, ...] = (),
-        annotations: Annotations | None = None,
+        filters: tuple[_Filter, ...] = (),
     ) -> None:
         self._folder, self._embedding, self._device, self._include_stale = folder, embedding, device, include_stale
-        self._conditions, self._annotations = conditions, annotations
-        self._whole, self._shards = whole, apply_conditions(whole, conditions, annotations)
+        self._filters = filters
+        self._whole, self._shards = whole, self._filtered(whole)
         self._refreshing = threading.Lock()
         self._planner = Planner(device)
 
@@ -142,16 +149,22 @@ class Gallery:
 
         Args:
             conditions: each `COLUMN=VALUE`, `COLUMN!=VALUE` or `path=PREFIX`, as `ruiji search --where` takes them:
-                values of one column are alternatives, different columns must all hold.
+                values of one column are alternatives, different columns must all hold. What an earlier call left
+                out stays left out.
             labels: the annotation CSV that has the columns, or what was read of it.
 
         Raises:
             UsageError: a condition cannot be read, or asks for what is not there.
         """
         annotations = labels if labels is None or isinstance(labels, Annotations) else read_annotations(Path(labels))
-        wanted = tuple(parse_conditions(conditions))
+        wanted = _Filter(tuple(parse_conditions(conditions)), annotations)
         shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
-        return Gallery(*shared, wanted, annotations)
+        return Gallery(*shared, (*self._filters, wanted))
+
+    def _filtered(self, shards: Shards) -> Shards:
+        for wanted in self._filters:
+            shards = apply_conditions(shards, wanted.conditions, wanted.annotations)
+        return shards
 
     def search(
         self,
@@ -411,7 +424,8 @@ class Gallery:
             linkage: with `complete` every pair of a group reaches the threshold; with `single` a group is everything
                 that is connected by such pairs.
             against: conditions, as `only` takes them, one or a sequence of them: objects that meet them are only
-                compared with those that do not, and come first in each group.
+                compared with those that do not, and come first in each group. Columns are those of the labels that
+                `only` was given last.
             against_gallery: another gallery of the same model, the reference. Each object that has near-duplicates
                 there is a group with them, and `member.reference` says which these are. Objects that the decisions
                 beside the other gallery's folder want removed take no part. It goes with `decisions` only.
@@ -436,7 +450,8 @@ class Gallery:
             if against or not_within_folder or turned or Linkage(linkage) is not Linkage.complete:
                 raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
             return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
-        compared = Compared(shards, _texts(against), self._annotations, not_within_folder)
+        labels = (one.annotations for one in reversed(self._filters) if one.annotations is not None)
+        compared = Compared(shards, _texts(against), next(labels, None), not_within_folder)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
         said: list[str] = []
@@ -571,7 +586,7 @@ class Gallery:
             if whole is self._whole:
                 return False
             # Searches take this once each: whatever is assigned, they see one or the other.
-            self._whole, self._shards = whole, apply_conditions(whole, self._conditions, self._annotations)
+            self._whole, self._shards = whole, self._filtered(whole)
             return True
 
     def _model(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":

@@ -139,6 +139,10 @@ class Shard:
             raise ShardCorrupt(f"the object ids of shard {self.name} are not text; {RESTORE}")
         return ids
 
+    def only(self, wanted: NDArray[np.bool_]) -> "Shard":
+        """The same shard with more rows left out, those that are not wanted, bool[rows]."""
+        return replace(self, wanted=wanted if self.wanted is None else self.wanted & wanted)
+
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
         """bool[rows], True for rows that are not searched, stale or filtered; None if all are."""
@@ -279,12 +283,12 @@ class Gallery:
         return self.rows - sum(int(shard.left_out.sum()) for shard in self.shards if shard.left_out is not None)
 
     def only(self, wanted: Sequence[NDArray[np.bool_]]) -> "Gallery":
-        """The same gallery with other rows left out.
+        """The same gallery with more rows left out.
 
         Args:
             wanted: bool[rows] for each shard.
         """
-        shards = tuple(replace(shard, wanted=mask) for shard, mask in zip(self.shards, wanted, strict=True))
+        shards = tuple(shard.only(mask) for shard, mask in zip(self.shards, wanted, strict=True))
         return replace(self, shards=shards)
 
     @cached_property

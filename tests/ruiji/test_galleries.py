@@ -263,6 +263,36 @@ def test_only_some_objects_are_searched_and_grouped(world: World) -> None:
         gallery.only("label=cat")
 
 
+def test_a_filter_of_a_filtered_gallery_leaves_out_more(own_world: World, tmp_path: Path) -> None:
+    world = own_world
+    first, second, *_ = world.paths
+    labels = tmp_path / "labels.csv"
+    labels.write_text("img_path,label\n" + "".join(f"{path},{path[7]}\n" for path in world.paths))
+    gallery = world.open()
+    some = gallery.only(f"path={first}", f"path={second}", f"path={world.paths[-1]}")
+    for parts in (
+        some.only(f"path!={second}").only(f"path!={world.paths[-1]}"),
+        some.only(f"path={first}"),
+        some.only(labels=labels).only(f"path={first}"),
+        some.only(f"label={first[7]}", labels=labels).only(f"path!={second}").only("path=object/"),
+    ):
+        assert [one.path for one in parts.objects()] == [first]
+        assert [hit.path for hit in parts.search_vectors(world.features[1]).hits] == [first]
+    assert len(gallery.only("path=object/").only("path=new/")) == 0
+    # Values of one column are alternatives in one call only.
+    assert len(gallery.only(f"path={first}", f"path={second}")) == 2
+    assert len(gallery.only(f"path={first}").only(f"path={second}")) == 0
+    # Labels that were given once serve near_duplicates, however many filters follow.
+    labelled = gallery.only(labels=labels).only("path=object/")
+    first_labels = {path for path in world.paths if path[7] == first[7]}
+    found = labelled.near_duplicates(0.01, against=f"label={first[7]}")
+    assert {one.path for one in found.groups[0].members[: len(first_labels)]} == first_labels
+    new = [f"object/{world.paths[0][7]}new.png", "new/0.png"]
+    write_shard(world.folder, 3, world.features[:2], new, world.model.fingerprint)
+    both = gallery.only("path=object/").only(f"path={new[0]}", "path=new/")
+    assert both.refresh() and [one.path for one in both.objects()] == new[:1]
+
+
 def test_new_shards_are_taken_up_and_what_is_known_of_the_others_stays(own_world: World) -> None:
     world = own_world
     gallery = world.open()
