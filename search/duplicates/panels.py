@@ -56,7 +56,7 @@ def collect(
         MachineFault: there is no place for the pairs.
     """
     folder = PairFolder(gallery, scratch)
-    asked = replace(gallery, shards=tuple(replace(shard, stale=None) for shard in gallery.shards))
+    asked = replace(gallery, shards=tuple(shard.view(None, shard.wanted) for shard in gallery.shards))
     fitting: set[Panel] = set()
     # What is known of all rows serves for some of them; but of equal rows another one may be the first.
     for compared in (whole(gallery), asked):
@@ -151,7 +151,7 @@ class Comparison:
 
 def whole(gallery: Gallery) -> Gallery:
     """The same gallery with no row left out: its pairs serve for any choice of them."""
-    return replace(gallery, shards=tuple(replace(shard, stale=None, wanted=None) for shard in gallery.shards))
+    return replace(gallery, shards=tuple(shard.view(stale=None) for shard in gallery.shards))
 
 
 def panels_of(gallery: Gallery, panel_rows: int = PANEL_ROWS) -> Iterator[Panel]:

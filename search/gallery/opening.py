@@ -140,9 +140,9 @@ def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
     known = {_identity(shard): shard for shard in before.shards}
     shards = []
     for shard in opened.shards:
-        old = known.get(_identity(shard))
-        same = old is not None and np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
-        shards.append(old if old is not None and same else shard)
+        old = known.get(_identity(shard), shard)
+        same = np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
+        shards.append(old if same else old.view(shard.stale))
     unchanged = opened.fingerprint == before.fingerprint and len(shards) == len(before.shards)
     if unchanged and all(one is other for one, other in zip(shards, before.shards, strict=True)):
         return before

@@ -64,26 +64,29 @@ class Shard:
     digests: NDArray[np.uint8] | None = None
     digests_sha256: str | None = None
 
+    @cached_property
+    def _made(self) -> "_Made":
+        return _Made(self)
+
+    def view(self, stale: NDArray[np.bool_] | None, wanted: NDArray[np.bool_] | None = None) -> "Shard":
+        """The same shard with other rows left out; what is made of its files is made once for both."""
+        view = replace(self, stale=stale, wanted=wanted)
+        vars(view)["_made"] = self._made
+        return view
+
+    def only(self, wanted: NDArray[np.bool_]) -> "Shard":
+        """The same shard with more rows left out, those that are not wanted, bool[rows]."""
+        return self.view(self.stale, wanted if self.wanted is None else self.wanted & wanted)
+
     @property
     def norms(self) -> NDArray[np.float32]:
         """float32[rows], as `norms_of` gives them; read from the cache, or computed and kept there."""
-        return self._norms[0]
+        return self._made.norms[0]
 
-    @cached_property
-    def _norms(self) -> tuple[NDArray[np.float32], bool]:
-        """The norms, and whether they are in the cache."""
-        if self.cache is None:
-            return norms_of(self.features), False
-        kept = self.cache.read(layout.NORMS, "<f4", self._shape[:1])
-        if kept is not None:
-            return kept, True
-        norms = norms_of(self.features)
-        return norms, self.cache.write(layout.NORMS, norms)
-
-    @cached_property
+    @property
     def codes(self) -> ShardCodes:
         """The rows in 8 bits."""
-        return ShardCodes(self.cache, self.features, lambda: self.norms)
+        return self._made.codes
 
     @property
     def norms_kept(self) -> bool:
@@ -97,7 +100,7 @@ class Shard:
 
     def keep(self) -> bool:
         """Have norms and codes in the cache, those that are there checked; False if it cannot be written to."""
-        return self._norms[1] and self.codes.keep()
+        return self._made.norms[1] and self.codes.keep()
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -112,21 +115,13 @@ class Shard:
         """
         if not len(asked):
             return np.empty(0, np.int64)
-        if next(self._times_asked) >= _ASKED_BY_A_COMMAND and len(asked) < len(self.object_ids) // _ASKED_AT_ONCE:
-            return self._id_index.rows_of(asked)
+        made = self._made
+        if next(made.times_asked) >= _ASKED_BY_A_COMMAND and len(asked) < len(self.object_ids) // _ASKED_AT_ONCE:
+            return made.id_index.rows_of(asked)
         if len(asked) == 1:
             return np.flatnonzero(self.object_ids == asked[0])
         nearest = np.minimum(np.searchsorted(asked, self.object_ids), len(asked) - 1)
         return np.flatnonzero(asked[nearest] == self.object_ids)
-
-    @cached_property
-    def _times_asked(self) -> "itertools.count[int]":
-        return itertools.count()
-
-    @cached_property
-    def _id_index(self) -> IdIndex:
-        """Made for a process that stays; it takes as long as to look through all ids a few times."""
-        return IdIndex(self.object_ids)
 
     def ids(self, rows: slice | list[int] = slice(None)) -> list[str]:
         """The object ids of some of its rows, or of all.
@@ -138,10 +133,6 @@ class Shard:
         if not all(map(str.isascii, ids)) and not all(map(_is_text, ids)):
             raise ShardCorrupt(f"the object ids of shard {self.name} are not text; {RESTORE}")
         return ids
-
-    def only(self, wanted: NDArray[np.bool_]) -> "Shard":
-        """The same shard with more rows left out, those that are not wanted, bool[rows]."""
-        return replace(self, wanted=wanted if self.wanted is None else self.wanted & wanted)
 
     @cached_property
     def left_out(self) -> NDArray[np.bool_] | None:
@@ -163,22 +154,55 @@ class Shard:
         whole, width = taken.tobytes(), taken.shape[1]
         return [whole[start : start + width] for start in range(0, len(whole), width)]
 
-    @cached_property
+    @property
     def paths(self) -> tuple[str, ...] | None:
         """The path of every row, or None where paths are unknown.
 
         Raises:
             ShardCorrupt: the file is missing or has another number of lines than the shard has rows.
         """
-        if self.paths_file is None:
+        return self._made.paths
+
+
+class _Made:
+    """What is made of a shard's files: each once, when it is first asked for, for all views of the shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._features, self._object_ids = shard.features, shard.object_ids
+        self._paths_file, self._cache = shard.paths_file, shard.cache
+        self.times_asked = itertools.count()
+
+    @cached_property
+    def norms(self) -> tuple[NDArray[np.float32], bool]:
+        """The norms, and whether they are in the cache."""
+        if self._cache is None:
+            return norms_of(self._features), False
+        kept = self._cache.read(layout.NORMS, "<f4", self._features.shape[:1])
+        if kept is not None:
+            return kept, True
+        norms = norms_of(self._features)
+        return norms, self._cache.write(layout.NORMS, norms)
+
+    @cached_property
+    def codes(self) -> ShardCodes:
+        return ShardCodes(self._cache, self._features, lambda: self.norms[0])
+
+    @cached_property
+    def id_index(self) -> IdIndex:
+        """Made for a process that stays; it takes as long as to look through all ids a few times."""
+        return IdIndex(self._object_ids)
+
+    @cached_property
+    def paths(self) -> tuple[str, ...] | None:
+        if self._paths_file is None:
             return None
         try:
             # Every line ends with a newline; split at once, because a hit asks for one of thousands.
-            paths = tuple(self.paths_file.read_bytes().decode().split("\n")[:-1])
+            paths = tuple(self._paths_file.read_bytes().decode().split("\n")[:-1])
         except (OSError, UnicodeDecodeError):
-            raise ShardCorrupt(f"{self.paths_file} is missing or damaged; {RESTORE}") from None
-        if len(paths) != len(self.features):
-            raise ShardCorrupt(f"{self.paths_file} has {len(paths)} lines for {len(self.features)} rows; {RESTORE}")
+            raise ShardCorrupt(f"{self._paths_file} is missing or damaged; {RESTORE}") from None
+        if len(paths) != len(self._features):
+            raise ShardCorrupt(f"{self._paths_file} has {len(paths)} lines for {len(self._features)} rows; {RESTORE}")
         return paths
 
 

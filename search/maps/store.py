@@ -86,7 +86,7 @@ def make_map(
     kept = read_map(gallery, projection)
     if kept is not None:
         return kept
-    whole = replace(gallery, shards=tuple(replace(shard, stale=None, wanted=None) for shard in gallery.shards))
+    whole = replace(gallery, shards=tuple(shard.view(stale=None) for shard in gallery.shards))
     rows = np.flatnonzero(usable_rows(whole))
     if projection is Projection.pca:
         plane = principal_plane(whole, rows, step)

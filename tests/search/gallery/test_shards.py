@@ -16,6 +16,7 @@ from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageErro
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
 from search.filters import apply_conditions, parse_conditions
+from search.gallery import shards
 from search.gallery.opening import find_galleries, find_gallery, open_gallery, reuse_shards
 from search.gallery.shards import Gallery, Shard
 from search.ranking.codes_scan import codes_scan
@@ -321,6 +322,35 @@ def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, 
             assert hits[0].object_id == "007.jpg"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_is_made_of_files_is_made_once_for_all_choices_of_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing can be kept there.
+    (folder / "cache").write_text("")
+    made: list[str] = []
+    for name in ("norms_of", "ShardCodes", "IdIndex"):
+        work = getattr(shards, name)
+        monkeypatch.setattr(shards, name, lambda *given, name=name, work=work: (made.append(name), work(*given))[1])
+    monkeypatch.setattr(shards, "_ASKED_AT_ONCE", 1)
+    whole = open_gallery(folder)
+    some = whole.only([np.arange(len(shard.features)) > 0 for shard in whole.shards])
+    few = some.only([np.arange(len(shard.features)) > 2 for shard in whole.shards])
+    query = some_features(10)[:1]
+    for gallery in (few, whole, some):
+        for scan in (numpy_scan(), codes_scan()):
+            rank(gallery, query, 10, scan=scan)
+        for _ in range(3):
+            gallery.rows_of(["003.jpg"])
+        assert all(one.paths is other.paths for one, other in zip(gallery.shards, whole.shards, strict=True))
+    assert sorted(made) == sorted(["norms_of", "ShardCodes", "IdIndex"] * 3)
+    assert [gallery.searched_rows for gallery in (whole, some, few)] == [10, 7, 2]
+    # A list that changed leaves out other rows of the same files.
+    write_atomic(folder / "run" / "stale" / "0001.bits", [np.packbits([True, False, False, False]).tobytes()])
+    again = reuse_shards(open_gallery(folder), whole)
+    assert again is not whole and (again.stale_rows, again.unusable_rows) == (1, (0, 0))
+    assert len(made) == 9
 
 
 def test_ids_that_are_looked_for_often_are_found_as_in_the_first_look() -> None:
