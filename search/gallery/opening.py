@@ -137,21 +137,16 @@ def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
     if opened.coded and not before.coded:
         # Codes that were kept since are read by shards that look for them anew.
         return opened
-    known = {_identity(shard): shard for shard in before.shards}
+    known = {(shard.name, shard.contents): shard for shard in before.shards}
     shards = []
     for shard in opened.shards:
-        old = known.get(_identity(shard), shard)
+        old = known.get((shard.name, shard.contents), shard)
         same = np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
         shards.append(old if same else old.view(shard.stale))
     unchanged = opened.fingerprint == before.fingerprint and len(shards) == len(before.shards)
     if unchanged and all(one is other for one, other in zip(shards, before.shards, strict=True)):
         return before
     return replace(opened, shards=tuple(shards))
-
-
-def _identity(shard: Shard) -> tuple[str, str | None, str | None]:
-    """What no other shard has: its name, and what its features and digests come to."""
-    return shard.name, None if shard.cache is None else shard.cache.key, shard.digests_sha256
 
 
 def _no_rows(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
@@ -185,19 +180,8 @@ def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gall
         stale = None if marks is None else _stale(marks, folder, number, object_ids)
         kept = ShardCache(cache, name, record.sha256[layout.FEATURES][:16])
         digests = _map_digests(folder, record) if record.format > 1 else None
-        digests_sha256 = record.sha256.get(layout.DIGESTS)
-        shards.append(
-            Shard(
-                name,
-                features,
-                object_ids,
-                paths_file,
-                stale,
-                kept,
-                digests=digests,
-                digests_sha256=digests_sha256,
-            )
-        )
+        contents = " ".join(f"{ending} {digest}" for ending, digest in sorted(record.sha256.items()))
+        shards.append(Shard(name, features, object_ids, paths_file, stale, kept, digests=digests, contents=contents))
         if record.versions not in versions:
             versions.append(record.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
@@ -214,9 +198,12 @@ def _open_unverified(folder: Path) -> Gallery:
                 f"shard {number:04d} in {folder} has features of length {features.shape[1]}, shard {shards[0].name} "
                 f"has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
-        file = layout.features_file(folder, number).stat()
-        kept = ShardCache(cache, f"{number:04d}", f"{file.st_size}-{file.st_mtime_ns}")
-        shards.append(Shard(f"{number:04d}", features, object_ids, cache=kept))
+        of_features, of_ids = (
+            f"{file.st_size}-{file.st_mtime_ns}"
+            for file in (layout.features_file(folder, number).stat(), layout.object_ids_file(folder, number).stat())
+        )
+        kept = ShardCache(cache, f"{number:04d}", of_features)
+        shards.append(Shard(f"{number:04d}", features, object_ids, cache=kept, contents=f"{of_features} {of_ids}"))
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
 
 

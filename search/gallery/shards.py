@@ -51,7 +51,8 @@ class Shard:
         cache: where norms and codes are kept; None: nowhere.
         wanted: bool[rows], False for objects that a filter leaves out; None if none is.
         digests: uint8[rows, 32], the sha256 of each row's image file; None in a shard from before they were kept.
-        digests_sha256: hex, of the file that they are in, as the record has it.
+        contents: changes with any of its files, ids and paths among them, while the key of the cache only changes with
+            the features; empty if nothing says it.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Shard:
     cache: ShardCache | None = None
     wanted: NDArray[np.bool_] | None = None
     digests: NDArray[np.uint8] | None = None
-    digests_sha256: str | None = None
+    contents: str = ""
 
     @cached_property
     def _made(self) -> "_Made":
@@ -253,18 +254,24 @@ class Gallery:
         return list(itertools.accumulate(len(shard.features) for shard in self.shards))
 
     def key(self, purpose: str) -> str:
-        """16 digits that change with the rows of any shard, and with their numbers; stale and wanted rows do not count.
+        """16 digits that change with the features of any shard and with their rows, and with nothing else.
+
+        Ids, paths, and what is stale or wanted do not count.
 
         Args:
             purpose: what the key is for; each has keys of its own.
         """
-        names = [f"{shard.name}.{shard.cache.key if shard.cache else ''}" for shard in self.shards]
-        return hashlib.sha256(" ".join([purpose, str(self.length), *names]).encode()).hexdigest()[:16]
+        return self._key(purpose, (shard.cache.key if shard.cache else "" for shard in self.shards))
 
     @cached_property
     def rows_key(self) -> str:
         """Changes whenever a gallery row can be another object."""
-        return self.key("rows")
+        # Not as `key`: what is kept of features alone is still right if these are of other objects.
+        return self._key("rows", (shard.contents for shard in self.shards))
+
+    def _key(self, purpose: str, of_shards: Iterable[str]) -> str:
+        names = [f"{shard.name}.{known}" for shard, known in zip(self.shards, of_shards, strict=True)]
+        return hashlib.sha256(" ".join([purpose, str(self.length), *names]).encode()).hexdigest()[:16]
 
     @property
     def rows(self) -> int:

@@ -323,6 +323,28 @@ def test_a_map_follows_the_objects_that_are_searched_but_no_other_rows(own_world
         gallery.updated_map(whole)
 
 
+def test_pictures_that_got_other_names_are_taken_up(own_world: World) -> None:
+    world = own_world
+    gallery = world.open()
+    some, plane = gallery.only("path=object/"), gallery.map()
+    digests = [np.load(path) for path in sorted(world.folder.glob("*.digests.npy"))]
+    for path in world.folder.glob("0*.json"):
+        path.unlink()
+    renamed = [path.replace("object/", "moved/") for path in world.paths]
+    for number, own in enumerate(digests):
+        rows = slice(number * SHARD_ROWS, (number + 1) * SHARD_ROWS)
+        paths = renamed[rows]
+        write_shard(world.folder, number, world.features[rows], paths, world.model.fingerprint, digests=own)
+    assert gallery.refresh() and some.refresh() and not gallery.refresh()
+    assert gallery.search_vectors(world.features[0], top_k=1).hits[0].path == renamed[0]
+    assert [one.path for one in gallery.objects()] == renamed and len(some) == 0
+    with pytest.raises(ruiji.UsageError, match="load the map again"):
+        gallery.objects_at([0], plane.rows_key)
+    again = gallery.kept_map()
+    assert again is not None and again.rows_key == gallery.rows_key
+    assert np.array_equal(again.positions, plane.positions)
+
+
 def test_a_shard_that_is_damaged_is_refused_and_the_gallery_stays_as_it_was(own_world: World) -> None:
     world = own_world
     gallery = world.open()

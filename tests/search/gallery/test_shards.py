@@ -126,6 +126,39 @@ def test_a_shard_with_the_same_features_of_other_files_is_another(folder: Path, 
     assert after.digest(4) == bytes([1] * 32)
 
 
+def test_a_shard_with_the_same_features_and_files_of_other_names_is_another(folder: Path, model: Model) -> None:
+    before = open_gallery(folder)
+    digests = np.load(folder / "0001.digests.npy")
+    (folder / "0001.json").unlink()
+    renamed = [f"b/{row}.jpg" for row in range(4)]
+    write_shard(folder, 1, some_features(10)[4:8], renamed, model.fingerprint, digests=digests)
+    after = reuse_shards(open_gallery(folder), before)
+    assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False, True]
+    assert after.path(4) == renamed[0] and after.rows_key != before.rows_key
+    # What is kept of the features is still right.
+    assert after.key("anything") == before.key("anything")
+
+
+def test_an_articles_shard_with_other_ids_is_another(tmp_path: Path) -> None:
+    for number in range(2):
+        write_article_shard(tmp_path, number, some_features(2), ["a.jpg", "b.jpg"])
+    before = open_gallery(tmp_path)
+    assert reuse_shards(open_gallery(tmp_path), before) is before
+    np.save(tmp_path / "0001.object_ids.npy", np.array(["c.jpg", "d.jpg"], "<U44"))
+    after = reuse_shards(open_gallery(tmp_path), before)
+    assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False]
+    assert after.object_id(2) == "c.jpg" and after.rows_key != before.rows_key
+    assert after.key("anything") == before.key("anything")
+
+
+def test_keys_of_what_is_kept_are_those_of_earlier_releases(folder: Path) -> None:
+    gallery = open_gallery(folder)
+    files = {name: folder / f"{name}.features.npy" for name in ("0000", "0001", "0002")}
+    names = [f"{name}.{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for name, file in files.items()]
+    said = " ".join(["map", "12", *names])
+    assert gallery.key("map") == hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
 def test_a_shard_of_failures_only_has_no_rows_and_is_legal(folder: Path, model: Model) -> None:
     write_shard(folder, 3, some_features(0), [], model.fingerprint)
     write_shard(folder, 4, some_features(1), ["z.jpg"], model.fingerprint)
