@@ -7,15 +7,18 @@ from functools import partial
 
 import numpy as np
 
-from search.arrays import Rows
-from search.collapse import collapse
+from search.arrays import Mask, Rows
+from search.collapse import Collapse
 from search.gallery.shards import Gallery
 from search.labels import Annotations
 from search.options import TOP_K, Metric
 from search.queries import Query, is_self, own_rows
 from search.ranking.exact import exact_similarities
 from search.ranking.planner import Planner, Purpose
-from search.ranking.rank import Hit, rank, rows_within
+from search.ranking.rank import Hit, rank, rows_within, scan_without
+
+#: Pairs of a hit and a row near to it that are held at once, 8 bytes each.
+_PAIRS_HELD = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +81,15 @@ def answer(
         explain(f"plan: {way}")
     scan = planner.arithmetic(way).scan
 
-    def ranked(some: Sequence[Query], depth: int) -> tuple[tuple[Hit, ...], ...]:
+    def ranked(some: Sequence[Query], depth: int, without: Mask | None = None) -> tuple[tuple[Hit, ...], ...]:
         features = np.stack([query.feature for query in some])
-        return rank(gallery, features, depth, criteria.metric, scan, way.queries_at_once).hits
+        found = scan if without is None else scan_without(scan, without)
+        return rank(gallery, features, depth, criteria.metric, found, way.queries_at_once).hits
 
     def near(rows: Rows) -> list[Rows]:
         assert criteria.collapse is not None
-        return rows_within(gallery, gallery.take(rows), criteria.collapse, scan, way.queries_at_once)
+        features = gallery.take(rows[: way.queries_at_once])
+        return rows_within(gallery, features, criteria.collapse, scan, most_pairs=_PAIRS_HELD)
 
     depth = criteria.top_k + more
     answers = []
@@ -124,6 +129,12 @@ class _Wanted:
         least = self.criteria.min_similarity
         return hits if least is None else [hit for hit in hits if hit.similarity >= least]
 
+    def ends_with(self, hits: Sequence[Hit]) -> bool:
+        """Whether no hit that comes after these can be similar enough."""
+        least = self.criteria.min_similarity
+        by_cosine = least is not None and self.criteria.metric is not Metric.euclidean
+        return by_cosine and len(self.similar(hits[-1:])) < len(hits[-1:])
+
     def count(self, rows: Rows) -> int:
         """How many of some rows can be hits."""
         gallery, least = self.gallery, self.criteria.min_similarity
@@ -141,15 +152,20 @@ def _collapsed(
     wanted: _Wanted,
     hits: tuple[Hit, ...],
     depth: int,
-    ranked: Callable[[int], tuple[tuple[Hit, ...], ...]],
+    ranked: Callable[[int, Mask], tuple[tuple[Hit, ...], ...]],
     near: Callable[[Rows], Sequence[Rows]],
 ) -> tuple[Hit, ...]:
-    """The first hits that are not near-identical to one before, from as deep in the ranking as it takes."""
-    known: dict[int, Rows] = {}
+    """The first hits that are not near-identical to one before, from as deep in the ranking as it takes.
+
+    Args:
+        hits: so many as `depth`, or all.
+        ranked: the best so many hits without some rows.
+        near: as `Collapse` takes it.
+    """
+    collapse = Collapse(wanted.gallery.rows, wanted.criteria.top_k, near, wanted.count)
     while True:
-        possible = wanted.similar(wanted.others(hits))
-        kept = collapse(possible, wanted.criteria.top_k, near, wanted.count, known)
-        if len(kept) == wanted.criteria.top_k or len(hits) < depth:
-            return tuple(kept)
+        collapse.take(wanted.similar(wanted.others(hits)))
+        if len(collapse.shown) == wanted.criteria.top_k or len(hits) < depth or wanted.ends_with(hits):
+            return tuple(collapse.shown)
         depth *= 4
-        (hits,) = ranked(depth)
+        (hits,) = ranked(depth, collapse.passed)

@@ -12,7 +12,7 @@ import gc
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -122,8 +122,28 @@ def nearest(gallery: Gallery, queries: Float32, top_k: int, metric: Metric, scan
     return pools.decided()
 
 
+def scan_without(scan: Scan, left_out: Mask) -> Scan:
+    """The same scan without some gallery rows, bool[n]; what it keeps of the gallery serves as before.
+
+    Rows that no scan looks at, as float32 cannot be trusted with them, are candidates all the same.
+    """
+    more = int(left_out.sum())
+
+    def scan_others(gallery: Gallery, batch: Batch, cuts: Float64) -> Iterator[Candidates]:
+        # The first k of the others are among the first k and so many more.
+        for candidates in scan(gallery, replace(batch, top_k=batch.top_k + more), cuts):
+            yield candidates.only(~left_out[candidates.rows])
+
+    return scan_others
+
+
 def rows_within(
-    gallery: Gallery, queries: Float32, least: float, scan: Scan, queries_at_once: int = QUERIES_AT_ONCE
+    gallery: Gallery,
+    queries: Float32,
+    least: float,
+    scan: Scan,
+    queries_at_once: int = QUERIES_AT_ONCE,
+    most_pairs: int | None = None,
 ) -> list[Rows]:
     """Find every row whose cosine with a query reaches a value, exactly.
 
@@ -131,25 +151,41 @@ def rows_within(
         queries: float32[q, d]; none zero, all finite.
         least: the cosine.
         scan, queries_at_once: as `rank` takes them.
+        most_pairs: of queries and rows; if all queries have more, only those of the first queries are found.
 
     Returns:
-        For each query gallery rows, int64, ascending.
+        For each query gallery rows, int64, ascending; for one query at least.
     """
     found: list[Rows] = []
     for start in range(0, len(queries), queries_at_once):
         batch = Batch(queries[start : start + queries_at_once], 1, Metric.cosine)
-        # Cuts that stay let every row through that can reach them.
-        cuts = np.full(len(batch.queries), least)
-        rows: list[list[Rows]] = [[] for _ in cuts]
-        for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
-            for number in np.unique(candidates.queries).tolist():
-                of_query = candidates.queries == number
-                some, reached = candidates.rows[of_query], candidates.lower[of_query] >= least
-                in_doubt = np.flatnonzero(~reached)
-                reached[in_doubt] = batch.decide(gallery, np.full(len(in_doubt), number), some[in_doubt]) >= least
-                rows[number].append(some[reached])
-        found += [np.sort(np.concatenate([np.empty(0, np.int64), *one])) for one in rows]
+        rows = _rows_within(gallery, batch, least, scan, most_pairs)
+        found += rows
+        if len(rows) < len(batch.queries):
+            break
     return found
+
+
+def _rows_within(gallery: Gallery, batch: Batch, least: float, scan: Scan, most_pairs: int | None) -> list[Rows]:
+    # Cuts that stay let every row through that can reach them.
+    cuts = np.full(len(batch.queries), least)
+    rows: list[list[Rows]] = [[] for _ in cuts]
+    pairs = np.zeros(len(cuts), np.int64)
+    for candidates in itertools.chain(scan(gallery, batch, cuts), _odd_rows(gallery, len(cuts))):
+        bounds = np.searchsorted(candidates.queries, np.arange(len(rows) + 1)).tolist()
+        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+            if start == end:
+                continue
+            some, reached = candidates.rows[start:end], candidates.lower[start:end] >= least
+            in_doubt = np.flatnonzero(~reached)
+            reached[in_doubt] = batch.decide(gallery, np.full(len(in_doubt), number), some[in_doubt]) >= least
+            rows[number].append(some[reached])
+            pairs[number] += len(rows[number][-1])
+        while most_pairs is not None and len(rows) > 1 and pairs[: len(rows)].sum() > most_pairs:
+            del rows[len(rows) // 2 :]
+            # No row reaches this, so nothing more comes of them.
+            cuts[len(rows) :] = np.inf
+    return [np.sort(np.concatenate([np.empty(0, np.int64), *one])) for one in rows]
 
 
 def check_queries(queries: Float32, length: int) -> None:
