@@ -1,5 +1,6 @@
 """A gallery that is opened once and searched many times, from several threads."""
 
+import operator
 import os
 import sys
 import threading
@@ -26,7 +27,7 @@ from search.duplicates.decisions import read_decisions
 from search.duplicates.linkage import Rules
 from search.duplicates.matches import Settled, find_matches
 from search.duplicates.sides import Compared
-from search.filters import Condition, apply_conditions, parse_conditions
+from search.filters import Condition, Wording, apply_conditions, parse_conditions
 from search.gallery.opening import find_gallery, is_gallery, reuse_shards
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 #: Pictures that CUDA computes at a time: mostly one comes, and up to so many a GPU takes hardly longer.
 _PICTURES_AT_ONCE = 8
+#: What messages call the arguments here.
+_ARGUMENTS = Wording("condition", "against", "not_within_folder", "give one to only as labels")
 
 
 class RuijiWarning(UserWarning):
@@ -157,13 +160,13 @@ class Gallery:
             UsageError: a condition cannot be read, or asks for what is not there.
         """
         annotations = labels if labels is None or isinstance(labels, Annotations) else read_annotations(Path(labels))
-        wanted = _Filter(tuple(parse_conditions(conditions)), annotations)
+        wanted = _Filter(tuple(parse_conditions(conditions, _ARGUMENTS.where)), annotations)
         shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
         return Gallery(*shared, (*self._filters, wanted))
 
     def _filtered(self, shards: Shards) -> Shards:
         for wanted in self._filters:
-            shards = apply_conditions(shards, wanted.conditions, wanted.annotations)
+            shards = apply_conditions(shards, wanted.conditions, wanted.annotations, _ARGUMENTS)
         return shards
 
     def search(
@@ -244,8 +247,8 @@ class Gallery:
         Raises:
             QueryError: there is no such object, or it cannot be ranked.
         """
-        shards = self._shards
-        names = _texts(object_ids)
+        criteria = _criteria(top_k, metric, min_similarity, collapse, not include_self)
+        shards, names = self._shards, _texts(object_ids)
         rows = shards.rows_of(names)
         features = _features(shards, names, rows)
         queries: list[Query | str] = []
@@ -253,9 +256,7 @@ class Gallery:
             if problem := unusable(feature):
                 raise QueryError(f"object {name}: {problem}")
             queries.append(Query(name, feature, None, name, shards.path(rows[name][0]), by_id=True))
-        return self._answer(
-            shards, names, queries, _criteria(top_k, metric, min_similarity, collapse, not include_self)
-        )
+        return self._answer(shards, names, queries, criteria)
 
     def search_vectors(
         self,
@@ -275,6 +276,7 @@ class Gallery:
         Raises:
             QueryError: one is of another length than the gallery's features, zero, or not finite.
         """
+        criteria = _criteria(top_k, metric, min_similarity, collapse)
         shards, given = self._shards, np.asarray(vectors)
         if given.dtype.kind != "f" or given.ndim not in (1, 2) or given.shape[-1] != shards.length or not len(given):
             raise QueryError(
@@ -287,7 +289,7 @@ class Gallery:
             raise QueryError(f"vector {number}: {unusable(features[number])}")
         names = [str(number) for number in range(len(features))]
         queries = list(map(Query, names, features))
-        return self._answer(shards, names, queries, _criteria(top_k, metric, min_similarity, collapse))
+        return self._answer(shards, names, queries, criteria)
 
     def features(self, object_ids: str | Sequence[str]) -> Float32:
         """The features of an object, or of several, float32[n, d], raw model output, in the order given.
@@ -387,7 +389,14 @@ class Gallery:
         return self._shards.rows_key
 
     def sample(self, count: int) -> list[GalleryObject]:
-        """Some of the objects that are searched, by chance, none twice; all, if there are no more."""
+        """Some of the objects that are searched, by chance, none twice; all, if there are no more.
+
+        Args:
+            count: how many, at least 0.
+        """
+        count = _whole(count, "count")
+        if count < 0:
+            raise UsageError(f"count must be at least 0, not {count}")
         shards, generator = self._shards, np.random.default_rng()
         searched = [
             first + np.flatnonzero(~shard.left_out)
@@ -451,7 +460,7 @@ class Gallery:
                 raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
             return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
         labels = (one.annotations for one in reversed(self._filters) if one.annotations is not None)
-        compared = Compared(shards, _texts(against), next(labels, None), not_within_folder)
+        compared = Compared(shards, _texts(against), next(labels, None), not_within_folder, _ARGUMENTS)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
         said: list[str] = []
@@ -708,9 +717,18 @@ def _projection(name: str) -> Projection:
     return Projection(name)
 
 
+def _whole(number: int, argument: str) -> int:
+    """A whole number of any type."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise UsageError(f"{argument} must be a whole number, not {number!r}") from None
+
+
 def _criteria(
     top_k: int, metric: str, min_similarity: float | None, collapse: float | None, exclude_self: bool | None = None
 ) -> Criteria:
+    top_k = _whole(top_k, "top_k")
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {top_k}")
     if metric not in set(Metric):

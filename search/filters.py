@@ -17,6 +17,27 @@ _CONDITION = re.compile(r"(?P<column>[^=!]+?)(?P<negated>!?)=(?P<value>.*)", re.
 
 
 @dataclass(frozen=True)
+class Wording:
+    """What a caller's user calls that which messages are about; by default as the commands have it.
+
+    Attributes:
+        where: conditions that choose objects.
+        against: those that choose a reference.
+        not_within_folder: that objects of one folder are not compared.
+        give_labels: what to do if there is no annotation CSV.
+    """
+
+    where: str = "--where"
+    against: str = "--against"
+    not_within_folder: str = "--not-within-folder"
+    give_labels: str = "give one with --labels"
+
+
+#: Of the commands.
+OPTIONS = Wording()
+
+
+@dataclass(frozen=True)
 class Condition:
     """One `--where`.
 
@@ -35,7 +56,7 @@ class Condition:
         return same != self.negated
 
 
-def parse_conditions(texts: Sequence[str], option: str = "--where") -> list[Condition]:
+def parse_conditions(texts: Sequence[str], option: str = OPTIONS.where) -> list[Condition]:
     """Read conditions, `COLUMN=VALUE` or `COLUMN!=VALUE`.
 
     Args:
@@ -53,38 +74,69 @@ def parse_conditions(texts: Sequence[str], option: str = "--where") -> list[Cond
     return conditions
 
 
-def apply_conditions(gallery: Gallery, conditions: Sequence[Condition], annotations: Annotations | None) -> Gallery:
+def apply_conditions(
+    gallery: Gallery,
+    conditions: Sequence[Condition],
+    annotations: Annotations | None,
+    wording: Wording = OPTIONS,
+) -> Gallery:
     """The gallery with only the objects that are meant: of each column one of its values, and none that is negated.
+
+    Args:
+        wording: of messages.
 
     Raises:
         UsageError: a column is asked for that is not there, or paths in a gallery that does not know them.
     """
-    return gallery.only(meant(gallery, conditions, annotations)) if conditions else gallery
+    if not conditions:
+        return gallery
+    return gallery.only(meant(gallery, conditions, annotations, wording.where, wording.give_labels))
+
+
+def check_columns(
+    conditions: Sequence[Condition],
+    annotations: Annotations | None,
+    option: str = OPTIONS.where,
+    give_labels: str = OPTIONS.give_labels,
+) -> None:
+    """Check that there is each column that is asked for.
+
+    Args:
+        option: what the conditions were given as.
+        give_labels: what to do if there are no annotations.
+
+    Raises:
+        UsageError: there is not.
+    """
+    for condition in conditions:
+        if condition.column == PATH:
+            continue
+        if annotations is None:
+            raise UsageError(f"{option} {condition.column}=… asks for a column of an annotation CSV: {give_labels}")
+        if condition.column not in annotations.columns:
+            raise UsageError(
+                f"{annotations.source} has no column {condition.column}; it has {', '.join(annotations.columns)}"
+            )
 
 
 def meant(
-    gallery: Gallery, conditions: Sequence[Condition], annotations: Annotations | None, option: str = "--where"
+    gallery: Gallery,
+    conditions: Sequence[Condition],
+    annotations: Annotations | None,
+    option: str = OPTIONS.where,
+    give_labels: str = OPTIONS.give_labels,
 ) -> list[NDArray[np.bool_]]:
     """For each shard the objects that are meant, bool[rows].
 
     Args:
-        option: what the conditions were given as.
+        option, give_labels: as `check_columns` takes them.
 
     Raises:
         UsageError: as `apply_conditions`.
     """
-    for condition in conditions:
-        if condition.column == PATH:
-            if gallery.fingerprint is None:
-                raise UsageError(f"{option} path=…: this gallery has no gallery.json and does not know paths")
-        elif annotations is None:
-            raise UsageError(
-                f"{option} {condition.column}=… asks for a column of an annotation CSV: give one with --labels"
-            )
-        elif condition.column not in annotations.columns:
-            raise UsageError(
-                f"{annotations.source} has no column {condition.column}; it has {', '.join(annotations.columns)}"
-            )
+    if gallery.fingerprint is None and any(condition.column == PATH for condition in conditions):
+        raise UsageError(f"{option} path=…: this gallery has no gallery.json and does not know paths")
+    check_columns(conditions, annotations, option, give_labels)
     if all(condition.column == PATH for condition in conditions):
         annotations = None  # What it says of a row is nobody's question, and may be ambiguous.
     return [_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))]

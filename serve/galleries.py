@@ -11,6 +11,7 @@ from pipeline.choices import Device
 from pipeline.errors import NoShards, QueryError, RuijiError, UsageError
 from pipeline.store import machine_faults
 from pipeline.streams import counted, note
+from search.filters import check_columns, parse_conditions
 from search.gallery.opening import find_galleries, is_gallery
 from search.labels import Annotations
 
@@ -51,6 +52,7 @@ class Resident:
         """
         if not conditions:
             return self.gallery
+        check_columns(parse_conditions(conditions, "where"), annotations, "where", "start the service with --labels")
         with self._parting:
             # The one that was asked for last is the last to go.
             part = self._parts.pop(tuple(conditions), None) or self.gallery.only(*conditions, labels=annotations)

@@ -75,8 +75,11 @@ class Choice:
 _LOSSLESS, _FEW_COLORS = {"BMP", "DIB", "PNG", "PPM", "TGA", "TIFF"}, {"GIF", "ICO"}
 
 
-def parse_rules(text: str) -> tuple[Rule, ...]:
+def parse_rules(text: str, option: str = "--keep") -> tuple[Rule, ...]:
     """Read rules as `--keep` has them; a prefix with a comma stands in double quotes, as in CSV: `"path=a,b"`.
+
+    Args:
+        option: what they were given as.
 
     Raises:
         UsageError: one is unknown, given twice, or a `path` without a prefix; or quotes or line ends are amiss.
@@ -87,20 +90,20 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
         words = next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error:
         raise UsageError(
-            f'--keep {text!r}: the rules stand in one line, and quotes around a whole rule: "path=a,b"'
+            f'{option} {text!r}: the rules stand in one line, and quotes around a whole rule: "path=a,b"'
         ) from None
     for word in words:
         name, given, prefix = word.partition("=")
         if name not in list(RuleKind) or bool(given) != (name == RuleKind.path):
-            raise UsageError(f"--keep {text}: {word!r} is no rule; the rules are {known}, with commas between")
+            raise UsageError(f"{option} {text}: {word!r} is no rule; the rules are {known}, with commas between")
         if given and not prefix:
-            raise UsageError(f"--keep {text}: path= has no prefix")
+            raise UsageError(f"{option} {text}: path= has no prefix")
         rule = Rule(RuleKind(name), prefix)
         if rule in rules:
-            raise UsageError(f"--keep {text}: {word} stands there twice")
+            raise UsageError(f"{option} {text}: {word} stands there twice")
         rules.append(rule)
     if not rules:
-        raise UsageError(f"--keep has no rule; the rules are {known}")
+        raise UsageError(f"{option} has no rule; the rules are {known}")
     return tuple(rules)
 
 

@@ -41,7 +41,7 @@ async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Quer
     resident = service.galleries.get(asked.gallery)
     wanted = WantedGroups(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
     try:
-        rules = None if asked.keep is None else parse_rules(asked.keep)
+        rules = None if asked.keep is None else parse_rules(asked.keep, "keep")
     except UsageError as error:
         raise HTTPException(422, str(error)) from None
     folder = resident.gallery.folder

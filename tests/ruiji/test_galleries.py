@@ -212,6 +212,25 @@ def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:
         (ruiji.UsageError, "no device 'gpu': name one of auto, cuda, cpu", lambda: world_with("gpu")),
         (ruiji.UsageError, "no metric 'l1'", lambda: gallery.search_vectors(vector, metric="l1")),
         (ruiji.UsageError, "top_k must be at least 1", lambda: gallery.search_vectors(vector, top_k=0)),
+        (ruiji.UsageError, "top_k must be a whole number, not 2.5", lambda: gallery.search_ids("x", top_k=2.5)),  # type: ignore[arg-type]
+        (ruiji.UsageError, "count must be at least 0, not -1", lambda: gallery.sample(-1)),
+        (ruiji.UsageError, "count must be a whole number, not '3'", lambda: gallery.sample("3")),  # type: ignore[arg-type]
+        (ruiji.UsageError, "^condition label: write COLUMN=VALUE", lambda: gallery.only("label")),
+        (
+            ruiji.UsageError,
+            "^condition label=… asks for a column of an annotation CSV: give one to only as labels$",
+            lambda: gallery.only("label=cat"),
+        ),
+        (
+            ruiji.UsageError,
+            "^against label=… asks for a column of an annotation CSV: give one to only as labels$",
+            lambda: gallery.near_duplicates(against="label=cat"),
+        ),
+        (
+            ruiji.UsageError,
+            "^against path=none/ means none of the",
+            lambda: gallery.near_duplicates(against="path=none/"),
+        ),
         (ruiji.UsageError, "collapse must be", lambda: gallery.search_vectors(vector, collapse=0.0)),
         (ruiji.UsageError, "min_similarity must be", lambda: gallery.search_vectors(vector, min_similarity=np.nan)),
         (
@@ -231,6 +250,8 @@ def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:
     ):
         with pytest.raises(kind, match=message):
             ask()
+    assert len(gallery.sample(np.int64(3))) == len(gallery.search_vectors(vector, top_k=np.int64(3)).hits) == 3  # type: ignore[arg-type]
+    assert gallery.sample(0) == []
 
 
 def world_with(device: str) -> ruiji.Gallery:
@@ -250,6 +271,15 @@ def test_an_unverified_gallery_is_searched_with_a_warning(tmp_path: Path, world:
     # It names the line of the caller, not one of ruiji.
     assert warned[0].filename == __file__
     assert gallery.search_vectors(world.features[0], top_k=1).hits[0].path is None
+    for said, ask in (
+        ("condition path=…", lambda: gallery.only("path=a/")),
+        ("against path=…", lambda: gallery.near_duplicates(against="path=a/")),
+        ("not_within_folder", lambda: gallery.near_duplicates(not_within_folder=True)),
+    ):
+        with pytest.raises(
+            ruiji.UsageError, match=f"^{said}: this gallery has no gallery.json and does not know paths"
+        ):
+            ask()
 
 
 def test_only_some_objects_are_searched_and_grouped(world: World) -> None:

@@ -73,7 +73,8 @@ def test_groups_come_with_what_decides_about_them(ruiji: Ruiji) -> None:
     os.utime(oldest, (10**9, 10**9))
     chosen = look(served, "?keep=oldest")["groups"][1]
     assert chosen["members"][0]["object_id"] == "001-small2.jpg" and chosen["reason"].startswith("oldest (2001-09-09")
-    assert served.get("/duplicates?keep=biggest").status == 422
+    refused = served.get("/duplicates?keep=biggest")
+    assert refused.status == 422 and refused.error.startswith("keep biggest: 'biggest' is no rule")
     # The command has the same groups.
     lines = ruiji("near-duplicates", "--keep", "pixels,bytes", "--format", "jsonl").stdout.splitlines()
     assert [[member["object_id"] for member in json.loads(line)["members"]] for line in lines] == names(found["groups"])

@@ -96,7 +96,8 @@ def test_without_annotations_only_paths_can_be_asked_for(served: Served) -> None
     assert [one for one, _ in found(served.similar(listed[0]["object_id"], f"?where=path={path}"))] == [
         listed[1]["object_id"]
     ]
-    assert "--labels" in served.similar(listed[0]["object_id"], "?where=label%3Dcat").error
+    said = "where label=… asks for a column of an annotation CSV: start the service with --labels"
+    assert said in served.similar(listed[0]["object_id"], "?where=label%3Dcat").error
     assert served.get("/columns").json() == {"columns": []}
 
 

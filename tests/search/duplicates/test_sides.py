@@ -70,10 +70,13 @@ def test_a_reference_that_is_all_or_nothing_is_refused(folder: Path, against: st
 
 
 def test_a_condition_that_cannot_be_read_is_named_by_its_option(folder: Path) -> None:
-    with pytest.raises(UsageError, match="--against archive: write"):
-        found(folder, "archive")
-    with pytest.raises(UsageError, match="--against kind=… asks for a column"):
-        found(folder, "kind=old")
+    for against, said in (("archive", "archive: write"), ("kind=old", "kind=… asks for a column .* give one")):
+        request = NearDuplicatesRequest(selection=Selection(feature_dir=folder), against=(against,))
+        with pytest.raises(UsageError, match=f"^--against {said}"):
+            near_duplicates(request, lambda line: None, show_steps)
+        # From Python by its argument.
+        with pytest.raises(UsageError, match=f"^against {said}"):
+            found(folder, against)
 
 
 def test_a_gallery_without_paths_has_no_folders(tmp_path: Path) -> None:
