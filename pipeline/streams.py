@@ -74,6 +74,12 @@ def exact_stdout() -> TextIO:
     return sys.stdout
 
 
+def as_argument(path: object) -> str:
+    """A path that no program takes for an option."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
 def to_json(value: object, indent: int | None = None) -> str:
     """JSON with every character as it is, or with escapes if UTF-8 cannot hold one."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)

@@ -16,7 +16,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
-from pipeline.streams import counted, csv_writer, to_json
+from pipeline.streams import as_argument, counted, csv_writer, to_json
 from pipeline.targets import check_targets
 from search.duplicates.contents import rows_with
 from search.duplicates.decided import Decided, decided_in, object_of
@@ -259,7 +259,7 @@ def _lines(
         elif form is FileFormat.jsonl:
             yield to_json({column: getattr(file, column) for column in columns}) + "\n"
         else:
-            yield f"{media_dir / file.path}" + ("\0" if null else "\n")
+            yield as_argument(media_dir / file.path) + ("\0" if null else "\n")
 
 
 def _csv_line(values: Sequence[object]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.streams import counted, csv_writer, exact_stdout, shown, to_json
+from pipeline.streams import as_argument, counted, csv_writer, exact_stdout, shown, to_json
 from search.options import GroupFormat, OutputFormat
 from search.views.table import aligned
 
@@ -253,7 +253,8 @@ def _write_csv(columns: Sequence[str], rows: Iterator[Mapping[str, object]]) -> 
 def _write_paths(paths: Iterator[object], media_dir: Path | None, null: bool) -> None:
     out = exact_stdout()
     for path in paths:
-        print(path if media_dir is None else media_dir / str(path), end="\0" if null else "\n", file=out)
+        whole = path if media_dir is None else media_dir / str(path)
+        print(as_argument(whole), end="\0" if null else "\n", file=out)
 
 
 def _query_tables(found: "Sequence[tuple[str, list[Row]]]") -> Iterator[str]:

@@ -545,6 +545,17 @@ def test_paths_can_end_in_null_characters(world: World) -> None:
     assert "--format paths" in world.refused(UsageError, "--id", names(world)[0], "-0")
 
 
+def test_no_path_can_be_taken_for_an_option(own_world: World) -> None:
+    features = open_gallery(own_world.folder).take(np.array([0]))
+    write_shard(own_world.folder, 9, np.repeat(features, 2, axis=0), ["-0.png", "-1.png"], own_world.model.fingerprint)
+    query = ("--id", "-0.png", "-k", "2", "--format", "paths")
+    assert set(own_world.search(*query).stdout.splitlines()) == {"./-1.png", own_world.paths[0]}
+    media = ("--media-dir", own_world.media)
+    assert f"{own_world.media}/-1.png" in own_world.search(*query, *media).stdout.splitlines()
+    groups = own_world.run("near-duplicates", "--threshold", "0.99999", "--format", "paths").stdout
+    assert {"./-0.png", "./-1.png"} < set(groups.splitlines())
+
+
 def test_explain_says_the_way_and_why(world: World) -> None:
     result = world.search("--id", names(world)[0], "--explain", "--format", "json")
     assert "plan: numpy on cpu, float32" in result.stderr

@@ -27,6 +27,9 @@ from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from search.cli import register
 from search.duplicates.decisions import append_decisions, read_decisions
+from search.duplicates.removal import LeftOut, ListedFile
+from search.options import FileFormat
+from search.requests.duplicates import file_lines, left_out_lines
 from tests.conftest import ROOT
 from tests.factories import wait_until
 from tests.search.duplicates.test_decisions import different
@@ -188,6 +191,23 @@ def test_lists_name_what_can_go_and_what_is_kept(world: World) -> None:
         ("dog/c.png", "3", "cat/a.png"),
     ]
     assert all((world.media / path).read_bytes() == data for path, data in FILES.items()), "nothing is touched"
+
+
+def test_no_listed_path_can_be_taken_for_an_option(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("-a.png", "-b.png")}
+    found = [ListedFile(name, 1, "00", "-a.png", "") for name in files]
+    left_out = [LeftOut(name, "it changed") for name in files]
+    for media_dir, paths in (
+        (Path(), ["./-a.png", "./-b.png"]),
+        (Path("-pictures"), ["./-pictures/-a.png", "./-pictures/-b.png"]),
+        (tmp_path, [str(path) for path in files.values()]),
+    ):
+        for null, end in ((False, "\n"), (True, "\0")):
+            assert list(file_lines(found, FileFormat.paths, media_dir, null)) == [path + end for path in paths]
+            assert list(left_out_lines(left_out, FileFormat.paths, media_dir, null)) == [path + end for path in paths]
+        # What is no list of arguments has each name as it is.
+        (_, first, _) = file_lines(found, FileFormat.csv, media_dir)
+        assert first.startswith("-a.png,1,")
 
 
 def test_what_changed_or_lost_its_kept_file_is_left_out_and_named(world: World) -> None:
