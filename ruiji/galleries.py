@@ -164,6 +164,18 @@ class Gallery:
         shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
         return Gallery(*shared, (*self._filters, wanted))
 
+    def labels(self, labels: str | os.PathLike[str] | Annotations) -> Annotations:
+        """What an annotation CSV says of the objects: `label` and `find` of it take an object's id and path.
+
+        Args:
+            labels: the file, or what was read of it.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        annotations = labels if isinstance(labels, Annotations) else read_annotations(Path(labels))
+        return annotations.among(self._whole.all_paths)
+
     def _filtered(self, shards: Shards) -> Shards:
         for wanted in self._filters:
             shards = apply_conditions(shards, wanted.conditions, wanted.annotations, _ARGUMENTS)

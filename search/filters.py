@@ -139,6 +139,8 @@ def meant(
     check_columns(conditions, annotations, option, give_labels)
     if all(condition.column == PATH for condition in conditions):
         annotations = None  # What it says of a row is nobody's question, and may be ambiguous.
+    elif annotations is not None:
+        annotations = annotations.among(gallery.all_paths)
     return [_wanted(gallery, index, conditions, annotations) for index in range(len(gallery.shards))]
 
 

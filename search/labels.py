@@ -2,12 +2,17 @@
 
 The format is that of the second article: a header line with `data_type,img_name,img_path,label,id`, one image a line.
 Only `img_path` or `img_name` has to be there; any further column (a camera, a date) can be asked for by its name.
+
+An object's line is the one with its path. If there is none, one with its file name counts, unless its path says that it
+is of another file. It says so if another object has more of it, from its end; and if any object has the path of a line:
+then the paths are relative to the media folder, but for absolute ones, which must end with the object's.
 """
 
 import csv
+import itertools
 import posixpath
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -29,47 +34,97 @@ class Annotations:
         source: the file, for messages.
         columns: as in the header.
         rows: in file order.
+        gallery_paths: gives the paths of all objects of the gallery that is asked about; by default it has no others.
     """
 
     source: Path
     columns: tuple[str, ...]
     rows: tuple[Annotation, ...]
+    gallery_paths: Callable[[], Iterable[str]] = tuple
+
+    def among(self, gallery_paths: Callable[[], Iterable[str]]) -> "Annotations":
+        """The same lines for the objects of a gallery.
+
+        Args:
+            gallery_paths: gives the paths of all its objects; called if some object has no line with its path.
+        """
+        bound = replace(self, gallery_paths=gallery_paths)
+        vars(bound).update(_by_path=self._by_path, _by_name=self._by_name)
+        return bound
 
     @cached_property
-    def _by_path(self) -> dict[str, Annotation | None]:
-        return _by_key((posixpath.normpath(row[PATH_COLUMN]), row) for row in self.rows if row.get(PATH_COLUMN))
+    def _by_path(self) -> dict[str, list[Annotation]]:
+        return _by_key((path, row) for row in self.rows if (path := _path(row)))
 
     @cached_property
-    def _by_name(self) -> dict[str, Annotation | None]:
+    def _by_name(self) -> dict[str, list[Annotation]]:
         return _by_key((row.get(NAME_COLUMN) or posixpath.basename(row.get(PATH_COLUMN, "")), row) for row in self.rows)
 
     def _of_path(self, path: str) -> Annotation | None:
-        row = self._by_path.get(path)
-        if row is None and path in self._by_path:
+        rows = self._by_path.get(path, [])
+        if len(rows) > 1:
             raise UsageError(f"{self.source} has several lines for {path} that differ; keep one of them")
-        return row
+        return rows[0] if rows else None
+
+    @cached_property
+    def _relative(self) -> bool:
+        """Whether an object has the path of a line: then the paths are relative to the media folder."""
+        return any(path in self._by_path for path in self.gallery_paths())
+
+    @cached_property
+    def _claims(self) -> dict[str, str | None]:
+        """By the ends of lines' paths the object whose path ends so, or None if several do; without those of nobody."""
+        of_lines = (own for own in self._by_path if not self._relative or posixpath.isabs(own))
+        wanted = {end for own in of_lines for end in _ends(own)}
+        claims: dict[str, str | None] = {}
+        for path in self.gallery_paths():
+            for end in itertools.takewhile(wanted.__contains__, _ends(path)):
+                claims[end] = path if claims.get(end, path) == path else None
+        return claims
+
+    def _can_be(self, row: Annotation, path: str) -> bool:
+        """Whether a line with an object's file name is its, although it has not its path.
+
+        Raises:
+            UsageError: it is as much that of another object.
+        """
+        own = _path(row)
+        if not own:
+            return True
+        if self._relative and not (posixpath.isabs(own) and own.endswith(f"/{path}")):
+            return False
+        end = next((end for end in reversed(list(_ends(own))) if end in self._claims), "")
+        if not f"/{path}".endswith(f"/{end}" if end else ""):
+            return False
+        if end and self._claims[end] is None:
+            raise UsageError(
+                f"{self.source}: {own} can be {path} or another object of the gallery; make the paths relative to the "
+                "media folder"
+            )
+        return True
 
     def find(self, object_id: str, path: str | None) -> Annotation | None:
-        """The line of one gallery object: by its path, else by its file name.
+        """The line of one gallery object: by its path, else by its file name, as far as a path does not say otherwise.
 
         Args:
             object_id: of the gallery; its last part is the file name.
             path: relative to the media folder; None if the gallery does not know paths.
 
         Raises:
-            UsageError: what fits, the path or else the name, stands in several lines that differ.
+            UsageError: what fits, the path or else the name, stands in several lines that differ; or the line fits
+                another object as well.
         """
         if path is not None and (row := self._of_path(path)) is not None:
             return row
         name = posixpath.basename(object_id)
-        row = self._by_name.get(name)
-        if row is None and name in self._by_name:
+        rows = [row for row in self._by_name.get(name, ()) if path is None or self._can_be(row, path)]
+        if len(rows) > 1:
             raise UsageError(
                 f"{self.source} has several lines for {name} and none of them has the gallery's path "
                 f"({'unknown here' if path is None else path}) as its {PATH_COLUMN}; make the paths relative to the "
                 "media folder"
             )
-        return row
+        return rows[0] if rows else None
 
     def values(self, column: str) -> list[str]:
         """The different values of a column, sorted."""
@@ -93,17 +148,35 @@ class Annotations:
         """
         row = self._of_path(path)
         if row is None:
-            named = self._by_name.get(posixpath.basename(path))
-            row = None if named is None or named.get(PATH_COLUMN) else named
+            named = self._by_name.get(posixpath.basename(path), [])
+            row = named[0] if len(named) == 1 and not _path(named[0]) else None
         return None if row is None else row.get(LABEL_COLUMN)
 
 
-def _by_key(lines: Iterable[tuple[str, Annotation]]) -> dict[str, Annotation | None]:
-    """Lines by a key; None where several of different content have it."""
-    found: dict[str, Annotation | None] = {}
+def _by_key(lines: Iterable[tuple[str, Annotation]]) -> dict[str, list[Annotation]]:
+    """Lines by a key; of those with the same content the first."""
+    found: dict[str, list[Annotation]] = {}
+    known: set[tuple[str, ...]] = set()
     for key, row in lines:
-        found[key] = row if found.get(key, row) == row else None
+        content = key, *row.values()
+        if content not in known:
+            known.add(content)
+            found.setdefault(key, []).append(row)
     return found
+
+
+def _path(row: Annotation) -> str:
+    """The path of a line; empty if it has none."""
+    path = row.get(PATH_COLUMN)
+    return posixpath.normpath(path) if path else ""
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The last part of a path, the last two, and so on to all."""
+    at = len(path)
+    while (at := path.rfind("/", 0, at)) >= 0:
+        yield path[at + 1 :]
+    yield path
 
 
 def read_annotations(source: Path) -> Annotations:

@@ -297,8 +297,7 @@ class CleanUp:
         if rules and gallery.fingerprint is None:
             raise UsageError(f"keep: {_NO_PATHS}")
         for rule in rules or ():
-            of_gallery = (path for shard in gallery.shards for path in shard.paths or ())
-            if rule.kind is RuleKind.path and not any(path.startswith(rule.prefix) for path in of_gallery):
+            if rule.kind is RuleKind.path and not any(path.startswith(rule.prefix) for path in gallery.all_paths()):
                 raise UsageError(f"path={rule.prefix}: no path of the gallery begins with it")
 
     def _made(self, gallery: Gallery, wanted: WantedGroups, decisions: list[Decision]) -> _MadeGroups:

@@ -42,6 +42,7 @@ class Resident:
     #: Of the model's files when it was opened.
     stamp: tuple[object, ...] = ()
     _parts: dict[tuple[str, ...], ruiji.Gallery] = field(default_factory=dict)
+    _labels: Annotations | None = None
     _parting: threading.Lock = field(default_factory=threading.Lock)
 
     def only(self, conditions: Sequence[str], annotations: Annotations | None) -> ruiji.Gallery:
@@ -61,6 +62,14 @@ class Resident:
                 del self._parts[next(iter(self._parts))]
         return part
 
+    def labels(self, annotations: Annotations | None) -> Annotations | None:
+        """What the annotations say of its objects, as `ruiji.Gallery.labels` has it; kept, for the same reason."""
+        if annotations is None:
+            return None
+        with self._parting:
+            self._labels = self._labels or self.gallery.labels(annotations)
+            return self._labels
+
     def refresh(self) -> None:
         """Take up what changed.
 
@@ -70,6 +79,7 @@ class Resident:
         with self._parting:
             if self.gallery.refresh():
                 self._parts.clear()
+                self._labels = None
 
 
 @dataclass(frozen=True)

@@ -78,5 +78,5 @@ def _folders(gallery: Gallery, wording: Wording) -> Rows:
     if gallery.fingerprint is None:
         raise UsageError(f"{wording.not_within_folder}: this gallery has no gallery.json and does not know paths")
     numbers: dict[str, int] = {}
-    paths = (path for shard in gallery.shards for path in shard.paths or ())
-    return np.array([numbers.setdefault(path.rpartition("/")[0], len(numbers)) for path in paths], np.int64)
+    folders = (path.rpartition("/")[0] for path in gallery.all_paths())
+    return np.array([numbers.setdefault(folder, len(numbers)) for folder in folders], np.int64)

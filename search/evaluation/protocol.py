@@ -72,6 +72,7 @@ def from_annotations(
         if column not in annotations.columns:
             hint = "; --leave-one-out does without it" if column == TYPE_COLUMN else ""
             raise UsageError(f"{annotations.source} has no column {column}: {','.join(annotations.columns)}{hint}")
+    annotations = annotations.among(gallery.all_paths)
     # By content, because a line that is repeated as it is means the same query.
     found: set[tuple[str, ...]] = set()
 

@@ -419,6 +419,10 @@ class Gallery:
         """The objects' paths, as `path` has them, in the order given."""
         return self._of_rows(rows, lambda shard, local: shard.paths_at(local))
 
+    def all_paths(self) -> Iterator[str]:
+        """The path of every row; none where paths are unknown."""
+        return (path for shard in self.shards for path in shard.paths or ())
+
     def digests(self, rows: NDArray[np.int64]) -> list[bytes | None]:
         """The digests of the image files, as `digest` has them, in the order given."""
         return self._of_rows(rows, lambda shard, local: shard.digests_at(local))

@@ -128,6 +128,7 @@ def search(request: SearchRequest, say: Say, stdin: TextIO | None = None) -> Sea
     )
     conditions, annotations = selection.read_filters()
     whole = selection.open(say)
+    annotations = annotations and annotations.among(whole.all_paths)
     queries = gallery_queries(whole, list(request.ids), media_dir)
     queries += feature_queries(list(request.features), whole.length)
     count = 1 if request.combines else len(queries) + len(files) + len(request.texts)

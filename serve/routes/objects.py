@@ -1,6 +1,7 @@
 """The objects of a gallery, what is known of them, and their small pictures."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from search.labels import Annotations
 from search.views.thumbnail import Thumbnail
 from serve import bodies
 from serve.bodies import Choice, ListQuery, SampleQuery, ThumbnailQuery
-from serve.galleries import NoGallery
+from serve.galleries import NoGallery, Resident
 from serve.routes.common import BUSY, ERRORS, ObjectId, TheService, answer, unless_gone
 from serve.service import Service
 from serve.thumbnails import DEADLY
@@ -30,23 +31,30 @@ router = APIRouter(responses=ERRORS)
 @router.get("/objects", response_model=bodies.Objects)
 async def objects(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
     """A part of the gallery, in the order of its rows."""
-    gallery = service.galleries.get(asked.gallery).gallery
+    resident = service.galleries.get(asked.gallery)
+    gallery = resident.gallery
     found = await asyncio.to_thread(gallery.objects, asked.first, asked.count)
     after = asked.first + asked.count
-    listed = [_object(service, one) for one in found]
+    listed = await asyncio.to_thread(_objects, service, resident, found)
     return answer(bodies.Objects(objects=listed, rows=gallery.rows, next=after if after < gallery.rows else None))
 
 
 @router.get("/objects/{object_id:path}", response_model=bodies.Object)
 async def one_object(service: TheService, object_id: ObjectId, asked: Annotated[Choice, Query()]) -> Response:
     """One object of the gallery."""
-    gallery = service.galleries.get(asked.gallery).gallery
-    return answer(_object(service, await asyncio.to_thread(gallery.find, object_id)))
+    resident = service.galleries.get(asked.gallery)
+    found = await asyncio.to_thread(resident.gallery.find, object_id)
+    (one,) = await asyncio.to_thread(_objects, service, resident, [found])
+    return answer(one)
 
 
-def _object(service: Service, found: ruiji.GalleryObject) -> bodies.Object:
-    known = service.annotations and service.annotations.find(found.object_id, found.path)
-    return bodies.Object(**asdict(found), annotations=dict(known) if known else None)
+def _objects(service: Service, resident: Resident, found: Sequence[ruiji.GalleryObject]) -> list[bodies.Object]:
+    labels = resident.labels(service.annotations)
+    lines = [None if labels is None else labels.find(one.object_id, one.path) for one in found]
+    return [
+        bodies.Object(**asdict(one), annotations=dict(line) if line else None)
+        for one, line in zip(found, lines, strict=True)
+    ]
 
 
 @router.get("/sample", response_model=bodies.Sample)
@@ -55,7 +63,7 @@ async def sample(service: TheService, asked: Annotated[SampleQuery, Query()]) ->
     resident = service.galleries.get(asked.gallery)
     gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
     found = await asyncio.to_thread(gallery.sample, asked.count)
-    return answer(bodies.Sample(objects=[_object(service, one) for one in found]))
+    return answer(bodies.Sample(objects=await asyncio.to_thread(_objects, service, resident, found)))
 
 
 @router.get("/columns", response_model=bodies.Columns)

@@ -34,7 +34,7 @@ async def similar(
         return object_id
 
     hits = await unless_gone(request, _hits(service, resident, query, asked))
-    return _similar(service, resident, asked, hits, object_id)
+    return await asyncio.to_thread(_similar, service, resident, asked, hits, object_id)
 
 
 @router.post("/search", response_model=bodies.Similar, responses=BUSY | UPLOAD)
@@ -63,7 +63,7 @@ async def search(
         return await _words_feature(resident, text, said.append)
 
     hits = await unless_gone(request, _hits(service, resident, query, asked))
-    return _similar(service, resident, asked, hits, note="; ".join(said) or None)
+    return await asyncio.to_thread(_similar, service, resident, asked, hits, note="; ".join(said) or None)
 
 
 async def _hits(
@@ -107,7 +107,7 @@ def _similar(
     object_id: str | None = None,
     note: str | None = None,
 ) -> Response:
-    known = service.annotations
+    known = resident.labels(service.annotations)
     images = [
         bodies.SimilarImage(
             objectId=hit.object_id,

@@ -323,6 +323,19 @@ def test_a_filter_of_a_filtered_gallery_leaves_out_more(own_world: World, tmp_pa
     assert both.refresh() and [one.path for one in both.objects()] == new[:1]
 
 
+def test_labels_are_of_the_file_that_their_line_is_about(own_world: World, tmp_path: Path) -> None:
+    world = own_world
+    twin = f"twin/{world.ids[0]}"
+    write_shard(world.folder, 3, world.features[:1], [twin], world.model.fingerprint)
+    (tmp_path / "labels.csv").write_text(f"img_path,label\n{world.paths[0]},cat\n")
+    gallery = world.open()
+    cats = gallery.only("label=cat", labels=tmp_path / "labels.csv")
+    assert [one.path for one in cats.objects()] == world.paths[:1]
+    labels = gallery.labels(tmp_path / "labels.csv")
+    assert [labels.label(one.object_id, one.path) for one in gallery.objects()] == ["cat"] + [None] * COUNT
+    assert gallery.labels(labels).label(world.ids[0], twin) is None
+
+
 def test_new_shards_are_taken_up_and_what_is_known_of_the_others_stays(own_world: World) -> None:
     world = own_world
     gallery = world.open()

@@ -1,6 +1,7 @@
 """Annotation CSVs: how lines find their objects, and what is refused."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,62 @@ def test_a_path_decides_before_a_name_and_a_name_serves_where_paths_are_unknown(
     for path in (None, "three/a.png"):
         with pytest.raises(UsageError, match=r"several lines for a\.png"):
             read.label("a.png", path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "paths", "labels"),
+    [
+        # The fault: another file of the same name is not what the line is about.
+        (["cat/1.png,cat"], ["cat/1.png", "dog/1.png"], ["cat", None]),
+        (["./cat/1.png,cat"], ["cat/1.png", "1.png", "old/cat/1.png"], ["cat", None, None]),
+        # Nor is it if the file itself is not in the gallery, but another line's is.
+        (["cat/1.png,cat", "cat/2.png,cat"], ["cat/2.png", "dog/1.png"], ["cat", None]),
+        (["1.png,cat", "cat/2.png,cat"], ["cat/2.png", "dog/1.png"], ["cat", None]),
+        # Paths that begin elsewhere: absolute, from a folder above or below, or in another folder.
+        (["/data/cat/1.png,cat"], ["cat/1.png", "dog/1.png", "1.png"], ["cat", None, None]),
+        (["/data/cat/1.png,cat", "/data/dog/1.png,dog"], ["cat/1.png", "dog/1.png"], ["cat", "dog"]),
+        (["data/cat/1.png,cat", "data/2.png,two"], ["cat/1.png", "dog/1.png", "2.png"], ["cat", None, "two"]),
+        (["cat/1.png,cat", "dog/1.png,dog"], ["all/cat/1.png", "all/dog/1.png"], ["cat", "dog"]),
+        (["one/1.png,1", "one/2.png,2"], ["two/1.png", "two/2.png"], ["1", "2"]),
+        # A file of both kinds: what is absolute has to end as the object.
+        (["cat/1.png,cat", "/data/dog/2.png,dog"], ["cat/1.png", "dog/2.png", "cat/2.png"], ["cat", "dog", None]),
+        (["cat/1.png,cat", "/data/dog/2.png,dog"], ["cat/1.png", "cow/2.png"], ["cat", None]),
+        # Without a path a name is all there is.
+        ([",cat"], ["cat/1.png", "dog/1.png"], ["cat", "cat"]),
+    ],
+    ids=repr,
+)
+def test_a_line_of_the_same_name_counts_only_if_its_path_is_not_that_of_another_file(
+    tmp_path: Path, lines: list[str], paths: list[str], labels: list[str | None]
+) -> None:
+    text = "".join(f"{Path(line.partition(',')[0]).name or '1.png'},{line}\n" for line in lines)
+    read = read_annotations(write(tmp_path, "img_name,img_path,label\n" + text)).among(lambda: paths)
+    assert [read.label(path, path) for path in paths] == labels
+    assert [read.label(Path(path).name, path) for path in paths] == labels
+
+
+def test_a_line_that_can_be_of_several_objects_is_refused(tmp_path: Path) -> None:
+    read = read_annotations(write(tmp_path, "img_path,label\nold/1.png,cat\n/x/2.png,dog\n"))
+    for paths in (["cat/1.png", "dog/1.png"], ["cat/2.png", "dog/2.png"]):
+        with pytest.raises(UsageError, match=rf"{paths[0]} or another object of the gallery; make the paths relative"):
+            read.among(lambda paths=paths: paths).label(paths[0], paths[0])
+        # Where the gallery knows no paths there is only the name.
+        assert read.among(lambda: []).label(Path(paths[0]).name, None) in ("cat", "dog")
+    # One object whose row is there twice is one.
+    assert read.among(lambda: ["cat/1.png"] * 2).label("1.png", "cat/1.png") == "cat"
+
+
+def test_many_lines_of_one_name_take_no_more_time_than_others(tmp_path: Path) -> None:
+    # Each line with each object would take 25 million looks.
+    folders = [f"{number:04d}" for number in range(5000)]
+    for before in ("", "/data/"):
+        text = "".join(f"{before}{folder}/1.png,{folder}\n" for folder in folders[::2])
+        read = read_annotations(write(tmp_path, "img_path,label\n" + text))
+        read = read.among(lambda: (f"{folder}/1.png" for folder in folders))
+        began = time.process_time()
+        assert read.label("0002/1.png", "0002/1.png") == "0002"
+        assert read.label("0001/1.png", "0001/1.png") is None
+        assert time.process_time() - began < 2
 
 
 def test_lines_of_one_path_are_refused_where_they_differ_and_harmless_where_they_do_not(tmp_path: Path) -> None:

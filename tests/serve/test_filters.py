@@ -25,6 +25,8 @@ def words_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ruiji]:
     ruiji = Ruiji(base / "media", base / "features", model, base / "state", ROOT)
     paths = write_served_gallery(ruiji)
     lines = [f"{path},{'cat' if n % 4 else 'dog'},{n % 2}" for n, path in enumerate(paths[1:])]
+    # Another file with the name of the one that has no annotations.
+    lines.append(f"elsewhere/{Path(paths[0]).name},cat,0")
     (base / "anno.csv").write_text("\n".join(["img_path,label,side", *lines, ""]))
     yield ruiji
     ruiji.stop_all()
