@@ -577,7 +577,8 @@ class Gallery:
         The model is loaded, if there is one, and the norms of all rows. If torch is installed and quicker here, it is
         imported. From then on few queries are answered by the rows in 8 bits, if `ruiji index` has kept them, on CPUs
         with matrix units (AMX) only until 16 queries come at once; many by rows in bfloat16, which stay in memory if
-        they take less than a quarter of it; on CUDA all by rows that stay on the device.
+        they take less than a quarter of it; on CUDA all by rows that stay on the device. Rows that stay are this
+        gallery's alone: what `only` gives shares norms and codes, and has to be warmed up itself for the rest.
 
         Raises:
             UsageError: CUDA was asked for and does not work.
