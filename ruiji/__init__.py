@@ -10,6 +10,8 @@ Example:
 error that ruiji raises on purpose is a `RuijiError`, and says what to do next.
 """
 
+from typing import TYPE_CHECKING
+
 from pipeline.errors import (
     BrokerUnavailable,
     GalleryMismatch,
@@ -27,10 +29,15 @@ from ruiji.galleries import Gallery, RuijiWarning, open_gallery
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from ruiji.runs import status
 from search.duplicates.groups import Group, Member
+from search.labels import Annotations
 from search.maps.store import GalleryMap
 from search.ranking.rank import Hit
 
+if TYPE_CHECKING:
+    from pipeline.status import Status
+
 __all__ = [
+    "Annotations",
     "BrokerUnavailable",
     "Embedder",
     "Gallery",
@@ -50,8 +57,19 @@ __all__ = [
     "RuijiWarning",
     "SearchResults",
     "ShardCorrupt",
+    "Status",
     "UnknownObject",
     "UsageError",
     "open_gallery",
     "status",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        # It brings Celery, which nothing else here needs.
+        if name == "Status":
+            from pipeline.status import Status
+
+            return Status
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
