@@ -25,9 +25,10 @@ from pipeline.errors import (
     UsageError,
 )
 from ruiji.embedding import Embedder
-from ruiji.galleries import Gallery, RuijiWarning, open_gallery
+from ruiji.galleries import Gallery, open_gallery
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from ruiji.runs import status
+from ruiji.warning import RuijiWarning
 from search.duplicates.groups import Group, Member
 from search.labels import Annotations
 from search.maps.store import GalleryMap

@@ -1,12 +1,9 @@
 """A gallery that is opened once and searched many times, from several threads."""
 
-import operator
 import os
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,11 @@ from numpy.typing import NDArray
 from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UnknownObject, UsageError
 from pipeline.settings import MAX_PIXELS, model_file
+from ruiji.arguments import criteria_of, projection_of, texts_of, whole
 from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of, several_of
+from ruiji.gallery_model import GalleryModel
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
+from ruiji.warning import warn
 from search.answers import Criteria, answer
 from search.arrays import Float32
 from search.combined import combine as combine_queries
@@ -34,63 +34,21 @@ from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
 from search.maps.store import GalleryMap, make_map, read_map, updated_map
 from search.options import THRESHOLD, TOP_K, Linkage, Metric, Projection
-from search.queries import Query, embed_pictures, encode_pixels, load_encoder, query_model, text_encoder, text_queries
+from search.queries import Query, embed_pictures, encode_pixels, text_queries
 from search.ranking.exact import are_usable, unusable
 from search.ranking.planner import Planner, Purpose
 from search.requests.near_duplicates import turned_copies
 from search.requests.reference import put_together
-from search.requests.selection import provenance_warnings, version_warnings
+from search.requests.selection import provenance_warnings
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from pipeline.model import Model
     from pipeline.spec import ModelSpec
     from search.duplicates.turned import TurnedCopies
     from search.ranking.arithmetic import Arithmetic
-    from workers.encoder import Encoder
-    from workers.words import TextEncoder
 
 
-#: Pictures that CUDA computes at a time: mostly one comes, and up to so many a GPU takes hardly longer.
-_PICTURES_AT_ONCE = 8
 #: What messages call the arguments here.
 _ARGUMENTS = Wording("condition", "against", "not_within_folder", "give one to only as labels")
-
-
-class RuijiWarning(UserWarning):
-    """What is doubtful about a gallery, and does not keep it from being searched."""
-
-
-@dataclass
-class _Embedding:
-    """The gallery's model, loaded when the first picture comes."""
-
-    path: Path
-    device: Device
-    max_pixels: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: "tuple[str | None, Model, Future[Encoder]] | None" = None
-    tower: "tuple[str | None, TextEncoder] | None" = None
-
-    def ready(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
-        with self.lock:
-            # A folder that was emptied may be another model's gallery now; and what failed may be tried again.
-            failed = self.loaded is not None and self.loaded[2].done() and self.loaded[2].exception() is not None
-            if self.loaded is None or failed or self.loaded[0] != shards.fingerprint:
-                model = query_model(self.path, shards)
-                for warning in version_warnings(shards):
-                    _warn(warning)
-                self.loaded = shards.fingerprint, model, load_encoder(model, self.device, _PICTURES_AT_ONCE)
-            return self.loaded[1:]
-
-    def words(self, shards: Shards) -> "TextEncoder":
-        """The model's text tower, loaded when the first words come."""
-        with self.lock:
-            if self.tower is None or self.tower[0] != shards.fingerprint:
-                query_model(self.path, shards)
-                self.tower = shards.fingerprint, text_encoder(self.path, shards.length)
-            return self.tower[1]
 
 
 @dataclass(frozen=True)
@@ -111,13 +69,13 @@ class Gallery:
     def __init__(
         self,
         folder: Path,
-        embedding: _Embedding | None,
+        model: GalleryModel,
         device: Device,
         include_stale: bool,
         whole: Shards,
         filters: tuple[_Filter, ...] = (),
     ) -> None:
-        self._folder, self._embedding, self._device, self._include_stale = folder, embedding, device, include_stale
+        self._folder, self._model, self._device, self._include_stale = folder, model, device, include_stale
         self._filters = filters
         self._whole, self._shards = whole, self._filtered(whole)
         self._refreshing = threading.Lock()
@@ -161,7 +119,7 @@ class Gallery:
         """
         annotations = labels if labels is None or isinstance(labels, Annotations) else read_annotations(Path(labels))
         wanted = _Filter(tuple(parse_conditions(conditions, _ARGUMENTS.where)), annotations)
-        shared = self._folder, self._embedding, self._device, self._include_stale, self._whole
+        shared = self._folder, self._model, self._device, self._include_stale, self._whole
         return Gallery(*shared, (*self._filters, wanted))
 
     def labels(self, labels: str | os.PathLike[str] | Annotations) -> Annotations:
@@ -217,11 +175,11 @@ class Gallery:
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
         several, shards = several_of(pictures), self._shards
-        criteria = _criteria(top_k, metric, min_similarity, collapse)
-        texts, less = _texts(text), _texts(minus)
+        criteria = criteria_of(top_k, metric, min_similarity, collapse)
+        texts, less = texts_of(text), texts_of(minus)
         names = [name_of(picture, number) for number, picture in enumerate(several)]
         queries = self._embedded(shards, several, names) if several or not texts else []
-        said = text_queries([*texts, *less], self._words(shards), _warn) if texts or less else []
+        said = text_queries([*texts, *less], self._model.words(shards), warn) if texts or less else []
         names += texts
         queries += said[: len(texts)]
         if combine or less:
@@ -233,8 +191,8 @@ class Gallery:
 
     def _embedded(self, shards: Shards, pictures: "list[Picture]", names: list[str]) -> list[Query | str]:
         """A query of each picture, or why there is none."""
-        model, encoder = self._model(shards)
-        outcomes = embed_pictures(inputs(pictures), model, encoder, self._max_pixels)
+        model, encoder = self._model.encoder(shards)
+        outcomes = embed_pictures(inputs(pictures), model, encoder, self._model.max_pixels)
         return [
             str(outcome) if isinstance(outcome, ImageError) else unusable(outcome) or Query(name, outcome)
             for name, outcome in zip(names, outcomes, strict=True)
@@ -259,8 +217,8 @@ class Gallery:
         Raises:
             QueryError: there is no such object, or it cannot be ranked.
         """
-        criteria = _criteria(top_k, metric, min_similarity, collapse, not include_self)
-        shards, names = self._shards, _texts(object_ids)
+        criteria = criteria_of(top_k, metric, min_similarity, collapse, not include_self)
+        shards, names = self._shards, texts_of(object_ids)
         rows = shards.rows_of(names)
         features = _features(shards, names, rows)
         queries: list[Query | str] = []
@@ -288,7 +246,7 @@ class Gallery:
         Raises:
             QueryError: one is of another length than the gallery's features, zero, or not finite.
         """
-        criteria = _criteria(top_k, metric, min_similarity, collapse)
+        criteria = criteria_of(top_k, metric, min_similarity, collapse)
         shards, given = self._shards, np.asarray(vectors)
         if given.dtype.kind != "f" or given.ndim not in (1, 2) or given.shape[-1] != shards.length or not len(given):
             raise QueryError(
@@ -309,7 +267,7 @@ class Gallery:
         Raises:
             QueryError: there is no such object.
         """
-        shards, names = self._shards, _texts(object_ids)
+        shards, names = self._shards, texts_of(object_ids)
         return _features(shards, names, shards.rows_of(names))
 
     def find(self, object_id: str) -> GalleryObject:
@@ -375,7 +333,7 @@ class Gallery:
             UsageError: there is no such projection, or there are too few objects for UMAP.
             RuijiError: UMAP is not installed.
         """
-        return make_map(self._shards, _projection(projection), progress or (lambda done, total: None))
+        return make_map(self._shards, projection_of(projection), progress or (lambda done, total: None))
 
     def kept_map(self, projection: str = Projection.pca) -> GalleryMap | None:
         """The map that is kept already; None if it would have to be made.
@@ -383,7 +341,7 @@ class Gallery:
         Raises:
             UsageError: there is no such projection.
         """
-        return read_map(self._shards, _projection(projection))
+        return read_map(self._shards, projection_of(projection))
 
     def updated_map(self, earlier: GalleryMap) -> GalleryMap:
         """An earlier map with the objects that are searched now: those that left the list since are not on it.
@@ -406,7 +364,7 @@ class Gallery:
         Args:
             count: how many, at least 0.
         """
-        count = _whole(count, "count")
+        count = whole(count, "count")
         if count < 0:
             raise UsageError(f"count must be at least 0, not {count}")
         shards, generator = self._shards, np.random.default_rng()
@@ -472,14 +430,14 @@ class Gallery:
                 raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
             return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
         labels = (one.annotations for one in reversed(self._filters) if one.annotations is not None)
-        compared = Compared(shards, _texts(against), next(labels, None), not_within_folder, _ARGUMENTS)
+        compared = Compared(shards, texts_of(against), next(labels, None), not_within_folder, _ARGUMENTS)
         rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
         said: list[str] = []
         copies = self._turned_copies(shards, media_dir, said.append) if turned else None
         groups = open_groups(shards, decided, threshold, rules, arithmetic, step, turned=copies)
         for warning in said:
-            _warn(warning)
+            warn(warning)
         return NearDuplicates(tuple(compared.reference_first(groups)))
 
     def _matches(
@@ -503,7 +461,7 @@ class Gallery:
     ) -> "TurnedCopies":
         if media_dir is None:
             raise UsageError("turned=True looks at the pictures: say where they are with media_dir")
-        return turned_copies(shards, Path(media_dir), lambda: self._model(shards), self._max_pixels, say)
+        return turned_copies(shards, Path(media_dir), lambda: self._model.encoder(shards), self._model.max_pixels, say)
 
     def embed(self, pictures: "Picture | Sequence[Picture]") -> Float32:
         """Embed pictures with the gallery's model; on the CPU each feature has the very bits that a worker writes.
@@ -519,7 +477,7 @@ class Gallery:
             UsageError: the gallery was opened without its model.
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
-        return embed_all(pictures, *self._model(self._shards), self._max_pixels)
+        return embed_all(pictures, *self._model.encoder(self._shards), self._model.max_pixels)
 
     @property
     def spec(self) -> "ModelSpec":
@@ -529,7 +487,7 @@ class Gallery:
             UsageError: the gallery was opened without its model.
             GalleryMismatch, ModelError: the model is another than the gallery's, or cannot be used.
         """
-        return self._model(self._shards)[0].spec
+        return self._model.encoder(self._shards)[0].spec
 
     def encode(self, pixels: NDArray[np.uint8]) -> Float32:
         """Encode pictures that are decoded already, by `workers.decode` and for `spec`; the rest of `embed`.
@@ -544,7 +502,7 @@ class Gallery:
             UsageError: the gallery was opened without its model.
             GalleryMismatch, ModelError, MachineFault: the model is another than the gallery's, or fails.
         """
-        return encode_pixels(pixels, self._model(self._shards)[1])
+        return encode_pixels(pixels, self._model.encoder(self._shards)[1])
 
     def encode_text(self, text: str, say: Callable[[str], None] | None = None) -> Float32:
         """Encode words with the model's text tower; the rest of a search with `text`.
@@ -560,7 +518,7 @@ class Gallery:
             UsageError: the gallery was opened without its model, or its model has no text tower.
             GalleryMismatch, ModelError: the model is another than the gallery's, or fails.
         """
-        return text_queries([text], self._words(self._shards), say or _warn)[0].feature
+        return text_queries([text], self._model.words(self._shards), say or warn)[0].feature
 
     def way(self, queries: int = 1, metric: str = Metric.cosine) -> str:
         """Which way so many queries take through the gallery, and why: for people.
@@ -568,7 +526,7 @@ class Gallery:
         Raises:
             UsageError: there is no such metric, or CUDA was asked for and does not work.
         """
-        wanted = _criteria(1, metric, None, None).metric
+        wanted = criteria_of(1, metric, None, None).metric
         return str(self._planner.way(self._shards, Purpose.hits, queries, wanted))
 
     def warm_up(self) -> None:
@@ -587,8 +545,8 @@ class Gallery:
         shards = self._shards
         planner = Planner(self._device, lasting=True)
         planner.load(shards)
-        if self._embedding is not None:
-            self._embedding.ready(shards)[1].result()
+        if self._model.path is not None:
+            self._model.encoder(shards)[1].result()
         _ = shards.unusable_rows
         self._planner = planner
 
@@ -610,20 +568,6 @@ class Gallery:
             # Searches take this once each: whatever is assigned, they see one or the other.
             self._whole, self._shards = whole, self._filtered(whole)
             return True
-
-    def _model(self, shards: Shards) -> "tuple[Model, Future[Encoder]]":
-        if self._embedding is None:
-            raise UsageError("pictures need the model that made the gallery: give it to open_gallery as model")
-        return self._embedding.ready(shards)
-
-    def _words(self, shards: Shards) -> "TextEncoder":
-        if self._embedding is None:
-            raise UsageError("words need the model that made the gallery: give it to open_gallery as model")
-        return self._embedding.words(shards)
-
-    @property
-    def _max_pixels(self) -> int:
-        return MAX_PIXELS if self._embedding is None else self._embedding.max_pixels
 
     def _answer(
         self, shards: Shards, names: Sequence[str], queries: Sequence[Query | str], criteria: Criteria
@@ -649,11 +593,6 @@ def _combined(names: Sequence[str], queries: Sequence[Query | str], minus: Seque
         missing = [f"{name}: {why}" for name, why in zip(names, queries, strict=True) if isinstance(why, str)]
         raise QueryError(f"no combined query can be made: {'; '.join(missing) or 'there is nothing to add'}")
     return combine_queries(whole, minus)
-
-
-def _texts(given: str | Sequence[str]) -> list[str]:
-    """Texts as a list, one as well as several."""
-    return [given] if isinstance(given, str) else list(given)
 
 
 def open_gallery(
@@ -686,26 +625,17 @@ def open_gallery(
     file = None if model is None else model_file(Path(model))
     # A gallery's own folder counts, whatever the model is called.
     folder = find_gallery(where, None if is_gallery(where) else file, "the argument model")
-    embedding = None if file is None else _Embedding(file, chosen, max_pixels)
-    return Gallery(folder, embedding, chosen, include_stale, _open(folder, include_stale))
+    own = GalleryModel(file, chosen, max_pixels)
+    return Gallery(folder, own, chosen, include_stale, _open(folder, include_stale))
 
 
 def _open(folder: Path, include_stale: bool) -> Shards:
     shards = open_shards(folder, include_stale)
     for warning in provenance_warnings(shards):
-        _warn(warning)
+        warn(warning)
     # Asked now, so that codes that are kept later are noticed by a refresh.
     _ = shards.coded
     return shards
-
-
-def _warn(text: str) -> None:
-    # To the line that called ruiji, which is two or three calls up: the package is skipped by its name.
-    level = 1
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ruiji":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, RuijiWarning, stacklevel=level)
 
 
 def _features(shards: Shards, object_ids: Sequence[str], rows: dict[str, list[int]]) -> Float32:
@@ -722,38 +652,3 @@ def _unknown(object_id: str) -> UnknownObject:
 def _check_rows_key(shards: Shards, rows_key: str) -> None:
     if rows_key != shards.rows_key:
         raise UsageError("the gallery has changed and its rows have other numbers now: load the map again")
-
-
-def _projection(name: str) -> Projection:
-    if name not in set(Projection):
-        raise UsageError(f"there is no projection {name!r}: name one of {', '.join(Projection)}")
-    return Projection(name)
-
-
-def _whole(number: int, argument: str) -> int:
-    """A whole number of any type."""
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise UsageError(f"{argument} must be a whole number, not {number!r}") from None
-
-
-def _criteria(
-    top_k: int, metric: str, min_similarity: float | None, collapse: float | None, exclude_self: bool | None = None
-) -> Criteria:
-    top_k = _whole(top_k, "top_k")
-    if top_k < 1:
-        raise UsageError(f"top_k must be at least 1, not {top_k}")
-    if metric not in set(Metric):
-        raise UsageError(f"there is no metric {metric!r}: name one of {', '.join(Metric)}")
-    if min_similarity is not None and not -1 <= min_similarity <= 1:
-        raise UsageError(f"min_similarity must be a cosine, from -1 to 1, not {min_similarity}")
-    if collapse is not None and not 0 < collapse <= 1:
-        raise UsageError(f"collapse must be a cosine above 0 and at most 1, not {collapse}")
-    return Criteria(
-        top_k=top_k,
-        metric=Metric(metric),
-        min_similarity=min_similarity,
-        collapse=collapse,
-        exclude_self=exclude_self,
-    )

@@ -436,8 +436,7 @@ def test_a_gallery_that_is_warm_answers_the_same(own_world: World, indexed: bool
         index(world.folder, show_steps)
     cold, warm = world.open(), world.open()
     warm.warm_up()
-    assert warm._embedding is not None
-    assert warm._embedding.loaded is not None
+    assert warm._model._encoder is not None
     ways = [warm._planner.way(warm._shards, Purpose.hits, queries) for queries in (1, 100)]
     machine = look_at_machine(Device.cpu)
     if indexed and machine.int8:
@@ -483,7 +482,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(world: World, monkeypat
 
     gallery, image = world.open(), world.media / world.paths[0]
     with monkeypatch.context() as patched:
-        patched.setattr("ruiji.galleries.load_encoder", fails)
+        patched.setattr("ruiji.gallery_model.load_encoder", fails)
         for _ in range(2):
             with pytest.raises(ruiji.MachineFault, match="no memory"):
                 gallery.search(image)
