@@ -2,10 +2,14 @@
 
 import operator
 from collections.abc import Sequence
+from enum import StrEnum
+from typing import TypeVar
 
 from pipeline.errors import UsageError
 from search.answers import Criteria
-from search.options import Metric, Projection
+from search.options import Metric
+
+_Word = TypeVar("_Word", bound=StrEnum)
 
 
 def texts_of(given: str | Sequence[str]) -> list[str]:
@@ -13,15 +17,16 @@ def texts_of(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def projection_of(name: str) -> Projection:
-    """A projection by its name.
+def named(kind: type[_Word], name: str) -> _Word:
+    """One of the words of a kind, such as a device.
 
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in set(Projection):
-        raise UsageError(f"there is no projection {name!r}: name one of {', '.join(Projection)}")
-    return Projection(name)
+    try:
+        return kind(name)
+    except ValueError:
+        raise UsageError(f"there is no {kind.__name__.lower()} {name!r}: name one of {', '.join(kind)}") from None
 
 
 def whole(number: int, argument: str) -> int:
@@ -53,15 +58,14 @@ def criteria_of(
     top_k = whole(top_k, "top_k")
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {top_k}")
-    if metric not in set(Metric):
-        raise UsageError(f"there is no metric {metric!r}: name one of {', '.join(Metric)}")
+    chosen = named(Metric, metric)
     if min_similarity is not None and not -1 <= min_similarity <= 1:
         raise UsageError(f"min_similarity must be a cosine, from -1 to 1, not {min_similarity}")
     if collapse is not None and not 0 < collapse <= 1:
         raise UsageError(f"collapse must be a cosine above 0 and at most 1, not {collapse}")
     return Criteria(
         top_k=top_k,
-        metric=Metric(metric),
+        metric=chosen,
         min_similarity=min_similarity,
         collapse=collapse,
         exclude_self=exclude_self,

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from pipeline.choices import Device
-from pipeline.errors import ImageError, QueryError, UsageError
+from pipeline.errors import ImageError, QueryError
 from pipeline.model import Model, load_model, require_declared
 from pipeline.settings import MAX_PIXELS, model_file
+from ruiji.arguments import named
 from search.arrays import Float32
 from search.queries import embed_pictures, load_encoder
 
@@ -48,7 +49,7 @@ class Embedder:
         self._model, self._max_pixels = load_model(model_file(Path(model))), max_pixels
         require_declared(self._model)
         self.length = self._model.spec.length
-        self._encoder = load_encoder(self._model, checked_device(device))
+        self._encoder = load_encoder(self._model, named(Device, device))
         self._encoder.result()
 
     def embed(self, pictures: "Picture | Sequence[Picture]") -> Float32:
@@ -115,14 +116,3 @@ def _input(picture: "Picture", number: int) -> "Path | bytes | Image":
 def name_of(picture: "Picture", number: int) -> str:
     """What messages and results call a picture: its path, or its position."""
     return os.fspath(picture) if isinstance(picture, str | os.PathLike) else str(number)
-
-
-def checked_device(device: str) -> Device:
-    """A device by its name.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if device not in set(Device):
-        raise UsageError(f"there is no device {device!r}: name one of {', '.join(Device)}")
-    return Device(device)

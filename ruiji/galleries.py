@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pipeline.choices import Device
 from pipeline.errors import ImageError, QueryError, UnknownObject, UsageError
 from pipeline.settings import MAX_PIXELS, model_file
-from ruiji.arguments import criteria_of, projection_of, texts_of, whole
-from ruiji.embedding import Picture, checked_device, embed_all, inputs, name_of, several_of
+from ruiji.arguments import criteria_of, named, texts_of, whole
+from ruiji.embedding import Picture, embed_all, inputs, name_of, several_of
 from ruiji.gallery_model import GalleryModel
 from ruiji.results import GalleryObject, NearDuplicates, QueryResult, SearchResults
 from ruiji.warning import warn
@@ -333,7 +333,7 @@ class Gallery:
             UsageError: there is no such projection, or there are too few objects for UMAP.
             RuijiError: UMAP is not installed.
         """
-        return make_map(self._shards, projection_of(projection), progress or (lambda done, total: None))
+        return make_map(self._shards, named(Projection, projection), progress or (lambda done, total: None))
 
     def kept_map(self, projection: str = Projection.pca) -> GalleryMap | None:
         """The map that is kept already; None if it would have to be made.
@@ -341,7 +341,7 @@ class Gallery:
         Raises:
             UsageError: there is no such projection.
         """
-        return read_map(self._shards, projection_of(projection))
+        return read_map(self._shards, named(Projection, projection))
 
     def updated_map(self, earlier: GalleryMap) -> GalleryMap:
         """An earlier map with the objects that are searched now: those that left the list since are not on it.
@@ -423,15 +423,14 @@ class Gallery:
         """
         shards = self._shards
         arithmetic = self._planner.arithmetic(self._planner.way(shards, Purpose.pairs, shards.rows))
-        if linkage not in set(Linkage):
-            raise UsageError(f"there is no linkage {linkage!r}: name one of {', '.join(Linkage)}")
+        linked = named(Linkage, linkage)
         if against_gallery is not None:
-            if against or not_within_folder or turned or Linkage(linkage) is not Linkage.complete:
+            if against or not_within_folder or turned or linked is not Linkage.complete:
                 raise UsageError("against, not_within_folder, turned and linkage do not go with against_gallery")
             return self._matches(against_gallery, threshold, arithmetic, progress, decisions)
         labels = (one.annotations for one in reversed(self._filters) if one.annotations is not None)
         compared = Compared(shards, texts_of(against), next(labels, None), not_within_folder, _ARGUMENTS)
-        rules, step = Rules(Linkage(linkage), sides=compared.sides), progress or (lambda done, total: None)
+        rules, step = Rules(linked, sides=compared.sides), progress or (lambda done, total: None)
         decided = decided_in(shards, [] if decisions is None else read_decisions(Path(decisions)))
         said: list[str] = []
         copies = self._turned_copies(shards, media_dir, said.append) if turned else None
@@ -621,7 +620,7 @@ def open_gallery(
     Warns:
         RuijiWarning: nothing says which model made the features, or library versions differ.
     """
-    where, chosen = Path(path), checked_device(device)
+    where, chosen = Path(path), named(Device, device)
     file = None if model is None else model_file(Path(model))
     # A gallery's own folder counts, whatever the model is called.
     folder = find_gallery(where, None if is_gallery(where) else file, "the argument model")
