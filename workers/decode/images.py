@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -67,8 +68,11 @@ _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
-#: What a JPEG begins with, and the second bytes of two of its markers: APP1, and the start of the image data.
-_JPEG, _METADATA_SEGMENT, _IMAGE_SEGMENT = b"\xff\xd8", 0xE1, 0xDA
+#: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP14, start of image data, and end.
+_JPEG, _JFIF_SEGMENT, _METADATA_SEGMENT, _ADOBE_SEGMENT = b"\xff\xd8", 0xE0, 0xE1, 0xEE
+_IMAGE_SEGMENT, _END = 0xDA, 0xD9
+#: A marker, but for those without a segment that can stand within image data.
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
 #: EXIF orientation to the turn that makes the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -88,7 +92,6 @@ _STORED = {
 _GREY_SCALE = {"L;2": 0x55, "L;4": 0x11}
 #: Some cameras fill up the image data before the end marker, which ends no picture early.
 _PADDED = re.compile(r"Corrupt JPEG data: ([1-8]) extraneous bytes before marker 0xd9")
-_JPEG_END = b"\xff\xd9"
 
 
 #: An image file that is open, or what is in it.
@@ -519,7 +522,7 @@ def _decoded_jpeg(data: memoryview | bytes, spec: ModelSpec, for_pillow: bool) -
 def _strictly(
     data: memoryview | bytes, colors: str, least: tuple[int, int] = (0, 0), forgiving: bool = False
 ) -> NDArray[np.uint8] | None:
-    """A JPEG's pixels, uint8[h, w, c]; None at the least oddity, and if it is for Pillow to decode.
+    """A JPEG's pixels, uint8[h, w, c]; None if it is for Pillow to decode.
 
     Args:
         least: width and height down to which it may be made smaller; 0: it is not.
@@ -534,19 +537,51 @@ def _strictly(
         )
         return pixels
     except ValueError as error:
-        said = str(error)
         if forgiving:
             return None
-        if padded := _PADDED.fullmatch(said):
-            whole = bytes(data)
-            end = whole.rfind(_JPEG_END)
-            # What else is odd of it was not said.
-            return _strictly(whole[: end - int(padded[1])] + _JPEG_END, colors, least)
+        said = str(error)
         if said.startswith("Premature end of JPEG"):
             raise ImageError("the file ends before the image does", Reason.truncated) from error
-        if said.startswith("Corrupt JPEG data"):
+        if (mended := _mended(data, said, colors)) != data:
+            # What else is odd of it was not said.
+            return _strictly(mended, colors, least)
+        if said.startswith(("Corrupt JPEG data", "Inconsistent progression")):
             raise ImageError("the image data is broken", Reason.undecodable) from error
         return None
+
+
+def _mended(data: memoryview | bytes, said: str, colors: str) -> bytes:
+    """A copy of a JPEG without what libjpeg said is odd of it, if no pixel depends on that."""
+    padded = _PADDED.fullmatch(said)
+    mended = bytearray(data)
+    for marker, begin, end in reversed(list(_segments(data))):
+        name = bytes(data[begin : begin + 12])
+        if padded and marker == _END:
+            mended[begin - int(padded[1]) : end] = b"\xff\xd9"
+        elif said.startswith("Invalid SOS parameters") and marker == _IMAGE_SEGMENT:
+            # Each scan of a sequential JPEG has all coefficients; some phones write that it has others.
+            mended[end - 3 : end] = 0, 63, 0
+        elif said.startswith("Warning: unknown JFIF") and marker == _JFIF_SEGMENT and name.startswith(b"JFIF\0"):
+            mended[begin + 5] = 1
+        elif said.startswith("Unknown Adobe") and marker == _ADOBE_SEGMENT and name.startswith(b"Adobe"):
+            # What libjpeg takes it for: YCCK, or YCbCr.
+            mended[begin + 11] = 2 if colors == "CMYK" else 1
+    return bytes(mended)
+
+
+def _segments(data: memoryview | bytes) -> Iterator[tuple[int, int, int]]:
+    """Of each segment of a JPEG the second byte of its marker, and where its contents begin and end.
+
+    The last one is the end marker itself.
+    """
+    place = 2
+    while found := _MARKER.search(data, place):
+        if found[1][0] == _END:
+            yield _END, found.start(), found.end()
+            return
+        begin = found.end() + 2
+        place = max(begin, found.end() + int.from_bytes(data[found.end() : begin]))
+        yield found[1][0], begin, place
 
 
 def _undamaged(file: BinaryIO, image: JpegImageFile) -> Image.Image:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -321,8 +322,52 @@ def test_a_jpeg_with_a_hole_before_its_end_fails(kind: str) -> None:
 @pytest.mark.parametrize("kind", JPEGS)
 def test_a_jpeg_with_something_behind_it_or_a_few_bytes_of_padding_is_whole(kind: str) -> None:
     data = jpeg(kind)
-    for whole in (data + b"a video" * 100, data[:-2] + bytes(3) + data[-2:], data[:-2] + b"\xff\xff" + data[-2:]):
+    padded = [data[:-2] + padding + data[-2:] for padding in (bytes(3), b"\xff\xff", b"\0\xff\xff")]
+    for whole in (*padded, data + b"a video" * 100, padded[0] + b"a video\xff\xd9" * 2000):
         assert (pixels(whole, (24, 32)) == pixels(data, (24, 32))).all()
+
+
+def put(data: bytes, place: int, value: int) -> bytes:
+    return data[:place] + bytes([value]) + data[place + 1 :]
+
+
+def without_jfif(data: bytes, transform: int) -> bytes:
+    """One of colors whose Adobe segment names this transform."""
+    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+    return data[:2] + adobe + data[2 + 2 + int.from_bytes(data[4:6]) :]
+
+
+#: JPEGs of which libjpeg complains although all of their data is there.
+ODD = {
+    "scan without coefficients": put(jpeg("baseline"), jpeg("baseline").index(b"\xff\xda") + 12, 0),
+    "grey scan without coefficients": put(jpeg("grey"), jpeg("grey").index(b"\xff\xda") + 8, 0),
+    "JFIF 2": put(jpeg("baseline"), jpeg("baseline").index(b"JFIF\0") + 5, 2),
+    "progressive JFIF 2": put(jpeg("progressive"), jpeg("progressive").index(b"JFIF\0") + 5, 2),
+    "Adobe 9": without_jfif(jpeg("baseline"), 9),
+    "CMYK of Adobe 9": put(jpeg("cmyk"), jpeg("cmyk").index(b"Adobe") + 11, 9),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("draft", [False, True])
+def test_an_odd_jpeg_is_whole_and_damage_behind_the_oddity_is_found(kind: str, draft: bool) -> None:
+    data = ODD[kind]
+    with pytest.raises(ValueError, match=r"Invalid SOS|unknown JFIF|Unknown Adobe"):
+        simplejpeg.decode_jpeg(data, "CMYK" if "CMYK" in kind else "RGB", strict=True)
+    for size in ((240, 320), (24, 32)):
+        assert (pixels(data, size, draft=draft) == pixels(data, size, way=1, draft=draft)).all()
+    start = data.index(b"\xff\xda")
+    place = start + int((len(data) - start) * 0.6)
+    assert failure(data[:place] + b"\xff\xd9", draft)[0] == "undecodable"
+    assert failure(data[:place], draft)[0] == "truncated"
+
+
+def test_a_progressive_jpeg_that_lacks_a_scan_fails() -> None:
+    data = jpeg("progressive")
+    # A scan of its colors, and the tables of the next.
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    third = data.index(b"\xff\xc4", second)
+    assert failure(data[:second] + data[third:])[0] == "undecodable"
 
 
 def test_a_damaged_jpeg_of_a_phone_or_of_great_size_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
