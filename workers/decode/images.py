@@ -68,8 +68,8 @@ _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
-#: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP14, start of image data, and end.
-_JPEG, _JFIF_SEGMENT, _METADATA_SEGMENT, _ADOBE_SEGMENT = b"\xff\xd8", 0xE0, 0xE1, 0xEE
+#: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP2, APP14, start of image data, and end.
+_JPEG, _JFIF_SEGMENT, _METADATA_SEGMENT, _PROFILE_SEGMENT, _ADOBE_SEGMENT = b"\xff\xd8", 0xE0, 0xE1, 0xE2, 0xEE
 _IMAGE_SEGMENT, _END = 0xDA, 0xD9
 #: A marker, but for those without a segment that can stand within image data.
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
@@ -566,6 +566,8 @@ def _mended(data: memoryview | bytes, said: str, colors: str) -> bytes:
         elif said.startswith("Unknown Adobe") and marker == _ADOBE_SEGMENT and name.startswith(b"Adobe"):
             # What libjpeg takes it for: YCCK, or YCbCr.
             mended[begin + 11] = 2 if colors == "CMYK" else 1
+        elif said.endswith("bad ICC marker") and marker == _PROFILE_SEGMENT and name == b"ICC_PROFILE\0":
+            del mended[begin - 4 : end]
     return bytes(mended)
 
 

@@ -331,6 +331,12 @@ def put(data: bytes, place: int, value: int) -> bytes:
     return data[:place] + bytes([value]) + data[place + 1 :]
 
 
+def with_profile(kind: str, number: int) -> bytes:
+    """One whose color profile comes in several chunks, the first of which has this number."""
+    data = saved(Image.open(io.BytesIO(jpeg(kind))), "JPEG", icc_profile=bytes(100_000), **JPEGS[kind])
+    return put(data, data.index(b"ICC_PROFILE\0") + 12, number)
+
+
 def without_jfif(data: bytes, transform: int) -> bytes:
     """One of colors whose Adobe segment names this transform."""
     adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
@@ -345,6 +351,11 @@ ODD = {
     "progressive JFIF 2": put(jpeg("progressive"), jpeg("progressive").index(b"JFIF\0") + 5, 2),
     "Adobe 9": without_jfif(jpeg("baseline"), 9),
     "CMYK of Adobe 9": put(jpeg("cmyk"), jpeg("cmyk").index(b"Adobe") + 11, 9),
+    "profile without its first chunk": with_profile("baseline", 7),
+    "profile with a chunk twice": with_profile("optimized", 2),
+    "grey with such a profile": with_profile("grey", 2),
+    "CMYK with such a profile": with_profile("cmyk", 2),
+    "several at once": put(with_profile("baseline", 2), with_profile("baseline", 2).index(b"JFIF\0") + 5, 2),
 }
 
 
@@ -352,7 +363,7 @@ ODD = {
 @pytest.mark.parametrize("draft", [False, True])
 def test_an_odd_jpeg_is_whole_and_damage_behind_the_oddity_is_found(kind: str, draft: bool) -> None:
     data = ODD[kind]
-    with pytest.raises(ValueError, match=r"Invalid SOS|unknown JFIF|Unknown Adobe"):
+    with pytest.raises(ValueError, match=r"Invalid SOS|unknown JFIF|Unknown Adobe|bad ICC"):
         simplejpeg.decode_jpeg(data, "CMYK" if "CMYK" in kind else "RGB", strict=True)
     for size in ((240, 320), (24, 32)):
         assert (pixels(data, size, draft=draft) == pixels(data, size, way=1, draft=draft)).all()
