@@ -469,7 +469,7 @@ def _plain_jpeg(file: Opened, spec: ModelSpec, max_pixels: int) -> NDArray[np.ui
         return None
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except (ValueError, KeyError):  # It has no name for 4:4:1, which it decodes.
         return None
     if color != "YCbCr":
         return None

@@ -373,6 +373,14 @@ def test_an_odd_jpeg_is_whole_and_damage_behind_the_oddity_is_found(kind: str, d
     assert failure(data[:place], draft)[0] == "truncated"
 
 
+def test_a_jpeg_without_metadata_whose_colors_are_subsampled_4_to_1_downwards_is_decoded() -> None:
+    data = saved(Image.new("RGB", (8, 32), (128, 128, 128)), "JPEG", subsampling=0)
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    # Four blocks of luma and one of each color, all of nothing but zeros.
+    data = put(data[: scan + 14] + b"\x28\xa2\x8a\0\xff\xd9", frame + 11, 0x14)
+    assert (pixels(data, (8, 32)) == 128).all()
+
+
 def test_a_progressive_jpeg_that_lacks_a_scan_fails() -> None:
     data = jpeg("progressive")
     # A scan of its colors, and the tables of the next.
