@@ -477,7 +477,7 @@ def open_picture(
         with open_image(image, inside) as file, Image.open(file, formats=FORMATS) as picture:
             check_size(picture, max_pixels)
             picture.draft(mode, (size, size))
-            seen = as_seen(picture, max_pixels, upright)
+            seen = as_seen(picture, upright)
             # To convert would copy it, in any case.
             return seen if seen.mode == mode else seen.convert(mode)
     except Exception:  # Decoders raise anything on broken files; a sheet shows a placeholder for all of them.

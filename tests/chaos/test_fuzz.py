@@ -17,7 +17,7 @@ from pipeline.spec import PIXELS
 from tests.chaos.harness import LONG, sized
 from tests.conftest import ROOT, SHARED
 from tests.workers.decode.test_images import SPEC
-from workers.decode.heif import PLUGIN
+from workers.decode import heif, icon
 from workers.decode.images import FORMATS, load_pixels
 
 #: Small, so that an example takes a millisecond and no large header gets far.
@@ -30,7 +30,7 @@ def seeds() -> list[bytes]:
     """A sound file of every format, and the nasty set where it is at hand."""
     found = []
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    for kind in sorted(set(FORMATS) - {"DIB", PLUGIN}):
+    for kind in sorted(set(FORMATS) - {"DIB", heif.PLUGIN, icon.PLUGIN} | {"ICO"}):
         for mode in ("RGB", "L", "P", "LA", "RGBA", "I;16", "CMYK"):
             buffer = io.BytesIO()
             with suppress(OSError, ValueError):  # Not every format has every mode.

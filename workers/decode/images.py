@@ -29,7 +29,6 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
-from PIL.IcoImagePlugin import IcoImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -41,7 +40,7 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.spec import ModelSpec
 from pipeline.targets import writing
-from workers.decode import heif
+from workers.decode import heif, icon
 from workers.decode.fit import place
 from workers.decode.resize import has_filter, resize
 
@@ -49,13 +48,28 @@ logger = logging.getLogger(__name__)
 
 #: Formats that are decoded. Pillow knows more, but some of those start other programs (EPS) or are
 #: no photographs, and each one is another decoder that a hostile file can reach.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", heif.PLUGIN, "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    heif.PLUGIN,
+    icon.PLUGIN,
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
 
 # Pillow registers most decoders late, and fails oddly when asked for one that it has not registered. All of them would
 # be dozens more modules, which a search with one picture would wait for.
-for _decoder in ("Avif", "Bmp", "Gif", "Ico", "Jpeg2K", "Jpeg", "Png", "Ppm", "Tga", "Tiff", "WebP"):
+for _decoder in ("Avif", "Bmp", "Gif", "Jpeg2K", "Jpeg", "Png", "Ppm", "Tga", "Tiff", "WebP"):
     importlib.import_module(f"PIL.{_decoder}ImagePlugin")
 heif.register()
+icon.register()
 
 # Our own limit, checked below against the header, replaces Pillow's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None
@@ -335,7 +349,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
             del pixels
         if spec.pixels != 1:
             if not jpeg:
-                return as_seen(image, max_pixels, spec.exif_orientation)
+                return as_seen(image, spec.exif_orientation)
             if isinstance(image, JpegImageFile):
                 image = _undamaged(file, image)
         turned = isinstance(image, TiffImageFile) and _orientation(image) in _UPRIGHT
@@ -357,7 +371,7 @@ def _altered(image: Image.Image) -> list[str]:
     return []
 
 
-def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.Image:
+def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     """A picture as people see it: upright, 8 bits per sample, and on white if it is transparent.
 
     The one ground for the model, sheets and pages.
@@ -370,12 +384,10 @@ def as_seen(image: Image.Image, max_pixels: int, upright: bool = True) -> Image.
         The picture in a mode that converts to RGB or L.
 
     Raises:
-        ImageError: `undecodable`: its samples have no range that would be known; `too-large`.
+        ImageError: `undecodable`: its samples have no range that would be known.
     """
-    if isinstance(image, IcoImageFile):
-        # It keeps neither the transparency nor the size of a PNG in it.
-        image = image.ico.getimage(image.size)
-        _check_size(*image.size, max_pixels)
+    if isinstance(image, icon.IconFile):
+        image = image.picture()
     if isinstance(image, WebPImageFile) and image.mode == "RGB" and image.is_animated:
         # What the first frame leaves free is transparent, even if no frame has transparency.
         image._mode = image.rawmode = "RGBA"

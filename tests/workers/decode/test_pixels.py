@@ -13,24 +13,27 @@ import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.errors import ImageError
 from pipeline.spec import ModelSpec
-from search.queries import open_picture
-from workers.decode import heif, images
+from search.queries import open_picture, read_header
+from workers.decode import heif, icon, images
 from workers.decode.images import decode, load_pixels
 
 LIMIT = 10**7
 WHITE = [255, 255, 255]
 
 
-def pixels(data: bytes, size: tuple[int, int], upright: bool = True, way: int = 2, draft: bool = False) -> np.ndarray:
+def pixels(
+    data: bytes, size: tuple[int, int], upright: bool = True, way: int = 2, draft: bool = False, limit: int = LIMIT
+) -> np.ndarray:
     """int[h, w, 3] of a picture of this size (width, height), by the given `ModelSpec.pixels`."""
     width, height = size
     numbers = (255.0, (0.0,) * 3, (1.0,) * 3)
     spec = ModelSpec("i", "f", "NHWC", "RGB", height, width, "nearest", *numbers, upright, draft, 1, way)
-    return decode(io.BytesIO(data), spec, LIMIT).astype(int)
+    return decode(io.BytesIO(data), spec, limit).astype(int)
 
 
 def failure(data: bytes, draft: bool = False) -> tuple[str, str]:
@@ -199,13 +202,37 @@ def test_what_a_first_frame_leaves_free_is_white() -> None:
         assert (pixels(bytes(data), (8, 6)) == expected).all()
 
 
-def test_a_png_in_an_icon_keeps_its_transparency_and_its_own_size() -> None:
-    def icon(inner: bytes) -> bytes:
-        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 8, 1, 0, 0, 1, 32, len(inner), 22) + inner
+def ico(inner: bytes, bits: int = 32) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 8, 1, 0, 0, 1, bits, len(inner), 22) + inner
 
+
+def test_a_png_in_an_icon_keeps_its_transparency_and_its_own_size() -> None:
     inner = png(8, 1, 3, b"\xaa", b"\xff\0", bytes([9, 9, 9, 0, 0, 0]))
-    assert pixels(icon(inner), (8, 1))[0, :, 0].tolist() == [255, 9] * 4
-    assert failure(icon(png(LIMIT + 1, 8, 0, bytes(LIMIT + 1))))[0] == "too-large"
+    assert pixels(ico(inner), (8, 1))[0, :, 0].tolist() == [255, 9] * 4
+    assert failure(ico(png(LIMIT + 1, 8, 0, bytes(LIMIT + 1))))[0] == "too-large"
+
+
+@pytest.mark.parametrize("form", ["PNG", "DIB"])
+def test_an_icon_is_not_decoded_before_its_size_is_known_and_then_once(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    prepare = ImageFile.load_prepare
+    monkeypatch.setattr(ImageFile, "load_prepare", lambda image: decoded.append(image.size) or prepare(image))
+    data = ico(saved(Image.new("1", (8, 4000)), form), 1)
+    # Twice as high as it is, for its mask.
+    half = 4000 if form == "PNG" else 2000
+    for way in (1, 2):
+        with pytest.raises(ImageError, match=f"8 x {half} pixels are more"):
+            pixels(data, (8, 8), way=way, limit=8 * half - 1)
+    (tmp_path / "x").write_bytes(data)
+    assert open_picture(tmp_path / "x", 8 * half - 1, 100) is None
+    with (tmp_path / "x").open("rb") as file:
+        assert read_header(file) == ("ICO", 8, half)
+    assert decoded == []
+    for way in (1, 2):
+        assert pixels(data, (8, half), way=way).shape == (half, 8, 3)
+        assert decoded.pop() == (8, half) and not decoded
 
 
 #: Orientation to what makes a picture upright, on an array.
@@ -246,7 +273,7 @@ def test_a_wide_tiff_is_turned_once_too(orientation: int, way: dict[str, str]) -
 
 def test_of_what_pillow_decodes_only_tiffs_are_turned_by_it() -> None:
     # Another plugin that begins to do so would turn pictures twice again.
-    for form in set(images.FORMATS) - {"DIB", "TGA", "ICO", "PPM", "BMP", "GIF", heif.PLUGIN}:
+    for form in set(images.FORMATS) - {"DIB", "TGA", "PPM", "BMP", "GIF", heif.PLUGIN, icon.PLUGIN}:
         exif = Image.Exif()
         exif[0x0112] = 6
         with Image.open(io.BytesIO(saved(Image.new("RGB", (8, 6)), form, exif=exif))) as image:
