@@ -81,7 +81,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
-_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _TILE_TAGS = 0x0112, 258, 262, (322, 323)
+#: Allowed in each tile of a TIFF, whose last ones exceed the picture.
+_TILE_PIXELS = 4096**2
 #: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP2, APP14, start of image data, and end.
 _JPEG, _JFIF_SEGMENT, _METADATA_SEGMENT, _PROFILE_SEGMENT, _ADOBE_SEGMENT = b"\xff\xd8", 0xE0, 0xE1, 0xE2, 0xEE
 _IMAGE_SEGMENT, _END = 0xDA, 0xD9
@@ -510,6 +512,10 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
     _check_size(*image.size, max_pixels)
     if isinstance(image, heif.HeifFile):
         _check_size(*image.coded_size, max_pixels)
+    if isinstance(image, TiffImageFile) and _TILE_TAGS[0] in image.tag_v2:
+        # A tile is decoded whole, however little of it belongs to the picture.
+        width, height = (image.tag_v2[tag] for tag in _TILE_TAGS)
+        _check_size(width, height, max(max_pixels, _TILE_PIXELS))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -235,6 +235,20 @@ def test_an_icon_is_not_decoded_before_its_size_is_known_and_then_once(
         assert decoded.pop() == (8, half) and not decoded
 
 
+def tiled(side: int) -> bytes:
+    """A TIFF of 16 x 16 pixels in one tile."""
+    tile = zlib.compress(bytes(side * side))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 134)]
+    ifd = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, len(tile))])
+    return b"II" + struct.pack("<HIH", 42, 8, len(tags) + 1) + ifd + bytes(4) + tile
+
+
+def test_a_tile_that_is_much_larger_than_its_picture_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (pixels(tiled(1024), (16, 16), limit=256) == 0).all()
+    monkeypatch.setattr(ImageFile, "load_prepare", lambda image: pytest.fail("it is decoded"))
+    assert failure(tiled(4112)) == ("too-large", f"4112 x 4112 pixels are more than the limit of {4096**2}")
+
+
 #: Orientation to what makes a picture upright, on an array.
 UPRIGHT = {
     1: lambda a: a,
