@@ -38,7 +38,13 @@ class IconFile(IcoImageFile):
 
     def picture(self) -> Image.Image:
         """The picture with its transparency."""
-        return self.ico.getimage(self.size)
+        picture = self.ico.getimage(self.size)
+        entry = self.ico.entry[0]
+        if entry.bpp == 32 and not isinstance(picture, PngImageFile) and picture.getchannel("A").getextrema() == (0, 0):
+            # Drawn for a system without alpha: what is seen is in the mask, which Pillow takes for any other depth.
+            self.ico.entry[0] = entry._replace(bpp=0)
+            picture = self.ico.getimage(self.size)
+        return picture
 
 
 def register() -> None:

@@ -32,6 +32,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TgaImagePlugin import TgaImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -82,6 +83,8 @@ _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _TILE_TAGS = 0x0112, 258, 262, (322, 323)
+#: Where a TGA says in four bits how many a pixel's alpha has.
+_TGA_DESCRIPTOR = 17
 #: Allowed in each tile of a TIFF, whose last ones exceed the picture.
 _TILE_PIXELS = 4096**2
 #: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP2, APP14, start of image data, and end.
@@ -396,6 +399,7 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     # Known only until it is loaded, which asking for the orientation can do.
     tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
     white, inverted = _sample_range(image)
+    opaque = isinstance(image, TgaImageFile) and image.mode in ("LA", "RGBA") and _alpha_bits(image) == 0
     turn = _UPRIGHT.get(_orientation(image))
     if isinstance(image, TiffImageFile):
         # Pillow turns it while it loads it.
@@ -406,6 +410,8 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     if isinstance(image, PngImageFile) and tile is not None:
         _scale_key(image, str(tile.args))
     covered = tile.extents if isinstance(image, GifImageFile) and tile is not None else None
+    if opaque:
+        image = image.convert(image.mode[:-1])
     if white:
         image = _in_eight_bits(image, white, inverted)
     if image.has_transparency_data:
@@ -416,6 +422,13 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
         image = Image.new("RGB", image.size, "white")
         image.paste(frame.convert("RGB"), covered)
     return image if turn is None else image.transpose(turn)
+
+
+def _alpha_bits(image: TgaImageFile) -> int:
+    """How many bits of a pixel are alpha by the header of a TGA; Pillow takes all that are no colors for it."""
+    assert image.fp is not None
+    image.fp.seek(_TGA_DESCRIPTOR)
+    return image.fp.read(1)[0] & 0x0F
 
 
 def _scale_key(image: PngImageFile, data: str) -> None:

@@ -249,6 +249,33 @@ def test_a_tile_that_is_much_larger_than_its_picture_is_not_decoded(monkeypatch:
     assert failure(tiled(4112)) == ("too-large", f"4112 x 4112 pixels are more than the limit of {4096**2}")
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "bits", "pixel", "expected"),
+    [
+        (2, 32, bytes([30, 20, 10, 0]), [10, 20, 30]),
+        (2, 16, struct.pack("<H", 0x8000 | 31 << 10), [255, 0, 0]),
+        (3, 16, bytes([100, 0]), [100] * 3),
+    ],
+)
+def test_a_tga_without_bits_of_alpha_is_opaque(
+    kind: int, bits: int, pixel: bytes, expected: list[int], compressed: bool
+) -> None:
+    start, size = bytes([0, 0, kind | 8 * compressed]) + bytes(9), struct.pack("<HH", 2, 1)
+    data = b"\x81" + pixel if compressed else pixel * 2
+    assert pixels(start + size + bytes([bits, 0]) + data, (2, 1)).tolist() == [[expected] * 2]
+    assert pixels(start + size + bytes([bits, 8]) + data, (2, 1)).tolist() == [[WHITE] * 2]
+
+
+def test_the_mask_of_an_icon_counts_where_no_pixel_has_alpha() -> None:
+    colors = bytes([30, 20, 10, 0] * 16)
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 4, 1, 32, 0, 0, 0, 0, 0, 0)
+    mask = bytes([0x0F, 0, 0, 0] * 2)
+    assert pixels(ico(header + colors + mask), (8, 2)).tolist() == [[[10, 20, 30]] * 4 + [WHITE] * 4] * 2
+    # One that has alpha needs no mask.
+    assert pixels(ico(header + colors[:-1] + b"\xff" + mask), (8, 2))[0].tolist() == [WHITE] * 7 + [[10, 20, 30]]
+
+
 #: Orientation to what makes a picture upright, on an array.
 UPRIGHT = {
     1: lambda a: a,
