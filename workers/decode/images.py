@@ -13,10 +13,10 @@ import hashlib
 import importlib
 import io
 import logging
-import mmap
 import os
 import re
 import stat
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -226,9 +226,11 @@ def decode(
     """
     try:
         return _decode(file, spec, max_pixels, altered if altered is not None else [], room)
-    except (ImageError, MachineFault):
-        raise
     except Exception as error:
+        # What failed would hold copies of the file until the batch ends.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, ImageError | MachineFault):
+            raise
         # Decoders raise anything from SyntaxError to struct.error on broken files.
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
             raise MachineFault(f"cannot read an image: {error.strerror}") from error
@@ -356,7 +358,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
             if not jpeg:
                 return as_seen(image, spec.exif_orientation)
             if isinstance(image, JpegImageFile):
-                image = _undamaged(file, image)
+                image = _undamaged(file, image, max_pixels)
         turned = isinstance(image, TiffImageFile) and _orientation(image) in _UPRIGHT
         image.load()
         if not jpeg:
@@ -617,20 +619,18 @@ def _segments(data: memoryview | bytes) -> Iterator[tuple[int, int, int]]:
         yield found[1][0], begin, place
 
 
-def _undamaged(file: BinaryIO, image: JpegImageFile) -> Image.Image:
+def _undamaged(file: BinaryIO, image: JpegImageFile, max_pixels: int) -> Image.Image:
     """A JPEG that is not loaded yet, decoded if simplejpeg does that to Pillow's pixels.
 
     Raises:
         ImageError: its data is damaged, which Pillow forgives.
     """
-    if isinstance(file, io.BytesIO):
-        with file.getbuffer() as data:
-            return _undamaged_data(data, image)
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-        return _undamaged_data(data, image)
-
-
-def _undamaged_data(data: memoryview, image: JpegImageFile) -> Image.Image:
+    data = _held(file)
+    if data is None:
+        # Not mapped: if the file shrank then, or its disk failed, that would end the process. No JPEG has so many bytes
+        # for its pixels; what is behind them can be as large as it likes.
+        file.seek(0)
+        data = file.read(_READ_WHOLE_BYTES + 3 * max_pixels)
     if image.mode not in ("L", "RGB"):
         # Pillow's pixels are others; as small as can be, this only looks for damage.
         _strictly(data, image.mode, least=(1, 1))

@@ -3,8 +3,10 @@
 What is expected is computed from the samples that were written, by numpy, or by hand; never by Pillow's conversions.
 """
 
+import errno
 import io
 import struct
+import traceback
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, MachineFault
 from pipeline.spec import ModelSpec
 from search.queries import open_picture, read_header
 from workers.decode import heif, icon, images
@@ -464,7 +466,7 @@ def test_a_damaged_jpeg_of_a_phone_or_of_great_size_fails_too(tmp_path: Path, mo
     pixels(data, (8, 8))
     place = data.index(b"\xff\xda") + 2000
     assert failure(data[:place] + bytes(1024) + data[place + 1024 :])[0] == "undecodable"
-    # Not read whole, but mapped.
+    # Not read before it is decoded.
     monkeypatch.setattr(images, "_READ_WHOLE_BYTES", 1000)
     (tmp_path / "whole.jpg").write_bytes(jpeg("baseline"))
     (tmp_path / "cut.jpg").write_bytes(jpeg("baseline")[:-2])
@@ -473,6 +475,56 @@ def test_a_damaged_jpeg_of_a_phone_or_of_great_size_fails_too(tmp_path: Path, mo
     assert (whole == load_pixels(tmp_path / "whole.jpg", replace(spec, pixels=1), LIMIT)).all()
     with pytest.raises(ImageError, match="ends before"):
         load_pixels(tmp_path / "cut.jpg", spec, LIMIT)
+
+
+class Failing(io.FileIO):
+    """A file on a network folder that fails once the header is read."""
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if len(buffer) > 64 << 10:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_folder_that_fails_while_a_great_jpeg_is_read_is_no_fault_of_the_jpeg(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg("baseline") + bytes(1 << 20))
+    spec = ModelSpec("i", "f", "NHWC", "RGB", 8, 8, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 1, 2)
+    with (
+        io.BufferedReader(Failing(tmp_path / "x.jpg")) as file,
+        pytest.raises(MachineFault, match="Input/output error"),
+    ):
+        decode(file, spec, LIMIT)
+
+
+def test_of_a_great_jpeg_no_more_is_read_than_its_pixels_can_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_READ_WHOLE_BYTES", 10_000)
+    (tmp_path / "x.jpg").write_bytes(jpeg("baseline") + bytes(5 << 20))
+    lengths = []
+    decoder = images.simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        images.simplejpeg, "decode_jpeg", lambda data, *a, **k: lengths.append(len(data)) or decoder(data, *a, **k)
+    )
+    spec = ModelSpec("i", "f", "NHWC", "RGB", 8, 8, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 1, 2)
+    load_pixels(tmp_path / "x.jpg", spec, 240 * 320)
+    assert lengths == [10_000 + 3 * 240 * 320]
+
+
+def test_an_error_holds_no_copy_of_the_file() -> None:
+    # Of each picture of a batch it is kept until the last one is decoded.
+    for data in (jpeg("baseline")[:-2], ODD["JFIF 2"][:-2], jpeg("baseline").replace(b"\xff\xc0", b"\xff\xc9")):
+        with pytest.raises(ImageError) as caught:
+            pixels(data, (8, 8))
+        error: BaseException | None = caught.value
+        while error is not None:
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if frame.f_code.co_filename == images.__file__:
+                    assert not any(isinstance(value, bytes | bytearray) for value in frame.f_locals.values())
+            error = error.__cause__
 
 
 def test_the_first_way_is_as_it_was() -> None:
