@@ -41,7 +41,7 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault, RuijiError
 from pipeline.spec import ModelSpec
 from pipeline.targets import writing
-from workers.decode import heif, icon
+from workers.decode import heif, icon, unknown
 from workers.decode.fit import place
 from workers.decode.resize import has_filter, resize
 
@@ -338,7 +338,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     try:
         image: Image.Image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("it is not an image in a known format", Reason.undecodable) from None
+        raise unknown.failure(file) from None
     with image:
         check_size(image, max_pixels)
         jpeg = image.format in ("JPEG", "MPO")

@@ -10,6 +10,7 @@ import traceback
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,6 +336,36 @@ def test_sheets_and_pages_show_what_was_embedded(tmp_path: Path) -> None:
         shown = open_picture(tmp_path / "x", LIMIT, 100)
         assert shown is not None
         assert (np.asarray(shown) == pixels(data, size)).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "tiff_lzw"},
+        {"compression": "tiff_adobe_deflate"},
+        {"compression": "jpeg"},
+        {"compression": "group4"},
+        {"compression": "tiff_lzw", "big_tiff": True},
+        {},
+        {"form": "AVIF"},
+    ],
+)
+def test_a_tiff_or_avif_that_is_cut_is_called_truncated(options: dict[str, Any]) -> None:
+    form = {"form": "TIFF"} | options
+    image = Image.fromarray(noise(64, 64, 3).astype(np.uint8)).convert("1" if "group4" in options.values() else "RGB")
+    data = saved(image, **form)
+    for length in (5, 9, 14, 41, *(int(len(data) * part) for part in (0.1, 0.3, 0.6, 0.9))):
+        # Of an AVIF's first box the name of the format is there.
+        if length > 9 or form["form"] == "TIFF":
+            assert failure(data[:length])[0] == "truncated"
+
+
+def test_a_kind_of_samples_that_is_not_decoded_is_not_called_an_unknown_format() -> None:
+    reason, message = failure(tiff(bytes(4 * 6 * 3), 24))
+    assert (reason, "a TIFF" in message, "samples" in message) == ("undecodable", True, True)
+    avif = saved(Image.new("RGB", (16, 16)), "AVIF").replace(b"meta", b"mexa")
+    reason, message = failure(avif)
+    assert (reason, "an AVIF" in message, "samples" in message) == ("undecodable", True, True)
 
 
 # JPEGs that are damaged
