@@ -414,6 +414,9 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     covered = tile.extents if isinstance(image, GifImageFile) and tile is not None else None
     if opaque:
         image = image.convert(image.mode[:-1])
+    if image.mode == "LAB":
+        # Which converts to no grey.
+        image = image.convert("RGB")
     if white:
         image = _in_eight_bits(image, white, inverted)
     if image.has_transparency_data:

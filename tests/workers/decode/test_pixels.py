@@ -338,6 +338,16 @@ def test_sheets_and_pages_show_what_was_embedded(tmp_path: Path) -> None:
         assert (np.asarray(shown) == pixels(data, size)).all()
 
 
+def test_a_cielab_picture_is_embedded_by_a_grey_model(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(
+        saved(Image.merge("LAB", [Image.new("L", (8, 8), 255), *[Image.new("L", (8, 8), 128)] * 2]), "TIFF")
+    )
+    spec = ModelSpec("i", "f", "NHWC", "L", 8, 8, "nearest", 255.0, (0.0,), (1.0,), True, False, 1, 2)
+    assert (load_pixels(tmp_path / "x", spec, LIMIT) >= 254).all()
+    shown = open_picture(tmp_path / "x", LIMIT, 100, mode="L")
+    assert shown is not None and shown.getpixel((0, 0)) >= 254
+
+
 @pytest.mark.parametrize(
     "options",
     [
