@@ -28,6 +28,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -398,6 +399,9 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     if isinstance(image, WebPImageFile) and image.mode == "RGB" and image.is_animated:
         # What the first frame leaves free is transparent, even if no frame has transparency.
         image._mode = image.rawmode = "RGBA"
+    if isinstance(image, AvifImageFile):
+        # As in a HEIF file: `irot` and `imir` turn it, which Pillow passes on as its EXIF, and XMP only tells of that.
+        image.info.pop("xmp", None)
     # Known only until it is loaded, which asking for the orientation can do.
     tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
     white, inverted = _sample_range(image)

@@ -315,6 +315,17 @@ def test_a_wide_tiff_is_turned_once_too(orientation: int, way: dict[str, str]) -
     assert (pixels(data, (4, 6), upright=False)[..., 0] == scaled(WIDE)).all()
 
 
+@pytest.mark.parametrize("turned", [1, 6])
+def test_xmp_turns_no_avif(turned: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    image = Image.new("L", (8, 6), 255)
+    image.paste(0, (0, 0, 8, 3))
+    data = saved(image, "AVIF", quality=100, exif=exif, xmp=b'<x:xmpmeta tiff:Orientation="3"/>')
+    upright = UPRIGHT[turned](np.asarray(image).astype(int))
+    assert (abs(pixels(data, upright.shape[1::-1])[..., 0] - upright) < 9).all()
+
+
 def test_of_what_pillow_decodes_only_tiffs_are_turned_by_it() -> None:
     # Another plugin that begins to do so would turn pictures twice again.
     for form in set(images.FORMATS) - {"DIB", "TGA", "PPM", "BMP", "GIF", heif.PLUGIN, icon.PLUGIN}:
