@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple, TypeAlias, cast
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -406,6 +406,7 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
     white, inverted = _sample_range(image)
     opaque = isinstance(image, TgaImageFile) and image.mode in ("LA", "RGBA") and _alpha_bits(image) == 0
+    lower = _lower_bytes(image)
     turn = _UPRIGHT.get(_orientation(image))
     if isinstance(image, TiffImageFile):
         # Pillow turns it while it loads it.
@@ -415,6 +416,9 @@ def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
     image.load()
     if isinstance(image, PngImageFile) and tile is not None:
         _scale_key(image, str(tile.args))
+    if lower is not None:
+        _take_out_key(image, lower)
+        del lower
     covered = tile.extents if isinstance(image, GifImageFile) and tile is not None else None
     if opaque:
         image = image.convert(image.mode[:-1])
@@ -441,7 +445,7 @@ def _alpha_bits(image: TgaImageFile) -> int:
 
 
 def _scale_key(image: PngImageFile, data: str) -> None:
-    """Bring the color that a PNG declares transparent to the range that its pixels were brought to.
+    """Bring the grey that a PNG declares transparent to the range that its pixels were brought to.
 
     Args:
         data: Pillow's name for how the samples are stored.
@@ -449,8 +453,32 @@ def _scale_key(image: PngImageFile, data: str) -> None:
     key = image.info.get("transparency")
     if isinstance(key, int):
         image.info["transparency"] = key * _GREY_SCALE.get(data, 1)
-    elif isinstance(key, tuple) and data == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _lower_bytes(image: Image.Image) -> Image.Image | None:
+    """Those of a PNG's colors of 16 bits if it declares one transparent, for Pillow keeps the upper ones alone."""
+    if not isinstance(image, PngImageFile) or "transparency" not in image.info or not image.tile:
+        return None
+    if image.tile[0].args != "RGB;16B":
+        return None
+    assert image.fp is not None
+    image.fp.seek(0)
+    lower = PngImageFile(image.fp)
+    # In the other order the lower bytes are the upper ones.
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
+    lower.load()
+    return lower
+
+
+def _take_out_key(image: Image.Image, lower: Image.Image) -> None:
+    """Make exactly the color transparent that a PNG with colors of 16 bits declares so."""
+    key = image.info.pop("transparency")
+    other = Image.new("L", image.size)
+    for half, shift in ((image, 8), (lower, 0)):
+        for band, value in enumerate(key):
+            table = [255 * (sample != value >> shift & 255) for sample in range(256)]
+            other = ImageChops.lighter(other, half.getchannel(band).point(table))
+    image.putalpha(other)
 
 
 def _in_eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:

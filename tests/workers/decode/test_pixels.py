@@ -149,6 +149,8 @@ def test_wide_colors_keep_what_pillow_takes_of_them_which_is_their_upper_byte() 
         (png(3, 16, 0, struct.pack(">3H", 0x0102, 0x0103, 0xFFF0), b"\1\2"), [255, 1, 255]),
         (png(2, 8, 2, bytes([1, 2, 3, 4, 4, 4]), bytes([0, 1, 0, 2, 0, 3])), [255, 4]),
         (png(2, 16, 2, struct.pack(">6H", *[0x101] * 3, *[0x404] * 3), b"\1\1" * 3), [255, 4]),
+        (png(2, 16, 2, struct.pack(">6H", *[0x0001] * 3, *[0x00FF] * 3), b"\0\1" * 3), [255, 0]),
+        (png(2, 16, 2, struct.pack(">6H", 0x7801, 0x7802, 0x7803, 0x7801, 0x7802, 0x7804), b"x\1x\2x\3"), [255, 120]),
         (png(3, 8, 3, bytes([0, 1, 2]), bytes([0, 128]), bytes([9, 9, 9, 0, 0, 0, 7, 7, 7])), [255, 127, 7]),
         (png(8, 1, 3, b"\xaa", b"\xff\0", bytes([9, 9, 9, 0, 0, 0])), [255, 9] * 4),
     ],
