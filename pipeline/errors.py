@@ -40,6 +40,10 @@ class ModelError(UsageError):
     """The model file is missing, cannot be read, or does not fit the model contract."""
 
 
+class GraphError(ModelError):
+    """The graph fits no `.toml`: only another export of the model helps."""
+
+
 class CannotRunHere(ModelError):
     """This device cannot compute one of the model's operations; another may."""
 

@@ -77,7 +77,7 @@ def load_model(path: Path, pixels: int | None = None) -> Model:
     try:
         spec, batch = resolve(inputs, outputs, declared, PIXELS[-1] if pixels is None else pixels)
     except ModelError as error:
-        raise ModelError(f"{path} does not fit: {error}") from None
+        raise type(error)(f"{path} does not fit: {error}") from None
     external = tuple(sorted(external_files(graph)))
     return Model(path, spec, batch, _fingerprint(path, external, spec), external, _toml_digest(path))
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import ModelError
+from pipeline.errors import GraphError, ModelError
 from pipeline.onnx_graph import Tensor
 
 ARTICLE_INPUT, ARTICLE_OUTPUT = "inputs:0", "feature_vector"
@@ -185,10 +185,12 @@ def resolve(
     source = _pick(images, _text(given, "name"), ARTICLE_INPUT, "input")
     target = _pick(outputs, _text(wanted, "name"), ARTICLE_OUTPUT, "output")
     _check_constants(constants, inputs, source)
+    if source.shape is None:
+        raise GraphError(f"its input {source} has no shape; export it with one")
+    if len(source.shape) != 4:
+        raise GraphError(f"its input {source} is not an image batch with 4 dimensions")
     if source.dtype not in DTYPES:
-        raise ModelError(f"its input {source} is not one of {', '.join(DTYPES)}")
-    if source.shape is None or len(source.shape) != 4:
-        raise ModelError(f"its input {source} is not an image batch with 4 dimensions")
+        raise GraphError(f"its input {source} is not one of {', '.join(DTYPES)}; export it with float32 or float16")
     article = source.name == ARTICLE_INPUT and target.name == ARTICLE_OUTPUT
     layout = _text(given, "layout") or ("NHWC" if article else _layout(source))
     if layout not in ("NHWC", "NCHW"):
@@ -420,8 +422,15 @@ def _scaling_words(spec: ModelSpec) -> str:
 
 def _length(target: Tensor, given: Any, pooling: str) -> int:
     shape = target.shape
+    if given is not None and (type(given) is not int or given < 1):
+        raise ModelError(f"length {given!r} does not fit its output {target}")
     if shape is None:
-        raise ModelError(f"its output {target} has no shape")
+        # A run shows whether it is true.
+        if given is None:
+            raise ModelError(f"its output {target} has no shape; say [output] length = … in <model>.toml")
+        return int(given)
+    if len(shape) not in (2, 3, 4):
+        raise GraphError(f"its output {target} is not one vector per image, and no pooling makes one of it")
     # A trailing [.., 1, 1] is a pooled feature map that was not flattened: the same values in the same order.
     ranks = {"none": (2, 4), "cls": (3,), "mean": (3,), "map-mean": (4,)}[pooling]
     if len(shape) not in ranks or (pooling == "none" and shape[2:] not in ((), (1, 1))):
@@ -431,7 +440,7 @@ def _length(target: Tensor, given: Any, pooling: str) -> int:
             f"{', '.join(advice)}"
         )
     at = 2 if len(shape) == 3 else 1
-    if given is not None and (type(given) is not int or given < 1 or shape[at] not in (None, given)):
+    if given is not None and shape[at] not in (None, given):
         raise ModelError(f"length {given!r} does not fit its output {target}")
     length = shape[at] or given
     if length is None:

@@ -210,6 +210,44 @@ def test_what_a_graph_leaves_open_comes_from_its_library_and_a_run(tmp_path: Pat
     assert load_model(add_model(source, tmp_path / "models", "last").path).spec.layout == "NHWC"
 
 
+def test_an_output_without_a_shape_is_measured_by_a_run(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    graph = onnx.load(source / "model.onnx")
+    graph.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(graph, source / "model.onnx")
+    added = add_model(source, tmp_path / "models")
+    assert load_model(added.path).spec.length == 12
+    toml = added.path.with_suffix(".toml")
+    toml.write_text("\n".join(line for line in toml.read_text().splitlines() if not line.startswith("length")))
+    with pytest.raises(ModelError, match=r"has no shape; say \[output\] length"):
+        load_model(added.path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bfloat16", "export it with float32 or float16"),
+        ("no shape", "has no shape; export it with one"),
+        ("three dimensions", "4 dimensions"),
+        ("one number", "no pooling makes one of it"),
+    ],
+)
+def test_where_no_key_can_mend_a_graph_none_is_named(tmp_path: Path, kind: str, words: str) -> None:
+    source = source_of(tmp_path / "theirs")
+    graph = onnx.load(source / "model.onnx")
+    taken, given = (value.type.tensor_type for value in (graph.graph.input[0], graph.graph.output[0]))
+    if kind == "bfloat16":
+        taken.elem_type = TensorProto.BFLOAT16
+    elif kind == "no shape":
+        taken.ClearField("shape")
+    else:
+        del (taken if kind == "three dimensions" else given).shape.dim[-1]
+    onnx.save(graph, source / "model.onnx")
+    with pytest.raises(ModelError, match=words) as caught:
+        add_model(source, tmp_path / "models")
+    assert ".toml" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

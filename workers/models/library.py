@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import layout
 from pipeline.choices import Device
-from pipeline.errors import ModelError, RuijiError, UsageError
+from pipeline.errors import GraphError, ModelError, RuijiError, UsageError
 from pipeline.model import Model, load_model
 from pipeline.onnx_graph import graph_tensors, load_graph
 from pipeline.spec import PIXELS, read_toml, resolve
@@ -268,6 +268,8 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
         said, lines = _filled_in(path, graph, said, lines)
         layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
         return load_model(path)
+    except GraphError:
+        raise
     except ModelError as error:
         origin = next(iter(said.values())).origin.partition(":")[0]
         # A graph that was made or downloaded here is gone, or nobody's to write beside.
@@ -288,7 +290,7 @@ def _filled_in(
         said = {**said, "layout": Said("NCHW", "the graph leaves it open; its library has channels first")}
     target = next((tensor for tensor in outputs if tensor.name == output.get("name", Said(None, "")).value), outputs[0])
     at = 2 if target.shape is not None and len(target.shape) == 3 else 1
-    if target.shape is not None and len(target.shape) > at and target.shape[at] is None:
+    if target.shape is None or (len(target.shape) > at and target.shape[at] is None):
         values = {key: value.value for key, value in output.items()}
         declared = {"input": {key: value.value for key, value in said.items()}, "output": {**values, "length": 1}}
         spec, batch = resolve(inputs, outputs, declared, PIXELS[-1])
