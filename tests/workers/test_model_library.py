@@ -353,6 +353,28 @@ def test_weights_outside_the_file_come_along_and_no_other_file_does(tmp_path: Pa
         add_model(source, tmp_path / "models", "hostile")
 
 
+def test_weights_are_found_beside_the_graph_if_it_says_so_in_another_way(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "theirs")
+    graph = onnx.load(source / "model.onnx")
+    graph.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.ones(1000, np.float32), "two"))
+    graph.graph.node.append(helper.make_node("ReduceSum", ["two"], ["unused"], keepdims=0))
+    onnx.save(graph, source / "model.onnx", save_as_external_data=True, location="w.data", size_threshold=100)
+    graph = onnx.load(source / "model.onnx", load_external_data=False)
+    for place, words in (
+        ("./w.data", ""),
+        ("././w.data", "not a file"),
+        ("./../w.data", "not a file"),
+    ):
+        for entry in graph.graph.initializer[2].external_data:
+            entry.value = place if entry.key == "location" else entry.value
+        (source / "model.onnx").write_bytes(graph.SerializeToString())
+        if words:
+            with pytest.raises(ModelError, match=words):
+                add_model(source, tmp_path / "models", "other")
+        else:
+            assert (add_model(source, tmp_path / "models").path.parent / "w.data").is_file()
+
+
 def test_a_name_is_one_model(tmp_path: Path) -> None:
     source, models = source_of(tmp_path / "theirs"), tmp_path / "models"
     first = add_model(source, models)

@@ -99,12 +99,13 @@ def copy_graph(found: Path, target: Path, shown: str, reserved: Iterable[str] = 
     graph = load_graph(found)
     shutil.copyfile(found, target)
     for name in sorted(external_files(graph)):
-        # A graph of a stranger's names the files that are read beside it.
-        if Path(name).name != name or name in (target.name, *reserved):
+        # A graph of a stranger's names the files that are read beside it; some exporters write ./ before them.
+        beside = name.removeprefix("./")
+        if Path(beside).name != beside or beside in (target.name, *reserved):
             raise ModelError(f"{shown} has weights in {name!r}, which is not a file beside it")
-        if not (found.parent / name).is_file():
+        if not (found.parent / beside).is_file():
             raise ModelError(f"{shown} has weights in {name}, which is not there; copy it beside the model")
-        shutil.copyfile(found.parent / name, target.with_name(name))
+        shutil.copyfile(found.parent / beside, target.with_name(beside))
     return graph
 
 
