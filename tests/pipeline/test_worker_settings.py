@@ -30,6 +30,7 @@ MOST = replace(
     transport=Transport.stock,
     log_format=LogFormat.json,
     in_hand=Path("/state/in-hand/x"),
+    gpu="GPU-aaaaaaaa-aaaa-aaaa-aaaa-aaaaaaaaaaaa",
 )
 
 
