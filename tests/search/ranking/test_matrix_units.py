@@ -22,7 +22,7 @@ from search.ranking.rank import rank, rows_within
 from search.ranking.scan import Batch
 from tests.sanitized import run_sanitized
 from tests.search.galleries import in_memory
-from tests.search.ranking.test_rank import KINDS, check_bounds, features_of, ids_of, queries_of
+from tests.search.ranking.test_rank import KINDS, check_bounds, check_parts, features_of, ids_of, queries_of
 
 SOURCE = Path(__file__).parents[3] / "search" / "ranking" / "_matrix_units.c"
 
@@ -64,6 +64,11 @@ def test_they_and_numpy_give_the_same_ranking(kind: str) -> None:
             assert rank(gallery, queries, k, metric, kept.scan) == expected
             assert rank(gallery, queries, k, metric, streamed.scan) == expected
         assert rank(gallery, queries[:1], 10, metric, kept.scan) == rank(gallery, queries[:1], 10, metric)
+
+
+def test_a_scan_for_a_part_of_what_there_is_finds_the_same() -> None:
+    check_parts(MatrixUnits(resident=True).scan)
+    check_parts(MatrixUnits(block_rows=150).scan)
 
 
 @pytest.mark.parametrize("d", [1, 2, 31, 32, 33, 64, 100])

@@ -30,8 +30,8 @@ from search.options import Metric
 from search.ranking.bounds import float32_margin
 from search.ranking.codes_scan import codes_scan
 from search.ranking.exact import NEARLY_ONE, exact_angles, exact_pair_similarities, exact_squared_distances
-from search.ranking.rank import Hit, rank
-from search.ranking.scan import Batch, Candidates, numpy_scan
+from search.ranking.rank import Hit, rank, rows_within, scan_without
+from search.ranking.scan import Batch, Candidates, Scan, numpy_scan
 from tests.factories import tiny_model
 from tests.properties import examples
 from tests.search.galleries import brute_force, exact_cosine_key, in_memory, write_gallery
@@ -331,6 +331,28 @@ def test_the_arc_cosine_is_exact_up_to_where_it_is_taken() -> None:
         taken = np.abs(cosines) <= NEARLY_ONE
         assert 20 < taken.sum() < 390
         assert np.abs(np.arccos(cosines) - exact_angles(query, rows))[taken].max() < 1e-13
+
+
+def check_parts(scan: Scan) -> None:
+    """A scan finds the same if only so many pairs are held, and without some rows."""
+    generator = np.random.default_rng(0)
+    centers = generator.standard_normal((12, 64)).astype(np.float32)
+    features = np.repeat(centers, 100, axis=0) + 0.2 * generator.standard_normal((1200, 64)).astype(np.float32)
+    gallery, queries = in_memory(features, cuts=(500, 900)), features[::40]
+    near = rows_within(gallery, queries, 0.8, numpy_scan())
+    first = rows_within(gallery, queries, 0.8, scan, most_pairs=500)
+    assert 1 <= len(first) < len(near)
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in near[: len(first)]]
+    out = np.zeros(gallery.rows, bool)
+    out[generator.choice(gallery.rows, 700, replace=False)] = True
+    others = rank(gallery, queries, 20, Metric.cosine, scan_without(scan, out)).hits
+    for found, all_hits in zip(others, rank(gallery, queries, gallery.rows).hits, strict=True):
+        assert list(found) == [hit for hit in all_hits if not out[hit.row]][:20]
+
+
+@pytest.mark.parametrize("scan", [numpy_scan(), numpy_scan(73), codes_scan()], ids=["numpy", "blocks", "codes"])
+def test_a_scan_for_a_part_of_what_there_is_finds_the_same(scan: Scan) -> None:
+    check_parts(scan)
 
 
 def check_bounds(found: Candidates, batch: Batch, rows: NDArray[np.float32]) -> None:

@@ -19,7 +19,7 @@ from search.ranking.rank import rank  # noqa: E402
 from search.ranking.scan import Batch  # noqa: E402
 from search.ranking.torch_arithmetic import TorchArithmetic, TorchScan  # noqa: E402
 from tests.search.galleries import in_memory  # noqa: E402
-from tests.search.ranking.test_rank import KINDS, check_bounds, features_of, ids_of, queries_of  # noqa: E402
+from tests.search.ranking.test_rank import KINDS, check_bounds, check_parts, features_of, ids_of, queries_of  # noqa: E402
 
 DEVICES = [
     "cpu",
@@ -48,6 +48,13 @@ def test_torch_and_numpy_give_the_same_ranking(kind: str, precision: Precision, 
             assert rank(gallery, queries, k, metric, staged) == expected
             assert rank(gallery, queries, k, metric, in_parts) == expected
         assert rank(gallery, queries[:1], 10, metric, resident) == rank(gallery, queries[:1], 10, metric)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_scan_for_a_part_of_what_there_is_finds_the_same(resident: bool, precision: Precision, device: str) -> None:
+    check_parts(TorchArithmetic(device, precision, resident=resident).scan)
 
 
 @pytest.mark.parametrize("device", DEVICES)
