@@ -359,23 +359,42 @@ def failures(
     raise typer.Exit(EXIT_INCOMPLETE if count else 0)
 
 
-@app.command(panel=Panel.check, examples=["ruiji verify", "ruiji verify --repair"])
+@app.command(
+    panel=Panel.check, examples=["ruiji verify", "ruiji verify --repair", "ruiji verify --pictures --media-dir PHOTOS"]
+)
 def verify(
     feature_dir: settings.FeatureDir,
     model: settings.ModelFile,
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove leftovers, and plan broken and lost shards again.")
     ] = False,
+    pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures",
+            help="Also read every picture, and report those that changed since they were embedded; needs --media-dir. "
+            "With --repair the shards that have such pictures are planned again.",
+        ),
+    ] = False,
+    media_dir: settings.OptionalMediaDir = None,
 ) -> None:
     """Compare every byte of a gallery with its records.
 
-    Exit code 4: something is broken.
+    Exit code 4: something is broken, or a picture changed.
     """
     from pipeline.verify import check
 
-    found = check(layout.gallery_folder(feature_dir, model), streams.tell, streams.note, repair_it=repair)
+    if pictures and media_dir is None:
+        raise UsageError("--pictures needs --media-dir: the folder of the images")
+    found = check(
+        layout.gallery_folder(feature_dir, model),
+        streams.tell,
+        streams.note,
+        repair_it=repair,
+        media_dir=media_dir if pictures else None,
+    )
     if not repair and any(finding.repairable for finding in found.findings):
-        streams.note("ruiji verify --repair repairs what can be repaired")
+        streams.note(f"ruiji verify{' --pictures' if pictures else ''} --repair repairs what can be repaired")
     streams.note(f"findings: {len(found.findings)}; broken{' still' if repair else ''}: {len(found.broken)}")
     raise typer.Exit(GalleryMismatch.exit_code if found.broken else 0)
 

@@ -1,4 +1,4 @@
-"""Verifying a gallery: every byte against the records, and everything that does not belong there.
+"""Verifying a gallery: every byte against the records, everything that does not belong there, and the pictures.
 
 `repair` removes leftovers, rebuilds what follows from the plan (paths, ids), and plans the rest again.
 """
@@ -21,11 +21,13 @@ from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt
 from pipeline.gallery import GalleryInfo, require_gallery
 from pipeline.npy import map_npy
 from pipeline.objects import IdScheme, count_lines, read_lines, sort_lines
+from pipeline.pictures import compare_pictures
 from pipeline.plans.files import closed_plans, open_plan
 from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, plan_id_of, segment_digest
 from pipeline.plans.published import published_shards
 from pipeline.plans.repair import lost_segments, plan_repair, set_aside
+from pipeline.progress import show_steps
 from pipeline.reduce import nested_folders
 from pipeline.store import (
     DIGEST_BYTES,
@@ -51,12 +53,13 @@ class Finding:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: `broken-shard`, `lost-shard`, `unknown-gap`, `twice`, `damaged`, `damaged-cache`: something is broken;
-            `leftover`, `foreign`: it is only in the way.
+        kind: `broken-shard`, `lost-shard`, `unknown-gap`, `twice`, `damaged`, `damaged-cache`, `changed` (a picture is
+            not the one that was embedded): something is broken; `leftover`, `foreign`: it is only in the way;
+            `unread`: it could not be compared.
         name: the file or shard.
         message: what is the matter, for people.
         repairable: whether `repair` mends it.
-        shard: of broken and lost ones.
+        shard: of broken and lost ones, and of changed pictures.
         generation: what had been committed last when the verification began; -1: not said.
     """
 
@@ -70,7 +73,7 @@ class Finding:
     @property
     def broken(self) -> bool:
         """Whether the gallery is worse for it."""
-        return self.kind not in ("leftover", "foreign")
+        return self.kind not in ("leftover", "foreign", "unread")
 
     def __str__(self) -> str:
         return f"{self.kind:<13} {self.name}: {self.message}"
@@ -89,18 +92,24 @@ class Verification:
 
 
 def check(
-    folder: Path, tell: Callable[[Finding], None], note: Callable[[str], None], *, repair_it: bool = False
+    folder: Path,
+    tell: Callable[[Finding], None],
+    note: Callable[[str], None],
+    *,
+    repair_it: bool = False,
+    media_dir: Path | None = None,
 ) -> Verification:
     """Verify a gallery and, if asked, repair it.
 
     Args:
         tell: gets every finding before anything is repaired.
         note: gets what is repaired and what is left to do, for people, as it happens.
+        media_dir: as `verify`.
 
     Raises:
         As `verify` and `repair`.
     """
-    findings = verify(folder)
+    findings = verify(folder, media_dir)
     for finding in findings:
         tell(finding)
     if repair_it:
@@ -109,24 +118,28 @@ def check(
     return Verification(findings, broken)
 
 
-def verify(folder: Path) -> list[Finding]:
+def verify(folder: Path, media_dir: Path | None = None) -> list[Finding]:
     """Read the whole gallery and compare it with what its records and plans say.
+
+    Args:
+        media_dir: where the pictures are, if each is to be compared with the digest of its row; it takes long, so it
+            shows its progress.
 
     Raises:
         UsageError: there is no gallery. GalleryMismatch: `gallery.json` or a plan is damaged.
-        RuijiError: files were taken away while they were read.
+        RuijiError: files were taken away while they were read. RuijiError, MachineFault: as `compare_pictures`.
     """
     try:
         # Read before all else: what is found to be of no use may be taken up by a plan that opens meanwhile.
         generation = current(folder).number
-        return [replace(finding, generation=generation) for finding in _verify(folder)]
+        return [replace(finding, generation=generation) for finding in _verify(folder, media_dir)]
     except FileNotFoundError as error:
         raise RuijiError(
             f"{error.filename} disappeared while the gallery was read; is another repair running? Run it again"
         ) from None
 
 
-def _verify(folder: Path) -> list[Finding]:
+def _verify(folder: Path, media_dir: Path | None) -> list[Finding]:
     gallery = require_gallery(folder)
     plan = open_plan(folder)
     plans = list(_plans(folder, plan))
@@ -178,7 +191,34 @@ def _verify(folder: Path) -> list[Finding]:
         Finding("damaged-cache" if damaged else "leftover", name, f"{why}; a search makes it again")
         for name, damaged, why in look_through(folder)
     ]
+    if media_dir is not None:
+        findings += _pictures(folder, media_dir, sound, makeable)
     return findings
+
+
+def _pictures(folder: Path, media_dir: Path, shards: list[int], makeable: set[int]) -> Iterator[Finding]:
+    """Pictures that are not those that were embedded, and pictures that cannot tell.
+
+    A shard is planned again as a whole. If some of its pictures cannot be read, that would take their rows.
+    """
+    with show_steps("pictures") as progress:
+        for found in compare_pictures(folder, media_dir, shards, progress):
+            repairable = found.shard in makeable and not found.unreadable
+            for path in found.changed:
+                words = f"it is not the picture that was embedded into shard {found.shard:04d}"
+                yield Finding("changed", path, words, repairable, found.shard)
+            if found.unreadable:
+                path, why = found.unreadable[0]
+                words = f"{counted(len(found.unreadable), 'of its pictures')} cannot be read, first {path}: {why}"
+                if found.changed:
+                    words += (
+                        ". The shard is not made again before they can be, or the object list names them no longer, "
+                        "since they would lose their rows"
+                    )
+                yield Finding("unread", f"{found.shard:04d}", words, False)
+            if found.without_digest:
+                words = f"{counted(found.without_digest, 'row')} without digests, which an older ruiji made"
+                yield Finding("unread", f"{found.shard:04d}", words, False)
 
 
 def _without_list(shard: int, makeable: bool) -> Finding:
@@ -439,8 +479,9 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
     """Mend what `verify` found.
 
     Leftovers are deleted, unless a plan was opened since. A broken shard whose record, features and digests are sound
-    gets its paths and ids from its plan. Any other is planned again, and only its objects are embedded; nothing of it
-    is touched before its plan is ready, and then it is set aside below `run/broken`.
+    gets its paths and ids from its plan. Any other is planned again, as is one with changed pictures, and only its
+    objects are embedded; nothing of it is touched before its plan is ready, and then it is set aside below
+    `run/broken`.
 
     Args:
         note: gets what was done and what is left to do, for people, as it happens.
@@ -467,6 +508,9 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
                 note(f"rebuilt the paths and ids of shard {finding.name} from its plan")
             else:
                 broken.add(finding.shard)
+        elif finding.kind == "changed" and finding.repairable:
+            assert finding.shard is not None
+            broken.add(finding.shard)
     if kept:
         note(
             f"{counted(kept, 'leftover')} not removed, because a plan was opened while the gallery was read: run ruiji "
@@ -478,7 +522,7 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
         for shard in sorted(broken):
             set_aside(folder, shard)
             maker = "the open plan makes" if shard in its_own else "the next ruiji enqueue (or ruiji run) makes"
-            note(f"set aside the broken shard {shard:04d}, which {maker} again")
+            note(f"set aside the shard {shard:04d}, which {maker} again")
         if plan.unpublished():
             by = "its workers make its shards, or the next ruiji enqueue or ruiji run"
             note(f"the plan {plan.plan_id} is open: {by}")

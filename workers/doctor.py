@@ -18,12 +18,13 @@ from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
+from pipeline.pictures import picture_digest
 from pipeline.plans.files import open_plan
 from pipeline.plans.published import published_shards
 from pipeline.queue.connection import connect, public_url
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
-from pipeline.store import read_record, sync_folder, write_atomic
+from pipeline.store import DIGEST_BYTES, read_record, sync_folder, write_atomic
 from pipeline.streams import counted
 from pipeline.versions import library_versions, other_versions
 from workers.decode.images import load_pixels
@@ -246,20 +247,22 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
     if gallery.fingerprint != encoder.model.fingerprint:
         raise GalleryMismatch(f"the gallery belongs to another model: {why_another(encoder.model, gallery.contract)}")
     worst, where, compared, skipped = 1.0, "", 0, 0
+    changed: list[str] = []
     for shard, row in _spread(folder, shards):
-        file = layout.features_file(folder, shard)
-        try:
-            features = map_npy(file).array
-        except (FileNotFoundError, NpyError) as error:
-            raise ShardCorrupt(f"{file} is damaged: {error}") from None
-        if features.shape != (read_record(folder, shard).rows, encoder.model.spec.length):
-            raise ShardCorrupt(f"shard {shard:04d} has the shape {list(features.shape)}, not as recorded")
+        record = read_record(folder, shard)
+        features = _array(layout.features_file(folder, shard), (record.rows, encoder.model.spec.length))
+        digests = None
+        if record.format > 1:
+            digests = _array(layout.digests_file(folder, shard), (record.rows, DIGEST_BYTES))
         stored = features[row]
         path = list(read_lines(layout.paths_file(folder, shard)))[row]
         try:
             pixels = load_pixels(media_dir / path, encoder.model.spec, max_pixels=1 << 62)
         except ImageError:
             skipped += 1
+            continue
+        if digests is not None and picture_digest(media_dir, path) != digests[row].tobytes():
+            changed.append(path)
             continue
         cosine = _cosine(encoder.encode(pixels[np.newaxis])[0], stored)
         compared += 1
@@ -268,9 +271,25 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
     least = LEAST_COSINE if encoder.device is Device.cpu else LEAST_COSINE_CUDA
     detail = f"{counted(compared, 'object')} embedded again, cosine at least {worst:.7f}"
     detail += f", {counted(skipped, 'image is', 'images are')} gone" if skipped else ""
+    if changed:
+        words = counted(len(changed), "picture is not the one that was", "pictures are not those that were")
+        detail += f"; {words} embedded, first {changed[0]}: ruiji verify --pictures finds all"
     if compared and not worst >= least:
-        return Check("wrong", "features", f"{detail} ({where}): another picture, or other libraries than the gallery's")
+        detail += f" ({where}): another picture, or other libraries than the gallery's"
+    if changed or (compared and not worst >= least):
+        return Check("wrong", "features", detail)
     return Check("ok" if compared else "warn", "features", detail)
+
+
+def _array(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A shard's array, as its record says."""
+    try:
+        array = map_npy(file).array
+    except (FileNotFoundError, NpyError) as error:
+        raise ShardCorrupt(f"{file} is damaged: {error}") from None
+    if array.shape != shape:
+        raise ShardCorrupt(f"{file} has the shape {list(array.shape)}, not {list(shape)} as recorded")
+    return array
 
 
 def _spread(folder: Path, shards: list[int]) -> Iterator[tuple[int, int]]:

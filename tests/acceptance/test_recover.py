@@ -89,6 +89,14 @@ def test_a_broken_shard_is_found_and_made_again(ruiji: Ruiji, failed: list[str],
     assert ruiji("verify").stdout.split()[:2] == ["leftover", "run/broken/0001:"], "the broken one was set aside"
     ruiji("verify", "--repair")
     assert ruiji("verify").stdout == ""
+    # A picture under an old name is another matter: no run looks at it again.
+    picture(ruiji.media / failed[20], 99)
+    assert "nothing to do" in ruiji("enqueue").stderr
+    assert ruiji("verify", "--pictures", code=4).stdout.startswith(f"changed       {failed[20]}: ")
+    ruiji("verify", "--pictures", "--repair")
+    ruiji("status", "--watch", code=3)
+    assert "similarity" in ruiji("search", str(ruiji.media / failed[20]), "-k", "1", "--min-similarity", "0.999").stdout
+    assert "changed" not in ruiji("verify", "--pictures", "--repair").stdout
 
 
 def test_the_doctor_says_what_is_wrong(ruiji: Ruiji, failed: list[str], redis_url: str, tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import RuijiError, UsageError
 from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import open_plan
 from pipeline.plans.plan import Plan
 from pipeline.reduce import tidy
 from pipeline.segments import reduce_segment
 from pipeline.status import StatusReader
-from pipeline.store import shard_contents
+from pipeline.store import Embedded, shard_contents
 from pipeline.verify import Finding, check, repair, verify
 from search.gallery.opening import open_gallery
 from tests.factories import pictures
@@ -113,6 +113,71 @@ def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, en
         repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
     assert verify(plan.folder) == []
+
+
+def media_of(plan: Plan) -> Path:
+    """Pictures whose digests are those of the features that `embed` writes."""
+    media = plan.folder.parent.parent / "media"
+    for segment in plan.segments:
+        for path in plan.paths(segment):
+            (media / path).write_text(path)
+    return media
+
+
+def test_a_picture_that_changed_is_found_and_its_shard_made_again(plan: Plan) -> None:
+    before, media = files(plan.folder), media_of(plan)
+    assert verify(plan.folder, media) == []
+    changed = plan.paths(plan.segments[1])[2]
+    (media / changed).write_text("another picture under the old name")
+    assert verify(plan.folder) == [], "nothing else looks at the pictures"
+    (finding,) = found = verify(plan.folder, media)
+    assert (finding.kind, finding.name, finding.broken, finding.repairable) == ("changed", changed, True, True)
+    repair(plan.folder, found)
+    again = open_plan(plan.folder)
+    assert again is not None
+    (segment,) = again.segments
+    assert segment.shard == 1
+    for path in again.paths(segment):
+        digest = hashlib.sha256((media / path).read_bytes()).digest()
+        again.write_features(segment, {again.scheme.object_id(path): Embedded(feature_of(path), digest)})
+    reduce_segment(again, segment, lambda: None)
+    tidy(again)
+    close_plan(again)
+    repair(plan.folder, verify(plan.folder))
+    assert verify(plan.folder, media) == []
+    after = files(plan.folder)
+    assert {name for name in before if after[name] != before[name]} == {"0001.digests.npy", "0001.json"}
+
+
+def test_pictures_that_are_gone_lose_no_row_and_stale_ones_are_not_looked_at(
+    plan: Plan, tmp_path: Path, model_path: Path
+) -> None:
+    media, paths = media_of(plan), [path for segment in plan.segments for path in plan.paths(segment)]
+    (media / paths[1]).unlink()
+    (media / paths[2]).write_text("another picture under the old name")
+    os.mkfifo(media / "pipe")
+    (media / paths[5]).unlink()
+    (media / paths[5]).symlink_to(media / "pipe")
+    findings = verify(plan.folder, media)
+    assert [(found.kind, found.name, found.broken, found.repairable) for found in findings] == [
+        ("changed", paths[2], True, False),
+        ("unread", "0000", False, False),
+        ("unread", "0001", False, False),
+    ]
+    assert paths[1] in findings[1].message and "lose their rows" in findings[1].message
+    assert "not a regular file" in findings[2].message
+    assert notes_of(plan, findings) == []
+    # Without that object on the list its row is stale, and is no row to lose.
+    assert plan_for(tmp_path, model_path, [path for path in paths if path != paths[1]]) is None
+    assert [(found.kind, found.repairable) for found in verify(plan.folder, media)] == [
+        ("changed", True),
+        ("unread", False),
+    ]
+
+
+def test_another_media_folder_says_nothing_about_the_pictures(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(RuijiError, match="none of the 10 pictures can be read"):
+        verify(plan.folder, tmp_path)
 
 
 def test_bytes_that_fit_the_record_must_also_mean_something(plan: Plan) -> None:
