@@ -1,4 +1,4 @@
-"""Whether the pictures of a gallery are still those that were embedded: their bytes against the digests of its rows."""
+"""Picture files as they are now: their bytes, and whether they are still those that a gallery's rows were made from."""
 
 import errno
 import hashlib
@@ -6,8 +6,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,36 @@ from pipeline.streams import counted
 
 #: Pictures that are read at once: hashing leaves Python to others, and a disk or network folder has long ways.
 _AT_ONCE = 16
-#: What is said of a picture that is there, and cannot be read.
-_UNREADABLE = {
-    errno.ENOENT: "there is no such file",
-    errno.ENOTDIR: "there is no such file",
-    errno.EACCES: "reading it is not permitted",
-    errno.EPERM: "reading it is not permitted",
-    errno.ELOOP: "the path does not lead to a file",
-    errno.ENAMETOOLONG: "the path does not lead to a file",
-    errno.ENXIO: "the path does not lead to a file",
-}
+#: Of a path that leads to no file that can be read; any other error is the machine's.
+_ABSENT = {*(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM), *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)}
+
+
+@contextmanager
+def absent_is_none(path: Path) -> Iterator[None]:
+    """End the block where a path leads to no file that can be read, without an error.
+
+    Raises:
+        MachineFault: the disk or network below the file failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise MachineFault(f"cannot read {path}: {error.strerror}") from error
+
+
+def file_digest(path: Path) -> tuple[os.stat_result, bytes] | None:
+    """The sha256 of a file's bytes, 32 bytes; None if there is no such file, or if it may not be read.
+
+    Raises:
+        MachineFault: the disk or network below the file failed.
+    """
+    # O_NONBLOCK: a pipe of this name would block for ever.
+    with absent_is_none(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        there = os.fstat(file.fileno())
+        if stat.S_ISREG(there.st_mode):
+            return there, hashlib.file_digest(file, "sha256").digest()
+    return None
 
 
 @dataclass(frozen=True)
@@ -40,13 +60,13 @@ class Compared:
 
     Attributes:
         changed: paths of pictures whose bytes are not those that were embedded.
-        unreadable: path of each picture that cannot be read, and why.
+        unreadable: paths of pictures that are gone or cannot be read.
         without_digest: rows whose digests are not known; their pictures were not read.
     """
 
     shard: int
     changed: tuple[str, ...] = ()
-    unreadable: tuple[tuple[str, str], ...] = ()
+    unreadable: tuple[str, ...] = ()
     without_digest: int = 0
 
 
@@ -84,11 +104,11 @@ def compare_pictures(
             else:
                 digests = map_npy(layout.digests_file(folder, shard)).array
                 changed, unreadable = [], []
-                found = threads.map(partial(picture_digest, media_dir), [paths[row] for row in rows])
-                for number, (row, outcome) in enumerate(zip(rows, found, strict=True)):
-                    if isinstance(outcome, str):
-                        unreadable.append((paths[row], outcome))
-                    elif outcome != digests[row].tobytes():
+                files = threads.map(file_digest, [media_dir / paths[row] for row in rows])
+                for number, (row, found) in enumerate(zip(rows, files, strict=True)):
+                    if found is None:
+                        unreadable.append(paths[row])
+                    elif found[1] != digests[row].tobytes():
                         changed.append(paths[row])
                     progress(before + number, total)
                 looked_at += len(rows)
@@ -102,25 +122,3 @@ def compare_pictures(
             f"none of the {counted(looked_at, 'picture')} can be read below {media_dir}: is it the media folder of "
             "this gallery, and is it mounted?"
         )
-
-
-def picture_digest(media_dir: Path, path: str) -> bytes | str:
-    """The sha256 of a picture's file, 32 bytes, or why it cannot be read.
-
-    Raises:
-        MachineFault: the disk or network below the media folder failed.
-    """
-    try:
-        # O_NONBLOCK: a FIFO would otherwise block here for ever.
-        descriptor = os.open(media_dir / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return "it is not a regular file"
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno in _UNREADABLE:
-            return _UNREADABLE[error.errno]
-        raise MachineFault(f"cannot read {media_dir / path}: {error.strerror}") from error

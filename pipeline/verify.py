@@ -208,12 +208,12 @@ def _pictures(folder: Path, media_dir: Path, shards: list[int], makeable: set[in
                 words = f"it is not the picture that was embedded into shard {found.shard:04d}"
                 yield Finding("changed", path, words, repairable, found.shard)
             if found.unreadable:
-                path, why = found.unreadable[0]
-                words = f"{counted(len(found.unreadable), 'of its pictures')} cannot be read, first {path}: {why}"
+                number = counted(len(found.unreadable), "of its pictures is", "of its pictures are")
+                words = f"{number} gone or cannot be read, first {found.unreadable[0]}"
                 if found.changed:
                     words += (
-                        ". The shard is not made again before they can be, or the object list names them no longer, "
-                        "since they would lose their rows"
+                        ". They would lose their rows, so the shard is not made again: restore them, or enqueue a list "
+                        "without them"
                     )
                 yield Finding("unread", f"{found.shard:04d}", words, False)
             if found.without_digest:

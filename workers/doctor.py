@@ -18,7 +18,7 @@ from pipeline.gallery import gallery_model, read_gallery
 from pipeline.model import Model, why_another
 from pipeline.npy import NpyError, map_npy
 from pipeline.objects import read_lines
-from pipeline.pictures import picture_digest
+from pipeline.pictures import file_digest
 from pipeline.plans.files import open_plan
 from pipeline.plans.published import published_shards
 from pipeline.queue.connection import connect, public_url
@@ -261,7 +261,8 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         except ImageError:
             skipped += 1
             continue
-        if digests is not None and picture_digest(media_dir, path) != digests[row].tobytes():
+        file = file_digest(media_dir / path)
+        if digests is not None and file is not None and file[1] != digests[row].tobytes():
             changed.append(path)
             continue
         cosine = _cosine(encoder.encode(pixels[np.newaxis])[0], stored)

@@ -4,11 +4,8 @@ A file is opened again only if its size or time differ from what is kept. Of a p
 formats that ruiji decodes.
 """
 
-import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import layout
-from pipeline.errors import MachineFault
+from pipeline.pictures import absent_is_none
 from search.gallery.shards import Gallery, Shard
 from search.queries import read_header
 
@@ -24,8 +21,6 @@ from search.queries import read_header
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 #: Columns: 1 and the format's number if the file was read, 0 if not; bytes, nanoseconds, width, height.
 _COLUMNS = 5
-#: Of a path that leads to no file that can be read; any other error is the machine's.
-_ABSENT = {*(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM), *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +66,6 @@ def read_facts(path: Path, known: FileFacts | None = None) -> FileFacts | None:
             form, width, height = read_header(file) or ("", 0, 0)
             return FileFacts(there.st_size, there.st_mtime_ns, width, height, form)
     return None
-
-
-@contextmanager
-def absent_is_none(path: Path) -> Iterator[None]:
-    """End the block where a path leads to no file that can be read, without an error.
-
-    Raises:
-        MachineFault: the disk or network below the file failed.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            raise MachineFault(f"cannot read {path}: {error.strerror}") from error
 
 
 class Files:

@@ -11,7 +11,6 @@ A kept file may be one of the reference, another gallery. Then it must be there 
 go by the decisions of that gallery. Nothing of the reference is ever to go here.
 """
 
-import hashlib
 import os
 import stat
 from collections import defaultdict
@@ -20,8 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from pipeline.pictures import absent_is_none, file_digest
 from search.duplicates.decided import Decided, Key, Removal
-from search.duplicates.files import absent_is_none
 
 
 @dataclass(frozen=True)
@@ -97,20 +96,6 @@ class ReferenceFiles:
     media_dir: Path
     gone: frozenset[Key]
     decisions: Path
-
-
-def file_digest(path: Path) -> tuple[os.stat_result, str] | None:
-    """The sha256 of a file's bytes, hex; None if there is no such file, or if it may not be read.
-
-    Raises:
-        MachineFault: the disk or network below the file failed.
-    """
-    # O_NONBLOCK: a pipe of this name would block for ever.
-    with absent_is_none(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        there = os.fstat(file.fileno())
-        if stat.S_ISREG(there.st_mode):
-            return there, hashlib.file_digest(file, "sha256").hexdigest()
-    return None
 
 
 class Lists:
@@ -231,7 +216,7 @@ class Lists:
             return "its bytes were not known when it was decided; decide again"
         if key not in self._digests:
             found = file_digest(self._file(key))
-            self._digests[key] = None if found is None else found[1]
+            self._digests[key] = None if found is None else found[1].hex()
             if found is not None and _inode(found[0]) != _inode(self._stats[key] or found[0]):
                 self._digests[key] = None
         if self._digests[key] is None:

@@ -16,6 +16,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
+from pipeline.pictures import file_digest
 from pipeline.streams import as_argument, counted, csv_writer, to_json
 from pipeline.targets import check_targets
 from search.duplicates.contents import rows_with
@@ -35,7 +36,6 @@ from search.duplicates.removal import (
     ReferenceFiles,
     Totals,
     Why,
-    file_digest,
     inode_of,
 )
 from search.gallery.shards import Gallery
@@ -465,17 +465,24 @@ class Recorder:
             return replace(one, sha256=self._read_digest(row, one))
         return replace(one, alone=one.gallery is None and self._copies[one.sha256] == 1)
 
+    def _why_unknown(self, row: int) -> str:
+        if self._gallery.path(row) is None:
+            return "as the gallery does not know where its files are"
+        option = "--against-media-dir" if row < self._gallery.reference_rows else "--media-dir"
+        file = self._file_of(row)
+        return f"since {option} was not given" if file is None else f"since {file} cannot be read"
+
     def _read_digest(self, row: int, one: DecidedObject) -> str | None:
         if row not in self._digests:
             file = self._file_of(row)
             found = None if file is None else file_digest(file)
-            self._digests[row] = None if found is None else found[1]
-        if self._digests[row] is None and not self._said:
-            self._said = True
-            self._say(
-                f"warning: the bytes of {one.name} and perhaps of others are not known: what is decided is kept by "
-                "path, and no such file is ever listed to be removed; give --media-dir"
-            )
+            self._digests[row] = None if found is None else found[1].hex()
+            if found is None and not self._said:
+                self._said = True
+                self._say(
+                    f"warning: the bytes of {one.name} and perhaps of others are not known, {self._why_unknown(row)}: "
+                    "what is decided is kept by path, and no such file is ever listed to be removed"
+                )
         return self._digests[row]
 
 

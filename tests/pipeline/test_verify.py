@@ -165,7 +165,7 @@ def test_pictures_that_are_gone_lose_no_row_and_stale_ones_are_not_looked_at(
         ("unread", "0001", False, False),
     ]
     assert paths[1] in findings[1].message and "lose their rows" in findings[1].message
-    assert "not a regular file" in findings[2].message
+    assert findings[2].message == f"1 of its pictures is gone or cannot be read, first {paths[5]}"
     assert notes_of(plan, findings) == []
     # Without that object on the list its row is stale, and is no row to lose.
     assert plan_for(tmp_path, model_path, [path for path in paths if path != paths[1]]) is None

@@ -247,6 +247,7 @@ def test_without_files_and_digests_a_decision_is_kept_by_path_and_names_nothing(
         assert "warning" not in result.stderr and world.listed() == ["cat/b1.png", "dog/c.png"]
         return
     assert "warning: the bytes of a.png" not in result.stderr and "warning: the bytes of cat/a.png" in result.stderr
+    assert "not known, since --media-dir was not given: " in result.stderr
     assert world.listed(code=3) == []
     world.decide(SAME)
     assert world.listed() == ["cat/b1.png", "dog/c.png"]
