@@ -47,24 +47,24 @@ class _Asked(BaseModel):
 
 
 class Choice(_Asked):
-    """Which gallery is asked; by default the only one, or the model's."""
+    """The gallery to ask; by default the only one, or the one of the service's model."""
 
-    gallery: str | None = Field(None, description="Name of the gallery, as /healthz lists them.")
+    gallery: str | None = Field(None, description="The gallery's name, from the list in /healthz.")
 
 
 class Filtered(Choice):
-    """Which objects of a gallery take part."""
+    """The objects to search among."""
 
     where: list[Condition] = Field(
         [],
         max_length=_MOST_CONDITIONS,
-        description="`COLUMN=VALUE` or `COLUMN!=VALUE` of the annotations, or `path=PREFIX`: values of one column are "
-        "alternatives, conditions on different columns must all hold.",
+        description="`COLUMN=VALUE` or `COLUMN!=VALUE` of the annotations, or `path=PREFIX`. Several values of one "
+        "column are alternatives; conditions on different columns must all hold.",
     )
 
 
 class SimilarQuery(Filtered):
-    """Which hits of an object are wanted."""
+    """The hits to give for an object."""
 
     metric: Metric = Field(Metric.euclidean, description="`cosine` and `angle` have the same order.")
     k: int = Field(TOP_K, ge=1, le=MOST_HITS, description="Number of hits.")
@@ -76,49 +76,49 @@ class SimilarQuery(Filtered):
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="Of hits whose cosine with each other reaches this, give only the first.",
+        description="Of several hits whose cosine with each other is at least this, give only the first.",
     )
 
 
 class SentQuery(SimilarQuery):
-    """Which hits of a picture or of words are wanted."""
+    """The hits to give for a picture or for words."""
 
     metric: Metric = Field(Metric.cosine, description="`cosine` and `angle` have the same order.")
 
 
 class ListQuery(Choice):
-    """Which part of a list is wanted."""
+    """The part of a list to give."""
 
-    first: int = Field(0, ge=0, le=2**53, description="Place to begin with, from 0.")
-    count: int = Field(100, ge=1, le=MOST_LISTED, description="So many at most.")
+    first: int = Field(0, ge=0, le=2**53, description="Position of the first entry, from 0.")
+    count: int = Field(100, ge=1, le=MOST_LISTED, description="Maximum number of entries.")
 
 
 class SampleQuery(Filtered):
-    """How many objects are wanted by chance."""
+    """The number of random objects to give."""
 
-    count: int = Field(24, ge=1, le=MOST_SAMPLED, description="So many, or all if there are no more.")
+    count: int = Field(24, ge=1, le=MOST_SAMPLED, description="Number of objects; all, if there are fewer.")
 
 
 class ThumbnailQuery(Choice):
-    """Which small picture is wanted."""
+    """The thumbnail to give."""
 
-    size: Side = Field(Side.medium, description="The longer side, in pixels.")
+    size: Side = Field(Side.medium, description="Length of the longer side, in pixels.")
 
 
 class MapQuery(Choice):
-    """Which map is wanted."""
+    """The map to give."""
 
     projection: Projection | None = Field(
-        None, description="By default `umap` if `ruiji map --projection umap` has made it, else `pca`."
+        None, description="The default is `umap` if `ruiji map --projection umap` has made that map, else `pca`."
     )
 
 
 class MapObjectsQuery(Choice):
-    """Which points of a map are asked about."""
+    """The points of a map to describe."""
 
-    rows_key: str = Field(description="The `x-ruiji-rows` of the map.", max_length=64)
+    rows_key: str = Field(description="The header `x-ruiji-rows` of the map.", max_length=64)
     rows: str = Field(
-        description=f"Gallery rows with commas between, {MOST_LISTED} at most.",
+        description=f"Gallery rows, separated by commas; at most {MOST_LISTED}.",
         pattern=rf"^[0-9]{{1,10}}(,[0-9]{{1,10}}){{0,{MOST_LISTED - 1}}}$",
     )
 
@@ -127,24 +127,28 @@ class SimilarImage(BaseModel):
     """One hit."""
 
     objectId: str  # noqa: N815  The article's key.
-    distance: float = Field(description="Euclidean for that metric, else the angle in radians; lower is closer.")
+    distance: float = Field(
+        description="The Euclidean distance for `euclidean`, else the angle in radians; lower is closer."
+    )
     similarity: float = Field(description="The cosine; higher is closer.")
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, description="Position among the hits; 1 is the best.")
     path: str | None = Field(description="Relative to the media folder; null if the gallery does not know paths.")
-    label: str | None = Field(description="What the annotations say that it shows.")
-    others: int | None = Field(description="For how many more objects it stands; null if hits are not collapsed.")
+    label: str | None = Field(description="The object's label, from the annotations.")
+    others: int | None = Field(
+        description="Number of similar objects that this hit represents; null without `collapse`."
+    )
 
 
 class Similar(BaseModel):
-    """The answer of a search, with the article's keys; hits in order, best first."""
+    """The answer to a search, with the article's keys; hits are in order, best first."""
 
     queryObjectId: str | None = Field(  # noqa: N815  The article's key.
-        description="null if the query is a picture or words."
+        description="The query; null if it is a picture or words."
     )
     similarImages: list[SimilarImage]  # noqa: N815  The article's key.
     gallery: str
     metric: Metric
-    note: str | None = Field(description="What of the query did not count; null if all of it did.")
+    note: str | None = Field(description="The part of the query that was ignored; null if all of it was used.")
 
 
 class Object(BaseModel):
@@ -153,11 +157,13 @@ class Object(BaseModel):
     object_id: str
     path: str | None
     row: int
-    annotations: dict[str, str] | None = Field(None, description="Its line of the annotations; null if there is none.")
+    annotations: dict[str, str] | None = Field(
+        None, description="The object's line of the annotations; null if there is none."
+    )
 
 
 class Sample(BaseModel):
-    """Objects by chance."""
+    """Random objects."""
 
     objects: list[Object]
 
@@ -166,11 +172,11 @@ class Column(BaseModel):
     """A column of the annotations."""
 
     name: str
-    values: list[str] | None = Field(description=f"Sorted; null if there are more than {MOST_VALUES}.")
+    values: list[str] | None = Field(description=f"All values, sorted; null if there are more than {MOST_VALUES}.")
 
 
 class Columns(BaseModel):
-    """What the annotations have, by which objects can be filtered."""
+    """The columns of the annotations that objects can be filtered by."""
 
     columns: list[Column]
 
@@ -179,50 +185,52 @@ class Objects(BaseModel):
     """A part of the gallery, by row."""
 
     objects: list[Object]
-    rows: int = Field(description="Of the whole gallery, those that are not searched among them.")
-    next: int | None = Field(description="Where the next part begins; null after the last.")
+    rows: int = Field(description="Rows of the whole gallery, including those that are not searched.")
+    next: int | None = Field(description="`first` of the next part; null after the last.")
 
 
 class MapObjects(BaseModel):
-    """The objects of some points."""
+    """The objects of some points of a map."""
 
-    objects: list[Object] = Field(description="In the order asked for; those that left the object list are not there.")
+    objects: list[Object] = Field(
+        description="In the order of the request, without those that have left the object list."
+    )
 
 
 class MapProgress(BaseModel):
-    """How far a map is that is being made."""
+    """Progress of a map that is being made."""
 
-    done: int = Field(description="Rows gone through.")
-    total: int = Field(description="Rows to go through; 0 before it is its turn.")
+    done: int = Field(description="Rows that are processed.")
+    total: int = Field(description="Rows to process; 0 before the work on this map has begun.")
 
 
 class GalleryHealth(BaseModel):
-    """How one gallery stands."""
+    """State of one gallery."""
 
     name: str
     objects: int
-    unusable: int = Field(description="Objects that cannot be ranked.")
+    unusable: int = Field(description="Objects that cannot be ranked, because their feature is zero or not finite.")
     rows: int
-    length: int = Field(description="Of a feature.")
+    length: int = Field(description="Length of a feature.")
     fingerprint: str | None
-    pictures: bool = Field(description="Whether it can be searched with a picture: its model is there.")
-    words: bool = Field(description="Whether it can be searched with words: its model has a text tower.")
-    paths: bool = Field(description="Whether it knows the paths of its objects.")
-    way: dict[Metric, str] = Field(description="Which way one query takes, and why, by metric.")
-    problem: str | None = Field(description="Why its newest shards are not searched.")
+    pictures: bool = Field(description="Whether the gallery can be searched with a picture: its model is available.")
+    words: bool = Field(description="Whether the gallery can be searched with words: its model has a text tower.")
+    paths: bool = Field(description="Whether the gallery knows the paths of its objects.")
+    way: dict[Metric, str] = Field(description="How a single query is computed, and why, for each metric.")
+    problem: str | None = Field(description="Why the newest shards are not searched; null if they are.")
 
 
 class Health(BaseModel):
-    """How the service stands."""
+    """State of the service."""
 
     status: str
     version: str
-    default: str | None = Field(description="The gallery that is asked if none is named.")
-    media: bool = Field(description="Whether there are pictures to show: the media folder was given.")
-    token: bool = Field(description="Whether it asks for the token.")
+    default: str | None = Field(description="The gallery that is searched if a request names none.")
+    media: bool = Field(description="Whether pictures can be shown, because the media folder was given.")
+    token: bool = Field(description="Whether requests need the token.")
     galleries: list[GalleryHealth]
-    coming: list[str] = Field(description="Galleries that have no shard yet; each is searched as soon as it has one.")
-    refused: dict[str, str] = Field(description="Why a gallery cannot be opened, by name.")
+    coming: list[str] = Field(description="Galleries without a shard; each can be searched as soon as it has one.")
+    refused: dict[str, str] = Field(description="For each gallery that cannot be opened, why.")
 
 
 class Failure(BaseModel):
@@ -244,25 +252,25 @@ class Failures(BaseModel):
 
 
 class Run(BaseModel):
-    """How the gallery's run stands."""
+    """State of the gallery's run."""
 
     gallery: str
     status: dict[str, Any] = Field(description="As `ruiji status --json` prints it.")
-    without_redis: str | None = Field(description="Why the disk alone was asked; null if Redis was asked too.")
-    redis_lost: bool = Field(description="Whether there is a Redis, and it does not answer.")
+    without_redis: str | None = Field(description="Why only the disk was read; null if Redis was asked as well.")
+    redis_lost: bool = Field(description="Whether a Redis is configured but does not answer.")
 
 
 class Retried(BaseModel):
-    """What is tried again."""
+    """The objects that are tried again."""
 
-    objects: int = Field(description="How many; 0 if none failed.")
-    plan: str | None = Field(description="The plan that is open with them now; null if none failed.")
+    objects: int = Field(description="Number of objects; 0 if none failed.")
+    plan: str | None = Field(description="Id of the plan that was opened for them; null if none failed.")
 
 
 class ComparingState(StrEnum):
-    """Whether all pairs of a gallery are compared.
+    """State of the comparison of all pairs.
 
-    `ready`: they are. `missing`: not all, and nobody does it. `running`: it is being done. `failed`: it ended early.
+    `ready`: it is complete. `missing`: it is not, and is not running. `running`: it is. `failed`: it ended early.
     """
 
     ready = "ready"
@@ -272,91 +280,95 @@ class ComparingState(StrEnum):
 
 
 class Comparison(BaseModel):
-    """How far the comparison of all pairs is."""
+    """Progress of the comparison of all pairs."""
 
     state: ComparingState
-    done: int = Field(description="Pairs of objects.")
-    total: int = Field(description="Pairs of objects; 0 if it is not known yet.")
-    seconds: float | None = Field(description="That are left, as far as can be told.")
-    error: str | None = Field(description="Why it ended early.")
+    done: int = Field(description="Pairs that are compared.")
+    total: int = Field(description="Pairs to compare; 0 if the number is not known yet.")
+    seconds: float | None = Field(description="Estimated time left; null if it is not known.")
+    error: str | None = Field(description="Why the comparison ended early; null if it did not.")
 
 
 class CompareQuery(Choice):
-    """Which pairs are compared."""
+    """The pairs to compare."""
 
     threshold: float = Field(THRESHOLD, gt=0, le=1, description="The lowest cosine of a pair.")
 
 
 class DuplicatesQuery(CompareQuery):
-    """Which groups of near-duplicates are wanted."""
+    """The groups of near-duplicates to give."""
 
     linkage: Linkage = Field(
-        Linkage.complete, description="Whether all pairs of a group reach the threshold, or enough to connect it."
+        Linkage.complete,
+        description="`complete`: every pair of a group is at or above the threshold. `single`: a group is everything "
+        "that such pairs connect.",
     )
     keep: str | None = Field(
         None,
         max_length=1000,
-        description="Rules as `ruiji near-duplicates --keep` has them. By default `pixels,bytes`, if files can be "
-        "looked at: there is a media folder, and the gallery knows paths.",
+        description="Rules of `ruiji near-duplicates --keep`. The default is `pixels,bytes` if the files can be read, "
+        "which needs a media folder and a gallery that knows paths.",
     )
-    skipped: bool = Field(False, description="Also groups that were skipped.")
-    contains: str = Field("", max_length=1000, description="Only groups with a path that has this in it.")
+    skipped: bool = Field(False, description="Include groups that were skipped.")
+    contains: str = Field("", max_length=1000, description="Only groups with a path that contains this.")
     identical: bool = Field(False, description="Only groups with identical files.")
-    after: int = Field(-1, ge=-1, le=2**53, description="The name of the group to begin after; -1: none.")
-    count: int = Field(50, ge=1, le=200, description="So many groups at most; fewer if they are large.")
+    after: int = Field(-1, ge=-1, le=2**53, description="Start after the group with this name; -1: from the first.")
+    count: int = Field(50, ge=1, le=200, description="Maximum number of groups; fewer are given if they are large.")
 
 
 class DuplicateMember(BaseModel):
-    """An object of a group, and what is known of its file."""
+    """An object of a group, and its file."""
 
     object_id: str
     path: str | None
-    similarity: float = Field(description="The cosine with the first one.")
+    similarity: float = Field(description="The cosine with the first member.")
     identical_to: str | None = Field(description="Id of the first member whose file has the same bytes.")
     same_file_as: str | None = Field(description="Id of an earlier member that is the same file under another name.")
-    there: bool | None = Field(description="Whether there is a file; null: nobody can look.")
-    bytes: int | None
-    width: int | None = Field(description="In pixels.")
-    height: int | None
+    there: bool | None = Field(description="Whether the file exists; null if files cannot be read.")
+    bytes: int | None = Field(description="Size of the file.")
+    width: int | None = Field(description="Width in pixels.")
+    height: int | None = Field(description="Height in pixels.")
     format: str | None
-    modified: str | None = Field(description="In UTC, as ISO 8601.")
+    modified: str | None = Field(description="Time of the last change of the file: UTC, ISO 8601.")
 
 
 class AlsoSimilar(BaseModel):
-    """The most similar pair of a group's object and one outside that no group has together."""
+    """The most similar pair of a member and an object of another group; the two are in no group together."""
 
     member: str
     object_id: str
     path: str | None
     similarity: float
-    pairs: int = Field(description="How many such pairs there are between the two groups.")
+    pairs: int = Field(description="Number of such pairs between the two groups.")
 
 
 class DuplicateGroup(BaseModel):
-    """A group of near-duplicates; the first member is the one that the rules keep."""
+    """A group of near-duplicates; the rules keep its first member."""
 
-    name: int = Field(description="The least gallery row of its members: stays while other groups are decided.")
+    name: int = Field(
+        description="The lowest gallery row of the members; it does not change when other groups are decided."
+    )
     members: list[DuplicateMember]
-    reason: str | None = Field(description="Why the first one is kept; null if files cannot be looked at.")
-    pairs: int = Field(description="That reach the threshold.")
+    reason: str | None = Field(description="Why the first member is kept; null if files cannot be read.")
+    pairs: int = Field(description="Number of pairs at or above the threshold.")
     least_similarity: float | None
-    see_also: list[AlsoSimilar] = Field(description="The five most similar.")
+    see_also: list[AlsoSimilar] = Field(description="Up to five, most similar first.")
 
 
 class Duplicates(BaseModel):
-    """Some groups, if all pairs are compared."""
+    """Some groups; none unless all pairs are compared."""
 
     gallery: str
     comparison: Comparison
     groups: list[DuplicateGroup]
-    total: int = Field(description="Open groups that are asked for.")
-    open: int = Field(description="Open groups, those that the filters leave out among them.")
+    total: int = Field(description="Number of open groups that match the request.")
+    open: int = Field(description="Number of all open groups, whether they match or not.")
     next: int | None = Field(description="`after` of the next part; null after the last.")
-    gone: int = Field(description="Groups that are left out of this part, because none of their files is there.")
+    gone: int = Field(description="Number of groups left out of this part because none of their files exists.")
 
 
 class AskedDecision(_Asked):
-    """A decision, as a line of `ruiji duplicates decide`: `same` has `keep` and `remove`, the others `objects`."""
+    """A decision, as a line for `ruiji duplicates decide`: `same` needs `keep` and `remove`, the others `objects`."""
 
     decision: Verdict
     objects: list[str] = Field([], max_length=MOST_DECIDED)
@@ -365,36 +377,40 @@ class AskedDecision(_Asked):
 
 
 class AskedDecisions(_Asked):
-    """Decisions that are recorded together, or none of them."""
+    """Decisions to record: all of them or, if one is refused, none."""
 
     decisions: list[AskedDecision] = Field(min_length=1, max_length=1000)
 
 
 class Recorded(BaseModel):
-    """Decisions that are on the disk."""
+    """The decisions were written to disk."""
 
     recorded: int
     warnings: list[str]
 
 
 class DecidedObject(BaseModel):
-    """An object of a decision; without an id if the gallery does not have it any more, or never had it."""
+    """An object of a decision; its id is null if the gallery does not have it, or no longer."""
 
     object_id: str | None
     path: str | None
-    gallery: str | None = Field(description="Of an object of another gallery that gallery's id.")
+    gallery: str | None = Field(
+        description="Id of the other gallery that the object belongs to; null if it is of this one."
+    )
 
 
 class DecisionInForce(BaseModel):
-    """A decision of which something counts."""
+    """A decision that is in force, at least for some of its objects."""
 
     decision: Verdict
     time: str
-    objects: list[DecidedObject] = Field(description="Those that it counts for; of `same` the kept one first.")
+    objects: list[DecidedObject] = Field(
+        description="The objects that it is in force for; in `same` the kept one comes first."
+    )
 
 
 class Decisions(BaseModel):
-    """Some decisions, the last one first."""
+    """Some decisions, the latest first."""
 
     decisions: list[DecisionInForce]
     total: int
@@ -402,28 +418,33 @@ class Decisions(BaseModel):
 
 
 class DecisionsStatus(BaseModel):
-    """How far a clean-up is, with the keys of `ruiji duplicates status --json`."""
+    """Progress of a clean-up, with the keys of `ruiji duplicates status --json`."""
 
     decided: int
     different: int
     same: int
     skip: int
-    kept: int | None = Field(description="Files; this and the next ones are null if nobody can look at them.")
+    kept: int | None = Field(
+        description="Files that are kept; this and the following are null if files cannot be read."
+    )
     to_remove: int | None
     frees_bytes: int | None
-    gone: int | None = Field(description="Files that were decided to go and are not there any more.")
+    gone: int | None = Field(description="Files to remove that no longer exist.")
 
 
 class FilesQuery(Choice):
-    """Which list of files is wanted, and how."""
+    """The list of files to give, and its format."""
 
-    list: FileList = Field(FileList.remove, description="`left_out`: what is not listed to be removed, and why.")
+    list: FileList = Field(
+        FileList.remove,
+        description="`remove`, `keep`, or `left_out`: the files that are not listed for removal, and why.",
+    )
     format: FileFormat = FileFormat.paths
-    null: bool = Field(False, description="With `paths`: end each with a null character, for `xargs -0`.")
+    null: bool = Field(False, description="With `paths`: end each path with a null character, for `xargs -0`.")
 
 
 class Login(_Asked):
-    """What the form sends."""
+    """The fields of the login form."""
 
     token: str
 

@@ -37,7 +37,7 @@ router = APIRouter(responses=ERRORS | BUSY)
 
 @router.get("/duplicates", response_model=bodies.Duplicates)
 async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Query()]) -> Response:
-    """Groups of near-duplicates that are not decided, as far as all pairs are compared; `POST` has that done."""
+    """Groups of near-duplicates without a decision; none before all pairs are compared, which `POST` starts."""
     resident = service.galleries.get(asked.gallery)
     wanted = WantedGroups(asked.threshold, asked.linkage, asked.skipped, asked.contains, asked.identical)
     try:
@@ -68,7 +68,7 @@ async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Quer
 
 @router.post("/duplicates/compare", status_code=202, response_model=bodies.Comparison, responses=SENT)
 async def compare(service: TheService, asked: Annotated[CompareQuery, Query()]) -> Response:
-    """Have all pairs compared, in the background, if they are not yet; `GET /duplicates` says how far it is."""
+    """Compare all pairs in the background, unless that is done; `GET /duplicates` reports the progress."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     service.comparing.start(folder, asked.threshold)
     return answer(_comparison(service.comparing.step(folder, asked.threshold)), 202)
@@ -76,14 +76,14 @@ async def compare(service: TheService, asked: Annotated[CompareQuery, Query()]) 
 
 @router.post("/duplicates/stop", status_code=204, responses=SENT)
 async def stop(service: TheService) -> Response:
-    """End the comparison that is running, if there is one; the next one goes on where it was."""
+    """Stop the running comparison, if there is one; the next one continues where it stopped."""
     service.comparing.stop()
     return Response(status_code=204)
 
 
 @router.get("/decisions", response_model=bodies.Decisions)
 async def decisions(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
-    """Decisions of which something counts, the last one first."""
+    """Decisions that are in force, the latest first."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     found, total, gallery, decided = await service.cleanups.ask(
         folder, lambda one: one.decided(asked.first, asked.count)
@@ -97,7 +97,7 @@ async def decisions(service: TheService, asked: Annotated[ListQuery, Query()]) -
 async def decide(
     service: TheService, given: Annotated[bodies.AskedDecisions, Body()], asked: Annotated[Choice, Query()]
 ) -> Response:
-    """Record decisions, all of them or none; they are on the disk when this is answered. `undo` takes others back."""
+    """Record decisions, all of them or none. The answer comes when they are on disk. `undo` withdraws others."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     wanted = [Asked(one.decision, tuple(one.objects), one.keep, tuple(one.remove)) for one in given.decisions]
     warnings = await service.cleanups.ask(folder, lambda one: one.record(wanted))
@@ -106,7 +106,7 @@ async def decide(
 
 @router.get("/decisions/status", response_model=bodies.DecisionsStatus)
 async def status(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
-    """How far the clean-up is."""
+    """Progress of the clean-up."""
     folder = service.galleries.get(asked.gallery).gallery.folder
     stand = await service.cleanups.ask(folder, lambda one: one.stand())
     totals = stand.totals
@@ -129,7 +129,7 @@ async def status(service: TheService, asked: Annotated[Choice, Query()]) -> Resp
     },
 )
 async def files(service: TheService, asked: Annotated[FilesQuery, Query()]) -> Response:
-    """The files that can go, as `ruiji duplicates list` prints them; all of them are read again. Nothing is removed."""
+    """The files to remove, as `ruiji duplicates list` prints them. Each is read again; nothing is removed."""
     if asked.null and asked.format is not FileFormat.paths:
         raise HTTPException(422, "null needs format=paths")
     folder, cleanups = service.galleries.get(asked.gallery).gallery.folder, service.cleanups

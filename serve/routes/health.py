@@ -1,4 +1,4 @@
-"""How the service itself stands, for people and for Prometheus."""
+"""The state of the service itself, for people and for Prometheus."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.get("/healthz", response_model=bodies.Health)
 async def health(request: Request, service: TheService) -> Response:
-    """How the service stands: its galleries, and which way a query takes through each."""
+    """State of the service: its galleries, and how each of them computes a query."""
     galleries = await asyncio.to_thread(lambda: [_gallery_health(one) for one in service.galleries.all])
     problem = service.galleries.refused or any(one.problem for one in service.galleries.all)
     body = bodies.Health(
@@ -58,7 +58,7 @@ def _gallery_health(resident: Resident) -> bodies.GalleryHealth:
     responses={200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}},
 )
 async def metrics(service: TheService) -> Response:
-    """What Prometheus collects, and a scaler needs."""
+    """Metrics for Prometheus, among them those that a scaler needs."""
     seen: dict[str, Look] = {}
     for name in service.galleries.names:
         try:

@@ -36,7 +36,7 @@ router = APIRouter(responses=ERRORS)
     },
 )
 async def map_points(service: TheService, asked: Annotated[MapQuery, Query()]) -> Response:
-    """Where the objects of a gallery are on a plane, so that those that look alike are near each other."""
+    """Positions of a gallery's objects on a plane, where objects that look alike are close together."""
     found = await service.maps.get(service.galleries.get(asked.gallery), asked.projection)
     if isinstance(found, Making):
         body = bodies.MapProgress(done=found.done, total=found.total)

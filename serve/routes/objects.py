@@ -59,7 +59,7 @@ def _objects(service: Service, resident: Resident, found: Sequence[ruiji.Gallery
 
 @router.get("/sample", response_model=bodies.Sample)
 async def sample(service: TheService, asked: Annotated[SampleQuery, Query()]) -> Response:
-    """Some objects by chance, to begin with."""
+    """Some random objects to start with."""
     resident = service.galleries.get(asked.gallery)
     gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
     found = await asyncio.to_thread(gallery.sample, asked.count)
@@ -68,7 +68,7 @@ async def sample(service: TheService, asked: Annotated[SampleQuery, Query()]) ->
 
 @router.get("/columns", response_model=bodies.Columns)
 async def columns(service: TheService) -> Response:
-    """The columns of the annotations, by which objects can be filtered; none if there are no annotations."""
+    """The columns of the annotations that objects can be filtered by; none if there are no annotations."""
     return answer(bodies.Columns(columns=await asyncio.to_thread(_columns, service.annotations)))
 
 
@@ -96,7 +96,7 @@ def _columns(annotations: Annotations | None) -> list[bodies.Column]:
 async def thumbnail(
     request: Request, service: TheService, object_id: ObjectId, asked: Annotated[ThumbnailQuery, Query()]
 ) -> Response:
-    """The small picture of an object; of one that failed, too, unless its picture ended its decoder."""
+    """The thumbnail of an object; failed objects have one too, unless their picture crashed a decoder."""
     try:
         made = await unless_gone(request, _small(service, asked, object_id))
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""How the run of a gallery stands, and what failed in it."""
+"""The state of a gallery's run, and what failed in it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -38,7 +38,7 @@ async def failures(service: TheService, asked: Annotated[ListQuery, Query()]) ->
 
 @router.get("/runs", response_model=bodies.Run)
 async def runs(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
-    """How the gallery's run stands: from Redis, or from the disk alone."""
+    """State of the gallery's run, from Redis or from the disk alone."""
     folder = service.galleries.folder(asked.gallery)
     return answer(_run(folder, await service.runs.get(folder)))
 
@@ -49,7 +49,7 @@ async def runs(service: TheService, asked: Annotated[Choice, Query()]) -> Respon
     responses={200: {"description": "An event for each change.", "content": {"text/event-stream": {}}}, **BUSY},
 )
 async def run_events(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
-    """The same, whenever it changes: server-sent events, each with the body of `/runs`, or one of two others.
+    """The state of the run whenever it changes: server-sent events with the body of `/runs`, or one of two others.
 
     `unknown` has an `error` that says why nothing can be told: no run has begun. `late` comes while Redis or the disk
     does not answer; what was told before may be over.

@@ -47,7 +47,7 @@ async def search(
         str | None, Form(max_length=bodies.MOST_CHARACTERS, description="Words instead, for a model with a text tower.")
     ] = None,
 ) -> Response:
-    """What looks like a picture that is sent along, or like what words say."""
+    """What looks like a picture that the request contains, or like what its words describe."""
     resident = service.galleries.get(asked.gallery)
     said: list[str] = []
     if (image is None) == (text is None or not text.strip()):
