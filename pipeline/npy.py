@@ -4,6 +4,7 @@ numpy's own reader evaluates the header as Python, makes room for whatever it pr
 """
 
 import ctypes
+import errno
 import functools
 import io
 import mmap
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import MachineFault
+
 _MAGIC = b"\x93NUMPY"
 #: numpy writes some 120 bytes of header for everything that is read here.
 _LONGEST_HEADER = 4096
@@ -27,6 +30,8 @@ _ITEM = re.compile(
     r"|shape\1\s*:\s*\((?P<shape>(?:\s*\d{1,19}L?\s*,)*(?:\s*\d{1,19}L?)?\s*)\)))\s*(?:,|$)"
 )
 _MAP_FIXED = 0x10
+#: The process or the machine lacks something; nothing is wrong with the file.
+_LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class NpyError(ValueError):
@@ -66,6 +71,7 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
         FileNotFoundError: there is no such file.
         NpyError: it cannot be read, is no regular file or no `.npy` file, holds anything but numbers or text of one
             type, or is longer or shorter than its header says.
+        MachineFault: this process has too many files mapped or open, or there is too little memory.
     """
     try:
         # Without waiting: a pipe would never open.
@@ -84,6 +90,8 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
     except FileNotFoundError:
         raise
     except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno in _LACKING:
+            raise MachineFault(_lacking(path, error)) from error
         raise NpyError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         array: NDArray[Any] = np.ndarray(shape, dtype, mapping, start, order="F" if fortran else "C")
@@ -129,6 +137,12 @@ def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     if dtype.itemsize == 0 or (rows > size and rows > 1 << 31):
         raise NpyError(f"its header says {dtype.str}{list(shape)}, which nothing fills")
     return size
+
+
+def _lacking(path: str | Path, error: OSError) -> str:
+    """Why a file that may be whole cannot be mapped, and what to do."""
+    advice = "free memory, or let a process map more files: each shard has up to seven (sysctl vm.max_map_count)"
+    return f"cannot map {path}: {error.strerror}; {advice if error.errno == errno.ENOMEM else 'raise ulimit -n'}"
 
 
 def _map(descriptor: int, size: int) -> mmap.mmap:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import resource
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from pipeline.errors import MachineFault
 from pipeline.npy import NpyError, map_npy, npy_header
 from pipeline.store import write_atomic
 from tests.properties import damaged, examples
@@ -126,6 +128,29 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
         map_npy(tmp_path / "loop")
     with pytest.raises(FileNotFoundError):
         map_npy(tmp_path / "nowhere")
+
+
+def test_what_this_process_cannot_map_is_not_called_damaged(tmp_path: Path) -> None:
+    path, rows = tmp_path / "whole.npy", 1 << 32
+    path.write_bytes(npy_header("|u1", (rows,)))
+    os.truncate(path, path.stat().st_size + rows)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    # As in a process that has as many files mapped as the system allows: mmap has the same error.
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + rows // 2, limits[1]))
+    try:
+        with pytest.raises(MachineFault, match=r"cannot map .*whole\.npy: Cannot allocate memory; .*max_map_count"):
+            map_npy(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert map_npy(path).array.shape == (rows,)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(MachineFault, match=r"cannot map .*whole\.npy: Too many open files; raise ulimit -n"):
+            map_npy(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_mapping_holds_no_descriptor_and_goes_with_its_array(tmp_path: Path) -> None:
