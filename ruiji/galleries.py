@@ -28,7 +28,7 @@ from search.duplicates.linkage import Rules
 from search.duplicates.matches import Settled, find_matches
 from search.duplicates.sides import Compared
 from search.filters import Condition, Wording, apply_conditions, parse_conditions
-from search.gallery.opening import find_gallery, is_gallery, reuse_shards
+from search.gallery.opening import find_gallery, is_gallery
 from search.gallery.opening import open_gallery as open_shards
 from search.gallery.shards import Gallery as Shards
 from search.labels import Annotations, read_annotations
@@ -561,7 +561,7 @@ class Gallery:
             UsageError, GalleryMismatch, ShardCorrupt: as `open_gallery`; the gallery is then as it was.
         """
         with self._refreshing:
-            whole = reuse_shards(_open(self._folder, self._include_stale), self._whole)
+            whole = _open(self._folder, self._include_stale, self._whole)
             if whole is self._whole:
                 return False
             # Searches take this once each: whatever is assigned, they see one or the other.
@@ -628,8 +628,8 @@ def open_gallery(
     return Gallery(folder, own, chosen, include_stale, _open(folder, include_stale))
 
 
-def _open(folder: Path, include_stale: bool) -> Shards:
-    shards = open_shards(folder, include_stale)
+def _open(folder: Path, include_stale: bool, before: Shards | None = None) -> Shards:
+    shards = open_shards(folder, include_stale, before)
     for warning in provenance_warnings(shards):
         warn(warning)
     # Asked now, so that codes that are kept later are noticed by a refresh.

@@ -29,7 +29,7 @@ from search.duplicates.groups import Group, Groups, Member, only_kept
 from search.duplicates.keep import Rule, RuleKind
 from search.duplicates.linkage import Rules
 from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, inode_of
-from search.gallery.opening import open_gallery, reuse_shards
+from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
 from search.options import Linkage
 from search.requests.duplicates import Asked, Recorder, count_verdicts
@@ -284,8 +284,7 @@ class CleanUp:
 
     def _opened(self) -> Gallery:
         """The gallery with its newest shards."""
-        opened = open_gallery(self.folder)
-        gallery = opened if self._gallery is None else reuse_shards(opened, self._gallery)
+        gallery = open_gallery(self.folder, before=self._gallery)
         if gallery is not self._gallery:
             self._gallery, self._files, self._stand = gallery, None, None
             self._groups.clear()

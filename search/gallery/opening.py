@@ -1,6 +1,7 @@
 """Finding a gallery on the disk and opening it, each file checked against its record."""
 
 import logging
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -103,7 +104,7 @@ def describe_gallery(folder: Path, gallery: Gallery) -> dict[str, str | int | No
     }
 
 
-def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
+def open_gallery(folder: Path, include_stale: bool = False, before: Gallery | None = None) -> Gallery:
     """Open the gallery of one model.
 
     In a folder with a `gallery.json` the shards that have a record are read, each checked against it: fingerprint,
@@ -113,6 +114,11 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
     Args:
         folder: as `pipeline.store.gallery_folder` names it.
         include_stale: also search objects that are no longer on the list.
+        before: the gallery as it was opened earlier. A shard whose files are the same still is not opened again, and
+            what is known of it stays: a look at thousands of shards takes a few calls to the file system for each.
+
+    Returns:
+        The gallery; `before` itself if nothing has changed.
 
     Raises:
         UsageError: there is no gallery. NoShards: it has no shard yet.
@@ -122,31 +128,21 @@ def open_gallery(folder: Path, include_stale: bool = False) -> Gallery:
     if not folder.is_dir():
         raise no_gallery(folder)
     info = read_gallery(folder)
-    gallery = _open_unverified(folder) if info is None else _open_recorded(folder, info, include_stale)
+    known: dict[str, Shard] = {}
+    if before is not None and before.fingerprint == (None if info is None else info.fingerprint):
+        known = {shard.name: shard for shard in before.shards}
+    gallery = _open_unverified(folder, known) if info is None else _open_recorded(folder, info, include_stale, known)
     if not gallery.shards:
         raise NoShards(f"no shard in {folder} yet: run ruiji enqueue and ruiji worker (or ruiji run) first")
-    return gallery
-
-
-def reuse_shards(opened: Gallery, before: Gallery) -> Gallery:
-    """A gallery that was opened anew, with the shards of before if they are the same: what is known of them stays.
-
-    Returns:
-        `before` itself if nothing has changed.
-    """
-    if opened.coded and not before.coded:
-        # Codes that were kept since are read by shards that look for them anew.
-        return opened
-    known = {(shard.name, shard.contents): shard for shard in before.shards}
-    shards = []
-    for shard in opened.shards:
-        old = known.get((shard.name, shard.contents), shard)
-        same = np.array_equal(_no_rows(old.stale), _no_rows(shard.stale))
-        shards.append(old if same else old.view(shard.stale))
-    unchanged = opened.fingerprint == before.fingerprint and len(shards) == len(before.shards)
-    if unchanged and all(one is other for one, other in zip(shards, before.shards, strict=True)):
+    if before is None:
+        return gallery
+    if not before.coded and gallery.coded:
+        # Codes that were kept since are found by shards that look for them anew.
+        return replace(gallery, shards=tuple(replace(shard) for shard in gallery.shards))
+    unchanged = gallery.fingerprint == before.fingerprint and len(gallery.shards) == len(before.shards)
+    if unchanged and all(one is other for one, other in zip(gallery.shards, before.shards, strict=True)):
         return before
-    return replace(opened, shards=tuple(shards))
+    return gallery
 
 
 def _no_rows(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
@@ -154,57 +150,109 @@ def _no_rows(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
     return np.empty(0, bool) if mask is None else mask
 
 
-def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool) -> Gallery:
+def _open_recorded(folder: Path, info: GalleryInfo, include_stale: bool, known: dict[str, Shard]) -> Gallery:
     shards = []
     versions: list[dict[str, str]] = []
     marks = read_marks(folder)[1] if not include_stale else None
     cache = CacheFolder(layout.cache_folder(folder))
     for number in published_shards(folder):
-        record = read_record(folder, number)
-        name = f"{number:04d}"
-        if record.fingerprint != info.fingerprint:
-            raise GalleryMismatch(
-                f"shard {name} in {folder} was made by the model with fingerprint {record.fingerprint[:12]}, the "
-                f"gallery belongs to {info.fingerprint[:12]}: move the shard away"
-            )
-        if record.length != info.length:
-            raise GalleryMismatch(
-                f"shard {name} in {folder} has features of length {record.length}, the gallery has {info.length}"
-            )
-        features, object_ids = _map_features(folder, number), _map_ids(folder, number)
-        _check_record(folder, record, features)
-        _check_rows(folder, number, features, object_ids)
-        paths_file = layout.paths_file(folder, number)
-        if not paths_file.is_file():
-            raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {RESTORE}")
-        stale = None if marks is None else _stale(marks, folder, number, object_ids)
-        kept = ShardCache(cache, name, record.sha256[layout.FEATURES][:16])
-        digests = _map_digests(folder, record) if record.format > 1 else None
-        contents = " ".join(f"{ending} {digest}" for ending, digest in sorted(record.sha256.items()))
-        shards.append(Shard(name, features, object_ids, paths_file, stale, kept, digests=digests, contents=contents))
-        if record.versions not in versions:
-            versions.append(record.versions)
+        shard = _same(folder, number, known) or _taken_over(_open_shard(folder, number, info, cache), known)
+        stale = None if marks is None else _stale(marks, folder, number, shard.object_ids)
+        shards.append(shard if np.array_equal(_no_rows(shard.stale), _no_rows(stale)) else shard.view(stale))
+        if shard.versions is not None and shard.versions not in versions:
+            versions.append(shard.versions)
     return Gallery(info.length, tuple(shards), info.fingerprint, tuple(versions), info.contract)
 
 
-def _open_unverified(folder: Path) -> Gallery:
+def _open_shard(folder: Path, number: int, info: GalleryInfo, cache: CacheFolder) -> Shard:
+    """A shard that has a record, no row of it stale."""
+    name = layout.shard_name(number)
+    # Before they are read: what changes meanwhile is noticed by the next look.
+    stamp = _stamp(folder, name)
+    record = read_record(folder, number)
+    if record.fingerprint != info.fingerprint:
+        raise GalleryMismatch(
+            f"shard {name} in {folder} was made by the model with fingerprint {record.fingerprint[:12]}, the "
+            f"gallery belongs to {info.fingerprint[:12]}: move the shard away"
+        )
+    if record.length != info.length:
+        raise GalleryMismatch(
+            f"shard {name} in {folder} has features of length {record.length}, the gallery has {info.length}"
+        )
+    features, object_ids = _map_features(folder, number), _map_ids(folder, number)
+    _check_record(folder, record, features)
+    _check_rows(folder, number, features, object_ids)
+    paths_file = layout.paths_file(folder, number)
+    if not paths_file.is_file():
+        raise ShardCorrupt(f"shard {name} has a record but no {paths_file.name}; {RESTORE}")
+    kept = ShardCache(cache, name, record.sha256[layout.FEATURES][:16])
+    digests = _map_digests(folder, record) if record.format > 1 else None
+    contents = " ".join(f"{ending} {digest}" for ending, digest in sorted(record.sha256.items()))
+    return Shard(
+        name,
+        features,
+        object_ids,
+        paths_file,
+        cache=kept,
+        digests=digests,
+        contents=contents,
+        stamp=stamp,
+        versions=record.versions,
+    )
+
+
+def _open_unverified(folder: Path, known: dict[str, Shard]) -> Gallery:
     shards: list[Shard] = []
     cache = CacheFolder(layout.cache_folder(folder))
     for number in feature_shards(folder):
-        features, object_ids = _map_features(folder, number), _map_ids(folder, number)
-        _check_rows(folder, number, features, object_ids)
-        if shards and features.shape[1] != shards[0].features.shape[1]:
+        shard = _same(folder, number, known) or _taken_over(_open_unrecorded(folder, number, cache), known)
+        if shards and shard.features.shape[1] != shards[0].features.shape[1]:
             raise GalleryMismatch(
-                f"shard {number:04d} in {folder} has features of length {features.shape[1]}, shard {shards[0].name} "
-                f"has {shards[0].features.shape[1]}: they are of different models; move one away"
+                f"shard {shard.name} in {folder} has features of length {shard.features.shape[1]}, shard "
+                f"{shards[0].name} has {shards[0].features.shape[1]}: they are of different models; move one away"
             )
-        of_features, of_ids = (
-            f"{file.st_size}-{file.st_mtime_ns}"
-            for file in (layout.features_file(folder, number).stat(), layout.object_ids_file(folder, number).stat())
-        )
-        kept = ShardCache(cache, f"{number:04d}", of_features)
-        shards.append(Shard(f"{number:04d}", features, object_ids, cache=kept, contents=f"{of_features} {of_ids}"))
+        shards.append(shard)
     return Gallery(shards[0].features.shape[1] if shards else 0, tuple(shards))
+
+
+def _open_unrecorded(folder: Path, number: int, cache: CacheFolder) -> Shard:
+    """An article's shard."""
+    name = layout.shard_name(number)
+    stamp = _stamp(folder, name)
+    features, object_ids = _map_features(folder, number), _map_ids(folder, number)
+    _check_rows(folder, number, features, object_ids)
+    of_features, of_ids = (
+        f"{file.st_size}-{file.st_mtime_ns}"
+        for file in (layout.features_file(folder, number).stat(), layout.object_ids_file(folder, number).stat())
+    )
+    kept = ShardCache(cache, name, of_features)
+    return Shard(name, features, object_ids, cache=kept, contents=f"{of_features} {of_ids}", stamp=stamp)
+
+
+def _same(folder: Path, number: int, known: dict[str, Shard]) -> Shard | None:
+    """A shard that is known, if its files are the same still."""
+    shard = known.get(layout.shard_name(number))
+    return shard if shard is not None and shard.stamp == _stamp(folder, shard.name) else None
+
+
+def _taken_over(opened: Shard, known: dict[str, Shard]) -> Shard:
+    """A shard that was opened, or the one that is known if its files only seem to be others."""
+    old = known.get(opened.name)
+    return old if old is not None and old.contents == opened.contents else opened
+
+
+def _stamp(folder: Path, name: str) -> tuple[tuple[int, int, int] | None, ...]:
+    """Changes with each of a shard's files; None stands for one that is not there."""
+    # Plain strings: a look asks this of every shard.
+    return tuple(_file_stamp(f"{folder}/{name}.{ending}") for ending in (layout.RECORD, *layout.SHARD_ENDINGS))
+
+
+def _file_stamp(file: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _map(path: Path) -> NDArray[Any]:

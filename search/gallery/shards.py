@@ -53,6 +53,8 @@ class Shard:
         digests: uint8[rows, 32], the sha256 of each row's image file; None in a shard from before they were kept.
         contents: changes with any of its files, ids and paths among them, while the key of the cache only changes with
             the features; empty if nothing says it.
+        stamp: what its files were, by inode, size and time; None: it was not opened from any.
+        versions: of the libraries that made it; None if nothing says it.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Shard:
     wanted: NDArray[np.bool_] | None = None
     digests: NDArray[np.uint8] | None = None
     contents: str = ""
+    stamp: tuple[object, ...] | None = None
+    versions: dict[str, str] | None = None
 
     @cached_property
     def _made(self) -> "_Made":

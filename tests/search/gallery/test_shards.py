@@ -16,8 +16,8 @@ from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageErro
 from pipeline.model import Model, load_model
 from pipeline.store import write_atomic
 from search.filters import apply_conditions, parse_conditions
-from search.gallery import shards
-from search.gallery.opening import find_galleries, find_gallery, open_gallery, reuse_shards
+from search.gallery import opening, shards
+from search.gallery.opening import find_galleries, find_gallery, open_gallery
 from search.gallery.shards import Gallery, Shard
 from search.ranking.codes_scan import codes_scan
 from search.ranking.rank import rank
@@ -121,7 +121,7 @@ def test_a_shard_with_the_same_features_of_other_files_is_another(folder: Path, 
     (folder / "0001.json").unlink()
     digests = np.ones((4, 32), np.uint8)
     write_shard(folder, 1, some_features(10)[4:8], some_paths(10)[4:8], model.fingerprint, digests=digests)
-    after = reuse_shards(open_gallery(folder), before)
+    after = open_gallery(folder, before=before)
     assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False, True]
     assert after.digest(4) == bytes([1] * 32)
 
@@ -132,20 +132,44 @@ def test_a_shard_with_the_same_features_and_files_of_other_names_is_another(fold
     (folder / "0001.json").unlink()
     renamed = [f"b/{row}.jpg" for row in range(4)]
     write_shard(folder, 1, some_features(10)[4:8], renamed, model.fingerprint, digests=digests)
-    after = reuse_shards(open_gallery(folder), before)
+    after = open_gallery(folder, before=before)
     assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False, True]
     assert after.path(4) == renamed[0] and after.rows_key != before.rows_key
     # What is kept of the features is still right.
     assert after.key("anything") == before.key("anything")
 
 
+def test_shards_whose_files_are_the_same_are_not_opened_again(
+    folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of thousands of shards each look would take seconds, and map every file once more than a process may.
+    before = open_gallery(folder)
+    opened: list[str] = []
+    for name in ("map_npy", "read_record"):
+        work = getattr(opening, name)
+        monkeypatch.setattr(opening, name, lambda *given, work=work: (opened.append(str(given[-1])), work(*given))[1])
+    assert open_gallery(folder, before=before) is before and opened == []
+    write_shard(folder, 3, some_features(2), ["b/0.jpg", "b/1.jpg"], model.fingerprint)
+    after = open_gallery(folder, before=before)
+    assert after.shards[:3] == before.shards and after.rows == 12
+    assert [Path(one).name[:4].lstrip("0") for one in opened] == ["3"] * 4
+    write_atomic(folder / "run" / "stale" / "0001.bits", [np.packbits([True, False, False, False]).tobytes()])
+    stale = open_gallery(folder, before=after)
+    assert stale.stale_rows == 1 and len(opened) == 4
+    (folder / "run" / "stale" / "0001.bits").unlink()
+    assert open_gallery(folder, before=stale).stale_rows == 0 and len(opened) == 4
+    (folder / "0002.paths.txt").unlink()
+    with pytest.raises(ShardCorrupt, match=r"0002 has a record but no 0002\.paths\.txt"):
+        open_gallery(folder, before=stale)
+
+
 def test_an_articles_shard_with_other_ids_is_another(tmp_path: Path) -> None:
     for number in range(2):
         write_article_shard(tmp_path, number, some_features(2), ["a.jpg", "b.jpg"])
     before = open_gallery(tmp_path)
-    assert reuse_shards(open_gallery(tmp_path), before) is before
+    assert open_gallery(tmp_path, before=before) is before
     np.save(tmp_path / "0001.object_ids.npy", np.array(["c.jpg", "d.jpg"], "<U44"))
-    after = reuse_shards(open_gallery(tmp_path), before)
+    after = open_gallery(tmp_path, before=before)
     assert [one is other for one, other in zip(after.shards, before.shards, strict=True)] == [True, False]
     assert after.object_id(2) == "c.jpg" and after.rows_key != before.rows_key
     assert after.key("anything") == before.key("anything")
@@ -381,7 +405,7 @@ def test_what_is_made_of_files_is_made_once_for_all_choices_of_rows(
     assert [gallery.searched_rows for gallery in (whole, some, few)] == [10, 7, 2]
     # A list that changed leaves out other rows of the same files.
     write_atomic(folder / "run" / "stale" / "0001.bits", [np.packbits([True, False, False, False]).tobytes()])
-    again = reuse_shards(open_gallery(folder), whole)
+    again = open_gallery(folder, before=whole)
     assert again is not whole and (again.stale_rows, again.unusable_rows) == (1, (0, 0))
     assert len(made) == 9
 
