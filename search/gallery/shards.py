@@ -257,6 +257,11 @@ class Gallery:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(len(shard.features) for shard in self.shards))
 
+    @cached_property
+    def _end_rows(self) -> NDArray[np.int64]:
+        """The same as an array: to make one of thousands of shards takes longer than to look for a row in it."""
+        return np.array(self._ends, np.int64)
+
     def key(self, purpose: str) -> str:
         """16 digits that change with the features of any shard and with their rows, and with nothing else.
 
@@ -338,9 +343,11 @@ class Gallery:
             coded: with their codes, which are then what is read ahead instead of the features.
         """
         end = self.rows if end is None else min(end, self.rows)
+        # Those shards alone that have such rows, of thousands.
+        some = slice(bisect.bisect_right(self._ends, first), bisect.bisect_left(self.firsts, end))
         pieces = [
             (shard, shard_first, start)
-            for shard, shard_first in zip(self.shards, self.firsts, strict=True)
+            for shard, shard_first in zip(self.shards[some], self.firsts[some], strict=True)
             for start in range(max(0, first - shard_first), min(len(shard.features), end - shard_first), block_rows)
         ]
         ahead = max(1, _AHEAD_BYTES // max(1, (1 if coded else 4) * self.length * block_rows))
@@ -364,7 +371,7 @@ class Gallery:
 
     def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
         """Gallery rows by shard: (shard, positions in `rows`, rows of the shard)."""
-        owners = np.searchsorted(self._ends, rows, side="right")
+        owners = np.searchsorted(self._end_rows, rows, side="right")
         for index in np.unique(owners).tolist():
             positions = np.flatnonzero(owners == index)
             yield self.shards[index], positions, rows[positions] - self.firsts[index]
@@ -380,7 +387,7 @@ class Gallery:
             if rows[0] < 0 or rows[-1] >= self.rows:
                 raise IndexError(f"a gallery of {self.rows} rows has no row {rows[0]} or {rows[-1]}")
             # Straight to where they belong, which is half the copies. `clip`: else numpy copies once more.
-            bounds = itertools.pairwise([0, *np.searchsorted(rows, self._ends).tolist()])
+            bounds = itertools.pairwise([0, *np.searchsorted(rows, self._end_rows).tolist()])
             for shard, first, (start, end) in zip(self.shards, self.firsts, bounds, strict=True):
                 np.take(shard.features, rows[start:end] - first, axis=0, out=taken[start:end], mode="clip")
             return taken
@@ -413,7 +420,7 @@ class Gallery:
         """Where the features of some gallery rows are in memory, float32[d] each; they stay there as long as this."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
             raise IndexError(f"a gallery of {self.rows} rows has no row {rows.min()} or {rows.max()}")
-        return self._bases[np.searchsorted(self._ends, rows, side="right")] + 4 * self.length * rows
+        return self._bases[np.searchsorted(self._end_rows, rows, side="right")] + 4 * self.length * rows
 
     def object_ids(self, rows: NDArray[np.int64]) -> list[str]:
         """The object ids of some gallery rows, in the order given."""
@@ -439,10 +446,12 @@ class Gallery:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         told: list[_T] = []
-        bounds = itertools.pairwise([0, *np.searchsorted(ordered, self._ends).tolist()])
-        for shard, first, (start, end) in zip(self.shards, self.firsts, bounds, strict=True):
-            if start < end:
-                told += of_shard(shard, (ordered[start:end] - first).tolist())
+        owners = np.searchsorted(self._end_rows, ordered, side="right")
+        # Only shards that have one of them: a group of two asks among thousands of shards.
+        starts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist()]
+        for start, end in itertools.pairwise([*starts, len(ordered)]):
+            owner = int(owners[start])
+            told += of_shard(self.shards[owner], (ordered[start:end] - self.firsts[owner]).tolist())
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
         return list(map(told.__getitem__, places.tolist()))

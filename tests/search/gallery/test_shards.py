@@ -5,7 +5,7 @@ import itertools
 import os
 import resource
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +161,27 @@ def test_shards_whose_files_are_the_same_are_not_opened_again(
     (folder / "0002.paths.txt").unlink()
     with pytest.raises(ShardCorrupt, match=r"0002 has a record but no 0002\.paths\.txt"):
         open_gallery(folder, before=stale)
+
+
+def test_a_few_rows_ask_only_their_shards(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gallery(tmp_path, model, some_features(300), some_paths(300), 1)
+    gallery, rows = open_gallery(tmp_path), np.array([299, 3, 299])
+    want = [some_paths(300)[row] for row in rows]
+    assert gallery.paths(rows) == want
+    firsts = [block.first for block in gallery.blocks(3, 100, 103)]
+    assert firsts == [100, 101, 102]
+    asked: list[int] = []
+
+    class Counted(tuple[object, ...]):
+        def __iter__(self) -> Iterator[object]:
+            asked.append(len(self))
+            return super().__iter__()
+
+    monkeypatch.setitem(vars(gallery), "shards", Counted(gallery.shards))
+    assert gallery.paths(rows) == want and gallery.object_ids(rows) == [Path(path).name for path in want]
+    assert gallery.digests(rows) == [gallery.digest(row) for row in rows.tolist()]
+    assert [block.first for block in gallery.blocks(3, 100, 103)] == firsts
+    assert asked == []
 
 
 def test_an_articles_shard_with_other_ids_is_another(tmp_path: Path) -> None:
