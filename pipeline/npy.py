@@ -101,6 +101,25 @@ def map_npy(path: str | Path, trailing: bool = False) -> Npy:
     return Npy(array, whole[:start], whole[end:])
 
 
+def map_bytes(path: str | Path) -> mmap.mmap | bytes:
+    """Map a file of any kind; slices of it are bytes. It holds no descriptor.
+
+    Raises:
+        OSError: it cannot be read. MachineFault: as `map_npy`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        size = os.fstat(descriptor).st_size
+        # Nothing cannot be mapped.
+        return _map(descriptor, size) if size else b""
+    except OSError as error:
+        if error.errno in _LACKING:
+            raise MachineFault(_lacking(path, error)) from error
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def _header(data: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
     """Type, whether in Fortran's order, shape, and where the array begins."""
     if not data.startswith(_MAGIC) or len(data) < 12 or data[6] not in (1, 2, 3):

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from pipeline import layout
 from pipeline.cache import ShardCache
 from pipeline.errors import ShardCorrupt
+from pipeline.npy import map_bytes
 from search.gallery.codes import Codes, ShardCodes, codes_kept
 from search.gallery.ids import IdIndex
 from search.gallery.norms import norms_of
 from search.gallery.paging import advise, row_in_memory
+from search.gallery.paths import Paths
 
 _T = TypeVar("_T")
 #: What to do about a shard that is damaged.
@@ -149,7 +151,7 @@ class Shard:
     def paths_at(self, rows: list[int]) -> list[str | None]:
         """The paths of some of its rows; None where they are unknown."""
         paths = self.paths
-        return [None] * len(rows) if paths is None else list(map(paths.__getitem__, rows))
+        return [None] * len(rows) if paths is None else [*paths.at(rows)]
 
     def digests_at(self, rows: list[int]) -> list[bytes | None]:
         """The digests of some of its rows, 32 bytes each; None where none was kept."""
@@ -160,7 +162,7 @@ class Shard:
         return [whole[start : start + width] for start in range(0, len(whole), width)]
 
     @property
-    def paths(self) -> tuple[str, ...] | None:
+    def paths(self) -> Paths | None:
         """The path of every row, or None where paths are unknown.
 
         Raises:
@@ -198,12 +200,11 @@ class _Made:
         return IdIndex(self._object_ids)
 
     @cached_property
-    def paths(self) -> tuple[str, ...] | None:
+    def paths(self) -> Paths | None:
         if self._paths_file is None:
             return None
         try:
-            # Every line ends with a newline; split at once, because a hit asks for one of thousands.
-            paths = tuple(self._paths_file.read_bytes().decode().split("\n")[:-1])
+            paths = Paths(map_bytes(self._paths_file))
         except (OSError, UnicodeDecodeError):
             raise ShardCorrupt(f"{self._paths_file} is missing or damaged; {RESTORE}") from None
         if len(paths) != len(self._features):

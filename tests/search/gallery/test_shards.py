@@ -5,6 +5,7 @@ import itertools
 import os
 import resource
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 
 from pipeline.errors import GalleryMismatch, RuijiError, ShardCorrupt, UsageError
 from pipeline.model import Model, load_model
+from pipeline.npy import map_bytes
 from pipeline.store import write_atomic
 from search.filters import apply_conditions, parse_conditions
 from search.gallery import opening, shards
 from search.gallery.opening import find_galleries, find_gallery, open_gallery
+from search.gallery.paths import Paths
 from search.gallery.shards import Gallery, Shard
 from search.ranking.codes_scan import codes_scan
 from search.ranking.rank import rank
@@ -182,6 +185,29 @@ def test_a_few_rows_ask_only_their_shards(tmp_path: Path, model: Model, monkeypa
     assert gallery.digests(rows) == [gallery.digest(row) for row in rows.tolist()]
     assert [block.first for block in gallery.blocks(3, 100, 103)] == firsts
     assert asked == []
+
+
+def test_paths_take_a_few_bytes_of_memory_each(tmp_path: Path) -> None:
+    lines = [f"å/{row:05d}/{'x' * 20}.jpg" for row in range(20_000)] + ["", "日本"]
+    data = "".join(f"{line}\n" for line in lines).encode()
+    tracemalloc.start()
+    try:
+        paths = Paths(data)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 6 * len(lines)
+    assert len(paths) == len(lines) and list(paths) == lines and paths.at([20_001, 5]) == [lines[20_001], lines[5]]
+    assert paths[-1] == lines[-1] and paths[4] == lines[4] and paths[2:9:3] == lines[2:9:3] and "日本" in paths
+    (tmp_path / "paths.txt").write_bytes(b"")
+    assert len(Paths(map_bytes(tmp_path / "paths.txt"))) == 0 and list(Paths(b"")) == []
+    (tmp_path / "paths.txt").write_bytes(data)
+    mapped = Paths(map_bytes(tmp_path / "paths.txt"))
+    assert list(mapped) == lines and mapped.at([7]) == [lines[7]] and mapped[-2] == ""
+    with pytest.raises(IndexError):
+        paths[len(lines)]
+    with pytest.raises(UnicodeDecodeError):
+        Paths(b"caf\xe9\n")
 
 
 def test_an_articles_shard_with_other_ids_is_another(tmp_path: Path) -> None:
