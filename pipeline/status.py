@@ -183,8 +183,9 @@ class StatusReader:
                 paths = read_lines(layout.paths_file(self._folder, number))
                 rows += sum(self._scheme.object_id(path) in ids for path in paths)
             if shard.failed and (ids or marks.failed) and not shard.retry:
-                off = ids | set(marks.failed)
-                failed = sum(failure.object_id in off for failure in read_record(self._folder, number).failed)
+                named = (failure.object_id for failure in read_record(self._folder, number).failed)
+                # No union of both: thousands of shards would each make one of all that failed.
+                failed = sum(object_id in ids or object_id in marks.failed for object_id in named)
             self._stale[number] = rows, failed
         return self._stale[number]
 

@@ -89,7 +89,7 @@ class Marks:
 
     bits: dict[int, bytes]
     ids: dict[int, frozenset[str]]
-    failed: tuple[str, ...]
+    failed: frozenset[str]
 
 
 def is_plan_id(value: object) -> bool:
@@ -308,12 +308,12 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
 def _marks(files: list[tuple[str, bytes]]) -> Marks:
     bits: dict[int, bytes] = {}
     ids: dict[int, frozenset[str]] = {}
-    failed: tuple[str, ...] = ()
+    failed: frozenset[str] = frozenset()
     for name, data in files:
         if (shard := layout.bits_shard(name)) is not None:
             bits[shard] = data
         elif (shard := layout.ids_shard(name)) is not None:
             ids[shard] = frozenset(data.decode().split("\n")[:-1])
         else:
-            failed = tuple(data.decode().split("\n")[:-1])
+            failed = frozenset(data.decode().split("\n")[:-1])
     return Marks(bits, ids, failed)

@@ -114,7 +114,7 @@ def plan_repair(folder: Path, broken: Collection[int] = ()) -> Plan | None:
             bits = {shard: marked for shard, marked in marks.bits.items() if shard not in off_list}
             ids = {shard: sorted(marked) for shard, marked in {**marks.ids, **off_list}.items()}
             rows = sum(int.from_bytes(marked).bit_count() for marked in bits.values())
-            state = write_marks(made, bits, ids, list(marks.failed), state.digest, state.lines, rows)
+            state = write_marks(made, bits, ids, sorted(marks.failed), state.digest, state.lines, rows)
             draft = replace(
                 lost[0].plan,
                 plan_id="",
