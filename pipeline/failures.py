@@ -1,7 +1,7 @@
 """The failed objects: which, why, and where that is recorded."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -63,7 +63,7 @@ def _recorded(folder: Path, scheme: IdScheme) -> dict[str, FailedObject]:
     for shard, place in sorted(settled):
         record = read_record(place, shard)
         for failure in record.failed:
-            found[failure.object_id] = FailedObject(**asdict(failure), shard=shard)
+            found[failure.object_id] = FailedObject(**vars(failure), shard=shard)
         if record.retry and record.rows:
             for path in read_lines(layout.paths_file(folder, shard)):
                 found.pop(scheme.object_id(path), None)
@@ -88,9 +88,9 @@ def write_failures(failed: Iterable[FailedObject], form: ListFormat, out: TextIO
     for entry in failed:
         count += 1
         if form is ListFormat.csv:
-            write_row(asdict(entry).values())
+            write_row(vars(entry).values())
         elif form is ListFormat.jsonl:
-            out.write(to_json(asdict(entry)) + "\n")
+            out.write(to_json(vars(entry)) + "\n")
         else:
             out.write(shown(f"{entry.reason:<14} {entry.path}: {entry.message}") + "\n")
     return count
