@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: What is read of stdin at once: all that is there, up to this.
 _READ_BYTES = 1 << 20
+#: So many of these wait at most.
+_MOST_READ = 64
 
 
 DecisionsModel = Annotated[
@@ -209,12 +213,33 @@ def list_files(
 
 
 def _batches(stdin: BinaryIO) -> Iterator[list[bytes]]:
-    """Lines as they come, all at once that are there."""
-    rest = b""
-    while data := stdin.read1(_READ_BYTES):  # type: ignore[attr-defined]
-        *lines, rest = (rest + data).split(b"\n")
+    """Lines as they come, all at once that came while the ones before were worked on.
+
+    For each batch all ids and digests of the gallery are looked through. A pipe holds but 64 KiB, so whoever only reads
+    between batches looks through a large gallery for every fifty groups.
+    """
+    read: Queue[bytes | BaseException] = Queue(_MOST_READ)
+    # Below the buffer: who waits there holds a lock on stdin that a process needs to end.
+    source = getattr(stdin, "raw", stdin)
+
+    def read_on() -> None:
+        try:
+            while data := source.read(_READ_BYTES):
+                read.put(data)
+            read.put(b"")
+        except BaseException as error:
+            read.put(error)
+
+    Thread(target=read_on, name="stdin", daemon=True).start()
+    rest, ended = b"", False
+    while not ended:
+        came = [read.get(), *(read.get() for _ in range(read.qsize()))]
+        ended = not isinstance(came[-1], bytes) or not came[-1]
+        *lines, rest = b"".join([rest, *(data for data in came if isinstance(data, bytes))]).split(b"\n")
         if lines:
             yield lines
+        if isinstance(came[-1], BaseException):
+            raise came[-1]
     if rest:
         yield [rest]
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from pipeline.gallery import claim_gallery
 from pipeline.model import Model, load_model
 from pipeline.objects import IdScheme
 from search.cli import register
+from search.duplicates.cli import _batches
 from search.duplicates.decisions import append_decisions, read_decisions
 from search.duplicates.removal import LeftOut, ListedFile
 from search.options import FileFormat
@@ -162,6 +164,34 @@ def test_a_decision_is_confirmed_while_the_next_is_still_to_come(world: World) -
     process.stdin.close()
     assert len(read_decisions(world.file)) == 2
     assert not list(world.features.glob(f"{layout.TEMPORARY_PREFIX}*"))
+
+
+def test_a_line_that_is_no_decision_ends_the_command_while_others_are_still_to_come(world: World) -> None:
+    command = [sys.executable, "-m", "pipeline", "duplicates", "decide", "--feature-dir", world.features]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(f"{json.dumps(SAME)}\nnothing\n")
+        process.stdin.flush()
+        assert process.wait(60) == 2
+        assert "error: line 2: " in process.stderr.read().splitlines()[-1]
+
+
+def test_lines_that_come_while_others_are_worked_on_are_few_batches() -> None:
+    # Each batch looks through the whole gallery, and a pipe holds 64 KiB.
+    lines = [b"x" * 999 for _ in range(1000)]
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stdin, open(writing, "wb", buffering=0) as out:
+        batches = _batches(stdin)
+        out.write(b"first\nsec")
+        assert next(batches) == [b"first"]
+        writer = Thread(target=out.write, args=(b"ond\n" + b"\n".join(lines),), daemon=True)
+        writer.start()
+        writer.join(60)
+        assert not writer.is_alive()
+        out.close()
+        rest = list(batches)
+    assert [line for batch in rest for line in batch] == [b"second", *lines]
+    assert len(rest) < 8
 
 
 def test_a_damaged_file_is_not_written_to(world: World) -> None:
