@@ -367,15 +367,20 @@ class Gallery:
         count = whole(count, "count")
         if count < 0:
             raise UsageError(f"count must be at least 0, not {count}")
-        shards, generator = self._shards, np.random.default_rng()
+        shards = self._shards
         searched = [
-            first + np.flatnonzero(~shard.left_out)
-            if shard.left_out is not None
-            else first + np.arange(len(shard.features))
-            for shard, first in zip(shards.shards, shards.firsts, strict=True)
+            len(shard.features) if shard.left_out is None else int((~shard.left_out).sum()) for shard in shards.shards
         ]
-        rows = np.concatenate(searched)
-        chosen: list[int] = generator.choice(rows, min(count, len(rows)), replace=False).tolist()
+        ends = np.cumsum(searched)
+        # Numbers of objects, not their rows: a list of all rows would take gigabytes.
+        numbers = np.random.default_rng().choice(ends[-1], min(count, int(ends[-1])), replace=False)
+        owners = np.searchsorted(ends, numbers, side="right")
+        places = numbers - (ends - searched)[owners]
+        chosen = []
+        for owner, place in zip(owners.tolist(), places.tolist(), strict=True):
+            left_out = shards.shards[owner].left_out
+            local = place if left_out is None else int(np.flatnonzero(~left_out)[place])
+            chosen.append(shards.firsts[owner] + local)
         return [GalleryObject(row, shards.object_id(row), shards.path(row)) for row in chosen]
 
     @property

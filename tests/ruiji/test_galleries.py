@@ -2,6 +2,7 @@
 
 import io
 import threading
+import tracemalloc
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from pipeline.choices import Device
 from pipeline.model import Model, load_model
 from pipeline.progress import show_steps
 from pipeline.settings import MAX_PIXELS
+from ruiji.gallery_model import GalleryModel
+from search.gallery.shards import Gallery as Shards
+from search.gallery.shards import Shard
 from search.options import Precision
 from search.queries import embed_images, load_encoder
 from search.ranking.planner import Library, Purpose, look_at_machine
@@ -252,6 +256,25 @@ def test_what_is_asked_wrongly_is_refused_by_name(world: World) -> None:
             ask()
     assert len(gallery.sample(np.int64(3))) == len(gallery.search_vectors(vector, top_k=np.int64(3)).hits) == 3  # type: ignore[arg-type]
     assert gallery.sample(0) == []
+
+
+def test_a_sample_is_of_what_is_searched_and_lists_no_rows(world: World) -> None:
+    part = world.open().only(f"path!={world.paths[0]}")
+    assert sorted(one.row for one in part.sample(COUNT)) == [one.row for one in part.objects()] != []
+    assert part.only("path=nowhere").sample(3) == []
+    rows = 5_000_000
+    features, ids = np.broadcast_to(np.float32(1), (rows, 2)), np.broadcast_to(np.array("a.jpg"), rows)
+    gallery = ruiji.Gallery(
+        Path(), GalleryModel(None, Device.cpu, 1), Device.cpu, False, Shards(2, (Shard("0000", features, ids),))
+    )
+    gallery.sample(3)
+    tracemalloc.start()
+    try:
+        assert len({one.row for one in gallery.sample(60)}) == 60
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def world_with(device: str) -> ruiji.Gallery:
