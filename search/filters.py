@@ -148,6 +148,11 @@ def _wanted(
     gallery: Gallery, index: int, conditions: Sequence[Condition], annotations: Annotations | None
 ) -> NDArray[np.bool_]:
     shard = gallery.shards[index]
+    if shard.paths is not None and all(condition.column == PATH for condition in conditions):
+        # All at once: of millions of objects each by itself takes several times as long.
+        wanted = tuple(condition.value for condition in conditions if not condition.negated) or ("",)
+        unwanted = tuple(condition.value for condition in conditions if condition.negated)
+        return np.array([path.startswith(wanted) and not path.startswith(unwanted) for path in shard.paths], dtype=bool)
     paths: Sequence[str | None] = shard.paths or [None] * len(shard.features)
     return np.array(
         [

@@ -22,6 +22,7 @@ from search.gallery import opening, shards
 from search.gallery.opening import find_galleries, find_gallery, open_gallery
 from search.gallery.paths import Paths
 from search.gallery.shards import Gallery, Shard
+from search.labels import Annotations
 from search.ranking.codes_scan import codes_scan
 from search.ranking.rank import rank
 from search.ranking.scan import numpy_scan
@@ -400,12 +401,13 @@ def test_a_hostile_array_is_refused_in_one_line(folder: Path, name: str, ending:
 @pytest.mark.parametrize("code", [0x110005, 0xD800], ids=hex)
 def test_object_ids_that_are_no_text_are_refused_when_they_are_read(folder: Path, code: int) -> None:
     np.save(folder / "0001.object_ids.npy", np.full((4, 9), code, np.uint32).view("<U9")[:, 0])
+    labels = Annotations(Path("labels.csv"), ("img_name", "label"), ())
     gallery = open_gallery(folder)
     assert gallery.object_id(0) == "000.jpg"
     reads: list[Callable[[], object]] = [
         lambda: gallery.object_id(4),
         lambda: gallery.object_ids(np.arange(10)),
-        lambda: apply_conditions(gallery, parse_conditions(["path=a"]), None),
+        lambda: apply_conditions(gallery, parse_conditions(["path=a", "label=a"]), labels),
     ]
     for read_ids in reads:
         with pytest.raises(ShardCorrupt, match="object ids of shard 0001 are not text"):
