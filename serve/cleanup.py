@@ -173,6 +173,7 @@ class CleanUp:
     _files: Files | None = None
     _groups: "OrderedDict[tuple[object, ...], _MadeGroups]" = field(default_factory=OrderedDict)
     _stand: _MadeStand | None = None
+    _last: Decided | None = None
 
     def __post_init__(self) -> None:
         self.file = layout.decisions_file(self.folder)
@@ -226,7 +227,7 @@ class CleanUp:
         media_dir = self._media if self._looks_at(gallery) else None
         if self._stand is None or self._stand.is_due(decisions):
             began = time.monotonic()
-            decided = decided_in(gallery, decisions)
+            decided = self._decided(gallery, decisions)
             totals = None if media_dir is None else Lists(decided, media_dir).totals()
             now = time.monotonic()
             self._stand = _MadeStand(decisions, now, now - began, Stand(count_verdicts(decided), totals))
@@ -239,7 +240,7 @@ class CleanUp:
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page`.
         """
         gallery = self._opened()
-        decided = decided_in(gallery, self._decisions.read())
+        decided = self._decided(gallery, self._decisions.read())
         counting = list(decided.in_force())
         return counting[::-1][first : first + count], len(counting), gallery, decided
 
@@ -266,7 +267,7 @@ class CleanUp:
         gallery, media_dir = self._opened(), self._media
         if not self._looks_at(gallery):
             raise UsageError(_NO_PATHS)
-        lists = Lists(decided_in(gallery, self._decisions.read()), media_dir)
+        lists = Lists(self._decided(gallery, self._decisions.read()), media_dir)
         # Who has the list holds it against the stand, which must not be an older one.
         self._stand = None
         return lists.to_remove() if removed else lists.to_keep()
@@ -286,9 +287,18 @@ class CleanUp:
         """The gallery with its newest shards."""
         gallery = open_gallery(self.folder, before=self._gallery)
         if gallery is not self._gallery:
-            self._gallery, self._files, self._stand = gallery, None, None
+            self._gallery, self._files, self._stand, self._last = gallery, None, None, None
             self._groups.clear()
         return gallery
+
+    def _decided(self, gallery: Gallery, decisions: list[Decision]) -> Decided:
+        """What is decided about the gallery: found once for the same decisions, of which people turn many pages."""
+        last = self._last
+        # Decisions are the same objects as long as what was there is what it was.
+        same = last is not None and len(last.decisions) == len(decisions)
+        if last is None or not same or (decisions and last.decisions[-1] is not decisions[-1]):
+            self._last = last = decided_in(gallery, decisions)
+        return last
 
     def _check(self, gallery: Gallery, rules: Sequence[Rule] | None) -> None:
         if self._looks_at(gallery):
@@ -306,7 +316,7 @@ class CleanUp:
             began = time.monotonic()
             groups = open_groups(
                 gallery,
-                decided_in(gallery, decisions),
+                self._decided(gallery, decisions),
                 wanted.threshold,
                 Rules(wanted.linkage),
                 progress=only_kept,

@@ -19,6 +19,7 @@ from starlette.types import Message
 from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.plans.plan import Limits
+from search.duplicates.decided import decided_in
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.removal import LeftOut
 from search.requests.duplicates import Asked
@@ -342,6 +343,22 @@ def test_the_stand_of_a_large_clean_up_is_made_again_after_a_while_or_a_list(
     assert one.stand() is listed
     monkeypatch.setattr("serve.cleanup._TIMES", 0.0)
     assert one.stand() is not listed
+
+
+def test_what_is_decided_is_found_once_for_the_same_decisions(ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a large gallery it takes seconds, and people turn many pages.
+    write_look_alikes(ruiji, 2)
+    one, made = CleanUp(ruiji.gallery, ruiji.media), list[object]()
+    monkeypatch.setattr("serve.cleanup.decided_in", lambda *given: (made.append(given), decided_in(*given))[1])
+    for number in (0, 1):
+        one.record([Asked(Verdict.same, keep=f"00{number}-large.jpg", remove=(f"00{number}-small1.jpg",))])
+        for first in range(number + 1):
+            found, total, _, _ = one.decided(first, 1)
+            assert (len(found), total) == (1, number + 1)
+        assert len(list(one.files(removed=True))) == number + 1
+        assert len(made) == number + 1
+    add_rows(ruiji, ["000/000-large.jpg"], np.ones((1, 12), np.float32))
+    assert one.decided(0, 5)[1] == 2 and len(made) == 3
 
 
 def test_a_damaged_decisions_file_and_a_full_disk_are_said_and_lose_nothing(ruiji: Ruiji, ready: Served) -> None:
