@@ -77,7 +77,10 @@ def _run() -> tuple[int, str]:
         raise
     except MemoryError as error:
         return RuijiError.exit_code, ": ".join(filter(None, ("out of memory", str(error))))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        # A compiled library that is being loaded makes an ImportError of a Ctrl-C.
+        if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED and _GO_ON.intersection(sys.argv[1:2]):
         streams.note("interrupted; run it again to continue")

@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -244,12 +246,34 @@ def test_an_error_of_the_disk_or_of_memory_is_one_line(ruiji: Ruiji, gallery: li
     assert re.search(r"x/.*: File name too long$", told)
 
 
-def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(**_: object) -> None:
-        np.empty(1 << 60, np.uint8)
+def _listen() -> None:
+    """Take Ctrl-C as in a terminal, also if the tests run in the background of a script, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    monkeypatch.setattr(cli, "app", allocate)
+
+def test_ctrl_c_while_the_command_is_loaded_shows_no_traceback(tmp_path: Path) -> None:
+    # The first module that the command line needs of others stands for the half second that all of them take.
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pipeline", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, preexec_fn=_listen)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def run_instead(monkeypatch: pytest.MonkeyPatch, command: Callable[[], object]) -> tuple[int, str]:
+    monkeypatch.setattr(cli, "app", lambda **_: command())
     monkeypatch.setattr(importlib, "import_module", lambda _: cli)
     monkeypatch.setattr(cli, "register", lambda _: None, raising=False)
-    code, message = cli._run()
+    return cli._run()
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, message = run_instead(monkeypatch, lambda: np.empty(1 << 60, np.uint8))
     assert (code, message.partition(":")[0]) == (1, "out of memory")
+
+
+def test_ctrl_c_while_a_compiled_library_is_loaded_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise ImportError("initialization failed") from KeyboardInterrupt()  # As pybind11 does.
+
+    assert run_instead(monkeypatch, load) == (130, "")
