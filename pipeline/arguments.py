@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import TyperPath
 
 from pipeline.errors import UsageError
 
@@ -21,15 +22,16 @@ _LARGEST = (1 << 31) - 1
 class Command(TyperCommand):
     """A command whose options and arguments all have a value.
 
-    An empty one is a shell variable that is not set; as a path it would mean the current folder. NaN passes every
-    comparison with a least and a greatest value.
+    An empty one is a shell variable that is not set; as a path it would mean the current folder. `~` is replaced by
+    the shell, but neither in quotes nor behind `=`, nor in `.env`: as a path it would mean a folder of that name. NaN
+    passes every comparison with a least and a greatest value.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments.
 
         Raises:
-            BadParameter: one is empty, or a number is NaN, infinite or too large.
+            BadParameter: one is empty, a path begins with `~/`, or a number is NaN, infinite or too large.
         """
         given = self.make_parser(ctx).parse_args(list(args))[0]
         rest = super().parse_args(ctx, args)
@@ -37,6 +39,10 @@ class Command(TyperCommand):
             name = parameter.name or ""
             if "" in _values(given.get(name)):
                 raise typer.BadParameter("it is empty; is a shell variable not set?", ctx, parameter)
+            if isinstance(parameter.type, TyperPath):
+                for value in _values(given.get(name) or parameter.value_from_envvar(ctx)):
+                    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+                        raise typer.BadParameter(_home(value), ctx, parameter)
             for value in _values(ctx.params.get(name)):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
@@ -112,3 +118,10 @@ def _values(value: object) -> Iterator[object]:
         yield from value
     else:
         yield value
+
+
+def _home(path: str) -> str:
+    return (
+        f"no shell has replaced the ~ of {path}: none does in quotes, behind = or in .env; "
+        f"write ${{HOME}}{path[1:]}, or ./{path} for a folder named ~"
+    )

@@ -73,6 +73,25 @@ def test_an_empty_variable_is_one_that_is_not_set(ruiji: Ruiji, gallery: list[st
     assert "Missing option '--media-dir'" in only_line(ruiji("run", code=2).stderr)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", "--feature-dir=~/f"), ("gallery", "info", "--feature-dir", "~"), ("search", "~/a.png")],
+    ids=" ".join,
+)
+def test_a_tilde_that_no_shell_replaced_is_bad_input(
+    ruiji: Ruiji, gallery: list[str], arguments: tuple[str, ...]
+) -> None:
+    assert "${HOME}" in only_line(ruiji(*arguments, code=2).stderr)
+
+
+def test_a_tilde_in_a_variable_is_bad_input_and_a_folder_of_that_name_is_not(ruiji: Ruiji, tmp_path: Path) -> None:
+    ruiji.environment["RUIJI_STATE_DIR"] = "~/state"
+    assert "write ${HOME}/state, or ./~/state" in only_line(ruiji("redis", code=2).stderr)
+    assert "/~/f/tiny: nothing was enqueued" in only_line(
+        ruiji("gallery", "info", "--feature-dir", "./~/f", code=2).stderr
+    )
+
+
 @pytest.mark.parametrize("value", ["nan", "-nan", "NaN", "inf", "-inf"])
 @pytest.mark.parametrize("arguments", [("near-duplicates", "--threshold"), ("search", "--id", "x", "--min-similarity")])
 def test_a_number_that_is_none_is_bad_input(
