@@ -70,7 +70,8 @@ class Enqueued:
         published: tasks sent now; further segments follow by themselves.
         elsewhere: another process is sending the plan's tasks, and took longer than this one waited.
         objects: on the list.
-        notes: how the list was changed, and what the open plan keeps instead of what was asked for, for people.
+        notes: how the list was changed, what of it is known under another path, and what the open plan keeps instead of
+            what was asked for, for people.
         list_waits: whether the list was not looked at, because the open plan tries failed objects or makes lost shards
             again.
     """
@@ -135,7 +136,7 @@ def enqueue(
             plan = open_plan(work.folder)
             resumed, anew, notes = plan is not None, list[int](), list(objects.notes)
             if plan is None:
-                plan = plan_list(work.folder, work.media_dir, gallery, objects, work.plan, failed)
+                plan = plan_list(work.folder, work.media_dir, gallery, objects, work.plan, failed, notes.append)
             if plan is not None:
                 if failed is not None and not plan.retry:
                     raise PlanMismatch(

@@ -6,7 +6,7 @@ Works by merging files sorted by id, so that 10^7 objects pass in bounded memory
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -68,17 +68,47 @@ class _Entry:
 
     Attributes:
         row: -1: it failed, for this reason; -2: it is made again with its lost shard.
+        before_id: what stands before the id in the path that its shard has; only of a row.
     """
 
     object_id: str
     shard: int
     row: int
     reason: str
+    before_id: str
 
     @classmethod
     def from_line(cls, line: str) -> "_Entry":
-        object_id, shard, row, reason = line.split("\t")
-        return cls(object_id, int(shard), int(row), reason)
+        object_id, shard, row, reason, before_id = line.split("\t")
+        return cls(object_id, int(shard), int(row), reason, before_id)
+
+
+class _Moved:
+    """Objects of the list that have a row, made from a file in another folder: counted, and the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = ""
+
+    def look(self, path: str, entries: list[_Entry]) -> None:
+        """Count an object of the list if none of its rows is of this path."""
+        embedded = ""
+        for entry in entries:
+            if entry.row >= 0 and (embedded := entry.before_id + entry.object_id) == path:
+                return
+        if embedded:
+            self.first = self.first or f"{path!r}, embedded as {embedded!r}"
+            self.count += 1
+
+    def note(self) -> str | None:
+        """What people have to know of it."""
+        if not self.count:
+            return None
+        return (
+            f"objects in another folder than when they were embedded: {self.count}; the first is {self.first}. "
+            "Answers keep the old paths; for the new ones embed into another --feature-dir, with --object-id path if "
+            "files move often: each path is then an object"
+        )
 
 
 def plan_list(
@@ -88,6 +118,7 @@ def plan_list(
     objects: ObjectList,
     settings: PlanSettings,
     retry: Retry | None = None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Plan | None:
     """Find out what is to do, and commit it as the open plan; accept the list.
 
@@ -98,6 +129,7 @@ def plan_list(
 
     Args:
         retry: plan failed objects of the list again, into new shards, and nothing else.
+        tell: called with what people have to know about the list, if the list is accepted.
 
     Returns:
         The open plan (another process may have committed it first), or None if nothing is to do.
@@ -119,15 +151,20 @@ def plan_list(
             raise PlanMismatch("the object list is not the one that was enqueued last: run ruiji enqueue, or ruiji run")
         with making(folder) as made:
             try:
-                plan, state = _make(folder, made, media_dir, gallery, objects, settings, retry, before.number + 1)
+                moved = _Moved()
+                plan, state = _make(
+                    folder, made, media_dir, gallery, objects, settings, retry, before.number + 1, moved
+                )
             except FileNotFoundError:
                 if current(folder) == before:
                     raise
                 continue  # A repair has set a shard aside meanwhile.
-            if plan is None and state == before.objects and marks_digest(before.marks_folder) == state.marks:
-                return None
-            if commit(before, made, plan.plan_id if plan is not None else None, state):
-                keep_gallery(folder, gallery)
+            unchanged = plan is None and state == before.objects and marks_digest(before.marks_folder) == state.marks
+            if unchanged or commit(before, made, plan.plan_id if plan is not None else None, state):
+                if not unchanged:
+                    keep_gallery(folder, gallery)
+                if (note := moved.note()) is not None:
+                    tell(note)
                 return plan
     raise RuijiError(f"other enqueues into {folder} keep coming first; run it again")
 
@@ -141,6 +178,7 @@ def _make(
     settings: PlanSettings,
     retry: Retry | None,
     generation: int,
+    moved: _Moved,
 ) -> tuple[Plan | None, ListState]:
     """Write a plan, if anything is to do, and the marks of the list into `made`."""
     scheme = IdScheme(gallery.object_id)
@@ -151,7 +189,7 @@ def _make(
         lost_lines = scratch / "lost"
         segments = copy_lost(lost, lost_lines)
         done = _done_by_id(folder, scheme, segments, lost_lines, scratch)
-        fresh, state = _compare(folder, made, objects, done, scratch, retry)
+        fresh, state = _compare(folder, made, objects, done, scratch, retry, moved)
         if retry is not None:
             segments = []
             lost_lines.write_bytes(b"")
@@ -198,22 +236,23 @@ def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], lost_lines:
         for shard in published.shards():
             record = read_record(folder, shard)
             for row, path in enumerate(read_lines(layout.paths_file(folder, shard))):
-                out.write(f"{scheme.object_id(path)}\t{shard}\t{row}\t\n")
+                object_id = scheme.object_id(path)
+                out.write(f"{object_id}\t{shard}\t{row}\t\t{path.removesuffix(object_id)}\n")
             for failure in record.failed:
-                out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
+                out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\t\n")
         for shard in published.fruitless():
             for failure in read_record(layout.fruitless_folder(folder), shard).failed:
-                out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\n")
+                out.write(f"{failure.object_id}\t{shard}\t-1\t{failure.reason}\t\n")
         lines = read_lines(lost_lines)
         for segment in lost:
             for path in itertools.islice(lines, segment.lines):
-                out.write(f"{scheme.object_id(path)}\t{segment.shard}\t-2\t\n")
+                out.write(f"{scheme.object_id(path)}\t{segment.shard}\t-2\t\t\n")
     sort_lines(raw, by_id, by_first_field=True)
     return by_id
 
 
 def _compare(
-    folder: Path, made: Path, objects: ObjectList, done: Path, scratch: Path, retry: Retry | None
+    folder: Path, made: Path, objects: ObjectList, done: Path, scratch: Path, retry: Retry | None, moved: _Moved
 ) -> tuple[Path, ListState]:
     """Write the paths of the list that are to do, sorted, and the marks of what is done and not on the list."""
     raw, fresh = scratch / "fresh-by-id", scratch / "fresh"
@@ -223,6 +262,7 @@ def _compare(
     with raw.open("w", encoding="utf-8", newline="\n") as out:
         for path, entries in _merged(objects.by_id, done):
             if path is not None:
+                moved.look(path, entries)
                 if retry.wants(entries) if retry is not None else not entries:
                     out.write(path + "\n")
                 continue

@@ -121,6 +121,32 @@ def test_failed_objects_are_planned_again_by_their_reason(work: Extraction, tmp_
     assert [path for segment in plan.segments for path in plan.paths(segment)] == [paths[1], paths[5]]
 
 
+def test_files_that_moved_under_their_ids_are_reported_each_time(work: Extraction) -> None:
+    listed = layout.object_list_file(work.media_dir)
+    paths = sorted(listed.read_text().split())
+    finish(work, {paths[0]: Reason.undecodable})
+    (work.media_dir / "trip").mkdir()
+    for path in paths[:2]:
+        (work.media_dir / path).rename(work.media_dir / "trip" / Path(path).name)
+    moved = [f"trip/{Path(path).name}" for path in paths[:2]]
+    listed.write_text("".join(f"{path}\n" for path in sorted([*moved, *paths[2:]])))
+    for _ in range(2):
+        done = enqueue(work, None)
+        assert done.plan is None
+        (note,) = done.notes
+        assert f"embedded: 1; the first is {moved[1]!r}, embedded as {paths[1]!r}." in note, (
+            "the failed one has no path"
+        )
+    # Among other changes too; and it is over once the file is back.
+    with listed.open("a") as file:
+        file.write("trip/zz-new.png\n")
+    opened = enqueue(work, None)
+    assert opened.plan is not None and any(moved[1] in note for note in opened.notes)
+    cancel(work.folder)
+    listed.write_text("".join(f"{path}\n" for path in paths))
+    assert enqueue(work, None).notes == ()
+
+
 def test_a_retry_takes_the_list_that_a_run_made(work: Extraction) -> None:
     paths = sorted(layout.object_list_file(work.media_dir).read_text().split())
     finish(work, {paths[2]: Reason.undecodable})
