@@ -11,6 +11,7 @@ from celery import states
 from celery.backends.redis import RedisBackend
 from msgspec.json import encode as quoted
 
+from pipeline.queue.connection import AFTER_FAILOVER
 from pipeline.queue.messages import Task
 
 #: The first half of Celery's own script, for many members of one chord: notes each member's part once, by its task id
@@ -52,6 +53,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
     One script notes them. Only the one that completes a chord goes Celery's own way, which counts again and sends the
     body. For chords without order (`result_chord_ordered` off).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connparams["retry"] = AFTER_FAILOVER
 
     def _unpack_chord_result(self, tup: Any, decode: Any, *args: Any, **kwargs: Any) -> None:
         # Celery gives the body what its members returned. Ours takes nothing, and to decode ten thousand words in JSON

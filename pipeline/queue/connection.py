@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from kombu.exceptions import BatchPublishError, OperationalError
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from pipeline.errors import BrokerUnavailable, UsageError
@@ -21,6 +21,9 @@ SOCKET_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 #: A connection that was idle for longer is asked whether it still works.
 HEALTH_CHECK_S = 5
+#: After a failover the server behind an open connection is a replica, and only a new connection reaches the one that
+#: took its place: so one that refuses a write is closed, and the write, which changed nothing, is sent once more.
+AFTER_FAILOVER = Retry(NoBackoff(), 1, supported_errors=(redis.ReadOnlyError,))
 #: What is raised if something goes wrong with Redis, by its client (a lease that was lost too) and by kombu.
 REDIS_FAULTS = (redis.RedisError, OperationalError, BatchPublishError)
 #: What Redis answers while it cannot do what it will do later: a replica, memory or disk full, starting, a long script.
@@ -44,6 +47,7 @@ def connect(redis_url: str) -> redis.Redis:
             socket_keepalive=True,
             health_check_interval=HEALTH_CHECK_S,
             retry=Retry(ExponentialBackoff(cap=1), 3),
+            retry_on_error=[redis.ReadOnlyError],
         )
         _require_fit(client.info())
     except redis.AuthenticationError as error:

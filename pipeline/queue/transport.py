@@ -25,6 +25,7 @@ import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
+from pipeline.queue.connection import AFTER_FAILOVER
 from pipeline.queue.keys import EMBED_TASK
 from pipeline.queue.messages import Task, envelope_fault, opened, report_dropped
 
@@ -167,7 +168,14 @@ class QoS(stock.QoS):  # type: ignore[misc]
         super().restore_unacked_once(stderr)
 
 
-class Channel(stock.Channel):  # type: ignore[misc]
+class _LastingChannel(stock.Channel):  # type: ignore[misc]
+    """A channel that outlives a failover; of consumers and producers."""
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        return {**super()._connparams(asynchronous), "retry": AFTER_FAILOVER}
+
+
+class Channel(_LastingChannel):
     """A channel that peeks at its queue and then fetches many messages at once."""
 
     QoS = QoS
@@ -237,7 +245,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 class StockTransport(stock.Transport):  # type: ignore[misc]
     """kombu's own way for a worker, which is spared messages that would end it."""
 
-    class Channel(stock.Channel):  # type: ignore[misc]
+    class Channel(_LastingChannel):
         """A channel that outlives what is no JSON."""
 
         def _brpop_read(self, **options: Any) -> bool:

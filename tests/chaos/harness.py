@@ -83,9 +83,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[Server]:
+def redis_server(folder: Path, password: str | None = None) -> Iterator[Server]:
     """A Redis of this test's own."""
-    server = Server(folder, free_port(), secrets.token_urlsafe(16))
+    server = Server(folder, free_port(), password or secrets.token_urlsafe(16))
     server.start()
     try:
         yield server
@@ -112,6 +112,10 @@ class Network:
         time.sleep(seconds)
         self._reset()
         self._whole.set()
+
+    def lead_to(self, port: int) -> None:
+        """New connections reach another server, as after a failover behind one address; open ones stay."""
+        self._target = port
 
     def close(self) -> None:
         self._whole.set()
