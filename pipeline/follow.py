@@ -10,7 +10,7 @@ from pathlib import Path
 import redis
 
 from pipeline import layout
-from pipeline.errors import BrokerUnavailable, RuijiError, UsageError
+from pipeline.errors import BrokerUnavailable, MachineFault, RuijiError, UsageError
 from pipeline.gallery import read_gallery
 from pipeline.queue.connection import broker_faults, connect, passes, refusal
 from pipeline.queue.embedded import url_of
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: How often progress is read; each read costs a few small answers from Redis.
 FOLLOW_INTERVAL_S = 0.3
+#: How often what is away is looked for.
+_AWAY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def look(
 def follow(folder: Path, client: redis.Redis, *checks: Callable[[], None]) -> Status:
     """Show progress on stderr until no plan is open; returns the final status.
 
+    Redis and the gallery folder may be away meanwhile.
+
     Args:
-        checks: called at each look, also while Redis is away; each raises to end the wait.
+        checks: called at each look, also while one of them is away; each raises to end the wait.
     """
     from pipeline.progress import show_progress
 
@@ -112,7 +116,7 @@ def follow_run(folder: Path, client: redis.Redis) -> redis.Redis | None:
 
 
 def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) -> Status:
-    told = False
+    told = ""
     while True:
         for check in checks:
             check()
@@ -121,10 +125,14 @@ def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) 
         except redis.RedisError as error:
             if isinstance(error, redis.ResponseError) and not passes(error):
                 raise UsageError(refusal(error)) from None
-            if not told:
+            if told != "redis":
                 logger.warning("Redis: %s; waiting for it", error, extra={"event": "redis_away"})
-            told = True
-            time.sleep(2)
+            told = "redis"
+        except (MachineFault, OSError) as error:
+            if told != "folder":
+                logger.warning("%s; waiting for it", error, extra={"event": "gallery_away"})
+            told = "folder"
+        time.sleep(_AWAY_S)
 
 
 def redis_of_run(folder: Path, state_dir: Path) -> redis.Redis | None:

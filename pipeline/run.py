@@ -118,11 +118,12 @@ def run(
 
 
 def _was_cancelled(plan: Plan) -> bool:
-    """Whether a plan that is open no more was closed before all of it was done."""
-    try:
-        return not read_closed(plan.folder, plan.plan_id).finished
-    except FileNotFoundError:
-        return False  # Its folder was emptied: then all is to do again.
+    """Whether a plan that is open no more was closed before all of it was done.
+
+    Raises:
+        FileNotFoundError: the gallery folder is gone, or was emptied; nothing is begun anew in its place.
+    """
+    return not read_closed(plan.folder, plan.plan_id).finished
 
 
 @contextmanager

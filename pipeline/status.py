@@ -9,7 +9,7 @@ import redis
 
 from pipeline import layout
 from pipeline.altered import Altered, AlteredReader
-from pipeline.errors import FileDamaged
+from pipeline.errors import FileDamaged, MachineFault
 from pipeline.gallery import require_gallery
 from pipeline.model import pixels_of
 from pipeline.objects import IdScheme, read_lines
@@ -132,6 +132,9 @@ class StatusReader:
         Args:
             exact: look for every single file of the open plan; else the chords' counters are
                 believed wherever Redis has them.
+
+        Raises:
+            MachineFault: the folder shows nothing any more of what it showed before.
         """
         # The plan first: one that closes meanwhile then only looks unfinished, never too short.
         plan = self._plans.now()
@@ -170,7 +173,10 @@ class StatusReader:
 
     def _read_marks(self) -> tuple[Generation, Marks]:
         # A generation never changes; what came before them was written anew in place.
-        if self._marks is None or not self._marks[0].number or current(self._folder) != self._marks[0]:
+        now = current(self._folder)
+        if self._marks is not None and now.number == 0 < self._marks[0].number:
+            raise MachineFault(f"{self._folder} is gone, or not what it was; is it mounted?")
+        if self._marks is None or not now.number or now != self._marks[0]:
             self._marks, self._stale = read_marks(self._folder), {}
         return self._marks
 

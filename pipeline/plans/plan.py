@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
-from pipeline.errors import FileDamaged, GalleryMismatch
+from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault
 from pipeline.layout import ERROR_ENDING, FEATURE_ENDING
 from pipeline.objects import MAX_ID_BYTES, IdScheme
 from pipeline.plans.generations import read_generation
@@ -202,6 +202,7 @@ class Plan:
 
         Raises:
             GalleryMismatch: the todo list is lost or damaged.
+            MachineFault: the folder is not there, or is another one.
         """
         advice = "restore it from a copy, or run ruiji cancel, then ruiji enqueue"
         if not segment.digest and not self._whole:
@@ -211,6 +212,8 @@ class Plan:
                 file.seek(segment.offset)
                 lines = list(itertools.islice(file, segment.lines))
         except FileNotFoundError:
+            if not layout.run_folder(self.folder).exists():
+                raise MachineFault(f"{self.folder} is gone, or not what it was; is it mounted?") from None
             raise GalleryMismatch(f"{self.todo} is lost, which says what the plan's objects are; {advice}") from None
         block = b"".join(lines)
         # A digest proves that list and plan belong together, not that either is ours.

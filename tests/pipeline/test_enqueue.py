@@ -10,8 +10,8 @@ import redis
 from pipeline import layout
 from pipeline.choices import ObjectIds, Reason
 from pipeline.enqueue import Extraction, enqueue, retry
-from pipeline.errors import ObjectListError, PlanMismatch, UsageError
-from pipeline.follow import Look, look
+from pipeline.errors import MachineFault, ObjectListError, PlanMismatch, UsageError
+from pipeline.follow import Look, follow, look
 from pipeline.plans.closing import cancel
 from pipeline.plans.plan import Plan
 from pipeline.plans.planning import PlanSettings
@@ -237,3 +237,37 @@ def test_what_cannot_be_extracted_is_refused(work: Extraction, tmp_path: Path) -
         enqueue(away, None)
     with pytest.raises(UsageError, match="no gallery in"):
         status(work, tmp_path)
+
+
+def test_who_follows_a_run_waits_for_a_gallery_folder_that_is_away(
+    work: Extraction, tmp_path: Path, redis_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert enqueue(work, redis_url).plan is not None
+    monkeypatch.setattr("pipeline.follow._AWAY_S", 0)
+    away, looks = tmp_path / "away", 0
+
+    def unmount_and_mount() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            work.feature_dir.rename(away)
+            work.feature_dir.mkdir()
+        elif looks == 5:
+            work.feature_dir.rmdir()
+            away.rename(work.feature_dir)
+        elif looks == 7:
+            cancel(work.folder)
+
+    with caplog.at_level("WARNING", "pipeline.follow"):
+        now = follow(work.folder, connect(redis_url), unmount_and_mount)
+    assert (now.objects, now.pending, now.plan) == (6, 6, None)
+    (said,) = caplog.records
+    assert said.event == "gallery_away" and "is it mounted?" in said.getMessage()  # type: ignore[attr-defined]
+
+
+def test_a_todo_list_that_is_away_with_its_folder_is_no_lost_one(work: Extraction, tmp_path: Path) -> None:
+    plan = enqueue(work, None).plan
+    assert plan is not None
+    work.feature_dir.rename(tmp_path / "away")
+    with pytest.raises(MachineFault, match=r"is it mounted\?"):
+        plan.paths(plan.segments[0])
