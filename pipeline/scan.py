@@ -196,6 +196,9 @@ def write_list(scan: Scan, target: Path, scheme: IdScheme | None = None) -> tupl
             raise ObjectListError(f"no image files ({' '.join(sorted(IMAGE_ENDINGS))}) below {scan.folder}{found}")
         if scheme is not None:
             notes += prepare(scratch / "list", scratch, scheme).notes
+        # A plan that is open is carried on with the list that it was made of: that must be there after a power cut too.
+        with (scratch / "list").open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(scratch / "list", target)
     return lines, notes
 

@@ -10,7 +10,7 @@ from pipeline.objects import read_lines
 from pipeline.plans.files import ClosedPlan, open_plan, write_closed
 from pipeline.plans.generations import note_format
 from pipeline.plans.plan import Plan, Segment
-from pipeline.store import recorded_shards, write_atomic
+from pipeline.store import recorded_shards, sync_folder, write_atomic
 
 
 def close_plan(plan: Plan) -> None:
@@ -65,6 +65,9 @@ def empty_segment(plan: Plan, segment: Segment) -> None:
     record = plan.record(segment)
     if record is None:
         return
+    # Whoever linked the record may have died, or failed, before it was durable.
+    counted = layout.record_file(plan.folder, segment.shard).exists()
+    sync_folder(plan.folder if counted else layout.fruitless_folder(plan.folder))
     plan.forget(failure.path for failure in record.failed)
     if record.rows:
         plan.forget(read_lines(layout.paths_file(plan.folder, segment.shard)))

@@ -1,14 +1,18 @@
 """The reducer: one segment, one shard, whenever and however often it runs."""
 
+import errno
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import layout
+from pipeline.plans.closing import cancel_plan
 from pipeline.reduce import collect, missing_after_reread, tidy
-from pipeline.segments import reduce_segment
+from pipeline.segments import finish_plan, reduce_segment
 from pipeline.store import check_shard, read_record
 from tests.pipeline.galleries import digest_of, embed, fail, feature_of, files, new_plan, write
 
@@ -121,6 +125,35 @@ def test_stopped_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(
     embed(undisturbed, undisturbed.paths(undisturbed.segments[0]))
     reduce_segment(undisturbed, undisturbed.segments[0], ours)
     assert files(plan.folder) == files(undisturbed.folder)
+
+
+@pytest.mark.parametrize("after", ["reduce", "finish", "cancel"])
+def test_a_record_that_another_could_not_make_durable_is_durable_before_its_inputs_go(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    plan = new_plan(tmp_path, model_path, 3, shard_rows=3)
+    embed(plan, plan.paths(plan.segments[0]))
+    real, inputs = os.fsync, list(plan.folder.glob("??/??/*.npy"))
+    left_at_sync: list[int] = []
+
+    def sync(number: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{number}")) == plan.folder:
+            if layout.record_file(plan.folder, 0).exists():
+                left_at_sync.append(sum(path.exists() for path in inputs))
+            if len(left_at_sync) == 1:
+                raise OSError(errno.EIO, "the disk fails once")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="fails once"):
+        reduce_segment(plan, plan.segments[0], ours)
+    {
+        "reduce": lambda: reduce_segment(plan, plan.segments[0], ours),
+        "finish": lambda: finish_plan(plan, lambda segment: nullcontext()),
+        "cancel": lambda: cancel_plan(plan),
+    }[after]()
+    assert left_at_sync[:2] == [3, 3]
+    assert not any(path.exists() for path in inputs)
 
 
 def test_leftovers_of_another_reducer_are_overwritten(tmp_path: Path, model_path: Path) -> None:

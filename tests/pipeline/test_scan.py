@@ -135,6 +135,14 @@ def test_a_folder_without_images_and_a_list_that_an_enqueue_refuses_are_refused(
     assert write_list(Scan(media), target, IdScheme(ObjectIds.path))[0] == 2
 
 
+def test_a_list_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "media" / "a.png")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    write_list(Scan(tmp_path / "media"), tmp_path / "objects.txt")
+    assert synced == [(tmp_path / "objects.txt").stat().st_ino]
+
+
 def test_images_that_are_not_on_a_list_are_counted(tmp_path: Path) -> None:
     media, listed = tmp_path / "media", tmp_path / "objects.txt"
     for name in (b"a.jpg", b"b/b.jpg", b"..c.jpg", b"\xe9.jpg", "写.jpg".encode(), b"new.jpg"):
