@@ -479,17 +479,19 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
     """Mend what `verify` found.
 
     Leftovers are deleted, unless a plan was opened since. A broken shard whose record, features and digests are sound
-    gets its paths and ids from its plan. Any other is planned again, as is one with changed pictures, and only its
-    objects are embedded; nothing of it is touched before its plan is ready, and then it is set aside below
-    `run/broken`.
+    gets its paths and ids from its plan. Any other that is still broken is planned again, as is one with changed
+    pictures, and only its objects are embedded; nothing of it is touched before its plan is ready, and then it is set
+    aside below `run/broken`.
 
     Args:
         note: gets what was done and what is left to do, for people, as it happens.
 
     Raises:
         MachineFault: the folder cannot be written.
-        UsageError: a shard can only be made again by an enqueue with the object list.
+        GalleryMismatch: `gallery.json` is damaged.
+        UsageError: there is no gallery any more; a shard can only be made again by an enqueue with the object list.
     """
+    gallery = require_gallery(folder)
     broken = set()
     kept = 0
     for finding in findings:
@@ -504,7 +506,10 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
             note(f"wrote {finding.name} again from the shards")
         elif finding.kind == "broken-shard" and finding.repairable:
             assert finding.shard is not None
-            if _rebuilt(folder, finding.shard):
+            if _check(folder, gallery, finding.shard, makeable=True) is None:
+                # Its disk was away for a while, or another repair has made it again.
+                note(f"left shard {finding.name} as it is: it is sound now")
+            elif _rebuilt(folder, finding.shard):
                 note(f"rebuilt the paths and ids of shard {finding.name} from its plan")
             else:
                 broken.add(finding.shard)

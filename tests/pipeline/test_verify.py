@@ -470,6 +470,18 @@ def test_a_repair_takes_nothing_from_a_run_that_began_while_it_read(
     assert files(plan.folder) == before
 
 
+def test_a_repair_leaves_a_shard_that_is_sound_by_then(plan: Plan) -> None:
+    before = files(plan.folder)
+    features = plan.folder / "0001.features.npy"
+    features.rename(plan.folder.parent / "away")
+    findings = verify(plan.folder)
+    assert [(finding.kind, finding.name) for finding in findings] == [("broken-shard", "0001")]
+    (plan.folder.parent / "away").rename(features)
+    assert notes_of(plan, findings) == ["left shard 0001 as it is: it is sound now"]
+    assert open_plan(plan.folder) is None
+    assert files(plan.folder) == before
+
+
 def test_a_shard_that_is_published_while_the_gallery_is_read_is_no_leftover(
     tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
