@@ -71,6 +71,9 @@ class Watchdog(threading.Thread):
         if ahead := chords.settle_clocks():
             extra = {"event": "clock_ahead", "messages": ahead}
             logger.warning("a host's clock is ahead of Redis': its messages' stamps were set back", extra=extra)
+        if lost := chords.stamp_unstamped():
+            extra = {"event": "stamps_lost", "messages": lost}
+            logger.warning("Redis lost stamps of messages in hand; does it evict keys (maxmemory-policy)?", extra=extra)
         # Also right if nothing is wrong: it arms what is missing from the window.
         segments = Segments(self._app, self._client, plan)
         if segments.advance(self._window):

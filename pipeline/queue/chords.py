@@ -167,6 +167,25 @@ class Chords:
             self._client.zadd(index, {str(tag): now for tag in ahead}, xx=True)
         return len(ahead)
 
+    def stamp_unstamped(self) -> int:
+        """Stamp messages in hand that have no stamp; without one, a dead worker's would never be given back.
+
+        A Redis that evicts keys to make room may take the index of all stamps, and leave the messages.
+
+        Returns:
+            How many stamps were made.
+        """
+        messages, index = self._unacked["unacked_key"], self._unacked["unacked_index_key"]
+        with self._client.pipeline() as pipe:
+            pipe.hlen(messages)
+            pipe.zcard(index)
+            held, stamped = pipe.execute()
+        if held <= stamped:
+            return 0
+        seconds, _ = self._client.time()
+        tags = {str(tag): seconds for tag in self._client.hkeys(messages)}
+        return int(self._client.zadd(index, tags, nx=True) or 0)
+
     def queued_segments(self) -> set[int]:
         """Segments of which any message, embed or reduce, is queued or held by a worker.
 

@@ -19,3 +19,16 @@ def test_messages_that_are_not_ours_are_no_segments(
         client.lpush(embed_queue(plan.gallery_id), junk)
         client.hset(unacked_keys(plan.gallery_id)["unacked_key"], junk, junk)
     assert chords.queued_segments() == {0}
+
+
+def test_messages_in_hand_whose_stamps_were_evicted_are_stamped_and_no_others(
+    plan: Plan, client: redis.Redis, chords: Chords
+) -> None:
+    messages, index, _ = unacked_keys(plan.gallery_id).values()
+    client.hset(messages, mapping={"stamped": "message", "evicted": "message"})
+    client.zadd(index, {"stamped": 1})
+    before = client.time()[0]
+    assert chords.stamp_unstamped() == 1
+    assert client.zscore(index, "stamped") == 1
+    assert before <= client.zscore(index, "evicted") <= client.time()[0]  # type: ignore[operator]
+    assert chords.stamp_unstamped() == 0
