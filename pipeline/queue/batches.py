@@ -154,12 +154,15 @@ def _acknowledge(messages: list[Any], consumer: Any) -> None:
 
 
 def _give_back(messages: list[Any]) -> None:
+    kept = 0
     for message in messages:
         try:
             message.reject(requeue=True)
         except Exception:
             # Redis is away too; its visibility timeout brings the message back.
-            logger.warning("could not give a message back", extra={"event": "give_back_failed"})
+            kept += 1
+    if kept:
+        logger.warning("could not give messages back", extra={"event": "give_back_failed", "messages": kept})
 
 
 def _store_parts(task: _BatchTask, parts: list[tuple[Task, str]]) -> None:

@@ -13,6 +13,7 @@ from redis.exceptions import LockError
 
 from pipeline.choices import Transport
 from pipeline.errors import BrokerUnavailable, UsageError
+from pipeline.queue import batches
 from pipeline.queue.app import make_app
 from pipeline.queue.connection import broker_faults, connect
 from pipeline.queue.embedded import locked
@@ -69,3 +70,13 @@ def test_after_a_failover_behind_one_address_every_client_finds_the_new_master(
                 write()
         assert connect(second.url).get("key") == "value"
         network.close()
+
+
+def test_a_batch_that_cannot_be_given_back_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    class Message:
+        def reject(self, requeue: bool) -> None:
+            raise RedisConnectionError("gone")
+
+    batches._give_back([Message()] * 64)
+    (said,) = caplog.records
+    assert (said.event, said.messages) == ("give_back_failed", 64)  # type: ignore[attr-defined]
