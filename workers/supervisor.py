@@ -170,8 +170,16 @@ class Supervisor:
                 if child.given_up:
                     self._report(child)
                 if child.due is not None and time.monotonic() >= child.due:
+                    try:
+                        after = self._start(child.place)
+                    except OSError as error:
+                        # Too little memory, or too many processes: as likely to pass as what ended the last one.
+                        child.due = time.monotonic() + _LONGEST_PAUSE_S
+                        extra = {"event": "process_died", "role": child.place.role, "restart_in_s": _LONGEST_PAUSE_S}
+                        logger.warning("a worker process cannot be started: %s", error.strerror, extra=extra)
+                        continue
                     _withdraw(child)
-                    after = children[number] = self._start(child.place)
+                    children[number] = after
                     after.deaths, after.failed_starts = child.deaths, child.failed_starts
                     after.idle_deaths = child.idle_deaths
         self._end(children)

@@ -1,5 +1,7 @@
 """What `ruiji worker` ends with."""
 
+import errno
+import itertools
 import json
 import os
 import signal
@@ -10,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import layout
-from pipeline.children import CRASHED
+from pipeline.children import CRASHED, start_child
 from pipeline.choices import Role
 from pipeline.plans.stuck import stuck, try_again
 from pipeline.worker_settings import WorkerSettings
@@ -107,6 +110,29 @@ def test_processes_that_end_with_a_fault_that_may_pass_are_started_again_for_as_
     monkeypatch.setattr("workers.supervisor.python_command", lambda *_: command)
     with stopped_once(enough.exists):
         assert Supervisor([Place(Role.reduce)], settings(tmp_path)).run() == 0
+
+
+def test_a_process_that_cannot_be_started_again_now_is_started_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workers.supervisor._LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("workers.supervisor.python_command", lambda *_: [sys.executable, "-Ic", "raise SystemExit(1)"])
+    starts = itertools.count()
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        if next(starts) in (1, 2):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start_child(*arguments, **options)
+
+    monkeypatch.setattr("workers.supervisor.start_child", start)
+    supervisor, ended = Supervisor([Place(Role.reduce)], settings(tmp_path)), threading.Event()
+    with stopped_once(lambda: len(caplog.records) > 4 or ended.is_set()):
+        try:
+            assert supervisor.run() == 0
+        finally:
+            ended.set()
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("a worker process cannot be started: Resource temporarily unavailable") == 2
 
 
 #: Dies with something in hand that a plan would be to blame for.
