@@ -1,6 +1,7 @@
 """The objects of a gallery, what is known of them, and their small pictures."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -90,6 +91,7 @@ def _columns(annotations: Annotations | None) -> list[bodies.Column]:
             "description": "A JPEG; a PNG if the picture is small itself; a placeholder if it cannot be shown.",
             "content": {kind: {} for kind in ("image/jpeg", "image/png", "image/svg+xml")},
         },
+        304: {"description": "It is still the one of the `ETag` that `If-None-Match` names."},
         **BUSY,
     },
 )
@@ -103,7 +105,12 @@ async def thumbnail(
         # Its reason is one of ours; what a file says never stands in a header.
         headers = {"x-ruiji-reason": error.reason, "cache-control": "no-store"}
         return Response(_PLACEHOLDER, headers=headers, media_type="image/svg+xml")
-    return Response(made.data, headers={"cache-control": "private, max-age=3600"}, media_type=f"image/{made.kind}")
+    # Asked again each time: one address has another picture once its file is replaced, or another gallery is served.
+    tag = f'"{hashlib.sha256(made.data).hexdigest()[:32]}"'
+    headers = {"cache-control": "private, no-cache", "etag": tag}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(made.data, headers=headers, media_type=f"image/{made.kind}")
 
 
 async def _small(service: Service, asked: ThumbnailQuery, object_id: str) -> Thumbnail:

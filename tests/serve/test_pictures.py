@@ -30,8 +30,8 @@ from tests.serve.conftest import Answer, Served, start, write_served_gallery
 from tests.workers.poison import POISON_PATH, poison
 
 
-def thumb(served: Served, object_id: str, query: str = "") -> Answer:
-    return served.get(f"/thumbs/{quote(object_id, safe='', errors='surrogateescape')}{query}")
+def thumb(served: Served, object_id: str, query: str = "", **headers: str) -> Answer:
+    return served.get(f"/thumbs/{quote(object_id, safe='', errors='surrogateescape')}{query}", **headers)
 
 
 def is_placeholder(answer: Answer, reason: str) -> bool:
@@ -164,7 +164,7 @@ def test_thumbnails_are_small_upright_and_kept(serve: Callable[..., Served], rui
     for size in (128, 256, 512):
         answer = thumb(served, one["object_id"], f"?size={size}")
         assert answer.headers["content-type"] == "image/jpeg"
-        assert answer.headers["cache-control"] == "private, max-age=3600"
+        assert answer.headers["cache-control"] == "private, no-cache"
         with Image.open(io.BytesIO(answer.body)) as made:
             assert made.size == (round(size * 2 / 3), size)
             top, bottom = made.getpixel((10, 10)), made.getpixel((10, size - 10))
@@ -177,8 +177,13 @@ def test_thumbnails_are_small_upright_and_kept(serve: Callable[..., Served], rui
     for file in kept:
         os.truncate(file, 100)
     assert thumb(served, one["object_id"]).body == whole
+    # A browser that has one asks whether it is still that.
+    tag = thumb(served, one["object_id"]).headers["etag"]
+    unchanged = thumb(served, one["object_id"], If_None_Match=f'"other", {tag}')
+    assert (unchanged.status, unchanged.body, unchanged.headers["etag"]) == (304, b"", tag)
     Image.new("RGB", (900, 900), "green").save(path, "JPEG")
-    assert thumb(served, one["object_id"]).body != whole
+    changed = thumb(served, one["object_id"], If_None_Match=tag)
+    assert changed.status == 200 and changed.body != whole
     assert thumb(served, one["object_id"], "?size=300").status == 422
     # Nobody else minds what is there.
     ruiji("verify")
