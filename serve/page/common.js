@@ -17,19 +17,29 @@ export function encodeId(id) {
 // An error that a person is told; `again`: the same can succeed later.
 const trouble = (message, again) => Object.assign(new Error(message), { again });
 
-// The answer's JSON, null if it has no body; throws an Error whose message is for the person.
-export async function ask(path, options) {
-  let answer;
+// What comes of a request, or of reading its answer. An answer that breaks off, or that is a proxy's own page, is none.
+export async function heard(promise) {
   try {
-    answer = await fetch(path, options);
+    return await promise;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw trouble("The service does not answer. Is it running?", true);
   }
+}
+
+// An answer, which is no refusal; throws an Error whose message is for the person.
+export async function get(path, options) {
+  const answer = await heard(fetch(path, options));
+  if (answer.ok) return answer;
   if (answer.status === 401) location.assign("/login");
-  const body = answer.status === 204 ? null : await answer.json();
-  if (!answer.ok) throw trouble(body.error, answer.status === 429 || answer.status >= 500);
-  return body;
+  const { error } = await heard(answer.json());
+  throw trouble(error, answer.status === 429 || answer.status >= 500);
+}
+
+// The answer's JSON, null if it has no body; throws as `get`.
+export async function ask(path, options) {
+  const answer = await get(path, options);
+  return answer.status === 204 ? null : heard(answer.json());
 }
 
 export const send = (path, body) =>

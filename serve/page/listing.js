@@ -1,6 +1,6 @@
 // The list of files that can go, in a dialog of the page Clean up.
 
-import { ask, element, make } from "/common.js";
+import { ask, element, get, make } from "/common.js";
 
 export const plural = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
 
@@ -26,8 +26,7 @@ async function download(gallery, sent) {
   try {
     say("Reading the files…");
     await sent();
-    const answer = await fetch(`/decisions/files?${wanted}`);
-    if (!answer.ok) throw new Error((await answer.json()).error);
+    const answer = await get(`/decisions/files?${wanted}`);
     const end = form === "null" ? 0 : 10;
     const parts = [];
     let lines = form === "csv" ? -1 : 0;

@@ -4,7 +4,7 @@
 // the objects of those that are looked at are asked for, with the key of the rows, so that a gallery that has changed
 // is noticed.
 
-import { ask, begin, element, encodeId, make, picture, tell, thumbnail } from "/common.js";
+import { ask, begin, element, encodeId, get, heard, make, picture, tell, thumbnail } from "/common.js";
 import { download } from "/download.js";
 import { Dots, Plane } from "/plane.js";
 
@@ -436,16 +436,9 @@ async function points() {
   const chosen = new URLSearchParams(location.search).get("projection");
   if (chosen) parameters.set("projection", chosen);
   for (;;) {
-    let answer;
-    try {
-      answer = await fetch(`/map/points?${parameters}`);
-    } catch {
-      throw new Error("The service does not answer. Is it running?");
-    }
-    if (answer.status === 401) location.assign("/login");
+    const answer = await get(`/map/points?${parameters}`);
     if (answer.status === 200) return answer;
-    const body = await answer.json();
-    if (answer.status !== 202) throw new Error(body.error);
+    const body = await heard(answer.json());
     making.hidden = false;
     if (body.total) [making.max, making.value] = [body.total, body.done];
     tell(body.total ? `Making the map: ${Math.floor((100 * body.done) / body.total)} %` : "Making the map…");
@@ -460,7 +453,7 @@ async function load(why = "") {
   dropPictures(new Set());
   objects.clear();
   level = null;
-  plane = new Plane(await answer.arrayBuffer());
+  plane = new Plane(await heard(answer.arrayBuffer()));
   rowsKey = answer.headers.get("x-ruiji-rows");
   projection.value = answer.headers.get("x-ruiji-projection");
   // UMAP is what comes if nothing is asked for and it is kept.

@@ -104,6 +104,24 @@ def test_a_token_is_asked_for_and_forgotten(
     expect(page).to_have_url(re.compile("/login$"))
 
 
+def test_a_proxy_that_answers_for_the_service_is_not_taken_for_it(served: Served, page: Page, watch: Watch) -> None:
+    places = [
+        ("?id=picture", "**/objects/*", "#said"),
+        ("clean", "**/decisions/status*", "#notice-text"),
+        ("map", "**/map/points*", "#said"),
+        ("run", "**/failures*", "#said"),
+        ("run", "**/healthz", "#said"),
+    ]
+    for body in ("", "<html>Bad Gateway</html>"):
+        for name, route, said in places:
+            page.route(route, lambda route, _, body=body: route.fulfill(status=502, body=body))
+            page.goto(f"{served.origin}/{name}")
+            expect(page.locator(said)).to_have_text("The service does not answer. Is it running?")
+            page.unroute(route)
+    watch.expect("502 ")
+    watch.allow("404 ")
+
+
 def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page, watch: Watch) -> None:
     watch.expect("404 .*/missing")
     for name in sorted(file.stem for file in PAGES.glob("*.html")):
