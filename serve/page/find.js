@@ -126,6 +126,7 @@ function answer(now, signal) {
   if (now.collapse) parameters.set("collapse", now.collapse);
   for (const condition of now.where) parameters.append("where", condition);
   return once(`${now.id}\n${now.text}\n${now.picture}\n${parameters}`, async () => {
+    if (sent) await checkReadable(sent);
     if (now.id !== undefined) {
       const gallery = encodeURIComponent(where.gallery);
       const [found, object] = await Promise.all([
@@ -140,6 +141,15 @@ function answer(now, signal) {
     const found = await ask(`/search?${parameters}`, { method: "POST", body, signal });
     return { found, name: sent ? sent.name || "pasted picture" : `“${now.text}”`, sent };
   });
+}
+
+// A folder, or a file that was changed or removed since, would end the request as if nobody answered.
+async function checkReadable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Error(`${file.name} cannot be read: it is a folder, or was changed or removed. Choose a picture again.`);
+  }
 }
 
 // Some objects to begin with.
@@ -361,9 +371,11 @@ function listen() {
   addEventListener("dragleave", (event) => event.relatedTarget === null && document.body.classList.remove("dropping"));
   addEventListener("drop", (event) => {
     document.body.classList.remove("dropping");
-    if (!event.dataTransfer.files.length) return;
+    const { files } = event.dataTransfer;
+    if (!files.length) return;
     event.preventDefault();
-    search(event.dataTransfer.files[0]);
+    if (files.length > 1) tell("Drop one picture: there is one answer.", true);
+    else search(files[0]);
   });
   addEventListener("paste", (event) => {
     const pasted = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));

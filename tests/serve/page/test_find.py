@@ -370,6 +370,20 @@ def test_what_goes_wrong_is_said(ruiji: Ruiji, new_page: Callable[..., Page], wa
     page.set_input_files("#file", tmp_path / "broken.png")
     expect(page.locator("#said")).to_contain_text("not an image in a known format")
     watch.expect("422")
+    mine = picture(tmp_path / "mine.png", 7)
+    page.set_input_files("#file", mine)
+    look_alikes(page, 8)
+    mine.unlink()
+    page.locator("#collapse").check()
+    expect(page.locator("#said")).to_contain_text("mine.png cannot be read")
+    page.evaluate(
+        """() => {
+            const data = new DataTransfer();
+            for (const name of ["a", "b"]) data.items.add(new File(["x"], name));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }"""
+    )
+    expect(page.locator("#said")).to_have_text("Drop one picture: there is one answer.")
     # A picture that is gone since is a placeholder, and the rest is there.
     listed = served.get("/objects").json()["objects"]
     (ruiji.media / listed[2]["path"]).unlink()
