@@ -138,6 +138,7 @@ async function fetchMore() {
 // ----------------------------------------------------------------------------------------------- what is not there yet
 
 function notice(title, text, act, run) {
+  const isNews = element("notice").hidden || element("notice-title").textContent !== title;
   element("notice-title").textContent = title;
   element("notice-text").textContent = text;
   element("compared").hidden = true;
@@ -150,7 +151,13 @@ function notice(title, text, act, run) {
     run();
   };
   element("notice").hidden = false;
+  if (isNews) goTo("notice-title");
   drawStanding();
+}
+
+// Where keys decide, and what a screen reader reads next. Who changes an option with the keyboard stays there.
+function goTo(heading) {
+  if (!element("tools").querySelector(":not([type=text], [type=search]):focus-visible")) element(heading).focus({ preventScroll: true });
 }
 
 function fail(message, act, run) {
@@ -284,7 +291,7 @@ function drawGroup() {
   const also = group.see_also.map((one) => `${one.path ?? one.object_id} (${one.similarity.toFixed(3)})`);
   element("also").textContent = also.length ? `Also like one of these, but not like all: ${also.join(", ")}` : "";
   drawMarks();
-  element("about").focus({ preventScroll: true });
+  goTo("about");
 }
 
 function drawMarks() {
@@ -366,13 +373,13 @@ function mark(change) {
 function keepOnly(n) {
   here = n;
   mark((keeps) => keeps.fill(false).splice(n, 1, true));
-  element("about").focus({ preventScroll: true });
+  goTo("about");
 }
 
 function toggle(n) {
   here = n;
   mark((keeps) => (keeps[n] = !keeps[n]));
-  element("about").focus({ preventScroll: true });
+  goTo("about");
 }
 
 function point(step) {
@@ -398,7 +405,7 @@ async function compareHere() {
     id: members[n].object_id, encoded: encodeId(members[n].object_id), facts: [keeps[n] ? "Keep" : "Remove", likeness(groups[at], n), facts(members[n])].filter(Boolean),
   });
   await compare(where, side(left), side(right), `${members[left].object_id} and ${members[right].object_id}`);
-  element("about").focus({ preventScroll: true });
+  goTo("about");
 }
 
 // ---------------------------------------------------------------------------------------------------------- decisions
@@ -537,6 +544,7 @@ function decisionRow(one) {
     button.disabled = true;
     try {
       await send(`/decisions?${ofGallery()}`, { decisions: [{ decision: "undo", objects: known.map((object) => object.object_id) }] });
+      (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("button").focus();
       row.remove();
       const stand = await ask(`/decisions/status?${ofGallery()}`);
       decided = stand.decided;
@@ -559,6 +567,8 @@ const KEYS = {
   k: () => keepOnly(here), x: () => toggle(here),
 };
 
+const GOING = ["n", "p", "ArrowRight", "ArrowLeft"];
+
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   // Fields and buttons have keys of their own.
@@ -571,7 +581,8 @@ addEventListener("keydown", (event) => {
   if (digit !== null && digit < (groups[at]?.members.length ?? 0)) act = () => keepOnly(digit);
   if (!act || (element("group").hidden && act !== undo)) return;
   event.preventDefault();
-  act();
+  // A key that is held down decides once: nobody has seen what comes next.
+  if (!event.repeat || GOING.includes(key)) act();
 });
 
 const acts = { accept, different, skip, undo, compare: compareHere, previous: () => go(at - 1), next: () => go(at + 1), list: openListing };

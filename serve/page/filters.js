@@ -17,12 +17,19 @@ export function drawFilters(box, about, columns, conditions, change) {
   });
   const choices = columns.filter(({ name }) => !NAMES.includes(name));
   if (about.paths) choices.unshift({ name: PATH, values: null });
+  const walking = box.contains(document.activeElement);
   box.replaceChildren(...chips);
   if (choices.length) {
     const add = make("button", { type: "button" }, "Add a filter");
-    add.addEventListener("click", () => choose(choices, (condition) => change([...new Set([...conditions, condition])])));
+    add.addEventListener("click", async () => {
+      await choose(choices, (condition) => change([...new Set([...conditions, condition])]));
+      // The button that opened it may have been drawn anew.
+      box.lastElementChild.focus();
+    });
     box.append(add);
   }
+  // What was pressed is not there any more.
+  if (walking) box.lastElementChild?.focus();
 }
 
 function said(condition) {
@@ -31,6 +38,7 @@ function said(condition) {
   return `${column} is ${not ? "not " : ""}${value || "empty"}`;
 }
 
+// Returns when the dialog is closed.
 function choose(choices, add) {
   const column = make("select", {}, ...choices.map(({ name }) => make("option", { value: name }, name)));
   const relation = make("select");
@@ -59,10 +67,10 @@ function choose(choices, add) {
   dialog.setAttribute("aria-labelledby", "filtering");
   cancel.addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  dialog.addEventListener("close", () => dialog.remove());
   form.addEventListener("submit", () => add(`${column.value}${relation.value}${value.firstChild.value}`));
   document.body.append(dialog);
   dialog.showModal();
+  return new Promise((done) => dialog.addEventListener("close", () => (dialog.remove(), done())));
 }
 
 // What objects can be filtered by, besides their path.

@@ -81,8 +81,11 @@ async function show() {
     const asked = isQuery(now) ? await answer(now, signal) : await beginnings(now, signal);
     if (signal.aborted) return;
     element("again").hidden = true;
+    // Who goes on from one of these links with the keyboard does so among the new ones.
+    const walking = document.querySelector(":is(#query, #hits, #sky) a:focus-visible") !== null;
     if (isQuery(now)) drawAnswer(now, asked);
     else drawBeginnings(now, asked);
+    if (walking) document.querySelector("#hits a, #sky a")?.focus({ preventScroll: true });
   } catch (error) {
     if (error.name === "AbortError") return;
     clear();

@@ -154,3 +154,9 @@ def check_fits(page: Page) -> None:
            }).map((one) => one.outerHTML.slice(0, 200))"""
     )
     assert not small, f"too small for a finger: {small}"
+    cut = page.evaluate(
+        """[...document.querySelectorAll("button, .button")]
+             .filter((one) => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1)
+             .map((one) => `${one.scrollWidth} > ${one.clientWidth}: ${one.outerHTML.slice(0, 200)}`)"""
+    )
+    assert not cut, f"words that are cut off: {cut}"

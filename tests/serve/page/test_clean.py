@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -50,6 +51,21 @@ def test_a_hundred_groups_are_decided_by_keyboard_undone_and_stay_decided(ruiji:
         "000/000-large.jpg",
         "Best: most pixels (128 x 96)",
     )
+    # An option can be changed with the keyboard, step by step.
+    page.focus("#threshold")
+    for value in ("0.96", "0.97"):
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#threshold")).to_have_value(value)
+        expect(page).to_have_url(re.compile(f"threshold={value}"))
+        expect(page.locator("#group")).to_be_visible(timeout=COMPARED_MS)
+    expect(page.locator("#threshold")).to_be_focused()
+    open_clean(served, page)
+    # A key that is held down decides once.
+    for _ in range(3):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    counts(page, 1, 103)
+    page.keyboard.press("z")
     # One after the other.
     for key in ["Enter"] * 60 + ["d"] * 20 + ["s"] * 20:
         page.keyboard.press(key)
@@ -238,6 +254,7 @@ def test_what_is_wrong_is_said_and_nothing_is_taken_for_recorded(ruiji: Ruiji, p
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     expect(page.locator("#notice-title")).to_have_text("All groups are decided")
+    expect(page.locator("#notice-title")).to_be_focused()
     # One that is hidden, and asked for with the keyboard's undo.
     page.keyboard.press("z")
     counts(page, 2, 3)
@@ -288,6 +305,15 @@ def test_it_is_accessible_and_works_with_a_finger(
     open_clean(served, page)
     check_accessible(page)
     check_fits(page)
+    # What has the focus is not below the header or the bar, also where the window is low.
+    page.set_viewport_size({"width": 640, "height": 400})
+    for name in ("#identical", ".card-keys button >> nth=0", "#next"):
+        page.locator(name).focus()
+        box = page.locator(name).bounding_box()
+        top, bottom = page.locator("body > header").bounding_box(), page.locator("#actions").bounding_box()
+        assert box and top and bottom
+        assert top["y"] + top["height"] <= box["y"] and box["y"] + box["height"] <= bottom["y"], name
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.keyboard.press("c")
     expect(page.locator("dialog[open]")).to_be_visible()
     check_accessible(page)
@@ -315,3 +341,6 @@ def test_it_is_accessible_and_works_with_a_finger(
     expect(page.locator("#decisions li")).to_have_count(3)
     check_accessible(page)
     check_fits(page)
+    page.locator("#decisions button").first.press("Enter")
+    expect(page.locator("#decisions li")).to_have_count(2)
+    expect(page.locator("#decisions button").first).to_be_focused()

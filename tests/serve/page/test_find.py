@@ -200,8 +200,9 @@ def test_the_rings_can_be_walked_with_the_keyboard(find: Served, page: Page, lis
     expect(page.locator("#pointed b")).to_have_text(f"3 · {hits[2]['similarity']:.3f}")
     page.keyboard.press("Enter")
     expect(page.locator("#query h2")).to_have_text(hits[2]["objectId"])
-    # The view goes along.
+    # The view goes along, and who walks goes on among the new hits.
     expect(page.locator("#sky a")).to_have_count(30)
+    expect(page.locator("#sky a").first).to_be_focused()
     page.go_back()
     expect(page.locator("#query h2")).to_have_text(query)
     page.click("#grid")
@@ -214,6 +215,9 @@ def test_the_rings_can_be_walked_with_the_keyboard(find: Served, page: Page, lis
         " && one.getBoundingClientRect().top === all[0].getBoundingClientRect().top).length"
     )
     assert page.evaluate("[...document.querySelectorAll('#hits a')].indexOf(document.activeElement)") == across - 1
+    page.keyboard.press("Enter")
+    expect(page.locator("#query h2")).not_to_have_text(query)
+    expect(page.locator("#hits a").first).to_be_focused()
 
 
 def slide(slider: Locator, value: str) -> None:
@@ -253,6 +257,8 @@ def test_filters_are_added_shared_and_removed(find: Served, page: Page, listed: 
     page.select_option("dialog select[aria-label=Column]", "label")
     page.select_option("dialog select[aria-label=Value]", "dog")
     page.click("dialog button:has-text('Add')")
+    add = page.get_by_role("button", name="Add a filter")
+    expect(add).to_be_focused()
     dogs = [one["objectId"] for one in similar(find, query, "?metric=cosine&k=30&where=label%3Ddog")]
     look_alikes(page, len(dogs))
     assert shown(page) == dogs and "where=label%3Ddog" in page.url
@@ -272,6 +278,7 @@ def test_filters_are_added_shared_and_removed(find: Served, page: Page, listed: 
     expect(page.locator("#said")).to_contain_text("No picture meets these conditions")
     page.click("button.chip")
     expect(page.locator("#hits a")).to_have_count(24)
+    expect(add).to_be_focused()
     # A folder of the query's path is a filter too; the file's name stands in the heading alone.
     page.goto(f"{find.origin}/?id={query}")
     expect(page.locator("#query a")).to_have_count(len(listed[0]["path"].split("/")) - 1)

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from tests.conftest import ROOT
 from tests.factories import Ruiji
 from tests.serve.conftest import Served, start, write_served_gallery
-from tests.serve.page.conftest import Watch, check_accessible, check_fits
+from tests.serve.page.conftest import PHONE, Watch, check_accessible, check_fits
 
 PAGES = ROOT / "serve" / "page"
 #: Bytes of all pages together, without pictures.
@@ -124,6 +124,12 @@ def test_a_proxy_that_answers_for_the_service_is_not_taken_for_it(served: Served
 
 def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page, watch: Watch) -> None:
     watch.expect("404 .*/missing")
+    # The narrowest that a page must fit into: 1280 pixels at 400 %.
+    phone.set_viewport_size({"width": 320, "height": 640})
+    for name in sorted(file.stem for file in PAGES.glob("*.html")):
+        phone.goto(f"{served.origin}/{'' if name == 'index' else name}")
+        check_fits(phone)
+    phone.set_viewport_size(PHONE)
     for name in sorted(file.stem for file in PAGES.glob("*.html")):
         phone.goto(f"{served.origin}/{'' if name == 'index' else name}")
         check_fits(phone)
