@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
@@ -156,7 +156,7 @@ class Guard:
             extra = {"www-authenticate": "Bearer"} if status == 401 else {}
             # A person who opens a page gets the form; a script is told.
             if status == 401 and "text/html" in headers.get("accept", ""):
-                status, extra = 303, {"location": "/login"}
+                status, extra = 303, {"location": _login(scope)}
             await error_response(status, why, extra)(scope, receive, send_guarded)
             return
         body = _Body(receive, _most_bytes(scope["path"]))
@@ -194,6 +194,13 @@ class Guard:
         except CookieError:
             return False
         return cookie is not None and self._access.is_session(cookie.value, time.time())
+
+
+def _login(scope: Scope) -> str:
+    """The form's address, which leads on to what was asked for."""
+    query = scope["query_string"]
+    asked = scope["raw_path"] + (b"?" + query if query else b"")
+    return "/login" if asked == b"/" else f"/login?to={quote(asked, safe='')}"
 
 
 def _most_bytes(path: str) -> int:

@@ -31,7 +31,8 @@ export async function heard(promise) {
 export async function get(path, options) {
   const answer = await heard(fetch(path, options));
   if (answer.ok) return answer;
-  if (answer.status === 401) location.assign("/login");
+  // The service itself sends there whoever asks for a page, and a page that lost its session asks for itself.
+  if (answer.status === 401) location.reload();
   const { error } = await heard(answer.json());
   throw trouble(error, answer.status === 429 || answer.status >= 500);
 }

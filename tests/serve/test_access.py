@@ -186,8 +186,10 @@ def test_with_a_token_nothing_is_told_without_it(guarded: Served) -> None:
         assert guarded.get(path, Authorization=f"Bearer {TOKEN}").status != 401
     assert guarded.get("/healthz", Host="gallery.lan:8000", Authorization=f"Bearer {TOKEN}").status == 200
     assert guarded.get("/healthz", Host="other.lan", Authorization=f"Bearer {TOKEN}").status == 421
-    for page in ("/", "/nowhere"):
-        assert guarded.get(page, Accept="text/html,*/*").headers["location"] == "/login"
+    # The form leads on to what was asked for.
+    asked = {"/": "", "/?id=%ff&where=a%3Db": "?to=%2F%3Fid%3D%25ff%26where%3Da%253Db", "//a": "?to=%2F%2Fa"}
+    for page, to in asked.items():
+        assert guarded.get(page, Accept="text/html,*/*").headers["location"] == f"/login{to}"
     assert guarded.get("/").status == 401
     assert guarded.get(f"/healthz?token={TOKEN}").status == 401
     assert TOKEN not in guarded.log.read_text()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -91,13 +92,28 @@ def test_a_token_is_asked_for_and_forgotten(
     page.goto(served.origin)
     expect(page).to_have_url(re.compile("/login$"))
     check_accessible(page)
+    # What was asked for is shown after that.
+    page.goto(f"{served.origin}/clean?show=decided&contains=%26%25")
+    expect(page).to_have_url(re.compile("/login.to="))
     page.fill("#token", "wrong-horse-battery")
     page.press("#token", "Enter")
     expect(page.locator("#said")).to_contain_text("not the token")
     watch.expect("403 .*/login")
     page.fill("#token", "correct-horse-battery")
     page.press("#token", "Enter")
-    expect(page.locator("#said")).to_contain_text("40 pictures")
+    expect(page).to_have_url(f"{served.origin}/clean?show=decided&contains=%26%25")
+    expect(page.locator("#notice-title")).to_have_text("Nothing is decided yet")
+    # The session ends while the page is open.
+    page.context.clear_cookies()
+    page.select_option("#show", "open")
+    expect(page).to_have_url(re.compile("/login.to="))
+    watch.expect("401 .*/decisions")
+    # No address leads to another site.
+    for to in ("https://other.example/", "//other.example", "javascript:alert(1)"):
+        page.goto(f"{served.origin}/login?to={quote(to, safe='')}")
+        page.fill("#token", "correct-horse-battery")
+        page.press("#token", "Enter")
+        expect(page.locator("#said")).to_contain_text("40 pictures")
     page.click("#logout")
     expect(page).to_have_url(re.compile("/login$"))
     page.goto(served.origin)
