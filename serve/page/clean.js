@@ -10,9 +10,11 @@ import { openListing, plural, prepareListing } from "/listing.js";
 const [threshold, keep, prefix, show] = ["threshold", "keep", "prefix", "show"].map(element);
 const [contains, identical] = ["contains", "identical"].map(element);
 const fields = { threshold, keep, prefix, show, contains, identical };
-// Groups that are fetched at once and can be accepted at once; pictures that are drawn at first.
+// Groups that are fetched at once and can be accepted at once; pictures that are drawn at first, and then at a time, because
+// a tab with all of 20,000 stands still; and names in a line.
 const AT_ONCE = 100;
-const DRAWN = 24;
+const [DRAWN, MORE] = [24, 240];
+const NAMED = 20;
 const SHOWN_BESIDE = 4;
 
 let where = null;
@@ -23,6 +25,8 @@ let here = 0;
 let next = null;
 let open = 0;
 let total = 0;
+// Groups that were passed over, because none of their files is there.
+let gone = 0;
 let decided = 0;
 let frees = 0;
 // Steps back, the last one last: the groups that were decided together.
@@ -73,6 +77,7 @@ function question(after) {
 
 function take(found) {
   next = found.next;
+  gone += found.gone;
   for (const group of found.groups) {
     // If nothing is known of the files, the first one is a choice like any other.
     group.keeps = group.members.map((_, n) => n === 0);
@@ -106,10 +111,11 @@ async function load() {
     groups = [];
     done = [];
     at = 0;
+    gone = 0;
     take(found);
     open = found.open;
     total = found.total;
-    if (found.gone) tell(`${plural(found.gone, "group")} left out: none of the files is there. ruiji run takes removed files off the list.`);
+    if (gone) tell(leftOut());
     else if (blind()) tell(`There are no pictures to show, and sizes are not known: ${blind()}.`);
     else if (found.open && !decided) tell("Nothing is deleted here: what you decide makes a list of files to remove.");
     draw();
@@ -118,19 +124,24 @@ async function load() {
   }
 }
 
+const leftOut = () => `${plural(gone, "group")} left out: none of the files is there. ruiji run takes removed files off the list.`;
+
 async function fetchMore() {
   if (next === null || fetching) return fetching;
   const turn = asked;
   fetching = (async () => {
+    let came = false;
     try {
       const found = await ask(question(next));
-      if (turn === asked && found.comparison.state === "ready") take(found);
+      came = turn === asked && found.comparison.state === "ready";
+      if (came) take(found);
     } catch (error) {
       tell(error.message, true);
     } finally {
       fetching = null;
     }
-    if (turn === asked) drawFollowing();
+    // Else nothing asks for more before the next step of the person.
+    if (came) drawFollowing();
   })();
   return fetching;
 }
@@ -217,9 +228,13 @@ function draw() {
     here = 0;
     drawGroup();
   } else if (next !== null) {
-    // All of what was fetched is decided, or gone.
+    // All of what was fetched is decided, or gone. If no more came, beginning anew tells why.
+    const [turn, before] = [asked, next];
     tell("Loading…");
-    fetchMore().then(() => (tell(""), groups.length || next === null ? draw() : load()));
+    fetchMore().then(() => turn === asked && (next === before ? load() : (tell(gone ? leftOut() : ""), draw())));
+  } else if (gone && open) {
+    tell("");
+    notice("No group has files any more", leftOut());
   } else if (open) {
     notice("No group is like that", `${plural(open, "other group")} open. Clear the path, or show more than identical files.`);
   } else if (decided) {
@@ -270,7 +285,7 @@ function drawGroup() {
   element("about").replaceChildren(
     `Group ${(at + 1).toLocaleString("en")}`, make("span", { className: "faint" }, `${place} · ${plural(group.members.length, "picture")}`),
   );
-  const drawn = group.all ? group.members : group.members.slice(0, DRAWN);
+  const drawn = group.members.slice(0, group.drawn ?? DRAWN);
   const cards = drawn.map((member, n) => {
     const encoded = encodeId(member.object_id);
     const shot = make("button", { type: "button", className: "shot" }, picture(where, member.object_id, encoded, 512));
@@ -283,9 +298,10 @@ function drawGroup() {
     return make("li", {}, shot, mark, fact, path, make("span", { className: "facts" }, facts(member)), make("div", { className: "card-keys" }, drop));
   });
   if (drawn.length < group.members.length) {
-    const all = make("button", { type: "button" }, `Show all ${group.members.length.toLocaleString("en")} pictures`);
-    all.addEventListener("click", () => ((group.all = true), drawGroup()));
-    cards.push(make("li", {}, all));
+    const left = group.members.length - drawn.length;
+    const more = make("button", { type: "button" }, `Show ${Math.min(left, MORE)} more of ${left.toLocaleString("en")}`);
+    more.addEventListener("click", () => ((group.drawn = drawn.length + MORE), drawGroup()));
+    cards.push(make("li", {}, more));
   }
   element("members").replaceChildren(...cards);
   const also = group.see_also.map((one) => `${one.path ?? one.object_id} (${one.similarity.toFixed(3)})`);
@@ -533,6 +549,7 @@ async function loadDecisions(first) {
 function decisionRow(one) {
   const known = one.objects.filter((object) => object.object_id !== null);
   const names = one.objects.map((object) => (object.path ?? object.object_id) + (object.gallery ? " in another gallery" : ""));
+  if (names.length > NAMED) names.splice(NAMED, Infinity, `${(one.objects.length - NAMED).toLocaleString("en")} more`);
   const said = one.decision === "same" ? `Keep ${names[0]}, remove ${names.slice(1).join(", ")}` : names.join(", ");
   const button = make("button", { type: "button", disabled: known.length < 2 }, "Undo");
   button.ariaLabel = `Undo: ${said}`;

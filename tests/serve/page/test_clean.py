@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from tests.factories import Ruiji, wait_until
 from tests.search.galleries import write_article_shard
@@ -177,6 +177,56 @@ def test_files_that_are_gone_are_told_from_those_that_are_left_out(ruiji: Ruiji,
     page.locator("#download").click()
     left_out = "1 file left out: choose “left out” for the reasons."
     expect(page.locator("#read")).to_have_text(f"1 file listed. {left_out} 2 files are gone already.")
+
+
+def test_any_number_of_groups_without_files_is_passed_over(ruiji: Ruiji, page: Page) -> None:
+    # More than the service looks through for two answers.
+    write_look_alikes(ruiji, 431, pictures=False)
+    served = start(ruiji)
+    compare(served)
+    for n in range(430):
+        for name in ("large", "small1"):
+            (ruiji.media / f"{n:03d}/{n:03d}-{name}.jpg").unlink()
+    open_clean(served, page)
+    assert first_of(page) == "430/430-small1.jpg"
+    left_out = "430 groups left out: none of the files is there."
+    expect(page.locator("#said")).to_contain_text(left_out)
+    (ruiji.media / "430/430-large.jpg").unlink()
+    (ruiji.media / "430/430-small1.jpg").unlink()
+    page.reload()
+    expect(page.locator("#notice-title")).to_have_text("No group has files any more")
+    expect(page.locator("#notice-text")).to_contain_text(left_out.replace("430", "431"))
+
+
+def test_a_large_group_is_shown_in_parts_and_what_fails_is_asked_for_once(
+    ruiji: Ruiji, page: Page, watch: Watch
+) -> None:
+    write_look_alikes(ruiji, 2)
+    served = start(ruiji)
+    compare(served)
+    asked: list[str] = []
+
+    def answer(route: Route, request: Request) -> None:
+        if "after=-1" not in request.url:
+            asked.append(request.url)
+            return route.abort()
+        found = route.fetch().json()
+        found["groups"][0]["members"] *= 150
+        found["next"] = 3
+        return route.fulfill(json=found)
+
+    page.route("**/duplicates?*", answer)
+    open_clean(served, page)
+    expect(page.locator("#said")).to_contain_text("The service does not answer")
+    shots = page.locator(".shot")
+    expect(shots).to_have_count(24)
+    page.get_by_text("Show 240 more of 276").click()
+    expect(shots).to_have_count(264)
+    page.get_by_text("Show 36 more of 36").click()
+    expect(shots).to_have_count(300)
+    # One request when the groups were drawn, and one for each of the two steps at most.
+    assert 1 <= len(asked) <= 3
+    watch.expect("net::ERR_FAILED .*/duplicates")
 
 
 def test_what_is_in_a_folder_can_be_kept(ruiji: Ruiji, page: Page, watch: Watch) -> None:
