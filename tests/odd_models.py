@@ -25,16 +25,17 @@ _MOOD_CONSTANTS = [
 ]
 
 
-def odd_model(path: Path, kind: str) -> Path:
+def odd_model(path: Path, kind: str, batch: int | str = "n") -> Path:
     """Write a model.
 
     Args:
+        batch: of its input and output.
         kind: `longer` promises 16 values and gives 12; `second-input` needs one more; `fails` does so on every run;
             `sometimes-fails`, `sometimes-shorter` and `sometimes-endless` are so on all but grey pictures;
             `other-rank` gives a matrix an image; `no-cpu` has an operation that only GPUs have; `large` takes 3 GB of
-            memory.
+            memory; `dynamic` is quantised with a scale that it takes from the whole batch.
     """
-    inputs = [helper.make_tensor_value_info("inputs:0", TensorProto.FLOAT, ["n", 8, 8, 3])]
+    inputs = [helper.make_tensor_value_info("inputs:0", TensorProto.FLOAT, [batch, 8, 8, 3])]
     length: int | str = 12
     nodes, constants, toml = [*_FEATURES], [_WEIGHTS], ""
     node = helper.make_node
@@ -105,6 +106,11 @@ def odd_model(path: Path, kind: str) -> Path:
             node("MatMul", ["flat16", "w16"], ["f16"]),
             node("Cast", ["f16"], ["feature_vector"], to=TensorProto.FLOAT),
         ]
+    elif kind == "dynamic":
+        nodes += [
+            node("DynamicQuantizeLinear", ["f"], ["quantised", "scale", "zero"]),
+            node("DequantizeLinear", ["quantised", "scale", "zero"], ["feature_vector"]),
+        ]
     elif kind == "large":
         constant("one", np.ones((1, 1), np.float32))
         constant("shape", np.array([20000, 20000], np.int64))
@@ -118,7 +124,7 @@ def odd_model(path: Path, kind: str) -> Path:
         ]
     else:
         raise ValueError(kind)
-    output = helper.make_tensor_value_info("feature_vector", TensorProto.FLOAT, ["n", length])
+    output = helper.make_tensor_value_info("feature_vector", TensorProto.FLOAT, [batch, length])
     graph = helper.make_graph(nodes, "odd", inputs, [output], constants)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import threading
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ CPU_BATCH_IMAGES = 64
 CUDA_BATCH_IMAGES = 64
 #: A picture's value at the trial: grey, as any picture may be.
 _GREY = 128
+#: How far a feature may move, of its largest value, if the other pictures of its batch are others. Kernels do not look
+#: at them, so it does not move at all. Scales that int8 graphs take from the whole batch move it by some per cent.
+_MOVED = 1e-5
 #: What ONNX Runtime says where the machine failed and not the model; its classes of exceptions do not tell.
 _MACHINE = re.compile(
     r"bad.?alloc|failed to allocate|out of memory|\bCU[A-Z_]+ failure|CUDA error|cudaError"
@@ -95,11 +99,18 @@ class Encoder:
 
         Raises:
             ModelError, MachineFault: as `encode`; `DeviceFault` on a GPU, which has run the model when it was loaded.
+                `ModelError` too if the graph fixes a batch in which the feature of a picture depends on the others.
         """
         spec = self.model.spec
         try:
             with self.turn:
                 self.encode(np.full((1, spec.height, spec.width, spec.channels), _GREY, dtype=np.uint8))
+                # A GPU's session was looked at when it was made.
+                if self._bound is None and (moved := _moved(self._run, spec, self.run_images)) > _MOVED:
+                    raise ModelError(
+                        f"{_depends(self.model, moved)}; export it with an open batch, or a batch of 1: those are "
+                        "computed one image at a time"
+                    )
         except RunFailed as error:
             if self.device is Device.cuda:
                 raise DeviceFault(f"the GPU runs the model no longer: {error}") from error
@@ -145,6 +156,34 @@ class Encoder:
                 f"float32{promised}; correct [output] length in its .toml, or the graph"
             )
         return pooled[:count]
+
+
+def _moved(run: Callable[[NDArray[np.uint8]], Any], spec: ModelSpec, images: int) -> float:
+    """How far the first row of a batch moves, of its largest value, if the other pictures become white.
+
+    Args:
+        run: from uint8[images, h, w, c] to the output.
+    """
+    pixels = np.zeros((images, spec.height, spec.width, spec.channels), dtype=np.uint8)
+    # Dark, so that white ones widen what a scale of the whole batch has to hold.
+    pixels[0] = np.resize(np.arange(61, dtype=np.uint8), pixels.shape[1:])
+    rows = []
+    for company in (0, 255) if images > 1 else ():
+        pixels[1:] = company
+        output = run(pixels)
+        if isinstance(output, np.ndarray) and output.ndim > 1:
+            rows.append(np.array(output[0], dtype=np.float64))
+    # What gives anything else, or no finite numbers, is told of where its features are taken.
+    if len(rows) < 2 or rows[0].shape != rows[1].shape or not np.isfinite(rows).all() or not np.any(rows):
+        return 0.0
+    return float(np.abs(rows[0] - rows[1]).max() / np.abs(rows).max())
+
+
+def _depends(model: Model, moved: float) -> str:
+    return (
+        f"the model {model.path} gives a picture another feature if the other pictures of its batch are others (by "
+        f"{moved:.2%} of the largest value), as graphs do that are quantised dynamically"
+    )
 
 
 def _fault(model: Model, device: Device, error: Exception) -> RuijiError:
@@ -337,9 +376,13 @@ def _cuda_session(model: Model, run_images: int, gpu_memory_mb: int | None) -> B
                 "make clean setup ACCEL=gpu"
             )
         try:
-            return BoundSession(session, model, run_images, Device.cuda)
+            bound = BoundSession(session, model, run_images, Device.cuda)
+            moved = _moved(bound.run, model.spec, run_images)
         except Exception as error:  # ONNX Runtime has no common base class for what it raises.
             raise _fault(model, Device.cuda, error) from error
+        if moved > _MOVED:
+            raise UsageError(f"{_depends(model, moved)}; the CPU computes it one image at a time: take --device cpu")
+        return bound
     except ModelError as error:
         # A CPU has run it, or nobody could try it: what this GPU says ends no other worker.
         raise UsageError(f"this GPU cannot run the model: {error}") from error

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.cuda.onnxruntime import pretend
 from tests.cuda.pretended import H200, V100, PretendedCuda
 from tests.factories import tiny_model
+from tests.odd_models import odd_model
 from workers import devices
 from workers.decode.images import load_pixels
 from workers.encoder import BoundSession, Encoder
@@ -57,6 +58,18 @@ def test_a_graph_with_a_fixed_batch_is_padded(tmp_path: Path, model_path: Path) 
     assert np.allclose(fixed.encode(PIXELS), Encoder(load_model(model_path), Device.cpu).encode(PIXELS), atol=1e-5)
 
 
+def test_a_fixed_batch_whose_pictures_depend_on_each_other_is_refused(tmp_path: Path) -> None:
+    model = load_model(odd_model(tmp_path / "m.onnx", "dynamic", batch=4))
+    encoder, dark = Encoder(model, Device.cpu), PIXELS[:4] // 8
+    in_company = encoder.encode(np.concatenate([dark[:1], PIXELS[:3]]))
+    assert not np.allclose(encoder.encode(dark)[0], in_company[0], rtol=0.01), "so it is"
+    with pytest.raises(ModelError, match=r"another feature .* \(by \d\.\d\d% .*\), .*; export it with an open batch"):
+        encoder.prove()
+    # One image at a time has no company.
+    Encoder(load_model(odd_model(tmp_path / "open.onnx", "dynamic")), Device.cpu).prove()
+    Encoder(load_model(tiny_model(tmp_path / "fixed.onnx", batch=4)), Device.cpu).prove()
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
 )
@@ -91,6 +104,17 @@ def test_a_gpu_runs_batches_of_one_size(cuda: PretendedCuda, model_path: Path) -
     assert np.allclose(encoder.encode(PIXELS), Encoder(model, Device.cpu).encode(PIXELS), atol=1e-5)
     # Scripts give the plain word.
     assert Encoder(model, "cpu").device == "cpu"
+
+
+def test_a_gpu_does_not_take_a_model_whose_pictures_depend_on_each_other(
+    cuda: PretendedCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(odd_model(tmp_path / "m.onnx", "dynamic"))
+    with pytest.raises(UsageError, match=r"another feature .* take --device cpu"):
+        Encoder(model, Device.cuda)
+    encoder = Encoder(model, Device.auto)
+    assert encoder.device == "cpu" and encoder.run_images == 1
+    assert re.search("another feature .* the CPU runs the model", caplog.text)
 
 
 def test_a_process_sleeps_while_it_waits_for_its_gpu(cuda: PretendedCuda, model_path: Path) -> None:

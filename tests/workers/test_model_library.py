@@ -20,6 +20,7 @@ from pipeline.model import load_model
 from ruiji import Embedder, open_gallery
 from tests.factories import Ruiji, only_line, pictures, tiny_model
 from tests.models.pictures import picture
+from tests.odd_models import odd_model
 from tests.properties import changed, examples, to_text
 from tests.workers.decode.test_images import LIMIT
 from workers.decode.images import load_pixels
@@ -407,6 +408,12 @@ def test_a_model_that_gives_nothing_useful_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=words):
             add_model(source, tmp_path / "models")
     assert not list((tmp_path / "models").glob("*"))
+
+
+def test_a_model_whose_pictures_depend_on_each_other_is_not_added(tmp_path: Path) -> None:
+    odd_model(tmp_path / "theirs" / "model.onnx", "dynamic", batch=2).with_suffix(".toml").write_text("[input]\n")
+    with pytest.raises(ModelError, match=r"theirs/model\.onnx gives a picture another feature"):
+        add_model(tmp_path / "theirs", tmp_path / "models")
 
 
 def test_from_a_folder_to_a_ranking_in_three_commands(

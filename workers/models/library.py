@@ -225,9 +225,10 @@ def prove(model: Model) -> None:
     """Encode pictures of noise: features are finite, differ between pictures, and are the same bits at a second time.
 
     Raises:
-        ModelError: they are not; or as `Encoder.encode`.
+        ModelError: they are not; or as `Encoder.prove`.
     """
     encoder, spec = Encoder(model, Device.cpu), model.spec
+    encoder.prove()
     noise = np.random.default_rng(0).integers(0, 256, (3, spec.height, spec.width, spec.channels), dtype=np.uint8)
     first, second = encoder.encode(noise), encoder.encode(noise)
     if not np.isfinite(first).all():
