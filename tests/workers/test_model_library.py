@@ -455,6 +455,9 @@ def test_a_model_that_nobody_declared_makes_no_gallery_and_the_message_ends_that
     with pytest.raises(ModelError, match="nothing says"):
         Embedder(ruiji.model)
     declare = ["model", "declare", str(ruiji.model), "--fit", "crop"]
+    # Bilinear to half of all models, bicubic to the others: a default would be a guess.
+    assert "--resize" in ruiji(*declare, code=2).stderr
+    declare += ["--resize", "bilinear"]
     assert "needs resize_size" in only_line(ruiji(*declare, code=2).stderr)
     assert not ruiji.model.with_suffix(".toml").exists(), "nothing is left of a declaration that does not fit"
     declare += ["--resize-size", "9", "--reference", "timm", "--mean", "0.1,0.2,0.3"]
@@ -462,8 +465,9 @@ def test_a_model_that_nobody_declared_makes_no_gallery_and_the_message_ends_that
     written = ruiji(*declare, "--std", "0.5").stdout
     assert written.rstrip() == ruiji.model.with_suffix(".toml").read_text().rstrip()
     spec = load_model(ruiji.model).spec
-    assert (spec.fit, spec.resize_size, spec.reference, spec.mean, spec.std) == (
+    assert (spec.fit, spec.resize, spec.resize_size, spec.reference, spec.mean, spec.std) == (
         "crop",
+        "bilinear",
         9,
         "timm",
         (0.1, 0.2, 0.3),

@@ -87,14 +87,18 @@ def add(
 
 @model_app.command(
     examples=[
-        "ruiji model declare siglip.onnx --fit stretch --mean 0.5 --std 0.5",
-        "ruiji model declare resnet.onnx --fit crop --resize-size 256 \\",
+        "ruiji model declare siglip.onnx --fit stretch --resize bicubic --mean 0.5 --std 0.5",
+        "ruiji model declare resnet.onnx --fit crop --resize bilinear --resize-size 256 \\",
         "    --reference torchvision --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
     ]
 )
 def declare(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")],
     fit: Annotated[Fit, typer.Option(help="stretch resizes both sides, crop takes the centre, pad adds bars.")],
+    resize: Annotated[
+        str,
+        typer.Option("--resize", metavar="FILTER", help="One of Pillow's filters, mostly bilinear or bicubic."),
+    ],
     resize_size: Annotated[
         int | None,
         typer.Option(
@@ -112,7 +116,6 @@ def declare(
         str, typer.Option("--mean", metavar="MEAN", help="A number, or R,G,B: input = (pixel / 255 - mean) / std.")
     ] = "0",
     std: Annotated[str, typer.Option("--std", metavar="STD", help="A number, or R,G,B.")] = "1",
-    resize: Annotated[str, typer.Option("--resize", metavar="FILTER", help="One of Pillow's filters.")] = "bicubic",
     height: Annotated[
         int | None,
         typer.Option("--height", min=1, metavar="PIXELS", help="Height of the input, if the graph leaves it open."),
