@@ -260,7 +260,7 @@ TRANSFORMERS = """
     class AutoConfig:
         def from_pretrained(folder, **options):
             assert options == SAFELY
-            return SimpleNamespace(architectures=["SmallModel"])
+            return SimpleNamespace(architectures=[os.environ.get("KIND", "SmallModel")])
 
     class SmallModel(torch.nn.Module):
         def __init__(self):
@@ -284,7 +284,15 @@ TRANSFORMERS = """
         def from_pretrained(cls, folder, use_safetensors, output_loading_info, **options):
             assert use_safetensors and output_loading_info and options == SAFELY
             missing = os.environ.get("MISSING", "").split()
-            return cls(), {"missing_keys": missing}
+            # As it is kept, unless somebody asks for another.
+            return cls().to(getattr(torch, os.environ.get("KEPT", "float32"))), {"missing_keys": missing}
+
+    class SmallModelWithProjection(SmallModel):
+        def forward(self, pixel_values):
+            return SimpleNamespace(image_embeds=self.inner(pixel_values))
+
+        def vision_model(self, pixel_values):
+            return SimpleNamespace(pooler_output=2 * self.inner(pixel_values))
 """
 
 
@@ -453,6 +461,32 @@ def test_a_folder_of_transformers_without_a_graph_is_exported(libraries: Path, t
     assert {path.name for path in added.path.parent.iterdir()} == {"small.onnx", "small.toml", "source.json"}
     assert facts_of(added.path).keys() >= {"versions", "sha256", "license"}
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["small"]
+
+
+def test_an_embedding_comes_before_what_is_projected_to_it(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As CLIPVisionModelWithProjection, whose inner tower has a pooled output too.
+    monkeypatch.setenv("KIND", "SmallModelWithProjection")
+    model = load_model(add_model(weights_alone(tmp_path / "small"), tmp_path / "models").path)
+    assert model.spec.output_name == "image_embeds"
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = small_module().eval()(torch.from_numpy(to_input(pixels, model.spec))).numpy()
+    assert np.abs(Encoder(model, Device.cpu).encode(pixels) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("kept", ["float16", "bfloat16"])
+def test_weights_of_half_the_precision_are_calculated_with_in_float32(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    monkeypatch.setenv("KEPT", kept)
+    model = load_model(add_model(weights_alone(tmp_path / "small"), tmp_path / "models").path)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
+    network = small_module().to(getattr(torch, kept)).float().eval()
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(to_input(pixels, model.spec))).numpy()
+    assert np.abs(Encoder(model, Device.cpu).encode(pixels) - expected).max() < 1e-5
 
 
 def test_weights_that_are_not_in_a_folder_are_not_made_up(

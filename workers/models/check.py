@@ -191,18 +191,22 @@ def load_transformers(folder: Path, output: str | None = None) -> Any:
             f"{folder} has no weights for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} of "
             f"{type(network).__name__}; if it is a pooler alone, take --output last_hidden_state --pooling cls"
         )
-    return network.eval()
+    # Many weights are kept in float16 or bfloat16, which transformers keeps and a CPU hardly calculates with.
+    return network.eval().float()
 
 
 def transformers_feature(network: Any, values: Any, name: str) -> Any:
     """One output of a network for torch's float32[n, 3, h, w]; None if it has none of this name."""
-    if name == "image_embeds" and hasattr(network, "get_image_features"):
-        found = network.get_image_features(pixel_values=values)
-        return getattr(found, "pooler_output", found)
-    found = getattr(network, "vision_model", network)(pixel_values=values)
+    if hasattr(network, "get_image_features"):
+        # Of two towers; alone, that of pictures has no embedding.
+        if name == "image_embeds":
+            found = network.get_image_features(pixel_values=values)
+            return getattr(found, "pooler_output", found)
+        network = getattr(network, "vision_model", network)
+    found = network(pixel_values=values)
     if hasattr(found, "logits"):
         # A classifier's own output has only its classes.
-        found = network.base_model(pixel_values=values)
+        found = getattr(network, "vision_model", network.base_model)(pixel_values=values)
     return getattr(found, name, None)
 
 
