@@ -328,6 +328,14 @@ def test_of_several_outputs_the_embedding_is_taken_and_said(tmp_path: Path) -> N
     assert load_model(added.path).spec.output_name == "other"
 
 
+def test_a_classifiers_scores_are_no_feature_unless_somebody_says_so(tmp_path: Path) -> None:
+    exported(source_of(tmp_path / "theirs"), ("logits",))
+    with pytest.raises(ModelError, match="gives only logits, a score for each class"):
+        add_model(tmp_path / "theirs", tmp_path / "models")
+    added = add_model(tmp_path / "theirs", tmp_path / "models", output={"name": "logits"})
+    assert load_model(added.path).spec.output_name == "logits"
+
+
 def test_weights_outside_the_file_come_along_and_no_other_file_does(tmp_path: Path) -> None:
     source = source_of(tmp_path / "theirs")
     graph = onnx.load(source / "model.onnx")

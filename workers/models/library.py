@@ -33,6 +33,8 @@ from workers.models.words import keep_words
 
 #: Outputs that are one vector per image, the one that its library calls an embedding first.
 _EMBEDDINGS = ("image_embeds", "pooler_output", "feature_vector")
+#: What classifiers export: a score for each class.
+_SCORES = "logits"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LICENSE = re.compile(r"^license:\s*(\S.*)$", re.MULTILINE)
 
@@ -261,6 +263,11 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
     outputs = [value.name for value in graph.output]
     best = next((name for name in _EMBEDDINGS if name in outputs), None)
     lines = {key: Said(value, "given on the command line") for key, value in output.items()}
+    if "name" not in lines and outputs == [_SCORES]:
+        raise ModelError(
+            f"{source.shown} gives only {_SCORES}, a score for each class of a classifier, and no feature; take an "
+            f"export without the classifier, or --output {_SCORES} to compare pictures by their scores"
+        )
     if "name" not in lines and len(outputs) > 1:
         if best is None:
             raise ModelError(f"{source.shown} has several outputs ({', '.join(outputs)}); name one with --output")
