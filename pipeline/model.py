@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.layout import toml_file
-from pipeline.onnx_graph import external_files, graph_tensors, load_graph
+from pipeline.onnx_graph import external_files, graph_tensors, load_onnx
 from pipeline.spec import (
     ARTICLE_INPUT,
     ARTICLE_OUTPUT,
@@ -71,14 +71,14 @@ def load_model(path: Path, pixels: int | None = None) -> Model:
     Raises:
         ModelError: the file is missing, is not ONNX, or does not fit the contract; says why.
     """
-    graph = load_graph(path)
-    inputs, outputs = graph_tensors(graph)
+    onnx_model = load_onnx(path)
+    inputs, outputs = graph_tensors(onnx_model)
     declared = read_toml(toml_file(path))
     try:
         spec, batch = resolve(inputs, outputs, declared, PIXELS[-1] if pixels is None else pixels)
     except ModelError as error:
         raise type(error)(f"{path} does not fit: {error}") from None
-    external = tuple(sorted(external_files(graph)))
+    external = tuple(sorted(external_files(onnx_model)))
     return Model(path, spec, batch, _fingerprint(path, external, spec), external, _toml_digest(path))
 
 
@@ -134,7 +134,7 @@ def why_another(model: Model, contract: dict[str, Any] | None) -> str:
 
 def describe_model(model: Model) -> list[tuple[str, str]]:
     """What a model expects and gives, as (name, value) pairs for people."""
-    inputs, outputs = graph_tensors(load_graph(model.path))
+    inputs, outputs = graph_tensors(load_onnx(model.path))
     return [
         ("model", str(model.path)),
         ("inputs", "; ".join(map(str, inputs))),

@@ -20,8 +20,8 @@ class Tensor:
         return f"{self.name} {self.dtype}[{shape}]"
 
 
-def load_graph(path: Path) -> Any:
-    """An ONNX file's graph, without weights that lie outside of the file.
+def load_onnx(path: Path) -> Any:
+    """An ONNX file's `ModelProto`, without weights that lie outside of the file.
 
     Raises:
         ModelError: there is none, it cannot be read, or is no model; a name in it is no text.
@@ -33,23 +33,25 @@ def load_graph(path: Path) -> Any:
         raise ModelError(f"no model at {path}; give an .onnx file, or a name of ruiji model list")
     try:
         # Without the format, it would take the file's ending for one.
-        graph = onnx.load_model(path, format="protobuf", load_external_data=False).graph
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except DecodeError:
-        graph = None
+        model = None
     except OSError as error:
         raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
-    if graph is None or not graph.output:
+    if model is None or not model.graph.output:
         raise ModelError(f"{path} is not an ONNX model")
+    graph = model.graph
     # What is not UTF-8 comes as bytes.
     if not all(isinstance(value.name, str) for value in (*graph.input, *graph.output, *graph.initializer)):
         raise ModelError(f"{path} is not an ONNX model: the name of a tensor is not UTF-8")
-    return graph
+    return model
 
 
-def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs (without initializers) and outputs of an ONNX graph."""
+def graph_tensors(model: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs (without initializers) and outputs of an ONNX model's graph."""
     import onnx
 
+    graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
 
     def tensor(value: Any) -> Tensor:
@@ -66,28 +68,28 @@ def graph_tensors(graph: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [tensor(v) for v in graph.input if v.name not in constants], [tensor(v) for v in graph.output]
 
 
-def external_files(graph: Any) -> set[str]:
-    """Files that hold weights outside the .onnx file, also those of subgraphs (If, Loop, Scan).
+def external_files(model: Any) -> set[str]:
+    """Files that hold weights outside the .onnx file, wherever in it they are named.
+
+    That is among the graph's weights, dense and sparse, in its nodes, and in those of subgraphs and functions.
 
     Raises:
         ModelError: a name is none that a file can have.
     """
     import onnx
+    from google.protobuf.message import Message
 
     names: set[Any] = set()
-    pending = [graph]
+    pending = [model]
     while pending:
         current = pending.pop()
-        tensors = list(current.initializer)
-        for node in current.node:
-            for attribute in node.attribute:
-                tensors += [attribute.t, *attribute.tensors]
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                pending += attribute.graphs
-        for tensor in tensors:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                names.update(entry.value for entry in tensor.external_data if entry.key == "location")
+        if isinstance(current, onnx.TensorProto):
+            if current.data_location == onnx.TensorProto.EXTERNAL:
+                names.update(entry.value for entry in current.external_data if entry.key == "location")
+            continue
+        for field, value in current.ListFields():
+            if field.message_type is not None:
+                pending += [value] if isinstance(value, Message) else value
     # What is not UTF-8 comes as bytes.
     if bad := [name for name in names if not isinstance(name, str) or "\0" in name]:
         raise ModelError(f"the model names {bad[0]!r} as a file of its weights, which no file can be called")

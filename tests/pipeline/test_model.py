@@ -14,7 +14,8 @@ import onnx
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 
 from pipeline.errors import ModelError
 from pipeline.model import describe_model, load_model, pixels_of, recall_model, why_another
@@ -198,6 +199,39 @@ def test_the_fingerprint_covers_external_weights(tmp_path: Path) -> None:
     (tmp_path / "m.data").unlink()
     with pytest.raises(ModelError, match=r"m\.data, which the model needs"):
         load_model(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("place", ["function", "sparse", "branch"])
+def test_the_fingerprint_covers_external_weights_wherever_they_are_named(tmp_path: Path, place: str) -> None:
+    model = onnx.load(tiny_model(tmp_path / "m.onnx"))
+    graph, weights = model.graph, model.graph.initializer[0]
+    (tmp_path / "m.data").write_bytes(weights.raw_data)
+    names_weights("m.data")(graph)
+    if place == "sparse":
+        sparse = graph.sparse_initializer.add(dims=weights.dims)
+        sparse.values.CopyFrom(weights)
+        sparse.values.dims[:] = [192 * 12]
+        sparse.indices.CopyFrom(numpy_helper.from_array(np.arange(192 * 12)))
+    else:
+        held = helper.make_node("Constant", [], ["held"], value=weights)
+        if place == "function":
+            model.functions.append(
+                helper.make_function("ours", "Weights", [], ["held"], [held], [helper.make_opsetid("", 17)])
+            )
+            model.opset_import.append(helper.make_opsetid("ours", 1))
+            graph.node.insert(0, helper.make_node("Weights", [], ["weights"], domain="ours"))
+        else:
+            branch = helper.make_graph([held], "b", [], [helper.make_tensor_value_info("held", 1, [192, 12])])
+            graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+            graph.node.insert(0, helper.make_node("If", ["yes"], ["weights"], then_branch=branch, else_branch=branch))
+    del graph.initializer[0]
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    first = load_model(tmp_path / "m.onnx")
+    assert first.external == ("m.data",)
+    session = InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"inputs:0": np.ones((1, 8, 8, 3), np.float32)})[0].any(), "the runtime reads them there"
+    (tmp_path / "m.data").write_bytes(bytes(192 * 12 * 4))
+    assert load_model(tmp_path / "m.onnx").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.data", "m.toml"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import layout
 from pipeline.errors import ModelError, RuijiError, UsageError
-from pipeline.onnx_graph import external_files, load_graph
+from pipeline.onnx_graph import external_files, load_onnx
 from workers.models.conventions import CONVENTIONS, find_convention
 from workers.models.source import Source, convention_folders, only_graph
 from workers.models.transformers_export import has_weights_alone, is_weights, transformers_source
@@ -156,7 +156,7 @@ def _taken(files: _Files, graph: str, network: bool) -> Path:
         # What cannot be followed is refused before gigabytes have come.
         find_convention([files.folder / folder for folder in folders])
     path = files.take(graph)
-    for name in sorted(external_files(load_graph(path))):
+    for name in sorted(external_files(load_onnx(path))):
         # Whatever else it names is refused where it is copied.
         if (beside := (folders[0] / name).as_posix()) in files.names:
             files.take(beside)
@@ -184,7 +184,7 @@ def _take_words(files: _Files, graph: str) -> None:
     for name in text_files(Path(graph), files.names):
         path = files.take(name)
         if name.endswith(layout.MODEL_ENDING):
-            for weights in sorted(external_files(load_graph(path))):
+            for weights in sorted(external_files(load_onnx(path))):
                 if (beside := (Path(name).parent / weights).as_posix()) in files.names:
                     files.take(beside)
 

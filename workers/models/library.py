@@ -19,7 +19,7 @@ from pipeline import layout
 from pipeline.choices import Device
 from pipeline.errors import GraphError, ModelError, RuijiError, UsageError
 from pipeline.model import Model, load_model
-from pipeline.onnx_graph import graph_tensors, load_graph
+from pipeline.onnx_graph import graph_tensors, load_onnx
 from pipeline.spec import PIXELS, read_toml, resolve
 from pipeline.store import write_atomic
 from workers.encoder import Encoder, measured_length
@@ -121,7 +121,7 @@ def _add(source: Source, models: Path, name: str, output: dict[str, Any], check:
     said = None if declared.is_file() else find_convention(source.folders)
     if said is None and not declared.is_file():
         # What is no model is not declared either.
-        load_graph(source.graph)
+        load_onnx(source.graph)
         raise ModelError(
             f"nothing in {' and '.join(map(str, source.folders))} says how pictures are prepared "
             f"({', '.join(CONVENTIONS)}); write it down with ruiji model declare {source.graph} --fit …, and add the "
@@ -189,7 +189,7 @@ def declare_model(path: Path, given: dict[str, Any], output: dict[str, Any]) -> 
         ModelError: the values do not fit the model.
         UsageError: there is a `.toml` already.
     """
-    inputs, outputs = graph_tensors(load_graph(path))
+    inputs, outputs = graph_tensors(load_onnx(path))
     try:
         resolve(inputs, outputs, {"input": given, "output": output}, PIXELS[-1])
     except ModelError as error:
@@ -256,11 +256,11 @@ def _require_name(name: str) -> None:
 def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: dict[str, Any]) -> Model:
     found = source.graph
     path = folder / (folder.name + layout.MODEL_ENDING)
-    graph = copy_graph(found, path, source.shown, {layout.toml_file(path).name, layout.MODEL_SOURCE})
+    copied = copy_graph(found, path, source.shown, {layout.toml_file(path).name, layout.MODEL_SOURCE})
     if said is None:
         shutil.copyfile(layout.toml_file(found), layout.toml_file(path))
         return load_model(path)
-    outputs = [value.name for value in graph.output]
+    outputs = [value.name for value in copied.graph.output]
     best = next((name for name in _EMBEDDINGS if name in outputs), None)
     lines = {key: Said(value, "given on the command line") for key, value in output.items()}
     if "name" not in lines and outputs == [_SCORES]:
@@ -273,7 +273,7 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
             raise ModelError(f"{source.shown} has several outputs ({', '.join(outputs)}); name one with --output")
         lines["name"] = Said(best, f"the graph's embedding among {', '.join(outputs)}")
     try:
-        said, lines = _filled_in(path, graph, said, lines)
+        said, lines = _filled_in(path, copied, said, lines)
         layout.toml_file(path).write_text(_toml(found, said, lines), encoding="utf-8")
         return load_model(path)
     except GraphError:
@@ -290,10 +290,10 @@ def _copied(source: Source, folder: Path, said: dict[str, Said] | None, output: 
 
 
 def _filled_in(
-    path: Path, graph: Any, said: dict[str, Said], output: dict[str, Said]
+    path: Path, model: Any, said: dict[str, Said], output: dict[str, Said]
 ) -> tuple[dict[str, Said], dict[str, Said]]:
     """The keys of `[input]` and `[output]` with what a graph of open dimensions leaves out, and its run shows."""
-    inputs, outputs = graph_tensors(graph)
+    inputs, outputs = graph_tensors(model)
     if any(tensor.shape is not None and tensor.shape[1:] == (None, None, None) for tensor in inputs):
         said = {**said, "layout": Said("NCHW", "the graph leaves it open; its library has channels first")}
     target = next((tensor for tensor in outputs if tensor.name == output.get("name", Said(None, "")).value), outputs[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import layout
 from pipeline.errors import ModelError, UsageError
-from pipeline.onnx_graph import external_files, load_graph
+from pipeline.onnx_graph import external_files, load_onnx
 
 if TYPE_CHECKING:
     from workers.models.check import Pipeline
@@ -87,7 +87,7 @@ def convention_folders(graph: Path) -> list[Path]:
 
 
 def copy_graph(found: Path, target: Path, shown: str, reserved: Iterable[str] = ()) -> Any:
-    """Copy a graph and its external weights into another folder; returns the graph.
+    """Copy a graph and its external weights into another folder; returns its `ModelProto`.
 
     Args:
         shown: the graph, as messages call it.
@@ -96,9 +96,9 @@ def copy_graph(found: Path, target: Path, shown: str, reserved: Iterable[str] = 
     Raises:
         ModelError: it is no model, or its weights are not files beside it.
     """
-    graph = load_graph(found)
+    model = load_onnx(found)
     shutil.copyfile(found, target)
-    for name in sorted(external_files(graph)):
+    for name in sorted(external_files(model)):
         # A graph of a stranger's names the files that are read beside it; some exporters write ./ before them.
         beside = name.removeprefix("./")
         if Path(beside).name != beside or beside in (target.name, *reserved):
@@ -106,7 +106,7 @@ def copy_graph(found: Path, target: Path, shown: str, reserved: Iterable[str] = 
         if not (found.parent / beside).is_file():
             raise ModelError(f"{shown} has weights in {name}, which is not there; copy it beside the model")
         shutil.copyfile(found.parent / beside, target.with_name(beside))
-    return graph
+    return model
 
 
 def only_graph(names: Iterable[str], source: str, joint: str) -> str:

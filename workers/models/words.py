@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import layout
 from pipeline.errors import ModelError
 from pipeline.model import Model
-from pipeline.onnx_graph import graph_tensors, load_graph
+from pipeline.onnx_graph import graph_tensors, load_onnx
 from pipeline.text_spec import TextSpec, read_text_spec
 from workers.models.conventions import Said, inner_object, read_object, toml_section
 from workers.models.source import copy_graph
@@ -153,7 +153,7 @@ def _convention(text: Path, pictures: str) -> tuple[Path, dict[str, Said]]:
         raise ModelError(f"there is no {STATED} beside {text}, which says how words are filled up")
     else:
         said = _hugging_face(inside, stated, tokenizer)
-    inputs, outputs = (sorted(tensor.name for tensor in tensors) for tensors in graph_tensors(load_graph(text)))
+    inputs, outputs = (sorted(tensor.name for tensor in tensors) for tensors in graph_tensors(load_onnx(text)))
     kind = str(stated.get("tokenizer_class")).removesuffix("Fast")
     if open_clip is None and kind == "CLIPTokenizer" and pictures == "pooler_output":
         raise ModelError("pooler_output of CLIP is not what its words are compared with; add it with image_embeds")
