@@ -439,6 +439,12 @@ def _length(target: Tensor, given: Any, pooling: str) -> int:
             f"its output {target} is not one vector per image; say [output] pooling = … in <model>.toml: "
             f"{', '.join(advice)}"
         )
+    if pooling == "map-mean" and shape[1] == shape[2] != shape[3]:
+        # Taken as [n, d, h, w], it would become as many values as it has rows.
+        raise GraphError(
+            f'its output {target} has its channels last, and "map-mean" takes {POOLINGS[pooling]}; export it with a '
+            "global pooling, or transposed"
+        )
     at = 2 if len(shape) == 3 else 1
     if given is not None and shape[at] not in (None, given):
         raise ModelError(f"length {given!r} does not fit its output {target}")

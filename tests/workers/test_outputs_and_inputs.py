@@ -36,12 +36,14 @@ def model_of(
     ]
     last, shape_out = {
         "map": ("map", ["n", 12, 4, 4]),
+        "last": ("last", ["n", 4, 4, 12]),
         "tokens": ("tokens", ["n", "tokens", 12]),
         "vector": ("vector", ["n", 192]),
     }[output]
     nodes.append(helper.make_node("Reshape", ["map", "rows"], ["columns"]))
     nodes.append(helper.make_node("Transpose", ["columns"], ["tokens"], perm=[0, 2, 1]))
     nodes.append(helper.make_node("Reshape", ["map", "flat"], ["vector"]))
+    nodes.append(helper.make_node("Transpose", ["map"], ["last"], perm=[0, 2, 3, 1]))
     if second:
         inputs.append(helper.make_tensor_value_info(second, TensorProto.INT64, ["m", 2]))
         nodes += [
@@ -120,6 +122,7 @@ def test_one_vector_comes_out_of_tokens_and_maps(tmp_path: Path, output: str, to
         ("map", "", '"map-mean" takes [n, d, h, w]'),
         ("vector", '[output]\npooling = "cls"\n', "not one vector per image"),
         ("tokens", '[output]\npooling = "map-mean"\n', "not one vector per image"),
+        ("last", '[output]\npooling = "map-mean"\n', "has its channels last"),
         ("tokens", '[output]\npooling = "max"\n', "not one of none, cls, mean, map-mean"),
         ("tokens", '[output]\npooling = "cls"\nskip_tokens = 1\n', 'skip_tokens is of pooling = "mean"'),
         ("tokens", '[output]\npooling = "mean"\nskip_tokens = -1\n', "not a number of tokens"),
