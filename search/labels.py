@@ -11,19 +11,41 @@ then the paths are relative to the media folder, but for absolute ones, which mu
 import csv
 import itertools
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 from pipeline.errors import UsageError
 
-#: One line of the file, by column; every value is text, as in the file.
-Annotation: TypeAlias = MappingProxyType[str, str]
-
 PATH_COLUMN, NAME_COLUMN, LABEL_COLUMN, TYPE_COLUMN = "img_path", "img_name", "label", "data_type"
+#: So many different values of a column are kept once each: labels and dates are the same in many lines, paths in none.
+_SHARED_VALUES = 10_000
+
+
+class Annotation(Mapping[str, str]):
+    """One line of the file, by column; every value is text, as in the file."""
+
+    # A dict for each of a million lines would take more than their text.
+    __slots__ = ("_places", "contents")
+
+    def __init__(self, places: dict[str, int], contents: tuple[str, ...]) -> None:
+        """Values in the order of the columns, whose places all lines share."""
+        self._places, self.contents = places, contents
+
+    def __getitem__(self, column: str) -> str:
+        return self.contents[self._places[column]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+#: The lines of a key: one, or those that differ, by their contents.
+_Lines: TypeAlias = "Annotation | dict[tuple[str, ...], Annotation]"
 
 
 @dataclass(frozen=True)
@@ -53,15 +75,15 @@ class Annotations:
         return bound
 
     @cached_property
-    def _by_path(self) -> dict[str, list[Annotation]]:
+    def _by_path(self) -> dict[str, _Lines]:
         return _by_key((path, row) for row in self.rows if (path := _path(row)))
 
     @cached_property
-    def _by_name(self) -> dict[str, list[Annotation]]:
+    def _by_name(self) -> dict[str, _Lines]:
         return _by_key((row.get(NAME_COLUMN) or posixpath.basename(row.get(PATH_COLUMN, "")), row) for row in self.rows)
 
     def _of_path(self, path: str) -> Annotation | None:
-        rows = self._by_path.get(path, [])
+        rows = _lines_of(self._by_path, path)
         if len(rows) > 1:
             raise UsageError(f"{self.source} has several lines for {path} that differ; keep one of them")
         return rows[0] if rows else None
@@ -117,7 +139,7 @@ class Annotations:
         if path is not None and (row := self._of_path(path)) is not None:
             return row
         name = posixpath.basename(object_id)
-        rows = [row for row in self._by_name.get(name, ()) if path is None or self._can_be(row, path)]
+        rows = [row for row in _lines_of(self._by_name, name) if path is None or self._can_be(row, path)]
         if len(rows) > 1:
             raise UsageError(
                 f"{self.source} has several lines for {name} and none of them has the gallery's path "
@@ -148,27 +170,36 @@ class Annotations:
         """
         row = self._of_path(path)
         if row is None:
-            named = self._by_name.get(posixpath.basename(path), [])
+            named = _lines_of(self._by_name, posixpath.basename(path))
             row = named[0] if len(named) == 1 and not _path(named[0]) else None
         return None if row is None else row.get(LABEL_COLUMN)
 
 
-def _by_key(lines: Iterable[tuple[str, Annotation]]) -> dict[str, list[Annotation]]:
+def _by_key(lines: Iterable[tuple[str, Annotation]]) -> dict[str, _Lines]:
     """Lines by a key; of those with the same content the first."""
-    found: dict[str, list[Annotation]] = {}
-    known: set[tuple[str, ...]] = set()
+    found: dict[str, _Lines] = {}
     for key, row in lines:
-        content = key, *row.values()
-        if content not in known:
-            known.add(content)
-            found.setdefault(key, []).append(row)
+        before = found.setdefault(key, row)
+        if isinstance(before, Annotation):
+            if before.contents == row.contents:
+                continue
+            before = found[key] = {before.contents: before}
+        before.setdefault(row.contents, row)
     return found
+
+
+def _lines_of(found: dict[str, _Lines], key: str) -> list[Annotation]:
+    lines = found.get(key, {})
+    return [lines] if isinstance(lines, Annotation) else list(lines.values())
 
 
 def _path(row: Annotation) -> str:
     """The path of a line; empty if it has none."""
-    path = row.get(PATH_COLUMN)
-    return posixpath.normpath(path) if path else ""
+    if not (path := row.get(PATH_COLUMN)):
+        return ""
+    plain = posixpath.normpath(path)
+    # The same text is not kept twice.
+    return path if plain == path else plain
 
 
 def _ends(path: str) -> Iterator[str]:
@@ -203,9 +234,15 @@ def read_annotations(source: Path) -> Annotations:
 
 
 def _rows(source: Path, columns: tuple[str, ...], lines: Iterator[list[str]]) -> Iterator[Annotation]:
+    places = {column: place for place, column in enumerate(columns)}
+    shared: list[dict[str, str]] = [{} for _ in columns]
     for number, values in enumerate(lines, 2):
         if not values:
             continue
         if len(values) != len(columns):
             raise UsageError(f"{source}, record {number}: {len(values)} values for {len(columns)} columns")
-        yield MappingProxyType(dict(zip(columns, values, strict=True)))
+        yield Annotation(places, tuple(map(_kept_once, shared, values)))
+
+
+def _kept_once(shared: dict[str, str], value: str) -> str:
+    return shared.setdefault(value, value) if len(shared) < _SHARED_VALUES else shared.get(value, value)

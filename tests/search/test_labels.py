@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,19 @@ def test_many_lines_of_one_name_take_no_more_time_than_others(tmp_path: Path) ->
         assert read.label("0002/1.png", "0002/1.png") == "0002"
         assert read.label("0001/1.png", "0001/1.png") is None
         assert time.process_time() - began < 2
+
+
+def test_a_line_takes_little_more_memory_than_its_text(tmp_path: Path) -> None:
+    count = 20_000
+    lines = (f"gallery,{number:08d}.jpg,a/{number:08d}.jpg,label {number % 9},{number}\n" for number in range(count))
+    source = write(tmp_path, HEADER + "".join(lines))
+    tracemalloc.start()
+    read = read_annotations(source)
+    assert read.label("x/00012345.jpg", "a/00012345.jpg") == "label 6"
+    assert read.label("00012345.jpg", None) == "label 6"
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken / count < 450, "with dictionaries it takes 800 bytes"
 
 
 def test_lines_of_one_path_are_refused_where_they_differ_and_harmless_where_they_do_not(tmp_path: Path) -> None:
