@@ -22,6 +22,7 @@ from pipeline.pictures import file_digest
 from pipeline.plans.files import open_plan
 from pipeline.plans.published import published_shards
 from pipeline.queue.connection import connect, public_url
+from pipeline.queue.embedded import find_server
 from pipeline.settings import WINDOW_SEGMENTS
 from pipeline.status import StatusReader
 from pipeline.store import DIGEST_BYTES, read_record, sync_folder, write_atomic
@@ -97,9 +98,7 @@ def _examined(name: str, look: Callable[[], Check]) -> Check:
 
 def _redis(url: str | None) -> Check:
     if url is None:
-        return Check(
-            "bad", "redis", "none is set or running; start one with ruiji redis (or make up), or set RUIJI_REDIS_URL"
-        )
+        return _no_redis()
     try:
         client = connect(url)
         info = client.info()
@@ -122,6 +121,15 @@ def _redis(url: str | None) -> Check:
     # Valkey tells the version of Redis that it stands for as well.
     where = f"{public_url(url)}, " + (f"Valkey {info['valkey_version']}" if "valkey_version" in info else version)
     return Check("warn", "redis", f"{where}: {'; '.join(problems)}") if problems else Check("ok", "redis", where)
+
+
+def _no_redis() -> Check:
+    told = "none is set or running; start one with ruiji redis (or make up), or set RUIJI_REDIS_URL"
+    try:
+        find_server()
+    except RuijiError as error:
+        return Check("bad", "redis", f"{told}. For ruiji redis and ruiji run, {error}")
+    return Check("warn", "redis", f"{told}. ruiji run starts its own")
 
 
 def _answers_without_password(url: str) -> bool:

@@ -104,14 +104,18 @@ def version_warnings(gallery: Gallery) -> list[str]:
 
 
 def say_unusable(gallery: Gallery, say: Say) -> None:
-    """Say how many objects cannot be ranked."""
+    """Say how many objects cannot be ranked, and why there is none that can."""
     zero, nonfinite = gallery.unusable_rows
     if zero or nonfinite:
         say(
             f"warning: left out {counted(zero, 'object')} whose feature is all zero and "
             f"{nonfinite} whose feature has NaN or infinite values"
         )
-    if gallery.searched_rows == zero + nonfinite:
+    if gallery.stale_rows == gallery.rows:
+        say("none of the gallery's objects is on the object list any more")
+    elif not gallery.searched_rows:
+        say("none of the gallery's objects meets the conditions")
+    elif gallery.searched_rows == zero + nonfinite:
         say("the gallery has no object that can be ranked")
 
 

@@ -105,7 +105,7 @@ def test_the_doctor_says_what_is_wrong(ruiji: Ruiji, failed: list[str], redis_ur
     np.save(ruiji.gallery / "0000.features.npy", np.ones((9, 12), np.float32))
     assert "wrong features" in ruiji("doctor", code=4).stdout
     ruiji.environment = {}
-    assert "bad   redis" in ruiji("doctor", code=4).stdout
+    assert "warn  redis" in ruiji("doctor", code=4).stdout
 
 
 def test_workers_find_the_gallery_that_was_made_anew_in_their_folder(ruiji: Ruiji, redis_url: str) -> None:

@@ -534,6 +534,7 @@ def test_min_similarity_leaves_hits_out_and_nothing_found_can_be_a_failure(world
     empty = world.search(*alone)
     assert (empty.exit_code, "nothing found" in empty.stderr) == (0, True)
     assert world.search(*alone, "--fail-if-empty").exit_code == 5
+    assert "none of the gallery's objects meets the conditions" in world.search(*alone, "--where", "path=x/").stderr
     assert world.search(image, "--fail-if-empty").exit_code == 0
 
 

@@ -10,6 +10,7 @@ from pipeline.choices import Device
 from pipeline.model import load_model
 from pipeline.plans.closing import close_plan
 from pipeline.plans.plan import Plan
+from pipeline.queue import embedded
 from pipeline.queue.connection import connect
 from pipeline.segments import reduce_segment
 from tests.factories import picture
@@ -81,8 +82,19 @@ def test_a_redis_that_forgets_is_reported(tmp_path: Path, model_path: Path, redi
         client.config_set("appendonly", "yes")
     assert check.state == "warn"
     assert "append-only" in check.detail and "noeviction" in check.detail and "password" not in check.detail
-    assert look(tmp_path, model_path, None)["redis"].state == "bad"
     assert look(tmp_path, model_path, "redis://:sesame@127.0.0.1:1/0")["redis"].state == "bad"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_a_redis_only_a_run_that_starts_its_own_works(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    if not installed:
+        monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(embedded.shutil, "which", lambda name: None)
+    check = look(tmp_path, model_path, None)["redis"]
+    assert check.state == ("warn" if installed else "bad")
+    assert "ruiji redis" in check.detail and ("ruiji run starts its own" in check.detail) is installed
 
 
 def test_another_picture_under_an_old_id_is_noticed(
