@@ -190,8 +190,8 @@ function drawComparison(comparison, turn) {
     const failed = state === "failed";
     const title = failed ? "The comparison ended early" : part > 0 ? "Some pictures are not compared yet" : "Find near-duplicates";
     const fresh =
-      `${plural(where.about.objects, "picture")} will be compared with each other. That is done once; later only new ones are. ` +
-      "Then you choose which of those that are alike to keep. ruiji deletes nothing.";
+      `${plural(where.about.objects, "picture")} will be compared with each other. This is done once; later, only new ones are compared. ` +
+      "Then you choose which of the look-alikes to keep. ruiji deletes nothing.";
     notice(title, failed ? comparison.error : fresh, failed || part > 0 ? "Go on" : "Find near-duplicates", async () => {
       try {
         await send(`/duplicates/compare?threshold=${threshold.value}&${ofGallery()}`, {});
