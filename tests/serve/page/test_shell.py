@@ -1,5 +1,6 @@
 """What all pages share: their header, their weight, the form that asks for the token."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -121,8 +122,10 @@ def test_a_token_is_asked_for_and_forgotten(
 
 
 def test_a_proxy_that_answers_for_the_service_is_not_taken_for_it(served: Served, page: Page, watch: Watch) -> None:
+    # One that there is: what is asked besides must not fail sooner.
+    known = json.loads(served.get("/objects?count=1").body)["objects"][0]["object_id"]
     places = [
-        ("?id=picture", "**/objects/*", "#said"),
+        (f"?id={known}", "**/objects/*", "#said"),
         ("clean", "**/decisions/status*", "#notice-text"),
         ("map", "**/map/points*", "#said"),
         ("run", "**/failures*", "#said"),
@@ -135,7 +138,6 @@ def test_a_proxy_that_answers_for_the_service_is_not_taken_for_it(served: Served
             expect(page.locator(said)).to_have_text("The service does not answer. Is it running?")
             page.unroute(route)
     watch.expect("502 ")
-    watch.allow("404 ")
 
 
 def test_a_telephone_shows_the_pages_whole(served: Served, phone: Page, watch: Watch) -> None:
