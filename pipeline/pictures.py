@@ -22,6 +22,8 @@ from pipeline.streams import counted
 
 #: Pictures that are read at once: hashing leaves Python to others, and a disk or network folder has long ways.
 _AT_ONCE = 16
+#: After so many pictures the progress is told: its rate keeps a point of each time for half a minute.
+_TOLD_EVERY = 100
 #: Of a path that leads to no file that can be read; any other error is the machine's.
 _ABSENT = {*(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM), *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)}
 
@@ -79,7 +81,7 @@ def compare_pictures(
 
     Args:
         shards: sound ones.
-        progress: called with how many pictures were read, and how many there are.
+        progress: called now and then with how many pictures were read, and how many there are.
 
     Yields:
         For each shard what was found.
@@ -110,7 +112,8 @@ def compare_pictures(
                         unreadable.append(paths[row])
                     elif found[1] != digests[row].tobytes():
                         changed.append(paths[row])
-                    progress(before + number, total)
+                    if number % _TOLD_EVERY == 0:
+                        progress(before + number, total)
                 looked_at += len(rows)
                 read += len(rows) - len(unreadable)
                 yield Compared(shard, tuple(changed), tuple(unreadable))

@@ -269,7 +269,7 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         except ImageError:
             skipped += 1
             continue
-        file = file_digest(media_dir / path)
+        file = None if digests is None else file_digest(media_dir / path)
         if digests is not None and file is not None and file[1] != digests[row].tobytes():
             changed.append(path)
             continue
