@@ -471,7 +471,8 @@ def open_picture(
     """
     from PIL import Image
 
-    from workers.decode.images import FORMATS, as_seen, check_size, open_image
+    from workers.decode.images import FORMATS, check_size, open_image
+    from workers.decode.seen import as_seen
 
     try:
         with open_image(image, inside) as file, Image.open(file, formats=FORMATS) as picture:

@@ -17,6 +17,8 @@ _START, _PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
 class IconFile(IcoImageFile):
     """The largest picture in a file, in the size that it has by its own header."""
 
+    png_inside: PngImageFile | None = None
+
     def _open(self) -> None:
         assert self.fp is not None
         self.ico = IcoFile(self.fp)
@@ -25,7 +27,8 @@ class IconFile(IcoImageFile):
         is_png = self.fp.read(len(_PNG)) == _PNG
         self.fp.seek(entry.offset)
         if is_png:
-            width, height = PngImageFile(self.fp).size
+            self.png_inside = PngImageFile(self.fp)
+            width, height = self.png_inside.size
         else:
             width, height = DibImageFile(self.fp).size
             # Its mask lies below it.

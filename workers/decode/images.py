@@ -2,10 +2,10 @@
 
 Every way in which a file can be at fault ends as one `ImageError` with a reason class.
 
-With `ModelSpec.pixels` of 2 a picture is taken `as_seen`, and a JPEG whose data is damaged fails: the article's pixels
-if a picture has 8 bits per sample, no transparency and no orientation. With 1 they are the article's in every case:
-`convert` clips wide samples and drops transparency, Pillow's decoder forgives damage, and a TIFF that Pillow has turned
-is turned again.
+With `ModelSpec.pixels` of 2 a picture is taken as people see it (`workers.decode.seen`), and a JPEG or PNG whose data
+is damaged fails: the article's pixels if a picture has 8 bits per sample, no transparency and no orientation. With 1
+they are the article's in every case: `convert` clips wide samples and drops transparency, Pillow's decoder forgives
+damage, and a TIFF that Pillow has turned is turned again.
 """
 
 import errno
@@ -20,22 +20,16 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, UnidentifiedImageError
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TgaImagePlugin import TgaImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.altered import CLIPPED, GROUND, TURNED
 from pipeline.choices import Reason
@@ -45,6 +39,7 @@ from pipeline.targets import writing
 from workers.decode import heif, icon, unknown
 from workers.decode.fit import place
 from workers.decode.resize import has_filter, resize
+from workers.decode.seen import UPRIGHT, as_seen, check_sums, orientation
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +78,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _READ_WHOLE_BYTES = 64 << 20
 #: Of a disk or a network folder that fails; decoders raise OSError for broken data too, without a number.
 _MACHINE_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO)
-_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _TILE_TAGS = 0x0112, 258, 262, (322, 323)
-#: Where a TGA says in four bits how many a pixel's alpha has.
-_TGA_DESCRIPTOR = 17
+_TILE_TAGS = 322, 323
 #: Allowed in each tile of a TIFF, whose last ones exceed the picture.
 _TILE_PIXELS = 4096**2
 #: What a JPEG begins with, and the second bytes of some markers: APP0, APP1, APP2, APP14, start of image data, and end.
@@ -93,23 +86,6 @@ _JPEG, _JFIF_SEGMENT, _METADATA_SEGMENT, _PROFILE_SEGMENT, _ADOBE_SEGMENT = b"\x
 _IMAGE_SEGMENT, _END = 0xDA, 0xD9
 #: A marker, but for those without a segment that can stand within image data.
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")
-#: EXIF orientation to the turn that makes the picture upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-#: And back, for those that are not their own inverse.
-_STORED = {
-    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
-    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
-}
-#: Scale of a transparent grey in a PNG of less than 8 bits, by Pillow's name for its data: Pillow scales pixels only.
-_GREY_SCALE = {"L;2": 0x55, "L;4": 0x11}
 #: Some cameras fill up the image data before the end marker, which ends no picture early.
 _PADDED = re.compile(r"Corrupt JPEG data: ([1-8]) extraneous bytes before marker 0xd9")
 
@@ -240,6 +216,9 @@ def decode(
             raise ImageError("decoding it takes more memory than there is", Reason.memory) from error
         if "truncated" in str(error).lower() or isinstance(error, EOFError):
             raise ImageError("the file ends before the image does", Reason.truncated) from error
+        with suppress(OSError):
+            if unknown.is_cut(io.BytesIO(file) if isinstance(file, memoryview) else file):
+                raise ImageError("the file ends before the image does", Reason.truncated) from error
         raise ImageError("the image data is broken", Reason.undecodable) from error
 
 
@@ -343,7 +322,7 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
     with image:
         check_size(image, max_pixels)
         jpeg = image.format in ("JPEG", "MPO")
-        turn = _UPRIGHT.get(_orientation(image)) if spec.exif_orientation and (jpeg or spec.pixels == 1) else None
+        turn = UPRIGHT.get(orientation(image)) if spec.exif_orientation and (jpeg or spec.pixels == 1) else None
         if spec.jpeg_draft:
             # Twice the size leaves the filter something to average; both sides, since the picture may be turned.
             side = 2 * max(spec.width, spec.height, spec.resize_size or 0)
@@ -357,10 +336,13 @@ def _opened(file: BinaryIO, spec: ModelSpec, max_pixels: int, altered: list[str]
             del pixels
         if spec.pixels != 1:
             if not jpeg:
+                png = image.png_inside if isinstance(image, icon.IconFile) else image
+                if isinstance(png, PngImageFile):
+                    check_sums(png)
                 return as_seen(image, spec.exif_orientation)
             if isinstance(image, JpegImageFile):
                 image = _undamaged(file, image, max_pixels)
-        turned = isinstance(image, TiffImageFile) and _orientation(image) in _UPRIGHT
+        turned = isinstance(image, TiffImageFile) and orientation(image) in UPRIGHT
         image.load()
         if not jpeg:
             altered += [*_altered(image), *([TURNED] if turned else [])]
@@ -377,153 +359,6 @@ def _altered(image: Image.Image) -> list[str]:
             colored = image if image.mode in ("LA", "PA", "RGBA") else image.convert("RGBA")
             return [GROUND] if colored.getchannel("A").getextrema() != (255, 255) else []
     return []
-
-
-def as_seen(image: Image.Image, upright: bool = True) -> Image.Image:
-    """A picture as people see it: upright, 8 bits per sample, and on white if it is transparent.
-
-    The one ground for the model, sheets and pages.
-
-    Args:
-        image: opened and not loaded yet; its memory is taken over.
-        upright: turn it as its orientation says; else it stays as it is stored.
-
-    Returns:
-        The picture in a mode that converts to RGB or L.
-
-    Raises:
-        ImageError: `undecodable`: its samples have no range that would be known.
-    """
-    if isinstance(image, icon.IconFile):
-        image = image.picture()
-    if isinstance(image, WebPImageFile) and image.mode == "RGB" and image.is_animated:
-        # What the first frame leaves free is transparent, even if no frame has transparency.
-        image._mode = image.rawmode = "RGBA"
-    if isinstance(image, AvifImageFile):
-        # As in a HEIF file: `irot` and `imir` turn it, which Pillow passes on as its EXIF, and XMP only tells of that.
-        image.info.pop("xmp", None)
-    # Known only until it is loaded, which asking for the orientation can do.
-    tile = image.tile[0] if isinstance(image, ImageFile) and image.tile else None
-    white, inverted = _sample_range(image)
-    opaque = isinstance(image, TgaImageFile) and image.mode in ("LA", "RGBA") and _alpha_bits(image) == 0
-    lower = _lower_bytes(image)
-    turn = _UPRIGHT.get(_orientation(image))
-    if isinstance(image, TiffImageFile):
-        # Pillow turns it while it loads it.
-        turn = None if upright or turn is None else _STORED.get(turn, turn)
-    elif not upright:
-        turn = None
-    image.load()
-    if isinstance(image, PngImageFile) and tile is not None:
-        _scale_key(image, str(tile.args))
-    if lower is not None:
-        _take_out_key(image, lower)
-        del lower
-    covered = tile.extents if isinstance(image, GifImageFile) and tile is not None else None
-    if opaque:
-        image = image.convert(image.mode[:-1])
-    if image.mode == "LAB":
-        # Which converts to no grey.
-        image = image.convert("RGB")
-    if white:
-        image = _in_eight_bits(image, white, inverted)
-    if image.has_transparency_data:
-        image = _on_white(image)
-    if covered is not None and covered != (0, 0, *image.size):
-        # As in a browser; Pillow fills it with the first color.
-        frame = image.crop(covered)
-        image = Image.new("RGB", image.size, "white")
-        image.paste(frame.convert("RGB"), covered)
-    return image if turn is None else image.transpose(turn)
-
-
-def _alpha_bits(image: TgaImageFile) -> int:
-    """How many bits of a pixel are alpha by the header of a TGA; Pillow takes all that are no colors for it."""
-    assert image.fp is not None
-    image.fp.seek(_TGA_DESCRIPTOR)
-    return image.fp.read(1)[0] & 0x0F
-
-
-def _scale_key(image: PngImageFile, data: str) -> None:
-    """Bring the grey that a PNG declares transparent to the range that its pixels were brought to.
-
-    Args:
-        data: Pillow's name for how the samples are stored.
-    """
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        image.info["transparency"] = key * _GREY_SCALE.get(data, 1)
-
-
-def _lower_bytes(image: Image.Image) -> Image.Image | None:
-    """Those of a PNG's colors of 16 bits if it declares one transparent, for Pillow keeps the upper ones alone."""
-    if not isinstance(image, PngImageFile) or "transparency" not in image.info or not image.tile:
-        return None
-    if image.tile[0].args != "RGB;16B":
-        return None
-    assert image.fp is not None
-    image.fp.seek(0)
-    lower = PngImageFile(image.fp)
-    # In the other order the lower bytes are the upper ones.
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
-    lower.load()
-    return lower
-
-
-def _take_out_key(image: Image.Image, lower: Image.Image) -> None:
-    """Make exactly the color transparent that a PNG with colors of 16 bits declares so."""
-    key = image.info.pop("transparency")
-    other = Image.new("L", image.size)
-    for half, shift in ((image, 8), (lower, 0)):
-        for band, value in enumerate(key):
-            table = [255 * (sample != value >> shift & 255) for sample in range(256)]
-            other = ImageChops.lighter(other, half.getchannel(band).point(table))
-    image.putalpha(other)
-
-
-def _in_eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
-    """Grey of 16 bits in 8, with an alpha channel if one value is transparent; see `_sample_range`."""
-    key = image.info.get("transparency")
-    # Pillow takes tables for 32-bit integers, not for 16-bit ones.
-    wide = image.convert("I")
-    grey = wide.point(_to_eight_bits(white, inverted), "L")
-    if isinstance(key, int):
-        grey.putalpha(wide.point([255 * (value != key) for value in range(1 << 16)], "L"))
-        del grey.info["transparency"]
-    return grey
-
-
-def _sample_range(image: Image.Image) -> tuple[int, bool]:
-    """The value of white in a picture of more than 8 bits per sample, by its header alone, and whether it means black.
-
-    0: it has 8 bits, or Pillow makes 8 of them, from the upper ones.
-    """
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-        raise ImageError(
-            f"its pixels are of mode {image.mode}, of which nothing says what is white", Reason.undecodable
-        )
-    if not image.mode.startswith("I"):
-        return 0, False
-    if not isinstance(image, TiffImageFile):
-        # Pillow has brought them to 16 bits.
-        return 0xFFFF, False
-    # It inverts only samples of 8 bits, and those without the tag too.
-    return (1 << image.tag_v2.get(_BITS_TAG, (16,))[0]) - 1, image.tag_v2.get(_PHOTOMETRIC_TAG, 0) == 0
-
-
-@cache
-def _to_eight_bits(white: int, inverted: bool) -> list[int]:
-    """Each value of 16 bits, times 255 / white, rounded."""
-    table = [(2 * 255 * min(value, white) + white) // (2 * white) for value in range(1 << 16)]
-    return [255 - value for value in table] if inverted else table
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    # Twice, because there is no direct way from grey with premultiplied alpha.
-    colored = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    ground = Image.new("RGB", colored.size, "white")
-    ground.paste(colored, mask=colored)
-    return ground
 
 
 def _plain_jpeg(file: Opened, spec: ModelSpec, max_pixels: int) -> NDArray[np.uint8] | None:
@@ -674,11 +509,3 @@ def _undamaged(file: BinaryIO, image: JpegImageFile, max_pixels: int) -> Image.I
     if pixels is None or pixels.shape[1::-1] != image.size:
         return image
     return Image.fromarray(pixels[:, :, 0] if image.mode == "L" else pixels)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-        return value if isinstance(value, int) else 1
-    except Exception:  # Broken EXIF data raises anything; a picture without readable EXIF has no orientation.
-        return 1

@@ -3,6 +3,7 @@
 What is expected is computed from the samples that were written, by numpy, or by hand; never by Pillow's conversions.
 """
 
+import base64
 import errno
 import io
 import struct
@@ -22,7 +23,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pipeline.errors import ImageError, MachineFault
 from pipeline.spec import ModelSpec
 from search.queries import open_picture, read_header
-from workers.decode import heif, icon, images
+from workers.decode import heif, icon, images, seen
 from workers.decode.images import decode, load_pixels
 
 LIMIT = 10**7
@@ -59,10 +60,10 @@ def scaled(samples: np.ndarray, white: int = 65535) -> np.ndarray:
     return np.floor(samples * 255 / white + 0.5).astype(int)
 
 
-def tiff(samples: bytes, bits: int, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
+def tiff(samples: bytes, bits: int, order: str = "<", photometric: int = 1, kind: int = 1, planes: int = 1) -> bytes:
     """A grey one of 4 x 6 pixels, without compression."""
     tags = [(256, 4), (257, 6), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, 6)]
-    tags += [(279, len(samples)), (339, kind)]
+    tags += [(279, len(samples)), (284, planes), (339, kind)]
     start = 8 + 2 + 12 * len(tags) + 4
     out = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
     for tag, value in tags:
@@ -111,6 +112,94 @@ def test_a_range_depends_on_no_extremes_and_12_bits_and_inverted_greys_are_decla
     packed = bytes(byte for a, b in twelve.tolist() for byte in (a >> 4, (a & 15) << 4 | b >> 8, b & 255))
     assert (pixels(tiff(packed, 12), (4, 6))[..., 0] == scaled(WIDE % 4096, 4095)).all()
     assert (pixels(tiff(WIDE.astype("<u2").tobytes(), 16, photometric=0), (4, 6))[..., 0] == 255 - scaled(WIDE)).all()
+
+
+def planes(samples: np.ndarray, order: str = "<", compression: int = 1, extra: int | None = None) -> bytes:
+    """A TIFF that keeps its colors apart, of unsigned samples[color, h, w]."""
+    colors, height, width = samples.shape
+    strips = [plane.astype(samples.dtype.newbyteorder(order)).tobytes() for plane in samples]
+    if compression == 8:
+        strips = [zlib.compress(strip) for strip in strips]
+    tags = {256: [width], 257: [height], 258: [8 * samples.itemsize] * colors, 259: [compression]}
+    tags |= {
+        262: [2 if colors > 2 else 1],
+        273: [],
+        277: [colors],
+        278: [height],
+        279: [len(strip) for strip in strips],
+    }
+    tags |= {284: [2]} | ({} if extra is None else {338: [extra]})
+    place = 8 + 2 + 12 * len(tags) + 4
+    data = b"".join(strips)
+    tags[273] = [place + sum(map(len, strips[:color])) for color in range(colors)]
+    entries = b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values))
+        entries += packed if len(packed) == 4 else struct.pack(f"{order}I", place + len(data))
+        data += packed if len(packed) > 4 else b""
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return start + entries + bytes(4) + data
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_tiff_that_keeps_its_colors_apart_is_as_any_other(order: str, compression: int, wide: bool) -> None:
+    samples = noise(4, 6, 5, high=65536 if wide else 256).astype(np.uint16 if wide else np.uint8)
+    upper = samples.astype(int) >> 8 if wide else samples.astype(int)
+    shown = pixels(planes(samples[:3], order, compression), (5, 6))
+    assert (shown == upper[:3].transpose(1, 2, 0)).all()
+    part = upper[3, ..., np.newaxis]
+    expected = np.floor((upper[:3].transpose(1, 2, 0) * part + 255 * (255 - part)) / 255 + 0.5)
+    assert (pixels(planes(samples, order, compression, extra=2), (5, 6)) == expected).all()
+    # Pillow takes another byte for the transparency of grey.
+    reason, message = failure(planes(samples[:2], order, compression, extra=2))
+    assert reason == "undecodable" and "a kind of samples" in message
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (16, 0), (16, 1), (12, 1)])
+def test_one_color_kept_apart_is_as_if_it_were_not(bits: int, photometric: int) -> None:
+    samples = noise(72).astype(np.uint8).tobytes()[: 24 * bits // 8]
+    apart, together = (tiff(samples, bits, photometric=photometric, planes=planes) for planes in (2, 1))
+    assert (pixels(apart, (4, 6)) == pixels(together, (4, 6))).all()
+
+
+#: JPEG 2000 with three colors each, as opj_compress makes them: 65535, 65535, 65535 and 32768, 65280, 256 in 16 bits;
+#: the second pixel alone; 15, 0, 7 and 8, 15, 1 in 4 bits.
+WIDE_WHITE, WIDE_GREY, NARROW = (
+    base64.b85decode(f"|4;u>051Rl{data}")
+    for data in (
+        "000020000100000000000000200001000000000000R#J0S^HI4*>!HQUDA90003100aa80smY81VDiQkN^q*00000Bme>blh6Dx2m~w7{4"
+        "fv!s@hf0{4fvzQr1=f*#",
+        "000010000100000000000000100001000000000000R#J0S^HI4*>!HQUDA90003100aa80smY81VDiQkN^q*000009RLCUlYr0sFbn{)pU"
+        "?a-3<>FP|Je",
+        "000020000100000000000000200001000000000000RR70RsU60|5d5QUDA90003100aa80smY81VAAFkN^q*000008~_3Tlh1?@1K%JZ1)"
+        "|S{APe{Z*#",
+    )
+)
+
+
+def test_a_jpeg_2000_in_which_pillow_may_have_made_black_of_white_fails() -> None:
+    assert pixels(WIDE_GREY, (1, 1)).tolist() == [[[128, 255, 1]]]
+    with Image.open(io.BytesIO(WIDE_WHITE)) as image:
+        # 65535 / 256 is rounded to 256.
+        assert image.getpixel((0, 0)) == (0, 0, 0)
+    reason, message = failure(WIDE_WHITE)
+    assert reason == "undecodable" and "black of white" in message
+    assert pixels(saved(Image.new("RGB", (8, 8)), "JPEG2000"), (8, 8)).max() == 0
+
+
+def test_samples_of_a_jpeg_2000_with_few_bits_reach_white() -> None:
+    assert pixels(NARROW, (2, 1)).tolist() == [[[255, 0, 119], [136, 255, 17]]]
+
+
+def test_a_jpeg_2000_that_has_not_a_sample_for_each_pixel_fails() -> None:
+    data = saved(Image.fromarray(noise(64, 64, 3).astype(np.uint8)), "JPEG2000")
+    bits = data.index(b"\xff\x4f\xff\x51") + 4 + 38
+    sparse = data[:bits] + b"\7\2\2" * 3 + data[bits + 9 :]
+    reason, message = failure(sparse)
+    assert reason == "undecodable" and "a kind of samples" in message
 
 
 @pytest.mark.parametrize(
@@ -192,7 +281,7 @@ def test_every_mode_with_transparency_is_put_on_white(mode: str) -> None:
         image.putpalette([100, 100, 100, 51] if mode == "P" else [100, 100, 100], "RGBA" if mode == "P" else "RGB")
     elif mode != image.mode:
         image = image.convert(mode)
-    assert images._on_white(image).getpixel((0, 0)) == (224, 224, 224)
+    assert seen._on_white(image).getpixel((0, 0)) == (224, 224, 224)
 
 
 def test_what_a_first_frame_leaves_free_is_white() -> None:
@@ -270,6 +359,38 @@ def test_a_tga_without_bits_of_alpha_is_opaque(
     data = b"\x81" + pixel if compressed else pixel * 2
     assert pixels(start + size + bytes([bits, 0]) + data, (2, 1)).tolist() == [[expected] * 2]
     assert pixels(start + size + bytes([bits, 8]) + data, (2, 1)).tolist() == [[WHITE] * 2]
+
+
+@pytest.mark.parametrize(
+    ("bits", "transparent", "opaque"),
+    [(32, bytes([30, 20, 10, 0]), bytes([30, 20, 10, 255])), (16, b"\0\xfc", b"\0\x7c")],
+)
+def test_the_colors_of_a_tga_without_bits_of_alpha_are_opaque_too(bits: int, transparent: bytes, opaque: bytes) -> None:
+    start = bytes([0, 1, 1]) + struct.pack("<HHB", 0, 2, bits) + struct.pack("<HHHH", 0, 0, 2, 1)
+    expected = [10, 20, 30] if bits == 32 else [255, 0, 0]
+    data = transparent + opaque + b"\0\1"
+    assert pixels(start + bytes([8, 0]) + data, (2, 1)).tolist() == [[expected] * 2]
+    assert pixels(start + bytes([8, 8]) + data, (2, 1)).tolist() == [[WHITE, expected]]
+
+
+def bmp(bits: int, masks: tuple[int, int, int, int], row: bytes) -> bytes:
+    """One of two pixels, with the fourth of Windows' headers."""
+    header = struct.pack("<IiiHHIIiiII4I", 108, 2, 1, 1, bits, 3, len(row), 0, 0, 0, 0, *masks) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 122 + len(row), 0, 0, 122) + header + row
+
+
+@pytest.mark.parametrize(
+    ("bits", "masks", "row"),
+    [
+        (16, (0x7C00, 0x3E0, 0x1F, 0x8000), struct.pack("<HH", 0x7C00, 0xFC00)),
+        (32, (0xFF0000, 0xFF00, 0xFF, 0xFF000000), bytes([0, 0, 255, 0, 0, 0, 255, 255])),
+    ],
+)
+def test_the_alpha_of_a_bmp_counts_if_its_header_declares_it(
+    bits: int, masks: tuple[int, int, int, int], row: bytes
+) -> None:
+    assert pixels(bmp(bits, masks, row), (2, 1)).tolist() == [[WHITE, [255, 0, 0]]]
+    assert pixels(bmp(bits, (*masks[:3], 0), row), (2, 1)).tolist() == [[[255, 0, 0]] * 2]
 
 
 def test_the_mask_of_an_icon_counts_where_no_pixel_has_alpha() -> None:
@@ -371,16 +492,23 @@ def test_a_cielab_picture_is_embedded_by_a_grey_model(tmp_path: Path) -> None:
         {"compression": "tiff_lzw", "big_tiff": True},
         {},
         {"form": "AVIF"},
+        {"form": "WEBP"},
+        {"form": "WEBP", "lossless": True},
+        {"form": "JPEG2000"},
     ],
 )
-def test_a_tiff_or_avif_that_is_cut_is_called_truncated(options: dict[str, Any]) -> None:
+def test_a_picture_that_says_how_long_it_is_and_is_cut_is_called_truncated(options: dict[str, Any]) -> None:
     form = {"form": "TIFF"} | options
     image = Image.fromarray(noise(64, 64, 3).astype(np.uint8)).convert("1" if "group4" in options.values() else "RGB")
     data = saved(image, **form)
     for length in (5, 9, 14, 41, *(int(len(data) * part) for part in (0.1, 0.3, 0.6, 0.9))):
-        # Of an AVIF's first box the name of the format is there.
-        if length > 9 or form["form"] == "TIFF":
+        # Of the first box of an AVIF, and the header of others, the name of the format is there.
+        if length > 14 or form["form"] == "TIFF":
             assert failure(data[:length])[0] == "truncated"
+
+
+def test_a_tiff_whose_page_lies_beyond_any_file_is_called_truncated() -> None:
+    assert failure(b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(64))[0] == "truncated"
 
 
 def test_a_kind_of_samples_that_is_not_decoded_is_not_called_an_unknown_format() -> None:
@@ -389,6 +517,48 @@ def test_a_kind_of_samples_that_is_not_decoded_is_not_called_an_unknown_format()
     avif = saved(Image.new("RGB", (16, 16)), "AVIF").replace(b"meta", b"mexa")
     reason, message = failure(avif)
     assert (reason, "an AVIF" in message, "samples" in message) == ("undecodable", True, True)
+
+
+def chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Of each chunk of a PNG its name, and where its data begins and ends."""
+    found, place = [], 8
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4])
+        found.append((data[place + 4 : place + 8], place + 8, place + 8 + length))
+        place += length + 12
+    return found
+
+
+@pytest.mark.parametrize("form", ["PNG", "ICO"])
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_a_png_whose_data_is_damaged_fails_and_one_that_only_lacks_what_follows_does_not(form: str, mode: str) -> None:
+    png = saved(Image.fromarray(noise(96, 64, 3).astype(np.uint8)).convert(mode), "PNG")
+    wrap = ico if form == "ICO" else bytes
+    (*_, (_, begin, end)) = (chunk for chunk in chunks(png) if chunk[0] == b"IDAT")
+    whole = pixels(wrap(png), (64, 96))
+    half = (begin + end) // 2
+    for damaged in (
+        png[:half] + bytes(len(png) - half),
+        png[:half] + bytes([png[half] ^ 1]) + png[half + 1 :],
+        png[:half] + bytes(16) + png[half + 16 :],
+        png[:end] + bytes(4) + png[end + 4 :],
+    ):
+        assert failure(wrap(damaged))[0] == "undecodable"
+    assert failure(wrap(png[:half]))[0] == "truncated"
+    text = struct.pack(">I", 3) + b"tEXta\0b" + bytes(4)
+    for harmless in (png[: end + 4], png + bytes(9), png[: end + 4] + text + png[end + 4 :]):
+        assert (pixels(wrap(harmless), (64, 96)) == whole).all()
+
+
+def test_each_piece_of_a_png_is_checked_and_a_large_one_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seen, "_READ_BYTES", 1000)
+    data = saved(Image.fromarray(noise(200, 200, 3).astype(np.uint8)), "PNG")
+    pieces = [chunk for chunk in chunks(data) if chunk[0] == b"IDAT"]
+    assert len(pieces) > 1
+    pixels(data, (8, 8))
+    for _, begin, end in pieces:
+        assert failure(data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:])[0] == "undecodable"
+        assert failure(data[:begin] + bytes(4) + data[begin + 4 :])[0] == "undecodable"
 
 
 # JPEGs that are damaged
