@@ -124,10 +124,11 @@ class ShardCache:
             return False
 
     def read(self, kind: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any] | None:
-        """An array whose every byte was checked; None if there is no such file, or a damaged one."""
+        """A copy of an array whose every byte was checked; None if there is no such file, or a damaged one."""
         kept = self.open(kind, dtype, shape)
         if kept is None or kept.check():
-            return None if kept is None else kept.array
+            # Not mapped: all of it is needed again and again, and a process can map only so many files.
+            return None if kept is None else np.array(kept.array)
         self.folder.say_damaged(self.path(kind))
         return None
 

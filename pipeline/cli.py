@@ -195,10 +195,12 @@ def list_objects(
 
     Reports what it leaves out. Exit code 3: some folders could not be read.
     """
+    from pipeline.logs import set_up
     from pipeline.objects import Exclude, IdScheme
     from pipeline.scan import Scan, write_list
     from pipeline.targets import check_targets
 
+    set_up()
     target = out or layout.object_list_file(folder)
     check_targets({"--out": target})
     if target.exists() and not target.is_file():
@@ -385,8 +387,10 @@ def verify(
 
     Exit code 4: something is broken, or a picture changed.
     """
+    from pipeline.logs import set_up
     from pipeline.verify import check
 
+    set_up()
     if pictures and media_dir is None:
         raise UsageError("--pictures needs --media-dir: the folder of the images")
     found = check(

@@ -160,7 +160,7 @@ def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
 
 def _lacking(path: str | Path, error: OSError) -> str:
     """Why a file that may be whole cannot be mapped, and what to do."""
-    advice = "free memory, or let a process map more files: each shard has up to seven (sysctl vm.max_map_count)"
+    advice = "free memory, or let a process map more files: each shard has up to five (sysctl vm.max_map_count)"
     return f"cannot map {path}: {error.strerror}; {advice if error.errno == errno.ENOMEM else 'raise ulimit -n'}"
 
 

@@ -15,12 +15,14 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, RuijiError, UsageError
+from pipeline.progress import LINE_INTERVAL_S, StillAt
 from pipeline.streams import counted
 
 #: An id becomes a file name with up to 11 more bytes (`.error.json`); file systems allow 255.
@@ -38,6 +40,10 @@ _BYTE = re.compile(rb"\\x([0-9a-f]{2})")
 _DIGEST = "%-"
 #: How much of a bad line is kept of one that is too long, or shown.
 _SHOWN_BYTES = 200
+#: Characters of a file of lines that are read at once.
+_READ_AT_ONCE = 1 << 20
+#: After so many lines there is a look whether to tell how far it is.
+_TOLD_EVERY = 10_000
 
 
 class IdScheme:
@@ -227,9 +233,12 @@ def clean_list(
     first_bad = ""
     in_order = True
     previous = b""
+    still = StillAt("checking the object list")
     try:
         with source.open("rb") as file, clean.open("wb") as out:
             for number, raw in enumerate(_lines(file, source), 1):
+                if number % _TOLD_EVERY == 0:
+                    still(f"{number:,} lines")
                 if not raw:
                     blanks += 1
                     continue
@@ -311,12 +320,12 @@ def _checked(line: bytes, scheme: IdScheme) -> tuple[bytes, str | None]:
 def _index_by_id(clean: Path, scratch: Path, scheme: IdScheme) -> Path:
     raw, by_id = scratch / "ids", scratch / "by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
-        for path in read_lines(clean):
+        for path in read_lines(clean, "taking the ids of the object list"):
             out.write(f"{scheme.object_id(path)}\t{path}\n")
     sort_lines(raw, by_id, by_first_field=True)
     raw.unlink()
     previous = previous_path = ""
-    for line in read_lines(by_id):
+    for line in read_lines(by_id, "looking for ids that the object list has twice"):
         object_id, _, path = line.partition("\t")
         if object_id == previous:
             raise ObjectListError(
@@ -327,11 +336,23 @@ def _index_by_id(clean: Path, scratch: Path, scheme: IdScheme) -> Path:
     return by_id
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their newline; splits at newlines only."""
+def read_lines(path: Path, step: str | None = None) -> Iterator[str]:
+    """The lines of a UTF-8 file without their newline; splits at newlines only.
+
+    Args:
+        step: what they are read for, if the log is to tell how far that is.
+    """
+    still = StillAt(step) if step is not None else None
     with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield line.removesuffix("\n")
+        # In blocks, so that no line has to wait for a look at the clock.
+        cut = ""
+        while text := file.read(_READ_AT_ONCE):
+            *lines, cut = (cut + text).split("\n")
+            yield from lines
+            if still is not None:
+                still(f"{os.lseek(file.fileno(), 0, os.SEEK_CUR) / os.fstat(file.fileno()).st_size:.0%}")
+        if cut:
+            yield cut
 
 
 def count_lines(path: Path) -> int:
@@ -357,8 +378,18 @@ def sort_lines(source: Path, target: Path, *, unique: bool = False, by_first_fie
         command.append("-u")
     if by_first_field:
         command += ["-t", "\t", "-k", "1,1"]
-    done = subprocess.run(
+    megabytes, still = source.stat().st_size >> 20, StillAt("sorting")
+    with subprocess.Popen(
         [*command, "--", str(source)], env={**os.environ, "LC_ALL": "C"}, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise RuijiError(f"sorting {source} failed: {done.stderr.strip()}")
+    ) as sort:
+        said = None
+        try:
+            while said is None:
+                with suppress(subprocess.TimeoutExpired):
+                    said = sort.communicate(timeout=LINE_INTERVAL_S)[1]
+                still(f"{megabytes:,} MB")
+        except BaseException:
+            sort.kill()
+            raise
+    if sort.returncode:
+        raise RuijiError(f"sorting {source} failed: {said.strip()}")

@@ -92,16 +92,18 @@ def compare_pictures(
         GalleryMismatch: which objects are on the list is not known.
     """
     stale = read_marks(folder)[1].bits
-    records = {shard: read_record(folder, shard) for shard in shards}
-    total, before, looked_at, read = sum(record.rows for record in records.values()), 0, 0, 0
+    records = ((shard, read_record(folder, shard)) for shard in shards)
+    # Not the records themselves, which hold all that failed.
+    sizes = {shard: (record.rows, record.format) for shard, record in records}
+    total, before, looked_at, read = sum(rows for rows, _ in sizes.values()), 0, 0, 0
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        for shard, record in records.items():
+        for shard, (of_shard, record_format) in sizes.items():
             paths = list(read_lines(layout.paths_file(folder, shard)))
-            listed = np.ones(record.rows, bool)
+            listed = np.ones(of_shard, bool)
             if shard in stale:
-                listed = ~np.unpackbits(np.frombuffer(stale[shard], np.uint8), count=record.rows).astype(bool)
+                listed = ~np.unpackbits(np.frombuffer(stale[shard], np.uint8), count=of_shard).astype(bool)
             rows = np.flatnonzero(listed).tolist()
-            if record.format == 1:
+            if record_format == 1:
                 yield Compared(shard, without_digest=len(rows))
             else:
                 digests = map_npy(layout.digests_file(folder, shard)).array
@@ -117,7 +119,7 @@ def compare_pictures(
                 looked_at += len(rows)
                 read += len(rows) - len(unreadable)
                 yield Compared(shard, tuple(changed), tuple(unreadable))
-            before += record.rows
+            before += of_shard
             progress(before, total)
     if looked_at and not read:
         # Nothing is wrong with the gallery if the folder is another, or a mount is gone.

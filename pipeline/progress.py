@@ -1,5 +1,6 @@
-"""Progress on stderr: a bar on a terminal, else a line every few seconds."""
+"""Progress on stderr: a bar on a terminal, else a line every few seconds; of planning a log event."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,12 +13,27 @@ from pipeline.streams import note
 if TYPE_CHECKING:
     from pipeline.status import Status, WorkerState
 
+logger = logging.getLogger(__name__)
+
 #: Into a log file, often enough to see life, rarely enough to read.
 LINE_INTERVAL_S = 10.0
 #: A worker that is starting is not missed yet.
 _PATIENCE_S = 8.0
 #: The rate is taken over this long, so that it follows workers that come and go.
 _RATE_WINDOW_S = 30.0
+
+
+class StillAt:
+    """Tells the log every few seconds how far a long step is; nothing of one that is over sooner."""
+
+    def __init__(self, step: str) -> None:
+        self._step, self._due = step, time.monotonic() + LINE_INTERVAL_S
+
+    def __call__(self, so_far: str) -> None:
+        """Tell it, if it is time."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + LINE_INTERVAL_S
+            logger.info("%s: %s", self._step, so_far, extra={"event": "still_at"})
 
 
 class Rate:

@@ -11,6 +11,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError
 from pipeline.objects import Exclude, IdScheme, clean_list, escaped, prepare, read_lines, sort_lines
+from pipeline.progress import StillAt
 from pipeline.streams import counted
 from pipeline.versions import heif_decoder
 
@@ -44,6 +45,8 @@ _SCRATCH = f"{layout.TEMPORARY_PREFIX}list-"
 _OF_ONE_FOLDER = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 #: How many endings, folders or names are told one by one.
 _TOLD = 8
+#: After so many images there is a look whether to tell how many there are.
+_TOLD_EVERY = 1_000
 
 
 class Scan:
@@ -206,8 +209,11 @@ def write_list(scan: Scan, target: Path, scheme: IdScheme | None = None) -> tupl
 def _write_sorted(scan: Scan, scratch: Path, target: Path) -> int:
     any_scheme = IdScheme(ObjectIds.path)
     lines = 0
+    still = StillAt(f"looking for images below {scan.folder}")
     with (scratch / "raw").open("wb") as out:
         for path in scan.paths():
+            if lines % _TOLD_EVERY == 0:
+                still(f"{lines:,} found")
             line = os.fsencode(path)
             out.write((escaped(line).encode() if any_scheme.problem(line) else line) + b"\n")
             lines += 1

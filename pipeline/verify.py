@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.plans.generations import current
 from pipeline.plans.plan import Plan, plan_id_of, segment_digest
 from pipeline.plans.published import published_shards
 from pipeline.plans.repair import lost_segments, plan_repair, set_aside
-from pipeline.progress import show_steps
+from pipeline.progress import StillAt, show_steps
 from pipeline.reduce import nested_folders
 from pipeline.store import (
     DIGEST_BYTES,
@@ -154,7 +154,11 @@ def _verify(folder: Path, media_dir: Path | None) -> list[Finding]:
     # In this order, so that a shard that is published meanwhile is not taken for one that came too late.
     recorded = recorded_shards(folder)
     shards = published_shards(folder)
-    findings += [found for shard in shards if (found := _check(folder, gallery, shard, shard in makeable))]
+    still = StillAt("reading every shard")
+    for number, shard in enumerate(shards):
+        still(f"{number:,} of {len(shards):,}")
+        if found := _check(folder, gallery, shard, shard in makeable):
+            findings.append(found)
     lost, given_up, _ = lost_segments(folder)
     open_shards = {segment.shard for segment in plan.segments} if plan is not None else set()
     findings += [
@@ -174,10 +178,9 @@ def _verify(folder: Path, media_dir: Path | None) -> list[Finding]:
         Finding(
             "leftover", f"{shard:04d}", "it was published after its plan was closed, and does not count", True, shard
         )
-        for shard in recorded
-        if shard not in shards
+        for shard in sorted(set(recorded).difference(shards))
     ]
-    sound = [shard for shard in shards if shard not in {found.shard for found in findings}]
+    sound = sorted(set(shards) - {found.shard for found in findings})
     scheme = IdScheme(gallery.object_id)
     with _scratch(folder) as scratch:
         findings += _twice(scheme, folder, sound, scratch)
@@ -256,16 +259,18 @@ def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:
     """The todo lists against their plans; also the shards of which nothing tells what is to be in them."""
     findings: list[Finding] = []
     unreadable: set[int] = set()
+    still = StillAt("reading the lists of plans")
     for plan in plans:
         damaged = set()
         for segment in plan.segments:
+            still(f"{segment.index:,} of {len(plan.segments):,} segments of plan {plan.plan_id}")
             try:
                 plan.paths(segment)
             except GalleryMismatch:
                 damaged.add(segment.shard)
         if damaged:
             name = str(plan.todo.relative_to(folder))
-            rebuilt = _rebuilt_list(plan) is not None
+            rebuilt = _tell_list(plan)
             words = f"it is lost or not as its plan says, so {len(damaged)} shards could not be made again"
             findings.append(Finding("damaged", name, words, rebuilt))
             # A list that is written anew tells again what is in a broken shard.
@@ -273,29 +278,39 @@ def _lists(folder: Path, plans: list[Plan]) -> tuple[list[Finding], set[int]]:
     return findings, unreadable
 
 
-def _rebuilt_list(plan: Plan) -> list[bytes] | None:
-    """A plan's todo list from the shards that it made, or None if they do not tell all of it."""
-    lines: list[bytes] = []
-    try:
-        for segment in plan.segments:
-            record = plan.record(segment)
-            # Without a record its paths may still be all: the digest below decides.
-            if record is None and not segment.digest:
-                return None
-            paths = set() if record is None else {failure.path for failure in record.failed}
-            if record is None or record.rows:
-                paths |= set(read_lines(layout.paths_file(plan.folder, segment.shard)))
-            lines += sorted(f"{path}\n".encode() for path in paths)
-    except (GalleryMismatch, OSError, ValueError):
-        return None
-    todo, first = b"".join(lines), 0
+def _rebuilt_list(plan: Plan) -> Iterator[bytes]:
+    """A plan's todo list from the shards that it made, segment by segment: whole it can be gigabytes.
+
+    Raises:
+        GalleryMismatch, OSError, ValueError: they do not tell all of it.
+    """
+    untold = GalleryMismatch(f"the shards of the plan {plan.plan_id} do not tell what was in it")
+    todo = hashlib.sha256()
     for segment in plan.segments:
-        if segment.digest and segment_digest(lines[first : first + segment.lines]) != segment.digest:
-            return None
-        first += segment.lines
-    if not plan.segments[0].digest and plan_id_of(plan, hashlib.sha256(todo).hexdigest()) != plan.plan_id:
-        return None
-    return lines
+        record = plan.record(segment)
+        # Without a record its paths may still be all: the digest below decides.
+        if record is None and not segment.digest:
+            raise untold
+        paths = set() if record is None else {failure.path for failure in record.failed}
+        if record is None or record.rows:
+            paths |= set(read_lines(layout.paths_file(plan.folder, segment.shard)))
+        lines = b"".join(sorted(f"{path}\n".encode() for path in paths))
+        if segment.digest and segment_digest([lines]) != segment.digest:
+            raise untold
+        todo.update(lines)
+        yield lines
+    if not plan.segments[0].digest and plan_id_of(plan, todo.hexdigest()) != plan.plan_id:
+        raise untold
+
+
+def _tell_list(plan: Plan) -> bool:
+    """Whether the shards that a plan made tell its todo list."""
+    try:
+        for _ in _rebuilt_list(plan):
+            pass
+    except (GalleryMismatch, OSError, ValueError):
+        return False
+    return True
 
 
 def _check(folder: Path, gallery: GalleryInfo, shard: int, makeable: bool) -> Finding | None:
@@ -346,7 +361,7 @@ def _twice(scheme: IdScheme, folder: Path, shards: list[int], scratch: Path) -> 
                 out.write(f"{scheme.object_id(path)}\t{shard:04d}\n")
     sort_lines(raw, by_id, by_first_field=True)
     previous, first = "", ""
-    for line in read_lines(by_id):
+    for line in read_lines(by_id, "looking for objects with two rows"):
         object_id, _, place = line.partition("\t")
         if object_id == previous:
             yield Finding("twice", object_id, f"has rows in the shards {first} and {place}", False)
@@ -494,6 +509,9 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
     gallery = require_gallery(folder)
     broken = set()
     kept = 0
+    plans: dict[str, Plan] = {}
+    if any(finding.kind in ("damaged", "broken-shard") for finding in findings):
+        plans = {plan.plan_id: plan for plan in _plans(folder, open_plan(folder))}
     for finding in findings:
         if finding.kind in ("leftover", "damaged-cache"):
             if _may_go(folder, finding):
@@ -502,14 +520,14 @@ def repair(folder: Path, findings: list[Finding], note: Callable[[str], None] = 
             else:
                 kept += 1
         elif finding.kind == "damaged" and finding.repairable:
-            _write_list(folder, finding)
+            _write_list(folder, finding, plans)
             note(f"wrote {finding.name} again from the shards")
         elif finding.kind == "broken-shard" and finding.repairable:
             assert finding.shard is not None
             if _check(folder, gallery, finding.shard, makeable=True) is None:
                 # Its disk was away for a while, or another repair has made it again.
                 note(f"left shard {finding.name} as it is: it is sound now")
-            elif _rebuilt(folder, finding.shard):
+            elif _rebuilt(folder, finding.shard, plans):
                 note(f"rebuilt the paths and ids of shard {finding.name} from its plan")
             else:
                 broken.add(finding.shard)
@@ -562,19 +580,19 @@ def _remove(folder: Path, finding: Finding) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_list(folder: Path, finding: Finding) -> None:
-    for plan in _plans(folder, open_plan(folder)):
+def _write_list(folder: Path, finding: Finding, plans: Mapping[str, Plan]) -> None:
+    for plan in plans.values():
         path = plan.todo
-        if str(path.relative_to(folder)) == finding.name and (lines := _rebuilt_list(plan)) is not None:
-            write_atomic(path, lines, sync=True)
+        if str(path.relative_to(folder)) == finding.name and _tell_list(plan):
+            write_atomic(path, _rebuilt_list(plan), sync=True)
 
 
-def _rebuilt(folder: Path, shard: int) -> bool:
+def _rebuilt(folder: Path, shard: int, plans: Mapping[str, Plan]) -> bool:
     """Write a shard's paths and ids from its plan, if that makes the shard what its record says."""
     rebuilt = (layout.OBJECT_IDS, layout.PATHS)
     try:
         record = read_record(folder, shard)
-        (plan,) = (plan for plan in _plans(folder, open_plan(folder)) if plan.plan_id == record.plan)
+        plan = plans[record.plan]
         (segment,) = (segment for segment in plan.segments if segment.shard == shard)
         failed = {failure.path for failure in record.failed}
         paths = [path for path in plan.paths(segment) if path not in failed]

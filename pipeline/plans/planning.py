@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import layout
 from pipeline.choices import Reason
@@ -23,6 +25,7 @@ from pipeline.plans.plan import Limits, Plan, Segment
 from pipeline.plans.probes import find_probes
 from pipeline.plans.published import Published
 from pipeline.plans.repair import copy_lost, keep_remains, lost_segments, origins_of
+from pipeline.progress import StillAt
 from pipeline.settings import MAX_IMAGE_MB, MAX_IMAGE_S, MAX_PIXELS, SHARD_ROWS
 from pipeline.store import read_record
 from pipeline.versions import library_versions
@@ -62,8 +65,7 @@ class Retry:
         return self.reason in (None, max(entries, key=lambda entry: entry.shard).reason)
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Where an object stands that needs no planning.
 
     Attributes:
@@ -232,8 +234,10 @@ def _done_by_id(folder: Path, scheme: IdScheme, lost: list[Segment], lost_lines:
     """The entries of all that needs no planning, a line each, by id."""
     raw, by_id = scratch / "settled", scratch / "settled-by-id"
     with raw.open("w", encoding="utf-8", newline="\n") as out:
-        published = Published(folder)
-        for shard in published.shards():
+        published, still = Published(folder), StillAt("reading what is in shards")
+        shards = published.shards()
+        for number, shard in enumerate(shards):
+            still(f"{number:,} of {len(shards):,} shards")
             record = read_record(folder, shard)
             for row, path in enumerate(read_lines(layout.paths_file(folder, shard))):
                 object_id = scheme.object_id(path)
@@ -256,7 +260,8 @@ def _compare(
 ) -> tuple[Path, ListState]:
     """Write the paths of the list that are to do, sorted, and the marks of what is done and not on the list."""
     raw, fresh = scratch / "fresh-by-id", scratch / "fresh"
-    stale: dict[int, list[int]] = {}
+    # A byte a row of the shards that have any: nearly all can have left the list.
+    stale: dict[int, NDArray[np.bool_]] = {}
     remade: dict[int, list[str]] = {}
     stale_failed: list[str] = []
     with raw.open("w", encoding="utf-8", newline="\n") as out:
@@ -269,18 +274,16 @@ def _compare(
             rows = [entry for entry in entries if entry.row >= 0]
             again = [entry for entry in entries if entry.row == _MADE_AGAIN]
             for entry in rows:
-                stale.setdefault(entry.shard, []).append(entry.row)
+                if entry.shard not in stale:
+                    stale[entry.shard] = np.zeros(count_lines(layout.paths_file(folder, entry.shard)), bool)
+                stale[entry.shard][entry.row] = True
             for entry in again:
                 remade.setdefault(entry.shard, []).append(entry.object_id)
             if not rows and not again:
                 stale_failed.append(entries[0].object_id)
     sort_lines(raw, fresh)
-    bits: dict[int, bytes] = {}
-    for shard, numbers in stale.items():
-        mask = np.zeros(count_lines(layout.paths_file(folder, shard)), dtype=bool)
-        mask[numbers] = True
-        bits[shard] = np.packbits(mask).tobytes()
-    rows_marked = sum(map(len, stale.values()))
+    bits = {shard: np.packbits(mask).tobytes() for shard, mask in stale.items()}
+    rows_marked = sum(int(mask.sum()) for mask in stale.values())
     state = write_marks(made, bits, remade, stale_failed, objects.digest, objects.lines, rows_marked)
     return fresh, state
 
@@ -290,7 +293,7 @@ def _merged(by_id: Path, done: Path) -> Iterator[tuple[str | None, list[_Entry]]
     entries = (_Entry.from_line(line) for line in read_lines(done))
     groups = ((object_id, list(group)) for object_id, group in itertools.groupby(entries, lambda e: e.object_id))
     held = next(groups, None)
-    for line in read_lines(by_id):
+    for line in read_lines(by_id, "comparing the object list with the shards"):
         object_id, _, path = line.partition("\t")
         while held is not None and held[0] < object_id:
             yield None, held[1]

@@ -23,20 +23,36 @@ def find_probes(media_dir: Path, objects: ObjectList) -> tuple[str, ...]:
     Raises:
         RuijiError: none of the objects can be read below the media folder.
     """
+    top = str(media_dir)
     for places in (PROBES, 32 * PROBES, objects.lines):
         step = max(1, objects.lines // places)
         found: list[str] = []
-        for number, path in enumerate(read_lines(objects.path)):
-            if number % step == 0 and os.access(media_dir / path, os.R_OK):
+        missing = ""
+        for number, path in enumerate(read_lines(objects.path, "looking for an image that can be read")):
+            # The list is sorted: what is in a folder that is not there comes in one piece, and is asked for once.
+            if number % step or (missing and path.startswith(missing)):
+                continue
+            if os.access(f"{top}/{path}", os.R_OK):
                 found.append(path)
                 if len(found) == PROBES:
                     break
+            else:
+                missing = _missing_folder(top, path)
         if found:
             return tuple(found)
     raise RuijiError(
         f"none of the {objects.lines} objects of the list can be read below {media_dir}: is it mounted, "
         "and is the list relative to it?"
     )
+
+
+def _missing_folder(top: str, path: str) -> str:
+    """The outermost folder of a path that is not there, with a `/` at its end; empty if all are."""
+    end = 0
+    while (end := path.find("/", end) + 1) > 0:
+        if not os.path.lexists(f"{top}/{path[:end]}"):
+            return path[:end]
+    return ""
 
 
 def note_probes(plan: Plan, probes: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ bytes in a file that no decision names. A file that is to go is looked for only 
 and the kept one has others: any other copy is one that nobody decided about.
 """
 
+import bisect
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ Key: TypeAlias = int
 _NONE: frozenset[int] = frozenset()
 #: Of so many objects all pairs are listed.
 _LISTED = 64
+#: So few objects are looked for by an index of ids, more by reading all names once.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -240,17 +243,33 @@ def decided_in(gallery: Gallery, decisions: Sequence[Decision]) -> Decided:
         every = {one for decision in decisions for one in decision.objects}
         digests = {bytes.fromhex(one.sha256) for one in every if one.sha256 is not None}
         rows = set(itertools.chain.from_iterable(rows_with(gallery, digests).values()))
-        own = {one for one in every if one.gallery is None}
-        paths, ids = {one.path for one in own}, {one.id for one in own if one.path is None}
-        there = {one.path for one in every - own}
-        for number, (shard, first) in enumerate(zip(gallery.shards, gallery.firsts, strict=True)):
-            known = there if number < gallery.reference_shards else paths
-            names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, known)
-            for local, name in enumerate(names):
-                if name in wanted and (shard.stale is None or not shard.stale[local]):
-                    rows.add(first + local)
+        rows.update(_rows_named(gallery, every))
         objects = {row: object_of(gallery, row) for row in sorted(rows)}
     return Decided(decisions, objects)
+
+
+def _rows_named(gallery: Gallery, objects: set[DecidedObject]) -> Iterator[int]:
+    """The rows that have the path of one of some objects, or its id where paths are unknown, and are on the list."""
+    own = {one for one in objects if one.gallery is None}
+    paths, ids = {one.path for one in own}, {one.id for one in own if one.path is None}
+    there = {one.path for one in objects - own}
+    candidates: list[int] | None = None
+    if len(objects) <= _FEW:
+        # An id is a path or its last part, and of ids there is an index. To read 10^8 paths takes a minute.
+        asked = {name for one in objects for name in (one.name, one.name.rpartition("/")[2])}
+        candidates = sorted(itertools.chain.from_iterable(gallery.rows_of(asked).values()))
+    for number, (shard, first) in enumerate(zip(gallery.shards, gallery.firsts, strict=True)):
+        some: Sequence[int] = range(len(shard.features))
+        if candidates is not None:
+            end = bisect.bisect_left(candidates, first + len(some))
+            some = [row - first for row in candidates[bisect.bisect_left(candidates, first) : end]]
+        if not some:
+            continue
+        known = there if number < gallery.reference_shards else paths
+        names, wanted = (shard.ids(), ids) if shard.paths is None else (shard.paths, known)
+        for local, name in enumerate(names) if candidates is None else ((local, names[local]) for local in some):
+            if name in wanted and (shard.stale is None or not shard.stale[local]):
+                yield first + local
 
 
 def object_of(gallery: Gallery, row: int) -> DecidedObject:

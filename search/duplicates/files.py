@@ -116,7 +116,7 @@ def _kept(shard: Shard) -> NDArray[np.int64]:
     """A shard's table, int64[rows, 5], as it is in the cache; empty lines otherwise."""
     shape = (len(shard.features), _COLUMNS)
     kept = None if shard.cache is None else shard.cache.read(layout.FACTS, "<i8", shape)
-    return np.zeros(shape, np.int64) if kept is None else np.array(kept)
+    return np.zeros(shape, np.int64) if kept is None else kept
 
 
 def _to_line(facts: FileFacts) -> NDArray[np.int64]:

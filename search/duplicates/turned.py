@@ -189,7 +189,7 @@ class TurnedCopies:
             for shard, start in zip(self._gallery.shards, self._gallery.firsts, strict=True):
                 shape = (len(shard.features), _COLUMNS)
                 kept = None if shard.cache is None else shard.cache.read(layout.HASHES, "<u8", shape)
-                table = np.zeros(shape, np.uint64) if kept is None else np.array(kept)
+                table = np.zeros(shape, np.uint64) if kept is None else kept
                 first, end = np.searchsorted(rows, [start, start + len(table)]).tolist()
                 local = rows[first:end] - start
                 lines[first:end] = table[local]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, UsageError
-from pipeline.objects import Exclude, IdScheme, ObjectList, escaped, is_bad_name, prepare, read_lines
+from pipeline.objects import Exclude, IdScheme, ObjectList, escaped, is_bad_name, prepare, read_lines, sort_lines
+from pipeline.progress import StillAt
+from tests.factories import processes_below
 from tests.properties import examples
 
 BASENAME, WHOLE_PATH = IdScheme(ObjectIds.basename), IdScheme(ObjectIds.path)
@@ -179,6 +182,45 @@ def test_two_paths_with_one_id_are_both_named_and_the_whole_path_sets_them_apart
 def test_an_empty_list_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ObjectListError, match="is empty"):
         prepared(tmp_path, content)
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 10.0])
+def test_a_long_list_tells_how_far_it_is(
+    tmp_path: Path, interval_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.progress.LINE_INTERVAL_S", interval_s)
+    monkeypatch.setattr("pipeline.objects._TOLD_EVERY", 2)
+    caplog.set_level("INFO")
+    prepared(tmp_path, b"a/1.jpg\na/2.jpg\na/3.jpg\n")
+    assert {(vars(record)["event"], record.getMessage()) for record in caplog.records} == (
+        {
+            ("still_at", "checking the object list: 2 lines"),
+            ("still_at", "taking the ids of the object list: 100%"),
+            ("still_at", "sorting: 0 MB"),
+            ("still_at", "looking for ids that the object list has twice: 100%"),
+        }
+        if interval_s == 0
+        else set()
+    )
+
+
+def test_sorting_tells_that_it_goes_on_and_ends_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "sort"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("pipeline.objects.LINE_INTERVAL_S", 0.01)
+
+    def interrupt(still: StillAt, so_far: str) -> None:
+        raise KeyboardInterrupt(so_far)
+
+    monkeypatch.setattr(StillAt, "__call__", interrupt)
+    (tmp_path / "lines").write_text("b\na\n")
+    with pytest.raises(KeyboardInterrupt, match="0 MB"):
+        sort_lines(tmp_path / "lines", tmp_path / "sorted")
+    assert not processes_below()
 
 
 def test_a_missing_list_says_how_to_make_one(tmp_path: Path) -> None:

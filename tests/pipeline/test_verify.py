@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RuijiError, UsageError
+from pipeline.plans import files as files_of_plans
 from pipeline.plans.closing import cancel_plan, close_plan
 from pipeline.plans.files import open_plan
 from pipeline.plans.plan import Plan
@@ -113,6 +114,17 @@ def test_a_damaged_file_is_found_and_only_its_shard_is_made_again(plan: Plan, en
         repair(plan.folder, verify(plan.folder))
     assert files(plan.folder) == before
     assert verify(plan.folder) == []
+
+
+def test_plans_are_read_once_however_many_shards_are_broken(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(plan.folder)
+    for shard in range(3):
+        flip(plan.folder / f"{shard:04d}.paths.txt")
+    findings, read = verify(plan.folder), list[Path]()
+    closed_plans = files_of_plans.closed_plans
+    monkeypatch.setattr("pipeline.verify.closed_plans", lambda folder: (read.append(folder), closed_plans(folder))[1])
+    repair(plan.folder, findings)
+    assert files(plan.folder) == before and len(read) == 1
 
 
 def media_of(plan: Plan) -> Path:

@@ -19,6 +19,7 @@ from pipeline.plans.files import is_closed, open_plan
 from pipeline.plans.generations import current, read_marks
 from pipeline.plans.plan import _is_plain, segment_digest
 from pipeline.plans.planning import PlanSettings, check_matches, plan_list
+from pipeline.plans.probes import find_probes
 from pipeline.plans.repair import plan_repair
 from pipeline.segments import reduce_segment
 from tests.factories import picture, pictures
@@ -204,6 +205,28 @@ def test_probes_are_objects_that_can_be_read_and_none_at_all_is_an_error(tmp_pat
     assert set(plan.probes) <= set(paths[15:])
     with pytest.raises(RuijiError, match="is it mounted"):
         plan_for(tmp_path / "other", model_path, paths)
+
+
+def test_a_media_folder_that_is_not_mounted_is_not_asked_for_each_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network, 10^8 questions for what is not there would take hours."""
+    paths = [f"2024/{month:02}/{day:02}/{n}.jpg" for month in range(9) for day in range(9) for n in range(9)]
+    listed = tmp_path / "list"
+    listed.write_text("".join(f"{path}\n" for path in paths))
+    objects = ObjectList(listed, listed, len(paths), "d", ())
+    asked: list[str] = []
+    work = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: (asked.append(path), work(path, mode))[1])
+    with pytest.raises(RuijiError, match="is it mounted"):
+        find_probes(tmp_path / "media", objects)
+    assert len(asked) == 3
+    # Where only the last image is there, it is found still.
+    (tmp_path / "media" / paths[0]).parent.mkdir(parents=True)
+    (tmp_path / "media" / paths[-1]).parent.mkdir(parents=True)
+    (tmp_path / "media" / paths[-1]).touch()
+    assert find_probes(tmp_path / "media", objects) == (paths[-1],)
+    assert len(asked) < 60
 
 
 def test_an_empty_folder_is_not_claimed_twice(tmp_path: Path, model_path: Path) -> None:

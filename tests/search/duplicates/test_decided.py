@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,34 @@ def test_a_decision_about_thousands_of_objects_is_no_list_of_pairs() -> None:
     pairs, side = known(lines, *many, one("new")).settled_pairs(1001)
     assert len(pairs) == 998 * 2 and side is not None
     assert (side[2:1000] == side[2]).all() and len({*side[:3].tolist(), int(side[1000])}) == 4
+
+
+@pytest.mark.parametrize("known_paths", [False, True])
+def test_few_objects_are_found_without_a_look_at_every_name(
+    known_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each decision the page Clean up asks for the objects of that one, in a gallery of up to 10^8."""
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    gallery = in_memory(np.eye(4, dtype=np.float32), names, cuts=(2,))
+    (tmp_path / "0").write_text("one/a.jpg\none/b.jpg\n")
+    (tmp_path / "1").write_text("c.jpg\ntwo/d.jpg\n")
+    stale = np.array([False, True])
+    shards = [
+        replace(shard, stale=stale if number else None, paths_file=tmp_path / str(number) if known_paths else None)
+        for number, shard in enumerate(gallery.shards)
+    ]
+    gallery = replace(gallery, shards=tuple(shards))
+    objects = [DecidedObject(path) for path in ("one/a.jpg", "two/b.jpg", "two/d.jpg", "c.jpg")]
+    if not known_paths:
+        objects = [DecidedObject(id=name) for name in names]
+    decisions = [decide("different", *objects)]
+    with monkeypatch.context() as patch:
+        patch.setattr("search.duplicates.decided._FEW", 0)
+        every = decided_in(gallery, decisions).objects
+    # The file of another folder is another one; what is off the list is nobody.
+    assert {key for key in every if key >= 0} == ({0, 2} if known_paths else {0, 1, 2})
+    monkeypatch.setattr("search.gallery.paths.Paths.__iter__", lambda paths: pytest.fail("all paths are read"))
+    assert decided_in(gallery, decisions).objects == every
 
 
 @pytest.mark.parametrize("digests", [False, True])

@@ -6,6 +6,7 @@ import os
 import resource
 import tempfile
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -428,6 +429,22 @@ def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, 
             assert hits[0].object_id == "007.jpg"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_shard_has_at_most_five_files_mapped(folder: Path) -> None:
+    """A process can map 65,530: with seven, 10^8 rows in 10,000 shards were too many."""
+
+    def mapped() -> set[str]:
+        places = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+        return {Path(place[5]).name for place in places if len(place) == 6 and place[5].startswith(str(folder))}
+
+    for shard in open_gallery(folder).shards:
+        shard.keep()
+    gallery = open_gallery(folder)
+    for scan in (numpy_scan(), codes_scan()):
+        rank(gallery, some_features(10)[:1], 10, scan=scan)
+    assert len(list(gallery.all_paths())) == 10
+    assert max(Counter(name.partition(".")[0] for name in mapped()).values()) == 5
 
 
 def test_what_is_made_of_files_is_made_once_for_all_choices_of_rows(
