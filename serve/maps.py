@@ -12,6 +12,9 @@ from serve.galleries import Resident
 
 #: Seconds after which who asks is told how far the map is.
 _PATIENCE_S = 0.5
+#: A point has 12 bytes in an answer, some 50 in this process meanwhile, and all are in the page's memory at once: with
+#: 10^8 of them one click on the map would end a service that has 4 GB.
+_MOST_POINTS = 20_000_000
 
 
 class _GivenUp(RuijiError):
@@ -56,10 +59,15 @@ class Maps:
             The map, or how far it is.
 
         Raises:
-            UsageError: UMAP is asked for, and not kept.
+            UsageError: UMAP is asked for, and not kept; or the gallery is too large.
             RuijiError: the map cannot be made; the next one who asks has it tried again.
         """
         gallery = resident.gallery
+        if len(gallery) > _MOST_POINTS:
+            raise UsageError(
+                f"the map shows up to {_MOST_POINTS:,} objects, and this gallery has {len(gallery):,}; Python gives "
+                "their positions (Gallery.map)"
+            )
         if projection is not Projection.pca:
             kept = await asyncio.to_thread(gallery.kept_map, Projection.umap)
             if kept is not None:

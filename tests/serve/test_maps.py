@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import ruiji as api
 from pipeline import layout
 from pipeline.cache import write_array
+from pipeline.errors import UsageError
 from pipeline.model import load_model
 from pipeline.store import write_atomic
 from search.gallery.opening import open_gallery
@@ -62,6 +63,18 @@ def test_what_cannot_be_asked_is_refused(served: Served) -> None:
     for rows in ("", "-1", "1,", "a", "1-3", many):
         assert served.get(f"/map/objects?rows_key={key}&rows={rows}").status == 422, rows
     assert served.get(f"/map/objects?rows_key={key}&rows={many[2:]}").status == 200
+
+
+def test_a_map_that_no_page_can_hold_is_refused_before_it_is_made(
+    ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_served_gallery(ruiji)
+    monkeypatch.setattr("serve.maps._MOST_POINTS", COUNT - 1)
+    maps, resident = Maps(lambda: False), Resident("tiny", api.open_gallery(ruiji.gallery), None)
+    with pytest.raises(UsageError, match=f"up to {COUNT - 1} objects, and this gallery has {COUNT}"):
+        asyncio.run(maps.get(resident, None))
+    maps.close()
+    assert not list((ruiji.gallery / "cache").glob("map.*"))
 
 
 def test_rows_that_were_renumbered_are_not_mixed_up(ruiji: Ruiji) -> None:
