@@ -471,7 +471,8 @@ def open_picture(
     """
     from PIL import Image
 
-    from workers.decode.images import FORMATS, check_size, open_image
+    from workers.decode.files import open_image
+    from workers.decode.images import FORMATS, check_size
     from workers.decode.seen import as_seen
 
     try:

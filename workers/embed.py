@@ -21,7 +21,8 @@ from pipeline.small_files import read_whole
 from pipeline.spec import ModelSpec
 from pipeline.store import Embedded
 from workers.decode.ahead import Decoders, pixels_for
-from workers.decode.images import Decoded, Opened, decode_whole, open_image
+from workers.decode.files import Opened, open_image
+from workers.decode.images import Decoded, decode_whole
 from workers.decode.media import check_media
 from workers.ledger import Ledger
 from workers.suspects.alone import ChildDied, decode_alone

@@ -23,7 +23,7 @@ from pipeline.store import (
     write_features,
 )
 from tests.sanitized import run_sanitized
-from workers.decode.images import open_image
+from workers.decode.files import open_image
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG, LENGTH = versions_tag({"numpy": "2"}), 5

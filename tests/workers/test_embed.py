@@ -64,7 +64,7 @@ def test_a_feature_has_the_digest_of_its_file(
     tmp_path: Path, plan: Plan, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, whole: bool, ahead: bool
 ) -> None:
     if not whole:
-        monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr("workers.decode.files.READ_WHOLE_BYTES", 0)
     batch = jobs(plan)
     (tmp_path / "media" / batch[2].path).write_bytes((tmp_path / "media" / batch[1].path).read_bytes())
     expected = [hashlib.sha256((tmp_path / "media" / job.path).read_bytes()).digest() for job in batch]
@@ -94,7 +94,7 @@ def test_a_digest_is_of_the_bytes_that_were_decoded(tmp_path: Path, plan: Plan, 
 def test_a_large_file_that_changes_while_it_is_read_has_no_row(
     tmp_path: Path, plan: Plan, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("workers.decode.files.READ_WHOLE_BYTES", 0)
     batch = jobs(plan)[:1]
     image = tmp_path / "media" / batch[0].path
     os.utime(image, (1, 1))

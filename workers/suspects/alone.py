@@ -23,8 +23,9 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError, MachineFault
 from pipeline.plans.plan import Limits
 from pipeline.spec import ModelSpec
+from workers.decode.files import open_image
 from workers.decode.heif import load_decoder
-from workers.decode.images import Decoded, decode_whole, open_image
+from workers.decode.images import Decoded, decode_whole
 
 #: Starting Python and reading some of a file takes a second; on a busy machine or a slow disk some more.
 _READ_TIMEOUT_S = 120.0

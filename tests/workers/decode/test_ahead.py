@@ -10,7 +10,8 @@ import pytest
 from tests.factories import picture
 from tests.workers.decode.test_images import LIMIT, SPEC
 from workers.decode.ahead import Decoders
-from workers.decode.images import decode, load_pixels, open_image
+from workers.decode.files import open_image
+from workers.decode.images import decode, load_pixels
 from workers.decode.resize import has_filter, resize
 
 

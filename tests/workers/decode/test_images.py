@@ -20,7 +20,8 @@ from pipeline.model import load_model
 from pipeline.spec import ModelSpec
 from tests.factories import picture, tiny_model
 from tests.properties import examples
-from workers.decode.images import decode, decode_whole, load_pixels, open_image
+from workers.decode.files import open_image
+from workers.decode.images import decode, decode_whole, load_pixels
 from workers.encoder import to_input
 
 LIMIT = 89_478_485
@@ -61,7 +62,7 @@ def test_the_digest_is_of_the_whole_file_whatever_the_decoder_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, whole: bool, pixels: int
 ) -> None:
     if not whole:
-        monkeypatch.setattr("workers.decode.images._READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr("workers.decode.files.READ_WHOLE_BYTES", 0)
     path = picture(tmp_path / f"x.{ending}", 3, (67, 45))
     with path.open("ab") as more:
         more.write(b"what no decoder looks at")

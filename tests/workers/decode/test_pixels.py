@@ -24,6 +24,7 @@ from pipeline.errors import ImageError, MachineFault
 from pipeline.spec import ModelSpec
 from search.queries import open_picture, read_header
 from workers.decode import heif, icon, images, seen
+from workers.decode import jpeg as strict
 from workers.decode.images import decode, load_pixels
 
 LIMIT = 10**7
@@ -691,7 +692,7 @@ def test_a_damaged_jpeg_of_a_phone_or_of_great_size_fails_too(tmp_path: Path, mo
     place = data.index(b"\xff\xda") + 2000
     assert failure(data[:place] + bytes(1024) + data[place + 1024 :])[0] == "undecodable"
     # Not read before it is decoded.
-    monkeypatch.setattr(images, "_READ_WHOLE_BYTES", 1000)
+    monkeypatch.setattr("workers.decode.files.READ_WHOLE_BYTES", 1000)
     (tmp_path / "whole.jpg").write_bytes(jpeg("baseline"))
     (tmp_path / "cut.jpg").write_bytes(jpeg("baseline")[:-2])
     spec = ModelSpec("i", "f", "NHWC", "RGB", 8, 8, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 1, 2)
@@ -726,12 +727,12 @@ def test_a_folder_that_fails_while_a_great_jpeg_is_read_is_no_fault_of_the_jpeg(
 def test_of_a_great_jpeg_no_more_is_read_than_its_pixels_can_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_READ_WHOLE_BYTES", 10_000)
+    monkeypatch.setattr("workers.decode.files.READ_WHOLE_BYTES", 10_000)
     (tmp_path / "x.jpg").write_bytes(jpeg("baseline") + bytes(5 << 20))
     lengths = []
-    decoder = images.simplejpeg.decode_jpeg
+    decoder = strict.simplejpeg.decode_jpeg
     monkeypatch.setattr(
-        images.simplejpeg, "decode_jpeg", lambda data, *a, **k: lengths.append(len(data)) or decoder(data, *a, **k)
+        strict.simplejpeg, "decode_jpeg", lambda data, *a, **k: lengths.append(len(data)) or decoder(data, *a, **k)
     )
     spec = ModelSpec("i", "f", "NHWC", "RGB", 8, 8, "bicubic", 255.0, (0.0,) * 3, (1.0,) * 3, True, False, 1, 2)
     load_pixels(tmp_path / "x.jpg", spec, 240 * 320)
@@ -746,7 +747,7 @@ def test_an_error_holds_no_copy_of_the_file() -> None:
         error: BaseException | None = caught.value
         while error is not None:
             for frame, _ in traceback.walk_tb(error.__traceback__):
-                if frame.f_code.co_filename == images.__file__:
+                if frame.f_code.co_filename in (images.__file__, strict.__file__):
                     assert not any(isinstance(value, bytes | bytearray) for value in frame.f_locals.values())
             error = error.__cause__
 
