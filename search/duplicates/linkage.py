@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pipeline.errors import UsageError
 from search.arrays import Float64, Mask, Rows
 from search.duplicates.joining import Joining, ListedJoining, TableJoining
-from search.duplicates.store import Masks, Pairs, PairStore, Part, joined, pair_keys
+from search.duplicates.pairs import Pairs
+from search.duplicates.store import Masks, PairStore, Part, joined, pair_keys
 from search.gallery.shards import Gallery
 from search.gallery.units import usable_rows
 from search.options import Linkage

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from search.arrays import Float32, Float64, Mask, Rows
 from search.gallery.shards import Gallery
 from search.gallery.units import unit_rows
-from search.ranking.arithmetic import Arithmetic, Dense, Pairs, is_dense
+from search.ranking.arithmetic import Arithmetic, Dense, Listed, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.exact import exact_pair_similarities, exact_pair_table
 
@@ -44,17 +44,28 @@ class Side:
 
 
 @dataclass(frozen=True)
-class NearPairs:
-    """Pairs of gallery rows that reach the threshold, in any order.
+class Pairs:
+    """Pairs of gallery rows that reach the threshold, the smaller row first.
 
     Attributes:
-        some, others: int64[m] each; the smaller row is in `some`.
+        some, others: int64[m] each.
         similarities: exact, float64[m].
     """
 
     some: Rows
     others: Rows
     similarities: Float64
+
+    def __len__(self) -> int:
+        return len(self.some)
+
+    def only(self, wanted: Mask | Rows) -> "Pairs":
+        """Some of them."""
+        return Pairs(self.some[wanted], self.others[wanted], self.similarities[wanted])
+
+    def in_order(self) -> "Pairs":
+        """The most similar first, ties by rows."""
+        return self.only(np.lexsort((self.others, self.some, -self.similarities)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Sides:
 
 def find_pairs(
     sides: Sides, panels: Sequence[int], threshold: float, pass_rows: int, reference_panels: int = 0
-) -> Iterator[tuple[int, int, list[NearPairs | NearTable]]]:
+) -> Iterator[tuple[int, int, list[Pairs | NearTable]]]:
     """Find every pair of some panels' rows, and of these with rows before, that reaches the threshold, once.
 
     Args:
@@ -174,12 +185,12 @@ def _comparisons(tile: Rows, side: Rows) -> int:
     return int(np.searchsorted(tile, side).sum())
 
 
-def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[NearPairs | NearTable]:
+def compare(sides: Sides, side: Side, tile: Side, threshold: float) -> Iterator[Pairs | NearTable]:
     """Find the pairs that reach the threshold and whose smaller row is the tile's, the other the side's."""
     gallery = sides.gallery
     margin = Margin(max(side.margin.absolute, tile.margin.absolute), max(side.margin.relative, tile.margin.relative))
     for found in sides.arithmetic.near(side.made, tile.made, margin.least(threshold)):
-        if isinstance(found, Pairs):
+        if isinstance(found, Listed):
             # A tile with itself has each pair twice, and each row with itself.
             some, others = tile.rows[found.others], side.rows[found.some]
             yield _decided(gallery, some[some < others], others[some < others], threshold)
@@ -232,11 +243,10 @@ def _sorted_out(dense: Dense, margin: Margin, threshold: float, once: Any) -> tu
     return reached, open_pairs
 
 
-def _decided(gallery: Gallery, some: Rows, others: Rows, threshold: float) -> NearPairs:
+def _decided(gallery: Gallery, some: Rows, others: Rows, threshold: float) -> Pairs:
     """Those of some pairs that reach the threshold."""
-    similarities = pair_similarities(gallery, some, others)
-    reached = similarities >= threshold
-    return NearPairs(some[reached], others[reached], similarities[reached])
+    pairs = Pairs(some, others, pair_similarities(gallery, some, others))
+    return pairs.only(pairs.similarities >= threshold)
 
 
 def pair_similarities(gallery: Gallery, some: Rows, others: Rows) -> Float64:

@@ -23,7 +23,7 @@ from pipeline.npy import NpyError
 from pipeline.store import machine_faults
 from pipeline.streams import note
 from search.arrays import Float64, Mask, Rows
-from search.duplicates.pairs import NearPairs, NearTable
+from search.duplicates.pairs import NearTable, Pairs
 from search.duplicates.pairs import pair_similarities as exact
 from search.gallery.shards import Gallery
 
@@ -34,31 +34,6 @@ _LOOKED_AT = 1024
 _WORD_BITS = 64
 #: Lines of a file before what it holds.
 _HEAD = 3
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of gallery rows, the smaller row first.
-
-    Attributes:
-        some, others: int64[m] each.
-        similarities: exact, float64[m].
-    """
-
-    some: Rows
-    others: Rows
-    similarities: Float64
-
-    def __len__(self) -> int:
-        return len(self.some)
-
-    def only(self, wanted: "Mask | NDArray[np.int64]") -> "Pairs":
-        """Some of them."""
-        return Pairs(self.some[wanted], self.others[wanted], self.similarities[wanted])
-
-    def in_order(self) -> "Pairs":
-        """The most similar first, ties by rows."""
-        return self.only(np.lexsort((self.others, self.some, -self.similarities)))
 
 
 @dataclass(frozen=True)
@@ -327,13 +302,13 @@ class Writing:
         self._masks: list[NDArray[np.uint64]] = []
         self._parts: list[Part] = []
 
-    def add(self, found: list[NearPairs | NearTable]) -> None:
+    def add(self, found: list[Pairs | NearTable]) -> None:
         """Take what was found in a tile."""
         for near in found:
             if isinstance(near, NearTable):
                 self._masks.append(_masked(near))
             else:
-                self._pairs.append(Pairs(near.some, near.others, near.similarities))
+                self._pairs.append(near)
         if sum(map(len, self._pairs)) + sum(map(len, self._masks)) >= AT_ONCE:
             self._write(last=False)
 

@@ -28,8 +28,8 @@ from pipeline import layout
 from pipeline.errors import ImageError
 from pipeline.streams import counted
 from search.arrays import Float32, Mask, Rows
-from search.duplicates.pairs import pair_similarities
-from search.duplicates.store import Pairs, Part, pair_keys
+from search.duplicates.pairs import Pairs, pair_similarities
+from search.duplicates.store import Part, pair_keys
 from search.gallery.shards import Gallery
 from search.gallery.units import usable_rows
 from search.queries import open_picture

@@ -25,7 +25,7 @@ _LISTED = 16
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Listed:
     """Some pairs of a tile: positions in its two sides, int64[m], and their approximate cosines, float64[m]."""
 
     some: Rows
@@ -93,7 +93,7 @@ class Arithmetic(Protocol):
         """Unit rows, float32[b, d], as a side of a tile, and how far a cosine with such rows can be off."""
         ...
 
-    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+    def near(self, some: object, others: object, least: float) -> Iterator[Listed | Dense]:
         """Pairs of rows of two sides whose computed cosine is not below `least`, or all pairs if many are not."""
         ...
 

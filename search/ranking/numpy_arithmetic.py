@@ -6,7 +6,7 @@ import numpy as np
 
 from search.arrays import Float32, Float64
 from search.gallery.shards import Gallery
-from search.ranking.arithmetic import Dense, Pairs, Products, Tiles, cpu_tiles, is_dense
+from search.ranking.arithmetic import Dense, Listed, Products, Tiles, cpu_tiles, is_dense
 from search.ranking.bounds import Margin, float32_margin
 from search.ranking.codes_scan import codes_scan
 from search.ranking.scan import Batch, Candidates, numpy_scan
@@ -48,7 +48,7 @@ class NumpyArithmetic:
         """As `Arithmetic` says."""
         return units, float32_margin(units.shape[1])
 
-    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+    def near(self, some: object, others: object, least: float) -> Iterator[Listed | Dense]:
         """As `Arithmetic` says."""
         assert isinstance(some, np.ndarray) and isinstance(others, np.ndarray)
         cosines: Float32 = some @ others.T
@@ -61,7 +61,7 @@ class NumpyArithmetic:
         else:
             # Flat: numpy looks through one dimension many times faster than through two.
             i, j = np.divmod(np.flatnonzero(near), max(1, cosines.shape[1]))
-            yield Pairs(i, j, cosines[i, j].astype(np.float64))
+            yield Listed(i, j, cosines[i, j].astype(np.float64))
 
     def products(self, units: Float64) -> Products:
         """As `Arithmetic` says."""

@@ -22,7 +22,7 @@ from search.gallery.codes import integers_of
 from search.gallery.norms import is_plain
 from search.gallery.shards import Block, Gallery
 from search.options import Metric, Precision
-from search.ranking.arithmetic import Dense, Pairs, Products, Tiles, cpu_tiles, is_dense
+from search.ranking.arithmetic import Dense, Listed, Products, Tiles, cpu_tiles, is_dense
 from search.ranking.bounds import BFLOAT16_ROUNDOFF, Margin, bfloat16_margin, float32_margin, margin_of, values_of
 from search.ranking.codes_scan import NumpyCodesMultiply, codes_scan
 from search.ranking.scan import Batch, Candidates, default_block_rows, scanned_rows
@@ -326,11 +326,11 @@ class TorchArithmetic:
             loss = _largest_loss(exact, rounded)
         return rounded, bfloat16_margin(units.shape[1], loss, loss)
 
-    def near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+    def near(self, some: object, others: object, least: float) -> Iterator[Listed | Dense]:
         """As `Arithmetic` says; only near pairs leave the device, or all if many are."""
         return _guarded(self._near(some, others, least))
 
-    def _near(self, some: object, others: object, least: float) -> Iterator[Pairs | Dense]:
+    def _near(self, some: object, others: object, least: float) -> Iterator[Listed | Dense]:
         a, b = cast(torch.Tensor, some), cast(torch.Tensor, others)
         at_once = max(1, (self._products_at_once or _PRODUCTS) // max(1, len(b)))
         for number, part in enumerate(a.split(at_once)):
@@ -341,7 +341,7 @@ class TorchArithmetic:
                 yield Dense(number * at_once, cosines.float().cpu().numpy(), near.cpu().numpy())
             elif len(found[0]):
                 i, j = found
-                yield Pairs(number * at_once + i, j, _at(cosines, i, j))
+                yield Listed(number * at_once + i, j, _at(cosines, i, j))
 
     def products(self, units: Float64) -> Products:
         """As `Arithmetic` says."""
