@@ -20,7 +20,7 @@ from pipeline.queue.comparisons import NOTE_S, Comparisons, PanelTask
 from pipeline.queue.keys import COMPARE_TASK, compare_queue
 from pipeline.queue.outages import end_process, noted
 from search.duplicates.pairs import first_equals
-from search.duplicates.panels import Comparison, panels_of, whole
+from search.duplicates.panels import Comparison, panels_of
 from search.duplicates.store import PairFolder, Panel
 from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
@@ -205,7 +205,7 @@ class Comparer:
     def _open(self, task: PanelTask) -> "_Opened | None":
         """The gallery as far as it has a panel: shards that were added since count to the last one."""
         try:
-            gallery = whole(open_gallery(self._folder, include_stale=True))
+            gallery = open_gallery(self._folder, include_stale=True).whole()
         except (UsageError, FileNotFoundError) as error:
             raise MachineFault(f"the gallery is away: {error}") from error
         ends = [first + len(shard.features) for first, shard in zip(gallery.firsts, gallery.shards, strict=True)]

@@ -22,7 +22,7 @@ from pipeline.queue.comparisons import Comparisons, PanelTask, Seen
 from pipeline.queue.connection import REDIS_FAULTS, broker_faults, connect, passes, refusal
 from pipeline.settings import VISIBILITY_TIMEOUT_S
 from pipeline.status import live_workers
-from search.duplicates.panels import PANEL_ROWS, panels_of, whole
+from search.duplicates.panels import PANEL_ROWS, panels_of
 from search.duplicates.store import PairFolder, Panel
 from search.gallery.shards import Gallery
 
@@ -70,7 +70,7 @@ def compare_with(
     client = connect(workers.redis_url)
     with broker_faults():
         check_place(workers.folder, workers.info, client)
-    _Asking(workers, client, whole(gallery), threshold, say).compare(progress)
+    _Asking(workers, client, gallery.whole(), threshold, say).compare(progress)
 
 
 class _Asking:

@@ -59,7 +59,7 @@ def collect(
     asked = replace(gallery, shards=tuple(shard.view(None, shard.wanted) for shard in gallery.shards))
     fitting: set[Panel] = set()
     # What is known of all rows serves for some of them; but of equal rows another one may be the first.
-    for compared in (whole(gallery), asked):
+    for compared in (gallery.whole(), asked):
         known = {panel: folder.read(panel, threshold) for panel in panels_of(compared, panel_rows)}
         fitting |= known.keys()
         if all(known.values()):
@@ -147,11 +147,6 @@ class Comparison:
             writing[number].add(near)
             progress(count)
         return [one.end() for one in writing.values()]
-
-
-def whole(gallery: Gallery) -> Gallery:
-    """The same gallery with no row left out: its pairs serve for any choice of them."""
-    return replace(gallery, shards=tuple(shard.view(stale=None) for shard in gallery.shards))
 
 
 def panels_of(gallery: Gallery, panel_rows: int = PANEL_ROWS) -> Iterator[Panel]:

@@ -332,6 +332,10 @@ class Gallery:
         shards = tuple(shard.only(mask) for shard, mask in zip(self.shards, wanted, strict=True))
         return replace(self, shards=shards)
 
+    def whole(self) -> "Gallery":
+        """The same gallery with no row left out: what is made of its rows serves for any choice of them."""
+        return replace(self, shards=tuple(shard.view(stale=None) for shard in self.shards))
+
     @cached_property
     def coded(self) -> bool:
         """Whether the codes of all shards are kept."""

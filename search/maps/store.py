@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def make_map(
     kept = read_map(gallery, projection)
     if kept is not None:
         return kept
-    whole = replace(gallery, shards=tuple(shard.view(stale=None) for shard in gallery.shards))
+    whole = gallery.whole()
     rows = np.flatnonzero(usable_rows(whole))
     if projection is Projection.pca:
         plane = principal_plane(whole, rows, step)

@@ -17,7 +17,7 @@ from pipeline.queue.connection import connect
 from pipeline.worker_settings import WorkerSettings
 from search.duplicates import comparer
 from search.duplicates.comparer import Comparer, Comparing
-from search.duplicates.panels import Comparison, panels_of, whole
+from search.duplicates.panels import Comparison, panels_of
 from search.gallery.opening import open_gallery
 from tests.cuda.pretended import uuid
 from tests.search.galleries import write_gallery
@@ -59,7 +59,7 @@ def test_a_gpu_that_fails_ends_its_process_and_is_no_panels_fault(
 
     monkeypatch.setattr(comparer, "end_process", ended.append)
     monkeypatch.setattr("search.duplicates.comparer._Opened.comparison", fails)
-    panel = next(panels_of(whole(open_gallery(given.settings.folder)), 100))
+    panel = next(panels_of(open_gallery(given.settings.folder).whole(), 100))
     task = PanelTask(100, panel.number, panel.end, panel.key, 0.9)
     asked = Comparisons(client, given.gallery.gallery_id)
     asked.ask([task.name])

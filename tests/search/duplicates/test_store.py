@@ -17,7 +17,7 @@ from pipeline import layout
 from pipeline.cache import look_through
 from search.duplicates.groups import Group, find_groups
 from search.duplicates.pairs import find_pairs, first_equals
-from search.duplicates.panels import Comparison, collect, panels_of, whole
+from search.duplicates.panels import Comparison, collect, panels_of
 from search.duplicates.store import PairFolder, joined
 from search.gallery.opening import open_gallery
 from search.ranking.arithmetic import Tiles
@@ -302,7 +302,7 @@ def test_panels_compared_anywhere_in_any_order_give_the_groups_of_one_machine(tm
     for name in files:
         (tmp_path / "g" / "cache" / name).unlink()
     # Each worker has opened the gallery by itself.
-    workers = [whole(open_gallery(tmp_path / "g")) for _ in range(2)]
+    workers = [open_gallery(tmp_path / "g").whole() for _ in range(2)]
     panels = list(panels_of(workers[0], panel_rows))
     made = [
         Comparison(one, panels, first_equals(one, 16), NumpyArithmetic(), tile_rows)
