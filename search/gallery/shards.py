@@ -375,10 +375,15 @@ class Gallery:
         return self.shards[index], row - self.firsts[index]
 
     def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
-        """Gallery rows by shard: (shard, positions in `rows`, rows of the shard)."""
-        owners = np.searchsorted(self._end_rows, rows, side="right")
-        for index in np.unique(owners).tolist():
-            positions = np.flatnonzero(owners == index)
+        """Gallery rows by shard, in the gallery's order: (shard, positions in `rows`, rows of the shard, ascending)."""
+        if not len(rows):
+            return
+        order = np.argsort(rows, kind="stable")
+        owners = np.searchsorted(self._end_rows, rows[order], side="right")
+        # Only shards that have one of them: a group of two asks among thousands of shards.
+        starts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist()]
+        for start, end in itertools.pairwise([*starts, len(order)]):
+            index, positions = int(owners[start]), order[start:end]
             yield self.shards[index], positions, rows[positions] - self.firsts[index]
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -445,21 +450,12 @@ class Gallery:
 
     def _of_rows(self, rows: NDArray[np.int64], of_shard: Callable[[Shard, list[int]], Sequence[_T]]) -> list[_T]:
         """What a shard says of some of its rows, for gallery rows in the order given."""
-        if not len(rows):
-            return []
-        # In the gallery's order, in which they lie in memory.
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
         told: list[_T] = []
-        owners = np.searchsorted(self._end_rows, ordered, side="right")
-        # Only shards that have one of them: a group of two asks among thousands of shards.
-        starts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist()]
-        for start, end in itertools.pairwise([*starts, len(ordered)]):
-            owner = int(owners[start])
-            told += of_shard(self.shards[owner], (ordered[start:end] - self.firsts[owner]).tolist())
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
-        return list(map(told.__getitem__, places.tolist()))
+        order: list[int] = []
+        for shard, positions, local in self._split(rows):
+            told += of_shard(shard, local.tolist())
+            order += positions.tolist()
+        return list(map(told.__getitem__, np.argsort(order).tolist()))
 
     def in_memory(self, rows: NDArray[np.int64] | None = None) -> bool:
         """Whether the features of some gallery rows, or of all, are in memory, as far as a few of them tell."""
