@@ -101,15 +101,6 @@ class _Search:
         object.__setattr__(self, "error", 2 * 2 * terms / (1 - terms))
 
 
-def rankable_rows(gallery: Gallery) -> Mask:
-    """Rows that can be ranked, bool[n]: all values finite and not all zero; stale rows are none."""
-    usable = np.zeros(gallery.rows, dtype=bool)
-    for block in gallery.blocks(_block_rows(gallery)):
-        good = np.asarray(np.isfinite(block.features).all(axis=1) & block.features.any(axis=1))
-        usable[block.first : block.first + len(good)] = good if block.left_out is None else good & ~block.left_out
-    return usable
-
-
 def full_ranking(
     gallery: Gallery,
     task: Task,
@@ -147,13 +138,9 @@ def full_ranking(
             del values
 
 
-def _block_rows(gallery: Gallery) -> int:
-    return max(1, _BLOCK_BYTES // (4 * max(1, gallery.length)))
-
-
 def _blocks(gallery: Gallery, candidates: Rows) -> Iterator[tuple[slice, Float32]]:
     """The candidates' features block by block, each with where its rows are among the candidates."""
-    for block in gallery.blocks(_block_rows(gallery)):
+    for block in gallery.blocks(max(1, _BLOCK_BYTES // (4 * max(1, gallery.length)))):
         first, last = np.searchsorted(candidates, [block.first, block.first + len(block.features)])
         if last - first == len(block.features):
             yield slice(first, last), block.features

@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from pipeline.errors import UsageError
-from search.evaluation.full_ranking import Task, rankable_rows
+from search.evaluation.full_ranking import Task
 from search.gallery.shards import Gallery
+from search.gallery.units import usable_rows
 from search.labels import LABEL_COLUMN, TYPE_COLUMN, Annotation, Annotations
 
 QUERY, GALLERY = "query", "gallery"
@@ -167,7 +168,7 @@ def _protocol(
 
 def _reasons(gallery: Gallery, junk: frozenset[str]) -> Callable[[_Row], str | None]:
     """Why a row does not take part, or None."""
-    usable = rankable_rows(gallery)
+    usable = usable_rows(gallery)
     stale = np.concatenate(
         [np.zeros(len(shard.features), dtype=bool) if shard.stale is None else shard.stale for shard in gallery.shards]
     )

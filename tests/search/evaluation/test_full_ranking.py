@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from search.evaluation.full_ranking import Placed, Task, full_ranking, rankable_rows
+from search.evaluation.full_ranking import Placed, Task, full_ranking
 from search.evaluation.metrics import Tie
 from search.gallery.shards import Gallery, Shard
+from search.gallery.units import usable_rows
 from search.options import Precision
 from search.ranking.arithmetic import Products
 from search.ranking.exact import exact_similarities
@@ -133,14 +134,14 @@ def test_rows_without_a_direction_and_stale_rows_are_not_usable() -> None:
     features[5] = 1e-45
     names = np.array(ids(6))
     stale = np.array([False, False, False, False, True, False])
-    assert rankable_rows(Gallery(3, (Shard("0000", features, names, stale=stale),))).tolist() == [1, 0, 0, 0, 0, 1]
+    assert usable_rows(Gallery(3, (Shard("0000", features, names, stale=stale),))).tolist() == [1, 0, 0, 0, 0, 1]
 
 
 def test_only_usable_rows_are_multiplied() -> None:
     features = random_features(60, 33)
     features[1::7], features[2::11, 0], features[3::13, 1] = 0, np.nan, np.inf
     gallery = in_memory(features, ids(60), cuts=(20,))
-    usable = np.flatnonzero(rankable_rows(gallery))
+    usable = np.flatnonzero(usable_rows(gallery))
     labels = np.random.default_rng(3).integers(0, 3, len(usable))
 
     class Watched(NumpyArithmetic):
