@@ -146,6 +146,7 @@ class Groups:
 
     Attributes:
         turned: pairs of which one was turned; None if none were looked for.
+        firsts: the first row of each group, ascending, int64[len]: what a group is called while others come and go.
     """
 
     def __init__(self, gallery: Gallery, clusters: Clusters, turned: "TurnedPairs | None" = None) -> None:
@@ -155,7 +156,7 @@ class Groups:
         sizes = np.bincount(label[rows], minlength=len(label))
         grouped = rows[(sizes > 1)[label[rows]] & (clusters.pairs > 0)[label[rows]]]
         self._rows = grouped[np.argsort(label[grouped], kind="stable")]
-        self._firsts, starts = np.unique(label[self._rows], return_index=True)
+        self.firsts, starts = np.unique(label[self._rows], return_index=True)
         self._bounds: list[int] = [*starts.tolist(), len(self._rows)]
         self._change: Callable[[Group], Group | None] = lambda group: group
         self._at_end: Callable[[], None] = lambda: None
@@ -173,7 +174,7 @@ class Groups:
             return self
         other = copy.copy(self)
         other._rows = np.concatenate([np.empty(0, np.int64), *(rows[place] for place in shown)])
-        other._firsts = self._firsts[shown]
+        other.firsts = self.firsts[shown]
         other._bounds = [0, *itertools.accumulate(len(rows[place]) for place in shown)]
         return other
 
@@ -189,7 +190,7 @@ class Groups:
         return other
 
     def __len__(self) -> int:
-        return len(self._firsts)
+        return len(self.firsts)
 
     @property
     def objects(self) -> int:
@@ -203,18 +204,13 @@ class Groups:
                 yield group
         self._at_end()
 
-    @property
-    def firsts(self) -> Rows:
-        """The first row of each group, ascending, int64[len]: what a group is called while others come and go."""
-        return self._firsts
-
     def rows(self, place: int) -> Rows:
         """The rows of the group at a place, from 0, ascending."""
         return self._rows[self._bounds[place] : self._bounds[place + 1]]
 
     def made(self, place: int) -> Group | None:
         """The group at a place, from 0; None if it is left out."""
-        first, rows = int(self._firsts[place]), self.rows(place)
+        first, rows = int(self.firsts[place]), self.rows(place)
         members = tuple(members_of(self._gallery, rows, self.turned))
         see_also = tuple(self._see_also(first))
         pairs, least = int(self._clusters.pairs[first]), self._least(first, rows)
@@ -246,8 +242,8 @@ class Groups:
         leading_out = sorted(self._leading_out.get(first, ()), key=lambda one: (-one[2], one[1]))
         for own, row, similarity, pairs in leading_out:
             other = int(self._clusters.label[row])
-            place = int(np.searchsorted(self._firsts, other))
-            group = place + 1 if place < len(self._firsts) and self._firsts[place] == other else None
+            place = int(np.searchsorted(self.firsts, other))
+            group = place + 1 if place < len(self.firsts) and self.firsts[place] == other else None
             object_id, path = self._gallery.object_id(row), self._gallery.path(row)
             yield SeeAlso(group, self._gallery.object_id(own), row, object_id, path, similarity, pairs)
 
