@@ -26,6 +26,7 @@ from search.filters import apply_conditions
 from search.gallery.shards import Gallery
 from search.options import THRESHOLD, Linkage
 from search.queries import embed_pictures, query_encoder
+from search.ranking.arithmetic import Arithmetic
 from search.ranking.planner import Planner, Purpose
 from search.requests.pictures import check_picture_targets, check_pictures, group_lines
 from search.requests.reference import Reference
@@ -208,16 +209,23 @@ def _matches(
     say: Say,
     progress: Progress,
 ) -> Matches:
-    planner = Planner(request.device)
-    way = planner.way(gallery, Purpose.pairs, gallery.rows)
-    if request.explain:
-        say(f"plan: {way}")
+    arithmetic = _arithmetic(request, gallery, say)
     with progress("pairs") as step:
-        matches = find_matches(gallery, request.threshold, settled, planner.arithmetic(way), step)
+        matches = find_matches(gallery, request.threshold, settled, arithmetic, step)
     if not request.keep or request.media_dir is None:
         return matches
     files = Files(gallery, request.media_dir, reference.media)
     return with_kept(matches, files, request.keep, say)
+
+
+def _arithmetic(request: NearDuplicatesRequest, gallery: Gallery, say: Say) -> Arithmetic:
+    """What compares all pairs."""
+    planner = Planner(request.device)
+    # Every row is a query here.
+    way = planner.way(gallery, Purpose.pairs, gallery.rows)
+    if request.explain:
+        say(f"plan: {way}")
+    return planner.arithmetic(way)
 
 
 def _open(
@@ -230,13 +238,8 @@ def _open(
 ) -> Groups:
     media_dir, model_path = request.media_dir, request.selection.model_path
     compared = Compared(gallery, request.against, annotations, request.not_within_folder)
-    planner = Planner(request.device)
-    # Every row is a query here.
-    way = planner.way(gallery, Purpose.pairs, gallery.rows)
-    if request.explain:
-        say(f"plan: {way}")
+    arithmetic = _arithmetic(request, gallery, say)
     rules = Rules(request.linkage, sides=compared.sides)
-    arithmetic = planner.arithmetic(way)
     with progress("pairs") as step, progress("pictures") if request.turned else nullcontext() as looked_at:
         turned = None
         if looked_at is not None and media_dir is not None and model_path is not None:
