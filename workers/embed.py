@@ -183,16 +183,13 @@ def embed_batch(
     waiting = [(number, job) for number, job in enumerate(jobs) if outcomes[number] == DONE]
     if encoder.model.spec.pixels == 1 and waiting:
         begin_marks(plan)
-    media_root = os.path.realpath(media_dir)
-    read_some = partial(_read_some, media_dir, media_root, ledger)
-    read = partial(_read, plan, media_dir, media_root, ledger)
-    decode = partial(_decode, plan, encoder.model.spec, media_dir, ledger, decode_file, read)
+    images = _Images(plan, media_dir, encoder.model.spec, ledger, decode_file)
     # Where they are decoded one after the other, only as many as the encoder runs at once: so a feature is on disk as
     # soon as it can be.
     step = encoder.run_images if decoders is None else max(1, len(waiting))
     for start in range(0, len(waiting), step):
         part = waiting[start : start + step]
-        for number, outcome in _embed_part(plan, part, read_some, decode, encoder, ledger, decoders):
+        for number, outcome in _embed_part(images, part, encoder, decoders):
             outcomes[number] = outcome
     if waiting and not plan.keep_features:
         published = _published(plan, jobs)
@@ -204,31 +201,80 @@ def embed_batch(
     return outcomes
 
 
+class _Images:
+    """The images of a batch, from paths to pixels."""
+
+    def __init__(self, plan: Plan, media_dir: Path, spec: ModelSpec, ledger: Ledger, decode_file: Decode) -> None:
+        self.plan, self.spec, self.ledger = plan, spec, ledger
+        self._media_dir, self._media_root, self._decode_file = media_dir, os.path.realpath(media_dir), decode_file
+
+    def read_some(self, jobs: list[Job]) -> list[memoryview | None]:
+        """The contents of some, as `read_whole`; None of each that `decode` is to read at its turn."""
+        with self.ledger.busy("read"):
+            # Nothing is opened for a bad name.
+            paths = [f"{self._media_dir}/{job.path}" for job in jobs if not is_bad_name(job.path)]
+            read = iter(read_whole(paths, self._media_root))
+            return [None if is_bad_name(job.path) else next(read) for job in jobs]
+
+    def decode(self, job: Job, room: NDArray[np.uint8], contents: memoryview | None) -> bytes | ImageError:
+        """Put the pixels of one into `room`, uint8[h, w, c]; returns its file's digest, or why it has none."""
+        file = self._read(job) if contents is None else contents
+        if isinstance(file, ImageError):
+            return file
+        altered: list[str] = []
+        with file, self.ledger.busy("decode"):
+            max_pixels = self.plan.limits_of(job.segment).max_pixels
+            decoded = self._surely(partial(self._decode_file, file, self.spec, max_pixels, altered, room))
+            if isinstance(decoded, ImageError):
+                return decoded
+            if decoded.pixels is not room:
+                room[...] = decoded.pixels
+        if altered:
+            # Before its feature is there: what is done is not looked at again.
+            mark(self.plan, job.path, altered)
+        return decoded.digest
+
+    def _read(self, job: Job) -> BinaryIO | ImageError:
+        """Open the image of one object; returns it, read unless it is very large, or why there is none."""
+        if (problem := self.plan.scheme.bad_name(job.path)) is not None:
+            return ImageError(problem, Reason.bad_name)
+        with self.ledger.busy("read"):
+            return self._surely(partial(open_image, f"{self._media_dir}/{job.path}", self._media_root))
+
+    def _surely(self, look: Callable[[], _T]) -> _T | ImageError:
+        """What a look at an image gives; an image counts as missing only while the media folder is there."""
+        try:
+            try:
+                return look()
+            except ImageError as error:
+                if error.reason not in (Reason.missing, Reason.unreadable, Reason.outside_media):
+                    return error
+                check_media(self.plan, self._media_dir)
+            # The folder is there now, but may have come back since: only a second look tells.
+            return look()
+        except ImageError as error:
+            return error
+
+
 def _embed_part(
-    plan: Plan,
-    part: list[tuple[int, Job]],
-    read_some: Callable[[list[Job]], list[memoryview | None]],
-    decode: Callable[[Job, NDArray[np.uint8], memoryview | None], bytes | ImageError],
-    encoder: "Encoder | _Alone",
-    ledger: Ledger,
-    decoders: Decoders | None,
+    images: _Images, part: list[tuple[int, Job]], encoder: "Encoder | _Alone", decoders: Decoders | None
 ) -> Iterator[tuple[int, str]]:
     """Decode and encode some jobs' images and write what becomes of them; yields the jobs' numbers and outcomes."""
-    spec, count = encoder.model.spec, len(part)
-    room = contextlib.nullcontext(pixels_for(spec, count)) if decoders is None else decoders.batch(count)
+    count = len(part)
+    room = contextlib.nullcontext(pixels_for(images.spec, count)) if decoders is None else decoders.batch(count)
     with room as pixels:
 
-        def read_these(places: list[int]) -> list[memoryview | None]:
-            return read_some([part[place][1] for place in places])
+        def read_some(places: list[int]) -> list[memoryview | None]:
+            return images.read_some([part[place][1] for place in places])
 
-        def decode_one(place: int, contents: memoryview | None) -> bytes | ImageError:
-            return decode(part[place][1], pixels[place], contents)
+        def decode(place: int, contents: memoryview | None) -> bytes | ImageError:
+            return images.decode(part[place][1], pixels[place], contents)
 
         if decoders is None:
-            loaded = [decode_one(place, None) for place in range(count)]
+            loaded = [decode(place, None) for place in range(count)]
         else:
-            loaded = decoders.run(read_these, decode_one, count)
-        yield from _embed(plan, part, loaded, pixels, encoder, ledger)
+            loaded = decoders.run(read_some, decode, count)
+        yield from _embed(images.plan, part, loaded, pixels, encoder, images.ledger)
 
 
 def _embed(
@@ -299,66 +345,6 @@ def _published(plan: Plan, jobs: Iterable[Job]) -> set[int]:
     """Those of the jobs' shards of which nothing more is wanted."""
     segments = {job.segment.index: job.segment for job in jobs}
     return {segment.shard for segment in segments.values() if plan.published(segment)}
-
-
-def _read_some(media_dir: Path, media_root: str, ledger: Ledger, jobs: list[Job]) -> list[memoryview | None]:
-    """The contents of some objects' images, as `read_whole`; None of each that `_read` is to read at its turn."""
-    with ledger.busy("read"):
-        # Nothing is opened for a bad name.
-        read = iter(read_whole([f"{media_dir}/{job.path}" for job in jobs if not is_bad_name(job.path)], media_root))
-        return [None if is_bad_name(job.path) else next(read) for job in jobs]
-
-
-def _read(plan: Plan, media_dir: Path, media_root: str, ledger: Ledger, job: Job) -> BinaryIO | ImageError:
-    """Open the image of one object; returns it, read unless it is very large, or why there is none."""
-    if (problem := plan.scheme.bad_name(job.path)) is not None:
-        return ImageError(problem, Reason.bad_name)
-    with ledger.busy("read"):
-        return _surely(plan, media_dir, partial(open_image, f"{media_dir}/{job.path}", media_root))
-
-
-def _decode(
-    plan: Plan,
-    spec: ModelSpec,
-    media_dir: Path,
-    ledger: Ledger,
-    decode_file: Decode,
-    read: Callable[[Job], BinaryIO | ImageError],
-    job: Job,
-    room: NDArray[np.uint8],
-    contents: memoryview | None,
-) -> bytes | ImageError:
-    """Put the pixels of one object into `room`, uint8[h, w, c]; returns its file's digest, or why it has none."""
-    file = read(job) if contents is None else contents
-    if isinstance(file, ImageError):
-        return file
-    altered: list[str] = []
-    with file, ledger.busy("decode"):
-        max_pixels = plan.limits_of(job.segment).max_pixels
-        decoded = _surely(plan, media_dir, partial(decode_file, file, spec, max_pixels, altered, room))
-        if isinstance(decoded, ImageError):
-            return decoded
-        if decoded.pixels is not room:
-            room[...] = decoded.pixels
-    if altered:
-        # Before its feature is there: what is done is not looked at again.
-        mark(plan, job.path, altered)
-    return decoded.digest
-
-
-def _surely(plan: Plan, media_dir: Path, look: Callable[[], _T]) -> _T | ImageError:
-    """What a look at an image gives; an image counts as missing only while the media folder is there."""
-    try:
-        try:
-            return look()
-        except ImageError as error:
-            if error.reason not in (Reason.missing, Reason.unreadable, Reason.outside_media):
-                return error
-            check_media(plan, media_dir)
-        # The folder is there now, but may have come back since: only a second look tells.
-        return look()
-    except ImageError as error:
-        return error
 
 
 def _fail(plan: Plan, job: Job, error: ImageError) -> str:
