@@ -13,7 +13,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -255,13 +255,17 @@ def _lines(object_ids: list[str]) -> bytes:
 
 def marks_digest(folder: Path) -> str:
     """sha256 (hex) over names and bytes of a folder of marks; empty if the next generation removes it just now."""
-    total = hashlib.sha256()
     try:
-        for name, data in _mark_files(folder):
-            total.update(f"{name} {len(data)}\n".encode())
-            total.update(data)
+        return _digest(_mark_files(folder))
     except FileNotFoundError:
         return ""
+
+
+def _digest(files: Iterable[tuple[str, bytes]]) -> str:
+    total = hashlib.sha256()
+    for name, data in files:
+        total.update(f"{name} {len(data)}\n".encode())
+        total.update(data)
     return total.hexdigest()
 
 
@@ -285,15 +289,9 @@ def read_marks(folder: Path) -> tuple[Generation, Marks]:
                 "was damaged; run ruiji enqueue (or ruiji run) with the object list"
             )
         files: list[tuple[str, bytes]] = []
-        digest = hashlib.sha256()
-        try:
-            for name, data in _mark_files(now.marks_folder):
-                digest.update(f"{name} {len(data)}\n".encode())
-                digest.update(data)
-                files.append((name, data))
-        except FileNotFoundError:
-            pass  # The next generation removes them.
-        whole = now.objects is None or not now.objects.marks or now.objects.marks == digest.hexdigest()
+        with suppress(FileNotFoundError):  # The next generation removes them.
+            files += _mark_files(now.marks_folder)
+        whole = now.objects is None or not now.objects.marks or now.objects.marks == _digest(files)
         if current(folder).number != now.number:
             continue
         with suppress(UnicodeDecodeError):
