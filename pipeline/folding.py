@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import layout
 from pipeline.errors import ObjectListError, UsageError
-from pipeline.objects import MAX_ID_BYTES, IdScheme, ObjectList, read_lines, sort_lines
+from pipeline.objects import MAX_ID_BYTES, IdScheme, ObjectList, read_lines, repeated, sort_lines
 from pipeline.store import machine_faults
 
 #: Names that are one where case, or the normal form, does not count.
@@ -62,15 +62,11 @@ def check_names(objects: ObjectList, scheme: IdScheme, scratch: Path) -> None:
             object_id = line.partition("\t")[0]
             out.write(f"{_folded(scheme.nested(object_id, ''))}\t{object_id}\n")
     sort_lines(raw, by_name, by_first_field=True)
-    previous = previous_id = ""
-    for line in read_lines(by_name):
-        name, _, object_id = line.partition("\t")
-        if name == previous:
-            raise ObjectListError(
-                f"{previous_id!r} and {object_id!r} are two ids of the list, but one name on the file system of "
-                "--feature-dir: choose a folder on another file system, rename one, or use --object-id path"
-            )
-        previous, previous_id = name, object_id
+    for _, first, second in repeated(by_name):
+        raise ObjectListError(
+            f"{first!r} and {second!r} are two ids of the list, but one name on the file system of "
+            "--feature-dir: choose a folder on another file system, rename one, or use --object-id path"
+        )
 
 
 def _folded(name: str) -> str:

@@ -324,16 +324,20 @@ def _index_by_id(clean: Path, scratch: Path, scheme: IdScheme) -> Path:
             out.write(f"{scheme.object_id(path)}\t{path}\n")
     sort_lines(raw, by_id, by_first_field=True)
     raw.unlink()
-    previous = previous_path = ""
-    for line in read_lines(by_id, "looking for ids that the object list has twice"):
-        object_id, _, path = line.partition("\t")
-        if object_id == previous:
-            raise ObjectListError(
-                f"two objects have the id {object_id!r}: {previous_path!r} and {path!r}; "
-                "rename one, or use the whole path as the id with --object-id path (RUIJI_OBJECT_ID=path)"
-            )
-        previous, previous_path = object_id, path
+    for object_id, first, second in repeated(by_id, "looking for ids that the object list has twice"):
+        raise ObjectListError(
+            f"two objects have the id {object_id!r}: {first!r} and {second!r}; "
+            "rename one, or use the whole path as the id with --object-id path (RUIJI_OBJECT_ID=path)"
+        )
     return by_id
+
+
+def repeated(path: Path, step: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """Of a file that is sorted by its first field, the first fields that two lines have, and what follows in each."""
+    lines = (line.split("\t", 1) for line in read_lines(path, step))
+    for (key, first), (other, second) in itertools.pairwise(lines):
+        if key == other:
+            yield key, first, second
 
 
 def read_lines(path: Path, step: str | None = None) -> Iterator[str]:
