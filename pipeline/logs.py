@@ -58,7 +58,7 @@ class EventHandler(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)
 
 
-def set_up(log_format: LogFormat = LogFormat.text, level: int = logging.INFO) -> None:
+def set_up(log_format: LogFormat = LogFormat.text) -> None:
     """Send ruiji's events to stderr; keep Celery and kombu to warnings."""
     handler = EventHandler()
     handler.setFormatter(EventFormatter(as_json=log_format is LogFormat.json))
@@ -66,4 +66,4 @@ def set_up(log_format: LogFormat = LogFormat.text, level: int = logging.INFO) ->
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     for name in ("pipeline", "workers", "search", "serve"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -4,7 +4,7 @@ import html
 import re
 import string
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: The inputs of a text tower besides the token ids that are understood.
 _MASK = "attention_mask"
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+#: What a tower is proven with.
+_EXAMPLES = ("a cat on a sofa", "two red cars at night")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -216,13 +218,13 @@ def _line(error: Exception) -> str:
     return said if len(said) <= 300 else f"{said[:300]} …"
 
 
-def prove_text(encoder: TextEncoder, examples: Sequence[str] = ("a cat on a sofa", "two red cars at night")) -> None:
+def prove_text(encoder: TextEncoder) -> None:
     """Encode some words: features are finite, and differ.
 
     Raises:
         ModelError: they do not; or as `TextEncoder.encode`.
     """
-    features = np.stack([encoder.encode(words)[0] for words in examples])
+    features = np.stack([encoder.encode(words)[0] for words in _EXAMPLES])
     if not np.isfinite(features).all():
         raise ModelError(f"the text tower {encoder.spec.model} gives features that are not finite")
     if (features == features[0]).all():

@@ -84,9 +84,12 @@ class _Keys:
             raise self.refuse(f"{key} is {value!r}, not a number")
         return float(value)
 
-    def truth(self, key: str, default: bool) -> bool:
-        """True or false. Null is refused: it is the default to one release of a library, and false to another."""
-        value = self._left.pop(key, default)
+    def truth(self, key: str) -> bool:
+        """True, which is meant if it is absent, or false.
+
+        Null is refused: it is the default to one release of a library, and false to another.
+        """
+        value = self._left.pop(key, True)
         if not isinstance(value, bool):
             raise self.refuse(f"{key} is {json.dumps(value)}, neither true nor false")
         return value
@@ -244,7 +247,7 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
     if family not in _PROCESSORS:
         raise keys.refuse(f"the image processor {kind} is none of those that ruiji knows: {', '.join(_PROCESSORS)}")
     for key in ("do_resize", "do_rescale"):
-        if not keys.truth(key, True):
+        if not keys.truth(key):
             raise keys.refuse(f"{key} is false, and ruiji can only do true")
     if not math.isclose(factor := keys.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise keys.refuse(f"rescale_factor is {factor}, and ruiji can only do 1/255")
@@ -253,7 +256,7 @@ def _hugging_face(path: Path, values: dict[str, Any]) -> dict[str, Said]:
         raise keys.refuse(f"resample is {resample!r}, none of Pillow's filters")
     said = {"resize": Said(_RESAMPLE[resample], f"{path.name}: resample {resample}")}
     said |= _hugging_face_fit(keys, kind, family)
-    normalizes = keys.truth("do_normalize", True)
+    normalizes = keys.truth("do_normalize")
     if normalizes:
         said |= dict(_colors(keys, "image_mean", "image_std"))
     # Configurations have these also if nothing uses them.
@@ -265,7 +268,7 @@ def _hugging_face_fit(keys: _Keys, kind: str, family: str) -> dict[str, Said]:
     """How a picture's shape becomes the model's."""
     size = keys.take("size")
     sides = keys.sides("size", size, keys.take("default_to_square", family in _SQUARE))
-    crops = keys.truth("do_center_crop", True) if family in _CROPPING else keys.take("do_center_crop", False)
+    crops = keys.truth("do_center_crop") if family in _CROPPING else keys.take("do_center_crop", False)
     # Many configurations have one that nothing uses.
     crop = keys.take("crop_size", None)
     if crops and crop is None:
