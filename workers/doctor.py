@@ -151,11 +151,14 @@ def _media(media_dir: Path) -> Check:
     return Check("ok", "media", str(media_dir))
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or where it would be made."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
 def _atomic(folder: Path) -> Check:
     """Whether a file can be renamed over another, and linked so that the first wins, where the gallery is or comes."""
-    place = folder
-    while not place.exists():
-        place = place.parent
+    place = _existing(folder)
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=f"{layout.TEMPORARY_PREFIX}doctor-") as name:
             file = Path(name, "x")
@@ -192,10 +195,7 @@ def _space(folder: Path, model: Model) -> Check:
     if plan is not None and plan.keep_features:
         flying = left
     need = left * row + flying * -(-(row + 128) // _BLOCK_BYTES) * _BLOCK_BYTES
-    place = folder
-    while not place.exists():
-        place = place.parent
-    stat = os.statvfs(place)
+    stat = os.statvfs(_existing(folder))
     free = stat.f_bavail * stat.f_frsize
     detail = f"{free / 1e9:.1f} GB free, about {need / 1e9:.1f} GB needed for {counted(left, 'object')}"
     if stat.f_files and stat.f_favail < flying:
@@ -254,40 +254,43 @@ def _sample(folder: Path, media_dir: Path, encoder: Encoder) -> Check:
         return Check("ok", "features", "no shard yet to compare with")
     if gallery.fingerprint != encoder.model.fingerprint:
         raise GalleryMismatch(f"the gallery belongs to another model: {why_another(encoder.model, gallery.contract)}")
-    worst, where, compared, skipped = 1.0, "", 0, 0
-    changed: list[str] = []
+    compared: list[tuple[float, str]] = []
+    skipped, changed = 0, list[str]()
     for shard, row in _spread(folder, shards):
-        record = read_record(folder, shard)
-        features = _array(layout.features_file(folder, shard), (record.rows, encoder.model.spec.length))
-        digests = None
-        if record.format > 1:
-            digests = _array(layout.digests_file(folder, shard), (record.rows, DIGEST_BYTES))
-        stored = features[row]
-        path = list(read_lines(layout.paths_file(folder, shard)))[row]
+        path, stored, digest = _row(folder, shard, row, encoder.model.spec.length)
         try:
             pixels = load_pixels(media_dir / path, encoder.model.spec, max_pixels=1 << 62)
         except ImageError:
             skipped += 1
             continue
-        file = None if digests is None else file_digest(media_dir / path)
-        if digests is not None and file is not None and file[1] != digests[row].tobytes():
+        file = None if digest is None else file_digest(media_dir / path)
+        if file is not None and file[1] != digest:
             changed.append(path)
-            continue
-        cosine = _cosine(encoder.encode(pixels[np.newaxis])[0], stored)
-        compared += 1
-        if cosine < worst or not where:
-            worst, where = cosine, path
+        else:
+            compared.append((_cosine(encoder.encode(pixels[np.newaxis])[0], stored), path))
+    worst, where = min(compared, key=lambda one: one[0], default=(1.0, ""))
     least = LEAST_COSINE if encoder.device is Device.cpu else LEAST_COSINE_CUDA
-    detail = f"{counted(compared, 'object')} embedded again, cosine at least {worst:.7f}"
+    # Written so that NaN is not alike either.
+    alike = all(cosine >= least for cosine, _ in compared)
+    detail = f"{counted(len(compared), 'object')} embedded again, cosine at least {worst:.7f}"
     detail += f", {counted(skipped, 'image is', 'images are')} gone" if skipped else ""
     if changed:
         words = counted(len(changed), "picture is not the one that was", "pictures are not those that were")
         detail += f"; {words} embedded, first {changed[0]}: ruiji verify --pictures finds all"
-    if compared and not worst >= least:
+    if not alike:
         detail += f" ({where}): another picture, or other libraries than the gallery's"
-    if changed or (compared and not worst >= least):
+    if changed or not alike:
         return Check("wrong", "features", detail)
     return Check("ok" if compared else "warn", "features", detail)
+
+
+def _row(folder: Path, shard: int, row: int, length: int) -> tuple[str, np.ndarray, bytes | None]:
+    """Path, feature and digest of one row of a shard; no digest if none was kept."""
+    record, digest = read_record(folder, shard), None
+    features = _array(layout.features_file(folder, shard), (record.rows, length))
+    if record.format > 1:
+        digest = _array(layout.digests_file(folder, shard), (record.rows, DIGEST_BYTES))[row].tobytes()
+    return list(read_lines(layout.paths_file(folder, shard)))[row], features[row], digest
 
 
 def _array(file: Path, shape: tuple[int, int]) -> np.ndarray:
