@@ -72,7 +72,7 @@ def worker(
     comparing = role is Role.compare
     if not comparing and not media_dir.is_dir():
         raise UsageError(f"the media folder {media_dir} does not exist or is not a folder")
-    if not comparing and not os.access(model, os.R_OK):
+    if role in (Role.all, Role.embed) and not os.access(model, os.R_OK):
         raise UsageError(f"no readable model at {model}; give an .onnx file with --model or RUIJI_MODEL")
     url = settings.resolve_redis_url(redis_url, redis_password_file, state_dir)
     # One that is away is waited for by each process; one that cannot be used is refused here, in one line.

@@ -76,6 +76,8 @@ def test_files_that_show_late_to_the_reducer_are_not_made_again(
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
     reducer = other_host(ruiji, OTHER_HOST_LATE_S=late_s)
+    # It needs no more of the model than its name.
+    reducer.model = ruiji.model.with_suffix(".d") / ruiji.model.name
     with at_work((ruiji, ("--role", "embed", "--processes", "2")), (reducer, ("--role", "reduce"))):
         ruiji("enqueue", "--wait")
         wait_until(lambda: embedded(ruiji) >= COUNT, what="the workers' reports")

@@ -23,7 +23,8 @@ from pipeline.choices import Reason
 from pipeline.errors import ImageError
 from workers.decode import icon
 
-_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLES_TAG, _PLANES_TAG = 0x0112, 258, 262, 277, 284
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLES_TAG, _PLANES_TAG, _FORMAT_TAG = 0x0112, 258, 262, 277, 284, 339
+_SIGNED = 2
 #: Where a BMP's second header begins, where in it stands how many bits a pixel has, and which are alpha.
 _BMP_HEADER, _BMP_BITS, _BMP_ALPHA = 14, slice(14, 16), slice(52, 56)
 #: What the data of a JPEG 2000 begins with. From there on it says how many colors there are, and in three bytes for
@@ -189,9 +190,11 @@ def _sample_range(image: Image.Image) -> tuple[int, bool]:
 
     0: it has 8 bits, or Pillow makes 8 of them, from the upper ones.
     """
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+    signed = isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_FORMAT_TAG, ())
+    if signed or image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ImageError(
-            f"its pixels are of mode {image.mode}, of which nothing says what is white", Reason.undecodable
+            f"its pixels are of mode {image.mode},{' signed,' if signed else ''} of which nothing says what is white",
+            Reason.undecodable,
         )
     if not image.mode.startswith("I"):
         return 0, False

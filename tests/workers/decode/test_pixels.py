@@ -207,6 +207,7 @@ def test_a_jpeg_2000_that_has_not_a_sample_for_each_pixel_fails() -> None:
     ("data", "mode"),
     [
         (tiff(WIDE.astype("<i2").tobytes(), 16, kind=2), "I"),
+        (tiff(WIDE.astype("i1").tobytes(), 8, kind=2), "L"),
         (tiff(WIDE.astype("<u4").tobytes(), 32), "I"),
         (tiff(WIDE.astype("<f4").tobytes(), 32, kind=3), "F"),
         (tiff(WIDE.astype(">f4").tobytes(), 32, ">", kind=3), "F"),
