@@ -13,8 +13,8 @@ RUIJI = .venv/bin/ruiji
 BESIDE = requirements/embedded.lock requirements/serve.lock requirements/turned.lock
 # What is compiled if there is a compiler.
 COMPILED := $(wildcard pipeline/_*.c search/ranking/_*.c workers/_*.c)
-# Two at a time: most tests wait for processes that start. A file stays together, for what its tests share.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+# Three at a time, also on two cores: many tests wait for processes. A file stays together, for what its tests share.
+PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile
 
 # If it is set, each of the many commands of a test compiles all modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,6 +33,8 @@ help: ## Explain the targets
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
+# Tests import a part of what is installed for them, and Python compiles that part then. To compile all of it here takes as
+# long as the rest of the installation.
 # One stamp per lock; each lock contains the smaller ones, and comes first. The image installs cpu.lock or gpu.lock, the
 # service and the hashes; here the embedded Redis comes along.
 .venv/cpu: requirements/cpu.lock pyproject.toml $(COMPILED) $(BESIDE) .venv/made
@@ -41,7 +43,7 @@ help: ## Explain the targets
 .venv/cpu .venv/demo .venv/dev:
 	@[ ! -e .venv/gpu ] || { echo "this .venv was set up with ACCEL=gpu; run  make clean  first" >&2; exit 1; }
 	@echo "installing $<"
-	@$(PIP) install --require-hashes -r $< $(patsubst %,-r %,$(filter $(BESIDE),$^))
+	@$(PIP) install $(if $(filter .venv/dev,$@),--no-compile) --require-hashes -r $< $(patsubst %,-r %,$(filter $(BESIDE),$^))
 	@rm -f $(COMPILED:.c=.*.so)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
@@ -58,7 +60,7 @@ help: ## Explain the targets
 
 .venv/torch: requirements/torch.txt .venv/dev
 	@echo "installing torch"
-	@$(PIP) install -r $<
+	@$(PIP) install --no-compile -r $<
 	@touch $@
 
 # Beside dev, whose versions they are locked to; torch is there for the peer that loads with it.
@@ -66,13 +68,13 @@ help: ## Explain the targets
 .venv/map: requirements/map.lock .venv/dev
 .venv/bench .venv/map:
 	@echo "installing $<"
-	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --no-compile --require-hashes -r $<
 	@touch $@
 
 # The lock is whole but for torch, which is there already.
 .venv/mnist: requirements/mnist.lock .venv/torch
 	@echo "installing $<"
-	@$(PIP) install --require-hashes --no-deps -r $<
+	@$(PIP) install --no-compile --require-hashes --no-deps -r $<
 	@touch $@
 
 ifeq ($(filter $(ACCEL),cpu gpu),)

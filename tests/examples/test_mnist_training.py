@@ -85,9 +85,9 @@ def train_short(network: str, epochs: int, images: int | None = None) -> tuple[A
 
 
 def test_the_articles_network_learns_in_two_dimensions(output: Path) -> None:
-    # The kind of CPU changes what a seed gives: six seeds came to between 0.76 and 0.85.
-    network, curve = train_short("2d", epochs=6)
-    assert [one.epoch for one in curve] == [1, 2, 3, 4, 5, 6]
+    # The kind of CPU changes what a seed gives: five seeds came to 0.79 to 0.83 (after one epoch, 0.40 to 0.56).
+    network, curve = train_short("2d", epochs=3)
+    assert [one.epoch for one in curve] == [1, 2, 3]
     assert curve[-1].loss < curve[0].loss
     assert curve[-1].rank_1 >= 0.65, curve
     with torch.inference_mode():
