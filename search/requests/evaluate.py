@@ -119,6 +119,12 @@ def draw(request: EvaluateRequest, gallery: Gallery, evaluation: report.Evaluati
 
 def _check(request: EvaluateRequest) -> Path:
     """Check, before any work, all files that are written; returns the gallery's folder."""
+    from pipeline.targets import check_targets
+
+    folder = layout.gallery_folder(request.feature_dir, request.model_path)
+    targets = {"--trec": request.trec, "--plot": request.plot, "--sheet": request.sheet}
+    read = [request.labels, request.model_path, layout.toml_file(request.model_path)]
+    check_targets(targets, read, request.media_dir, folder)
     if request.plot is not None:
         from search.evaluation.plots import check_plot
 
@@ -129,11 +135,4 @@ def _check(request: EvaluateRequest) -> Path:
         if request.media_dir is None:
             raise UsageError("--sheet shows pictures: say where they are with --media-dir")
         check_target(request.sheet, SHEET_QUERIES, TOP_K)
-
-    from pipeline.targets import check_targets
-
-    folder = layout.gallery_folder(request.feature_dir, request.model_path)
-    targets = {"--trec": request.trec, "--plot": request.plot, "--sheet": request.sheet}
-    read = [request.labels, request.model_path, layout.toml_file(request.model_path)]
-    check_targets(targets, read, request.media_dir, folder)
     return folder

@@ -195,8 +195,8 @@ def test_two_fingers_zoom_and_one_moves(served: Served, phone: Page) -> None:
     for apart in (45, 60, 75, 90):
         send("touchMove", (x - apart, y), (x + apart, y))
     send("touchEnd")
-    phone.wait_for_url(re.compile(r"zoom=[23]"))
-    assert looked_at(phone)[2] == pytest.approx(3, rel=0.25)
+    # On a busy machine the address has a step between as well.
+    phone.wait_for_url(lambda url: float(parse_qs(urlsplit(url).query)["zoom"][0]) == pytest.approx(3, rel=0.1))
     before = looked_at(phone)
     send("touchStart", (x, y))
     for by in (20, 40, 60):
