@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data import FEATURE_LENGTH, MODEL
 from pipeline.model import load_model
+from pipeline.npy import npy_header
 from pipeline.settings import SHARD_ROWS
 from workers.decode.resize import resize
 from workers.graph import PIXELS_INPUT, taking_pixels
@@ -102,7 +103,7 @@ def _bare_worker(media: Path, lines: list[str], output: Path, counter: "Synchron
     import simplejpeg
 
     session = _session(1, taking_pixels(load_model(MODEL), always=True))
-    root, target, header = str(media), str(output), _header((FEATURE_LENGTH,))
+    root, target, header = str(media), str(output), npy_header("<f4", (FEATURE_LENGTH,))
     made: set[str] = set()
     while True:
         # Few enough that both processes end together.
@@ -125,14 +126,6 @@ def _bare_worker(media: Path, lines: list[str], output: Path, counter: "Synchron
             with open(f"{folder}/.{object_id}", "wb", buffering=0) as file:
                 file.write(header + feature.tobytes())
             os.rename(f"{folder}/.{object_id}", f"{folder}/{object_id}.npy")
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def _shard(output: Path, number: int, object_ids: list[str]) -> None:

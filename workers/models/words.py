@@ -13,7 +13,7 @@ from pipeline import layout
 from pipeline.errors import ModelError
 from pipeline.model import Model
 from pipeline.onnx_graph import graph_tensors, load_onnx
-from pipeline.text_spec import TextSpec, read_text_spec
+from pipeline.text_spec import read_text_spec
 from workers.models.conventions import Said, inner_object, read_object, toml_section
 from workers.models.source import copy_graph
 from workers.words import TextEncoder, prove_text, token_number
@@ -64,19 +64,14 @@ def text_files(graph: PurePath, names: Collection[str]) -> list[str]:
     return []
 
 
-def keep_words(
-    found: Path, model: Model, shown: str, compare: Callable[[TextEncoder], None] | None = None
-) -> TextSpec | None:
-    """Copy the text tower of a model beside its copy, name it in its `.toml`, and prove it.
+def keep_words(found: Path, model: Model, shown: str, compare: Callable[[TextEncoder], None] | None = None) -> None:
+    """Copy the text tower of a model, if it has one, beside its copy, name it in its `.toml`, and prove it.
 
     Args:
         found: the model's graph where it was found; a `.toml` beside it may name the tower.
         model: its copy, in a folder of its own.
         shown: the tower, as messages call it.
         compare: with the library that it was exported from; raises ModelError.
-
-    Returns:
-        The copied tower; None if there is none.
 
     Raises:
         ModelError, UsageError: it cannot be followed, or does not run as it promises; nothing is left of it.
@@ -91,7 +86,7 @@ def keep_words(
         else:
             text = next((path for path in map(Path, text_graphs(found)) if path.is_file()), None)
             if text is None:
-                return None
+                return
             graph, (tokenizer, said) = text, _convention(text, model.spec.output_name)
             places = [PurePath(_FOLDER, "model" + layout.MODEL_ENDING), PurePath(_FOLDER, TOKENIZER)]
             _append(toml, places, graph, said)
@@ -105,7 +100,6 @@ def keep_words(
         prove_text(encoder)
         if compare is not None:
             compare(encoder)
-        return kept
     except BaseException:
         toml.write_bytes(before)
         for path in set(folder.iterdir()) - there:
