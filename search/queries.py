@@ -444,9 +444,13 @@ def _as_png(picture: "Image") -> bytes:
 
 
 def read_header(file: BinaryIO) -> tuple[str, int, int] | None:
-    """Format, width and height of a picture by its header alone; None if it is no picture in a known format."""
+    """Format, width and height of a picture by its header alone; None if it is no picture in a known format.
+
+    Of a HEIF picture width and height are 0 if nothing that decodes it is installed.
+    """
     from PIL import Image
 
+    from workers.decode import heif
     from workers.decode.images import FORMATS
 
     try:
@@ -455,7 +459,8 @@ def read_header(file: BinaryIO) -> tuple[str, int, int] | None:
             form = "JPEG" if picture.format == "MPO" else picture.format or ""
             return form, *picture.size
     except Exception:  # Decoders raise anything on broken files.
-        return None
+        file.seek(0)
+        return (heif.HeifFile.format, 0, 0) if heif.is_heif(file.read(12)) else None
 
 
 def open_picture(

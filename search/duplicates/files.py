@@ -18,7 +18,7 @@ from search.gallery.shards import Gallery, Shard
 from search.queries import read_header
 
 #: Formats by their number in the cache, from 1; new ones come last.
-_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP", "HEIF")
 #: Columns: 1 and the format's number if the file was read, 0 if not; bytes, nanoseconds, width, height.
 _COLUMNS = 5
 
@@ -29,7 +29,7 @@ class FileFacts:
 
     Attributes:
         mtime_ns: when it was changed last, in nanoseconds since 1970.
-        width, height: in pixels, as the header has them; 0 if this is no picture.
+        width, height: in pixels, as the header has them; 0 if this is no picture, or nothing here decodes its format.
         format: as Pillow names it; empty if this is no picture.
     """
 
@@ -126,6 +126,7 @@ def _to_line(facts: FileFacts) -> NDArray[np.int64]:
 
 def _from_line(line: NDArray[np.int64]) -> FileFacts | None:
     form, size, mtime_ns, width, height = line.tolist()
-    if not 0 < form <= len(_FORMATS) + 1:
+    # Of HEIF files an older ruiji had no number, and where nothing decodes them, there are no pixels. That can change.
+    if not 0 < form <= len(_FORMATS) + 1 or (form == 1) is (width > 0):
         return None
     return FileFacts(size, mtime_ns, width, height, "" if form == 1 else _FORMATS[form - 2])

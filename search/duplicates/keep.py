@@ -3,6 +3,8 @@
 Each rule leaves the files that are best by it, and the next one chooses among these: with `pixels,bytes` the largest
 file of those with the most pixels. If several are left after the last rule, the one with the shortest path is kept
 (copies are called `a (1).jpg`), and of these the first.
+
+What is not known of one file is not held against it: if nothing here decodes one (HEIF), no rule about pixels chooses.
 """
 
 import csv
@@ -119,6 +121,9 @@ def choose(candidates: Sequence[Candidate], rules: Sequence[Rule]) -> Choice:
     for rule in rules:
         if len(left) == 1:
             break
+        if rule.kind is RuleKind.pixels and any(_is_unknown(candidates[number]) for number in left):
+            reasons.append("pixels not known of all")
+            continue
         values = [_value(rule, candidates[number]) for number in left]
         best = max(values)
         if min(values) != best:
@@ -145,6 +150,10 @@ def _value(rule: Rule, one: Candidate) -> Any:
     if one.facts is None:
         return 0
     return _OF_FACTS[rule.kind](one.facts)
+
+
+def _is_unknown(one: Candidate) -> bool:
+    return one.facts is not None and bool(one.facts.format) and not one.facts.width
 
 
 def _format_rank(facts: FileFacts) -> int:

@@ -69,7 +69,12 @@ class HeifFile(ImageFile):
 def register() -> None:
     """Let Pillow open HEIF where it is asked for this plugin; what decodes it is loaded with the first such file."""
     # Not `register_open`, which would also exchange what a program that uses ruiji has registered.
-    Image.OPEN[PLUGIN] = _open, lambda start: start[4:8] == b"ftyp" and start[8:12] in _BRANDS
+    Image.OPEN[PLUGIN] = _open, is_heif
+
+
+def is_heif(start: bytes) -> bool:
+    """Whether a file that starts like this, 12 bytes or more, is one; Pillow tries AVIF before."""
+    return start[4:8] == b"ftyp" and start[8:12] in _BRANDS
 
 
 def load_decoder() -> None:

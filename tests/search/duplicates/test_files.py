@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from pipeline import layout
-from search.duplicates.files import FileFacts, Files, read_facts
+from search.duplicates.files import FileFacts, Files, _from_line, _to_line, read_facts
 from search.gallery.opening import open_gallery
 from tests.factories import Ruiji, picture
 from tests.search.galleries import write_pictures_gallery
+from workers.decode import heif
+from workers.decode.images import FORMATS
 
 
 def test_facts_come_from_the_file_and_its_header(tmp_path: Path) -> None:
@@ -33,6 +35,26 @@ def test_what_is_no_picture_has_no_pixels_and_what_is_no_file_no_facts(tmp_path:
         assert found is not None and (found.width, found.height, found.format) == (0, 0, "")
     for name in ("pipe.jpg", "none.jpg", "."):
         assert read_facts(tmp_path / name) is None
+
+
+def test_the_cache_knows_every_format_that_is_decoded() -> None:
+    for plugin in FORMATS:
+        facts = FileFacts(9, 8, 7, 6, plugin.removeprefix("RUIJI-"))
+        assert _from_line(_to_line(facts)) == facts
+    # As an older ruiji kept what it had no number for; and one without a decoder.
+    assert _from_line(_to_line(FileFacts(9, 8, 7, 6, "new"))) is None
+    assert _from_line(_to_line(FileFacts(9, 8, format="HEIF"))) is None
+    assert _from_line(_to_line(FileFacts(9, 8))) == FileFacts(9, 8)
+
+
+def test_a_picture_that_nothing_decodes_is_one_of_unknown_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "data" / "heif" / "wide.heic"
+    if heif.heif_decoder() is not None:
+        known = read_facts(path)
+        assert known is not None and known.format == "HEIF" and known.width > known.height > 0
+    monkeypatch.setattr(heif, "heif_decoder", lambda: None)
+    unknown = read_facts(path)
+    assert unknown is not None and (unknown.format, unknown.width, unknown.height) == ("HEIF", 0, 0)
 
 
 def test_a_broken_picture_is_not_decoded(tmp_path: Path) -> None:

@@ -38,9 +38,28 @@ def test_rules_choose_in_their_order_and_say_why(rules: str, kept: int, reason: 
 
 def test_lossless_comes_before_lossy_before_few_colors() -> None:
     (rule,) = parse_rules("format")
-    for better, worse in (("PNG", "JPEG"), ("TIFF", "WEBP"), ("AVIF", "GIF"), ("JPEG", "ICO"), ("GIF", "")):
+    for better, worse in (
+        ("PNG", "JPEG"),
+        ("TIFF", "WEBP"),
+        ("AVIF", "GIF"),
+        ("JPEG", "ICO"),
+        ("HEIF", "GIF"),
+        ("GIF", ""),
+    ):
         pair = [Candidate("a", FileFacts(1, 1, 1, 1, worse)), Candidate("b", FileFacts(1, 1, 1, 1, better))]
         assert choose(pair, [rule]).kept == 1
+
+
+def test_what_is_not_known_of_a_file_is_not_held_against_it() -> None:
+    # As of a HEIF picture where nothing decodes it.
+    unknown, copy = Candidate("IMG_0001.HEIC", FileFacts(2_000_000, S, format="HEIF")), Candidate("a.jpg", BIG)
+    found = choose([copy, unknown], parse_rules("pixels,bytes"))
+    assert (found.kept, found.reason) == (1, "pixels not known of all, then largest (2,000,000 bytes)")
+    found = choose([copy, unknown], parse_rules("format,pixels"))
+    assert (found.kept, found.reason) == (0, "pixels not known of all, then shortest path")
+    # One that is out already is not waited for.
+    found = choose([copy, unknown, Candidate("a (1).jpg", BIG)], parse_rules("path=a,pixels"))
+    assert (found.kept, found.reason) == (0, "below a, then shortest path")
 
 
 def test_a_file_that_is_there_is_better_than_any_that_is_not() -> None:
