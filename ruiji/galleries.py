@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 _ARGUMENTS = Wording("condition", "against", "not_within_folder", "give one to only as labels")
 
 
+def shards_of(gallery: "Gallery") -> Shards:
+    """What is searched of a gallery now, for what is built on the same: the clean-up of the service."""
+    return gallery._shards
+
+
 @dataclass(frozen=True)
 class _Filter:
     """What one call of `only` asks for; conditions on one column are alternatives within it alone."""

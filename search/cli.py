@@ -375,7 +375,7 @@ def near_duplicates(
     found = find(request, note, show_steps)
     groups = found.groups
     columns = DECIDED if decided else CHOSEN if keep is not None else MATCHED if reference is not None else ()
-    write_groups(groups, output_format, media_dir, null, columns, against_media_dir, reference is not None)
+    write_groups(groups, output_format, media_dir, null, columns, against_media_dir, reference is not None, found.seen)
     if isinstance(groups, tuple):
         note(counted(len(groups), "decision"))
     elif reference is not None and len(groups):

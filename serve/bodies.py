@@ -166,6 +166,7 @@ class Sample(BaseModel):
     """Random objects."""
 
     objects: list[Object]
+    total: int = Field(description="Number of objects that meet the conditions.")
 
 
 class Column(BaseModel):
@@ -324,6 +325,7 @@ class DuplicateMember(BaseModel):
     similarity: float = Field(description="The cosine with the first member.")
     identical_to: str | None = Field(description="Id of the first member whose file has the same bytes.")
     same_file_as: str | None = Field(description="Id of an earlier member that is the same file under another name.")
+    sha256: str | None = Field(description="Of the file's bytes; null if it is not known.")
     there: bool | None = Field(description="Whether the file exists; null if files cannot be read.")
     bytes: int | None = Field(description="Size of the file.")
     width: int | None = Field(description="Width in pixels.")
@@ -365,6 +367,14 @@ class Duplicates(BaseModel):
     open: int = Field(description="Number of all open groups, whether they match or not.")
     next: int | None = Field(description="`after` of the next part; null after the last.")
     gone: int = Field(description="Number of groups left out of this part because none of their files exists.")
+    seen: int = Field(description="Number of decisions that the groups follow: the `seen` of decisions about them.")
+
+
+class SeenMember(_Asked):
+    """A member of a group, as it was shown."""
+
+    object_id: str
+    sha256: str | None = None
 
 
 class AskedDecision(_Asked):
@@ -374,6 +384,18 @@ class AskedDecision(_Asked):
     objects: list[str] = Field([], max_length=MOST_DECIDED)
     keep: str | None = None
     remove: list[str] = Field([], max_length=MOST_DECIDED)
+    members: list[SeenMember] = Field(
+        [],
+        max_length=MOST_DECIDED,
+        description="The objects as they were shown. If one has another `sha256` now, status 409 refuses the request.",
+    )
+    seen: int | None = Field(
+        None,
+        ge=0,
+        le=2**53,
+        description="As the answer had it that showed these objects. If somebody has decided something else about two "
+        "of them since, the request is refused with status 409. Without it, the last decision counts.",
+    )
 
 
 class AskedDecisions(_Asked):
@@ -387,6 +409,7 @@ class Recorded(BaseModel):
 
     recorded: int
     warnings: list[str]
+    seen: int = Field(description="Number of decisions, these included: the `seen` of an `undo` of one of these.")
 
 
 class DecidedObject(BaseModel):
@@ -415,6 +438,7 @@ class Decisions(BaseModel):
     decisions: list[DecisionInForce]
     total: int
     next: int | None
+    seen: int = Field(description="Number of decisions that were ever made: the `seen` of an `undo` of one of these.")
 
 
 class DecisionsStatus(BaseModel):

@@ -21,6 +21,7 @@ from pipeline import layout
 from pipeline.choices import ObjectIds
 from pipeline.errors import UsageError
 from pipeline.gallery import read_gallery
+from ruiji.galleries import shards_of
 from search.duplicates.cleanup import open_groups, with_choices
 from search.duplicates.decided import Decided, decided_in
 from search.duplicates.decisions import Decision, DecisionsFile
@@ -29,10 +30,10 @@ from search.duplicates.groups import Group, Groups, Member, only_kept
 from search.duplicates.keep import Rule, RuleKind
 from search.duplicates.linkage import Rules
 from search.duplicates.removal import LeftOut, ListedFile, Lists, Totals, inode_of
-from search.gallery.opening import open_gallery
 from search.gallery.shards import Gallery
 from search.options import Linkage
 from search.requests.duplicates import Asked, Recorder, count_verdicts
+from serve.galleries import Resident
 from serve.searches import Busy
 
 _T = TypeVar("_T")
@@ -93,6 +94,7 @@ class Page:
         total: how many there are of what is asked for; open: without the filters.
         next: what to ask for after this; None: that was all.
         gone: groups that are left out here, because none of their files is there.
+        seen: how many decisions they follow.
     """
 
     groups: list[tuple[int, Group, list[Shown]]]
@@ -100,6 +102,7 @@ class Page:
     open: int
     next: int | None
     gone: int
+    seen: int
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,11 @@ class CleanUp:
     Without a media folder, or if the gallery knows no paths, nobody can look at its files.
 
     Attributes:
-        folder: of the gallery.
+        resident: the gallery, as the service searches it.
         media_dir: where its pictures are; None: not known.
     """
 
-    folder: Path
+    resident: Resident
     media_dir: Path | None
     _gallery: Gallery | None = None
     _files: Files | None = None
@@ -176,8 +179,7 @@ class CleanUp:
     _last: Decided | None = None
 
     def __post_init__(self) -> None:
-        self.file = layout.decisions_file(self.folder)
-        self._decisions = DecisionsFile(self.file)
+        self._decisions = DecisionsFile(layout.decisions_file(self.resident.gallery.folder))
 
     def page(self, wanted: WantedGroups, rules: Sequence[Rule] | None, after: int, count: int) -> Page:
         """The next groups.
@@ -215,7 +217,7 @@ class CleanUp:
         if self._files is not None:
             self._files.keep()
         following = int(groups.firsts[place - 1]) if 0 < place < len(groups) else None
-        return Page(found, len(groups), len(open_ones), following, gone)
+        return Page(found, len(groups), len(open_ones), following, gone, len(decisions))
 
     def stand(self) -> Stand:
         """How far it is; of a large clean-up as it was some seconds ago.
@@ -244,19 +246,19 @@ class CleanUp:
         counting = list(decided.in_force())
         return counting[::-1][first : first + count], len(counting), gallery, decided
 
-    def record(self, asked: Sequence[Asked]) -> list[str]:
-        """Write decisions, all or none; warnings.
+    def record(self, asked: Sequence[Asked]) -> tuple[int, list[str]]:
+        """Write decisions, all or none; how many there are then, and warnings.
 
         Raises:
             NoDecision: one is no decision, or names an object that the gallery does not have.
+            Overtaken: somebody decided something else about the objects of one since they were looked at.
             UsageError, FileDamaged, GalleryMismatch, ShardCorrupt, MachineFault: as `page` and `append_decisions`.
         """
-        gallery, info = self._opened(), read_gallery(self.folder)
+        gallery, info = self._opened(), read_gallery(self.resident.gallery.folder)
         object_id = None if info is None else ObjectIds(info.object_id)
         warnings: list[str] = []
-        decisions = self._decisions.read()
-        Recorder(gallery, object_id, self.file, decisions, self.media_dir, warnings.append).record_all(asked)
-        return warnings
+        recorder = Recorder(gallery, object_id, self._decisions, self.media_dir, warnings.append)
+        return recorder.record_all(asked), warnings
 
     def files(self, removed: bool) -> Iterator[ListedFile | LeftOut]:
         """The files that can go, or those that are kept; each is read again when it is asked for.
@@ -285,7 +287,8 @@ class CleanUp:
 
     def _opened(self) -> Gallery:
         """The gallery with its newest shards."""
-        gallery = open_gallery(self.folder, before=self._gallery)
+        self.resident.refresh()
+        gallery = shards_of(self.resident.gallery)
         if gallery is not self._gallery:
             self._gallery, self._files, self._stand, self._last = gallery, None, None, None
             self._groups.clear()
@@ -389,7 +392,7 @@ class CleanUps:
         self._waiting = 0
         self._listing = False
 
-    async def ask(self, folder: Path, work: Callable[[CleanUp], _T]) -> _T:
+    async def ask(self, resident: Resident, work: Callable[[CleanUp], _T]) -> _T:
         """What some work on the clean-up of a gallery gives, once it is its turn.
 
         Raises:
@@ -397,7 +400,9 @@ class CleanUps:
         """
         if self._waiting >= _MOST_WAITING:
             raise Busy(f"{_MOST_WAITING} requests about duplicates are waiting already; try again in a second")
-        one = self._of.setdefault(folder, CleanUp(folder, self._media_dir))
+        one = self._of.setdefault(resident.gallery.folder, CleanUp(resident, self._media_dir))
+        # Another one, once there is a model for it.
+        one.resident = resident
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, one)

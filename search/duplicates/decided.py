@@ -15,7 +15,7 @@ and the kept one has others: any other copy is one that nobody decided about.
 import bisect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -155,12 +155,35 @@ class Decided:
         """Whether each pair of a group was skipped, and nothing later was decided about it."""
         if not all(key in self.objects for key in group):
             return False
-        # Large groups are mostly of few kinds: what counts for two of a kind counts for all of it.
+        return all(self._is_skipped(one, other) for one, other in self._kinds_of_pairs(group))
+
+    def against(self, verdict: Verdict, group: Sequence[Key], first: int) -> tuple[Key, Key, Decision] | None:
+        """A pair of a group for which a decision from number `first` on counts, and that; None if there is none.
+
+        Args:
+            verdict: what somebody wants to decide about the group; a decision that says the same of it is none.
+            group: of *same* the kept one first.
+        """
+        for one, other in self._kinds_of_pairs(key for key in group if key in self.objects):
+            number = self._last(one, other)
+            if number is None or number < first:
+                continue
+            decision = self.decisions[number]
+            keys = [self._keys[each] for each in decision.objects]
+            kept_too = verdict is not Verdict.same or keys[0] == group[0]
+            if decision.decision is not verdict or set(keys) != set(group) or not kept_too:
+                return one, other, decision
+        return None
+
+    def _kinds_of_pairs(self, group: Iterable[Key]) -> Iterator[tuple[Key, Key]]:
+        """Pairs of a group's objects, at least one of each kind; a decision counts for all of a kind, or for none.
+
+        Large groups are mostly of few kinds of objects.
+        """
         kinds: dict[object, list[Key]] = defaultdict(list)
         for key in group:
             kinds[self._by_file[key], self._by_content[key], self._undone[key], self.objects[key].sha256].append(key)
-        some = itertools.chain.from_iterable(keys[:2] for keys in kinds.values())
-        return all(self._is_skipped(one, other) for one, other in itertools.combinations(some, 2))
+        return itertools.combinations(itertools.chain.from_iterable(keys[:2] for keys in kinds.values()), 2)
 
     def skipped_with(self, one: Key, others: Sequence[Key]) -> bool:
         """Whether each pair of one object with some others was skipped, and nothing later was decided about it."""

@@ -19,7 +19,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipeline.errors import FileDamaged, GalleryMismatch, MachineFault, UsageErr
 from pipeline.objects import IdScheme
 from pipeline.store import as_type, machine_faults, sync_folder
 from pipeline.streams import to_json
-from search.duplicates.lock import one_writer
+from search.duplicates.lock import WriterLock, one_writer
 
 #: Version of a line; a newer one is refused.
 DECISIONS_FORMAT = 1
@@ -197,10 +198,26 @@ def append_decisions(file: Path, decisions: Iterable[Decision]) -> None:
         MachineFault: no space, no permission, an I/O error, or others write all the time. Some of them may be written.
         UsageError: this is not a file.
     """
+    with appending(file) as append:
+        append(decisions)
+
+
+@contextmanager
+def appending(file: Path) -> Iterator[Callable[[Iterable[Decision]], None]]:
+    """While the block runs nobody else writes decisions; what it is given does, as `append_decisions`.
+
+    Raises:
+        MachineFault: others write all the time, or the lock cannot be written.
+    """
+    with one_writer(layout.writer_lock_folder(file)) as lock:
+        yield lambda decisions: _append(file, decisions, lock)
+
+
+def _append(file: Path, decisions: Iterable[Decision], lock: WriterLock) -> None:
     data = b"".join(_bytes(decision) for decision in decisions)
     if not data:
         return
-    with one_writer(layout.writer_lock_folder(file)) as lock, machine_faults(f"cannot write {file}"):
+    with machine_faults(f"cannot write {file}"):
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | _OPEN, 0o666)
         except OSError as error:

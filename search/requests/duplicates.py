@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ from search.duplicates.decided import Decided, decided_in, object_of
 from search.duplicates.decisions import (
     DecidedObject,
     Decision,
+    DecisionsFile,
     Verdict,
-    append_decisions,
+    appending,
     check_objects,
     read_decisions,
 )
@@ -43,9 +45,16 @@ from search.options import FileFormat
 from search.requests.reference import Reference
 from search.requests.selection import Say, Selection
 
+#: What helps where groups come from a command.
+_AGAIN = "; run ruiji near-duplicates again"
+
 
 class NoDecision(UsageError):
     """What is asked for is no decision, or is about an object that the gallery does not have."""
+
+
+class Overtaken(UsageError):
+    """The objects are others than the one who decides has seen, or others have decided about them since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +114,42 @@ Named: TypeAlias = str | InReference
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An object as it was shown to a caller, as JSON has the members of a group.
+
+    Attributes:
+        sha256: of its file's bytes, hex; None: not known.
+        gallery: `reference`, if it is one of the reference.
+    """
+
+    object_id: str
+    sha256: str | None = None
+    gallery: str = "own"
+
+    @property
+    def name(self) -> "Named":
+        """As a decision names it."""
+        return InReference(self.object_id) if self.gallery == "reference" else self.object_id
+
+
+@dataclass(frozen=True)
 class Asked:
     """A decision as a caller asks for it, objects by their ids.
 
     Attributes:
         objects: of any decision but *same*.
         keep, remove: of *same*.
+        members: what was shown of these objects: it is refused if an id has other bytes now.
+        seen: how many decisions there were when the caller looked at these objects: it is refused if a later one counts
+            for two of them, and says something else. None: whatever there is, this one counts.
     """
 
     decision: Verdict
     objects: tuple[Named, ...] = ()
     keep: Named | None = None
     remove: tuple[Named, ...] = ()
+    members: tuple[Seen, ...] = ()
+    seen: int | None = None
 
     @property
     def names(self) -> tuple[Named, ...]:
@@ -148,8 +181,8 @@ def decide(request: DecisionsRequest, lines: Iterable[Sequence[bytes]], say: Say
         Each decision, once it is on the disk.
 
     Raises:
-        UsageError: a line is no decision, or names an object that the gallery does not have; those of the batches
-            before are recorded, and those of its own batch before it.
+        UsageError: a line is no decision, names an object that the gallery does not have, or is overtaken; those of the
+            batches before are recorded, and those of its own batch before it.
         MachineFault: as `append_decisions`.
     """
     recorder = _recorder(request, say)
@@ -184,7 +217,7 @@ def undo(request: DecisionsRequest, object_ids: Sequence[str], say: Say) -> None
     after = recorder.decided(decisions)
     if list(before.in_force()) == list(after.in_force()):
         raise UsageError(f"nothing is decided about {', '.join(object_ids)}")
-    append_decisions(request.file, decisions)
+    recorder.record_all([asked])
 
 
 def lists(request: DecisionsRequest, say: Say) -> Lists:
@@ -315,57 +348,99 @@ class Recorder:
         self,
         gallery: Gallery,
         object_id: ObjectIds | None,
-        file: Path,
-        decisions: list[Decision],
+        file: DecisionsFile,
         media_dir: Path | None,
         say: Say,
         reference_media: Path | None = None,
     ) -> None:
-        """Nothing is looked at before something is asked.
+        """Nothing of the gallery is looked at before something is asked.
 
         Args:
             object_id: what ids are made from in the gallery; None where nothing says it.
-            file: of the decisions.
-            decisions: that it has; read before, so that a file that is no decisions file is not written to.
+            file: of the decisions; read here, so that a file that is no decisions file is not written to.
             media_dir: where the pictures are; None: not known.
             say: called with warnings.
             reference_media: where the pictures of the gallery's reference are; None: not known.
+
+        Raises:
+            FileDamaged, GalleryMismatch, MachineFault: as `read_decisions`.
         """
         self._reference_media = reference_media
-        self._gallery, self._object_id, self._file, self._decisions = gallery, object_id, file, decisions
+        self._gallery, self._object_id, self._file = gallery, object_id, file
         self._media_dir, self._say = media_dir, say
+        self._decisions = file.read()
+        #: Which of the decisions this one wrote.
+        self._own: set[int] = set()
         self._digests: dict[int, str | None] = {}
         self._copies: dict[str, int] = {}
         self._said = False
 
-    def record_all(self, asked: Sequence[Asked]) -> None:
+    def record_all(self, asked: Sequence[Asked]) -> int:
         """Write all of them or, if one cannot be, none.
+
+        Returns:
+            How many decisions there are then.
 
         Raises:
             NoDecision: one is no decision, or names an object that the gallery does not have.
+            Overtaken: others decided about the objects of one since they were looked at.
             MachineFault: as `append_decisions`.
         """
         rows = self.rows(asked)
-        append_decisions(self._file, [line for one in asked for line in self.decisions(one, rows)])
+        lines = [line for one in asked for line in self.decisions(one, rows)]
+        with appending(self._file.path) as append:
+            if (overtaken := self._first_overtaken(asked, rows)) is not None:
+                raise Overtaken(overtaken[1])
+            append(lines)
+        return len(self._decisions) + len(lines)
 
     def record(self, asked: Sequence[tuple[int, Asked]]) -> Iterator[Confirmed]:
         """Write a batch, up to the first that cannot be."""
         rows = self.rows([one for _, one in asked])
         decisions: list[list[Decision]] = []
         problem = None
-        for number, one in asked:
+        for _, one in asked:
             try:
                 decisions.append(self.decisions(one, rows))
             except UsageError as error:
-                problem = UsageError(f"line {number}: {error}; nothing from this line on is recorded")
+                problem = f"{error}{_AGAIN * isinstance(error, Overtaken)}"
                 break
-        lines = list(itertools.chain.from_iterable(decisions))
-        append_decisions(self._file, lines)
-        self._decisions += lines
+        if decisions:
+            with appending(self._file.path) as append:
+                overtaken = self._first_overtaken([one for _, one in asked[: len(decisions)]], rows)
+                if overtaken is not None:
+                    place, why = overtaken
+                    del decisions[place:]
+                    problem = f"{why}{_AGAIN}"
+                lines = list(itertools.chain.from_iterable(decisions))
+                append(lines)
+            self._own.update(range(len(self._decisions), len(self._decisions) + len(lines)))
         for (number, one), _ in zip(asked, decisions, strict=False):
             yield Confirmed(number, one.decision, len(one.names))
         if problem is not None:
-            raise problem
+            raise UsageError(f"line {asked[len(decisions)][0]}: {problem}; nothing from this line on is recorded")
+
+    def _first_overtaken(self, asked: Sequence[Asked], rows: dict[Named, list[int]]) -> tuple[int, str] | None:
+        """The place of the first that others have overtaken, by what is decided now, and why; None: there is none."""
+        self._decisions = self._file.read()
+        count = len(self._decisions)
+        first = min((one.seen for one in asked if one.seen is not None), default=count)
+        numbers = [number for number in range(max(0, first), count) if number not in self._own]
+        decided = decided_in(self._gallery, [self._decisions[number] for number in numbers])
+        for place, one in enumerate(asked):
+            if one.seen is None:
+                continue
+            if not 0 <= one.seen <= count:
+                there = counted(count, "decision")
+                return place, f"it has seen {one.seen} decisions, and {self._file.path} has {there}"
+            group = [row for name in one.names for row in rows[name]]
+            if (found := decided.against(one.decision, group, bisect_left(numbers, one.seen))) is not None:
+                *pair, decision = found
+                names = " and ".join(map(self._gallery.object_id, pair))
+                return place, (
+                    f"somebody has decided about {names} since they were shown: {decision.decision}, {decision.time}"
+                )
+        return None
 
     def rows(self, asked: Iterable[Asked]) -> dict[Named, list[int]]:
         """The gallery rows of all objects that are asked for."""
@@ -389,6 +464,7 @@ class Recorder:
 
         Raises:
             NoDecision: an object is not there, or there is no such decision.
+            Overtaken: one is another picture than was shown.
         """
         if asked.decision is Verdict.same and (asked.keep is None or asked.objects):
             raise NoDecision("same has keep, one object, and remove, a list")
@@ -400,6 +476,10 @@ class Recorder:
             if any(isinstance(name, InReference) for name in asked.remove):
                 raise NoDecision("what is in the reference is never removed")
             self._say_same_files(asked, rows)
+        for one in asked.members:
+            now = [self._gallery.digest(row) for row in rows.get(one.name, ())]
+            if one.sha256 is not None and any(digest is not None and digest.hex() != one.sha256 for digest in now):
+                raise Overtaken(f"{one.object_id} is another picture now than the one that was shown")
         time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         return [
             Decision(
@@ -493,8 +573,7 @@ def _recorder(request: DecisionsRequest, say: Say) -> Recorder:
     if request.reference is not None:
         gallery = request.reference.put_before(request.selection.folder, gallery, request.file, say).gallery
         reference_media = request.reference.media_dir
-    decisions = read_decisions(request.file)
-    return Recorder(gallery, object_id, request.file, decisions, request.media_dir, say, reference_media)
+    return Recorder(gallery, object_id, DecisionsFile(request.file), request.media_dir, say, reference_media)
 
 
 def _lines_of(names: Sequence[Named]) -> list[Sequence[Named]]:

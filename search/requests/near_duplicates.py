@@ -134,10 +134,12 @@ class NearDuplicatesResult:
     Attributes:
         groups: in the order of their first members, or of the decisions; each is made when it is asked for.
         lines: what a sheet shows; empty if none is wanted.
+        seen: how many decisions there were.
     """
 
     groups: Groups | Matches | tuple[Group, ...]
     lines: "tuple[SheetLine, ...]"
+    seen: int
 
 
 def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress) -> NearDuplicatesResult:
@@ -185,7 +187,7 @@ def near_duplicates(request: NearDuplicatesRequest, say: Say, progress: Progress
     if request.sheet is not None and media_dir is not None:
         reference_media = None if request.reference is None else request.reference.media_dir
         lines = group_lines(groups, annotations, media_dir, reference_media)
-    return NearDuplicatesResult(groups, tuple(lines))
+    return NearDuplicatesResult(groups, tuple(lines), len(decided.decisions))
 
 
 def _check_keep(request: NearDuplicatesRequest, gallery: Gallery) -> None:

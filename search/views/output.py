@@ -85,10 +85,12 @@ def write_groups(
     more: Sequence[str] = (),
     reference_media: Path | None = None,
     galleries: bool = False,
+    seen: int = 0,
 ) -> None:
     """Write groups of near-duplicates, each as soon as it comes.
 
     Args:
+        seen: how many decisions there were when they were found; JSON has it.
         reference_media: what paths of the reference begin with.
         galleries: whether a CSV says of which gallery each member is; the other formats do if a group is of two.
         more: columns of a CSV that these groups have besides, see `CHOSEN` and `DECIDED`.
@@ -96,9 +98,9 @@ def write_groups(
             `xargs -0` would take it for one more path.
     """
     if form is GroupFormat.json:
-        _write_json_list(_group_object(group) for group in groups)
+        _write_json_list(_group_object(group, seen) for group in groups)
     elif form is GroupFormat.jsonl:
-        _write_json_lines(_group_object(group) for group in groups)
+        _write_json_lines(_group_object(group, seen) for group in groups)
     elif form is GroupFormat.csv:
         columns = (
             "group",
@@ -185,9 +187,9 @@ def _csv_rows(group: "Group", columns: Sequence[str]) -> Iterator[Row]:
         yield {column: every[column] for column in columns}
 
 
-def _group_object(group: "Group") -> dict[str, object]:
+def _group_object(group: "Group", seen: int) -> dict[str, object]:
     """A group as JSON has it; one that is decided, or could be, as `ruiji duplicates decide` reads it."""
-    value: dict[str, object] = {"group": group.number}
+    value: dict[str, object] = {"group": group.number, "seen": seen}
     if group.reason is not None or group.decision == "same":
         remove = [one.object_id for one in group.to_remove]
         value |= {"decision": "same", "keep": _named(group.members[group.kept]), "remove": remove}

@@ -1,11 +1,12 @@
 // Clean up: groups of near-duplicates one after the other, decided by keyboard, mouse or finger.
 //
 // What is decided leaves the page at once and is sent behind its back, several decisions together. What the service does
-// not record comes back, with the reason. The address says what is shown: ?threshold=0.95&keep=oldest&show=skipped.
+// not record comes back, with the reason. Each decision says what it has seen: what somebody else has decided meanwhile is
+// never overruled by one who does not know of it, nor is anything decided about another picture of the same name. The address says what is shown: ?threshold=0.95&keep=oldest&show=skipped.
 
-import { ask, begin, element, encodeId, make, picture, send, tell, thumbnail } from "/common.js";
+import { ask, begin, element, encodeId, isKey, make, picture, plural, send, tell, thumbnail } from "/common.js";
 import { compare } from "/compare.js";
-import { openListing, plural, prepareListing } from "/listing.js";
+import { openListing, prepareListing } from "/listing.js";
 
 const [threshold, keep, prefix, show] = ["threshold", "keep", "prefix", "show"].map(element);
 const [contains, identical] = ["contains", "identical"].map(element);
@@ -18,7 +19,8 @@ const NAMED = 20;
 const SHOWN_BESIDE = 4;
 
 let where = null;
-// The open groups that are fetched, by name: { name, members, reason, see_also, keeps }; keeps says which members stay.
+// The open groups that are fetched, by name: { name, members, reason, see_also, keeps, seen }; keeps says which members
+// stay, seen how many decisions there were when they were fetched, or when what was decided about them here was recorded.
 let groups = [];
 let at = 0;
 let here = 0;
@@ -78,12 +80,11 @@ function question(after) {
 function take(found) {
   next = found.next;
   gone += found.gone;
-  for (const group of found.groups) {
-    // If nothing is known of the files, the first one is a choice like any other.
-    group.keeps = group.members.map((_, n) => n === 0);
-    groups.push(group);
-  }
+  groups.push(...fetched(found));
 }
+
+// If nothing is known of the files, the first one is a choice like any other.
+const fetched = (found) => found.groups.map((group) => ({ ...group, seen: found.seen, keeps: group.members.map((_, n) => n === 0) }));
 
 // Begin anew: with other groups, or after something went wrong.
 async function load() {
@@ -427,6 +428,7 @@ async function compareHere() {
 // ---------------------------------------------------------------------------------------------------------- decisions
 
 const ids = (group) => group.members.map((member) => member.object_id);
+const shownOf = (group) => group.members.map(({ object_id, sha256 }) => ({ object_id, sha256 }));
 
 // What is sent for a group of which some pictures stay and the others go.
 function decisionsOf(group) {
@@ -449,7 +451,7 @@ function decide(some, decisions, freed) {
   const step = { groups: some, freed: freed ? some.reduce((sum, group) => sum + freedBy(group), 0) : 0 };
   done.push(step);
   count(step, 1);
-  post(step, some.flatMap(decisions), 1);
+  post(step, some.flatMap((group) => decisions(group).map((line) => ({ group, line }))), 1);
   tell("");
   draw();
 }
@@ -472,7 +474,7 @@ function undo() {
   if (!step) return tell("There is nothing to undo here. Show what is decided to undo what you decided before.");
   putBack(step);
   count(step, -1);
-  post(step, step.groups.map((group) => ({ decision: "undo", objects: ids(group) })), -1);
+  post(step, step.groups.map((group) => ({ group, line: { decision: "undo", objects: ids(group) } })), -1);
   tell(step.groups.length === 1 ? "Undone." : `${plural(step.groups.length, "group")} undone.`);
   draw();
 }
@@ -485,6 +487,7 @@ function post(step, decisions, way) {
 async function flush() {
   if (sending) return;
   sending = true;
+  let refused = null;
   while (outbox.length) {
     const together = [];
     let lines = [];
@@ -495,30 +498,65 @@ async function flush() {
       lines = lines.concat(one.decisions);
     }
     try {
-      const said = await send(`/decisions?${ofGallery()}`, { decisions: lines });
+      const decisions = lines.map(({ group, line }) => ({ ...line, members: shownOf(group), seen: group.seen }));
+      const said = await send(`/decisions?${ofGallery()}`, { decisions });
+      for (const { group } of lines) group.seen = said.seen;
       if (said.warnings.length) tell([...new Set(said.warnings)].slice(0, 3).join(" "));
     } catch (error) {
-      takeBack([...together, ...outbox], error);
+      refused = { error, steps: [...together, ...outbox] };
+      takeBack(refused);
       outbox = [];
     }
   }
   sending = false;
+  // Somebody else has decided about one of them, or it is another picture: what is here is not how it stands.
+  if (refused && !refused.error.again) await lookAgain(refused.steps.flatMap(({ step }) => step.groups));
+  if (refused) tell(`Not recorded: ${refused.error.message}`, true);
 }
 
 // What is not recorded is as it was before; the last of it first.
-function takeBack(steps, error) {
-  for (const { step, way } of steps.reverse()) {
+function takeBack({ error, steps }) {
+  for (const { step, way } of [...steps].reverse()) {
     count(step, -way);
     if (way > 0) {
       done = done.filter((one) => one !== step);
       putBack(step);
     } else {
       groups = groups.filter((group) => !step.groups.includes(group));
-      done.push(step);
+      if (error.again) done.push(step);
     }
   }
   draw();
-  tell(`Not recorded: ${error.message}`, true);
+}
+
+// Fetch some groups anew, and those between them; what was chosen stays, unless a group has other members now.
+async function lookAgain(some) {
+  const turn = asked;
+  const [first, last] = [Math.min, Math.max].map((least) => least(...some.map((group) => group.name)));
+  try {
+    const stand = await ask(`/decisions/status?${ofGallery()}`);
+    let found = { next: first - 1 };
+    let fresh = [];
+    while (found.next !== null && found.next < last) {
+      found = await ask(question(found.next));
+      fresh = fresh.concat(fetched(found));
+    }
+    if (turn !== asked) return;
+    [decided, frees, open, total] = [stand.decided, stand.frees_bytes, found.open, found.total];
+    const [looked, before] = [groups[at]?.name, new Map(groups.map((group) => [group.name, group]))];
+    for (const group of fresh) {
+      const known = before.get(group.name);
+      const stays = new Map(known?.members.map((member, n) => [member.object_id, known.keeps[n]]));
+      const same = stays.size === group.members.length && group.members.every((member) => stays.has(member.object_id));
+      if (same) group.keeps = group.members.map((member) => stays.get(member.object_id));
+    }
+    const others = groups.filter((group) => group.name < first || group.name > last);
+    groups = [...others, ...fresh.filter((group) => group.name <= last)].sort((one, other) => one.name - other.name);
+    at = Math.max(0, groups.findIndex((group) => group.name >= looked));
+    draw();
+  } catch (error) {
+    if (turn === asked) fail(error.message, "Try again", load);
+  }
 }
 
 // Once all is recorded, or has come back.
@@ -538,7 +576,7 @@ const WORDS = { same: "One is kept", different: "Not duplicates", skip: "Skipped
 
 async function loadDecisions(first) {
   const found = await ask(`/decisions?first=${first}&count=${AT_ONCE}&${ofGallery()}`);
-  for (const one of found.decisions) element("decisions").append(decisionRow(one));
+  for (const one of found.decisions) element("decisions").append(decisionRow(one, found.seen));
   element("more").hidden = found.next === null;
   element("more").onclick = () => loadDecisions(found.next).catch((error) => tell(error.message, true));
   element("decided").hidden = !found.total;
@@ -546,7 +584,7 @@ async function loadDecisions(first) {
   drawStanding();
 }
 
-function decisionRow(one) {
+function decisionRow(one, seen) {
   const known = one.objects.filter((object) => object.object_id !== null);
   const names = one.objects.map((object) => (object.path ?? object.object_id) + (object.gallery ? " in another gallery" : ""));
   if (names.length > NAMED) names.splice(NAMED, Infinity, `${(one.objects.length - NAMED).toLocaleString("en")} more`);
@@ -560,7 +598,8 @@ function decisionRow(one) {
   button.addEventListener("click", async () => {
     button.disabled = true;
     try {
-      await send(`/decisions?${ofGallery()}`, { decisions: [{ decision: "undo", objects: known.map((object) => object.object_id) }] });
+      const objects = known.map((object) => object.object_id);
+      await send(`/decisions?${ofGallery()}`, { decisions: [{ decision: "undo", objects, seen }] });
       (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("button").focus();
       row.remove();
       const stand = await ask(`/decisions/status?${ofGallery()}`);
@@ -570,6 +609,8 @@ function decisionRow(one) {
       tell("Undone. The group is open again.");
     } catch (error) {
       button.disabled = false;
+      // Somebody else has decided otherwise: the list is not how it stands.
+      if (!error.again) await load();
       tell(error.message, true);
     }
   });
@@ -587,7 +628,7 @@ const KEYS = {
 const GOING = ["n", "p", "ArrowRight", "ArrowLeft"];
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (!isKey(event) || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   // Fields and buttons have keys of their own.
   const own = event.target.closest("input, select, textarea") || (event.target.closest("button, a") && [" ", "Enter"].includes(event.key));
   if (own) return;

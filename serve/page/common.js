@@ -8,6 +8,8 @@ export function make(kind, properties, ...children) {
   return made;
 }
 
+export const plural = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
+
 // An id percent-encoded, as it stands in addresses; a lone surrogate stands for a byte that is not UTF-8.
 export function encodeId(id) {
   const parts = id.split(/([\udc80-\udcff])/u);
@@ -47,8 +49,9 @@ export const send = (path, body) =>
   ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 // How the service stands, and the gallery that the address means: { health, gallery, about }; about is undefined if there
-// is no gallery of that name that can be searched. Fills the header's choice of a gallery.
+// is no gallery of that name that can be searched. Fills the header's choice of a gallery, and sets whether letters are keys.
 export async function begin() {
+  prepareLetters();
   const health = await ask("/healthz");
   const names = [...health.galleries.map((one) => one.name), ...health.coming, ...Object.keys(health.refused)].sort();
   const gallery = new URLSearchParams(location.search).get("gallery") ?? health.default ?? health.galleries[0]?.name ?? names[0];
@@ -70,6 +73,31 @@ export async function begin() {
   else if (gallery in health.refused) tell(`The gallery ${gallery} cannot be opened: ${health.refused[gallery]}`, true);
   else if (!about) tell(`There is no gallery ${gallery}.`, true);
   return { health, gallery, about };
+}
+
+// Letters, digits and signs do what buttons do, unless that is switched off, as people who dictate need it. The browser
+// remembers it for all pages.
+export const isKey = (event) => event.key.length > 1 || !document.body.classList.contains("letterless");
+
+function prepareLetters() {
+  // A browser that keeps nothing for a page answers with an error.
+  const kept = (use) => {
+    try {
+      return use(localStorage);
+    } catch {
+      return null;
+    }
+  };
+  const draw = (work) => document.body.classList.toggle("letterless", !work);
+  const works = kept((store) => store.getItem("letters")) !== "off";
+  draw(works);
+  const box = element("letters");
+  if (!box) return;
+  box.checked = works;
+  box.addEventListener("change", () => {
+    draw(box.checked);
+    kept((store) => store.setItem("letters", box.checked ? "on" : "off"));
+  });
 }
 
 export function tell(text, failed = false) {

@@ -1,6 +1,6 @@
 // Two pictures side by side, or in turn in one place, in a dialog.
 
-import { make, picture } from "/common.js";
+import { isKey, make, picture } from "/common.js";
 
 // What a caller gives: where = { health, gallery }; each side = { id, encoded, facts } or, for a picture that is no object,
 // { id, source, facts }; facts are lines below the picture. Returns when the dialog is closed.
@@ -38,7 +38,7 @@ export function compare(where, left, right, title) {
   dialog.addEventListener("keydown", (event) => {
     // What else the page does with keys has to wait.
     event.stopPropagation();
-    if (event.key === "f") flicker.click();
+    if (event.key === "f" && isKey(event)) flicker.click();
   });
   document.body.append(dialog);
   dialog.showModal();

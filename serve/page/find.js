@@ -4,7 +4,7 @@
 // there percent-encoded, and is never decoded here, because names of files need not be UTF-8. A picture that was sent is
 // ?picture=KEY, and is kept here for as long as the page is open.
 
-import { ask, begin, element, encodeId, make, picture, tell, thumbnail } from "/common.js";
+import { ask, begin, element, encodeId, make, picture, plural, tell, thumbnail } from "/common.js";
 import { compare } from "/compare.js";
 import { download } from "/download.js";
 import { drawFilters, loadColumns } from "/filters.js";
@@ -172,7 +172,7 @@ function clear() {
   element("download").disabled = true;
 }
 
-function drawBeginnings(now, { objects }) {
+function drawBeginnings(now, { objects, total }) {
   document.title = "Find · ruiji";
   query.hidden = sky.hidden = pointed.hidden = true;
   hits.hidden = false;
@@ -193,7 +193,8 @@ function drawBeginnings(now, { objects }) {
     !health.media && "To see pictures instead of names, start it with --media-dir.",
   ];
   const none = now.where.length ? "No picture meets these conditions." : "The gallery has no pictures yet.";
-  const some = `${about.objects.toLocaleString()} pictures. ${first} with one of these.`;
+  const number = now.where.length ? `${total.toLocaleString("en")} of ${plural(about.objects, "picture")}` : plural(total, "picture");
+  const some = `${number}. ${first} with one of these.`;
   tell([objects.length ? some : none, ...missing.filter(Boolean)].join(" "));
 }
 

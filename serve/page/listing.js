@@ -1,8 +1,6 @@
 // The list of files that can go, in a dialog of the page Clean up.
 
-import { ask, element, get, make } from "/common.js";
-
-export const plural = (count, one) => `${count.toLocaleString("en")} ${one}${count === 1 ? "" : "s"}`;
+import { ask, element, get, make, plural } from "/common.js";
 
 // Once, when the gallery is known. sent() ends when all decisions are recorded.
 export function prepareListing(gallery, sent) {

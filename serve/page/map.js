@@ -4,7 +4,7 @@
 // the objects of those that are looked at are asked for, with the key of the rows, so that a gallery that has changed
 // is noticed.
 
-import { ask, begin, element, encodeId, get, heard, make, picture, tell, thumbnail } from "/common.js";
+import { ask, begin, element, encodeId, get, heard, isKey, make, picture, tell, thumbnail } from "/common.js";
 import { download } from "/download.js";
 import { Dots, Plane } from "/plane.js";
 
@@ -395,7 +395,7 @@ const KEYS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (!plane?.count || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select, input")) return;
+  if (!plane?.count || !isKey(event) || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select, input")) return;
   // Arrows scroll the list when that has the focus.
   if (event.key.startsWith("Arrow") && event.target.closest("#panel")) return;
   const does = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];

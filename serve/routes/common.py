@@ -28,7 +28,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in {
         401: "The token is missing or wrong.",
         404: "There is no such object, or no such gallery.",
-        409: "The service, as it was started, cannot do this.",
+        409: "The service, as it was started, cannot do this, or not as things stand now.",
         421: "The service is not called by this host.",
         422: "A parameter, the object or the picture cannot be used.",
         503: "The machine or the gallery is at fault.",

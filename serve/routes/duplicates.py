@@ -18,7 +18,7 @@ from search.duplicates.keep import parse_rules
 from search.duplicates.removal import LeftOut, ListedFile, Why
 from search.gallery.shards import Gallery
 from search.options import FileFormat
-from search.requests.duplicates import Asked, file_lines, left_out_lines
+from search.requests.duplicates import Asked, Seen, file_lines, left_out_lines
 from serve import bodies
 from serve.bodies import Choice, CompareQuery, ComparingState, DuplicatesQuery, FileList, FilesQuery, ListQuery
 from serve.cleanup import Page, Shown, WantedGroups, modified
@@ -46,11 +46,11 @@ async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Quer
         raise HTTPException(422, str(error)) from None
     folder = resident.gallery.folder
     comparing = service.comparing.step(folder, asked.threshold)
-    page, comparison = Page([], 0, 0, None, 0), _comparison(comparing)
+    page, comparison = Page([], 0, 0, None, 0, 0), _comparison(comparing)
     # Who waits for a comparison asks often; what is kept of it need not be read each time.
     if comparison.state is not ComparingState.running:
         try:
-            page = await service.cleanups.ask(folder, lambda one: one.page(wanted, rules, asked.after, asked.count))
+            page = await service.cleanups.ask(resident, lambda one: one.page(wanted, rules, asked.after, asked.count))
             comparison = bodies.Comparison(state=ComparingState.ready, done=0, total=0, seconds=None, error=None)
         except PairsMissing as missing:
             comparison.done, comparison.total = missing.done, missing.total
@@ -62,6 +62,7 @@ async def duplicates(service: TheService, asked: Annotated[DuplicatesQuery, Quer
         open=page.open,
         next=page.next,
         gone=page.gone,
+        seen=page.seen,
     )
     return answer(found)
 
@@ -84,13 +85,14 @@ async def stop(service: TheService) -> Response:
 @router.get("/decisions", response_model=bodies.Decisions)
 async def decisions(service: TheService, asked: Annotated[ListQuery, Query()]) -> Response:
     """Decisions that are in force, the latest first."""
-    folder = service.galleries.get(asked.gallery).gallery.folder
+    resident = service.galleries.get(asked.gallery)
     found, total, gallery, decided = await service.cleanups.ask(
-        folder, lambda one: one.decided(asked.first, asked.count)
+        resident, lambda one: one.decided(asked.first, asked.count)
     )
     after = asked.first + asked.count
     listed = [_decision(gallery, decided, *each) for each in found]
-    return answer(bodies.Decisions(decisions=listed, total=total, next=after if after < total else None))
+    following = after if after < total else None
+    return answer(bodies.Decisions(decisions=listed, total=total, next=following, seen=len(decided.decisions)))
 
 
 @router.post("/decisions", response_model=bodies.Recorded, responses=SENT)
@@ -98,17 +100,27 @@ async def decide(
     service: TheService, given: Annotated[bodies.AskedDecisions, Body()], asked: Annotated[Choice, Query()]
 ) -> Response:
     """Record decisions, all of them or none. The answer comes when they are on disk. `undo` withdraws others."""
-    folder = service.galleries.get(asked.gallery).gallery.folder
-    wanted = [Asked(one.decision, tuple(one.objects), one.keep, tuple(one.remove)) for one in given.decisions]
-    warnings = await service.cleanups.ask(folder, lambda one: one.record(wanted))
-    return answer(bodies.Recorded(recorded=len(wanted), warnings=warnings))
+    resident = service.galleries.get(asked.gallery)
+    wanted = [
+        Asked(
+            one.decision,
+            tuple(one.objects),
+            one.keep,
+            tuple(one.remove),
+            tuple(Seen(member.object_id, member.sha256) for member in one.members),
+            one.seen,
+        )
+        for one in given.decisions
+    ]
+    seen, warnings = await service.cleanups.ask(resident, lambda one: one.record(wanted))
+    return answer(bodies.Recorded(recorded=len(wanted), warnings=warnings, seen=seen))
 
 
 @router.get("/decisions/status", response_model=bodies.DecisionsStatus)
 async def status(service: TheService, asked: Annotated[Choice, Query()]) -> Response:
     """Progress of the clean-up."""
-    folder = service.galleries.get(asked.gallery).gallery.folder
-    stand = await service.cleanups.ask(folder, lambda one: one.stand())
+    resident = service.galleries.get(asked.gallery)
+    stand = await service.cleanups.ask(resident, lambda one: one.stand())
     totals = stand.totals
     found = bodies.DecisionsStatus(
         decided=sum(stand.by_verdict.values()),
@@ -132,11 +144,11 @@ async def files(service: TheService, asked: Annotated[FilesQuery, Query()]) -> R
     """The files to remove, as `ruiji duplicates list` prints them. Each is read again; nothing is removed."""
     if asked.null and asked.format is not FileFormat.paths:
         raise HTTPException(422, "null needs format=paths")
-    folder, cleanups = service.galleries.get(asked.gallery).gallery.folder, service.cleanups
+    resident, cleanups = service.galleries.get(asked.gallery), service.cleanups
     kind, ending = _KINDS[asked.format]
     name = f'attachment; filename="ruiji-{asked.list.replace("_", "-")}.{ending}"'
     with cleanups.begin_list() as turn:
-        found = await cleanups.ask(folder, lambda one: one.files(asked.list is not FileList.keep))
+        found = await cleanups.ask(resident, lambda one: one.files(asked.list is not FileList.keep))
         lines = _lines(asked, found, service.media_dir or Path())
         return _List(turn.pop_all(), lines, {"content-disposition": name}, kind)
 
@@ -205,10 +217,11 @@ def _member(one: Shown) -> bodies.DuplicateMember:
         similarity=member.similarity,
         identical_to=member.identical_to,
         same_file_as=one.same_file_as,
+        sha256=member.digest.hex() if member.digest else None,
         there=one.there,
         bytes=facts.bytes if facts else None,
-        width=facts.width if facts and is_picture else None,
-        height=facts.height if facts and is_picture else None,
+        width=(facts.width or None) if facts and is_picture else None,
+        height=(facts.height or None) if facts and is_picture else None,
         format=facts.format if facts and is_picture else None,
         modified=modified(member),
     )

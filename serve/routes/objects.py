@@ -64,7 +64,8 @@ async def sample(service: TheService, asked: Annotated[SampleQuery, Query()]) ->
     resident = service.galleries.get(asked.gallery)
     gallery = await asyncio.to_thread(resident.only, asked.where, service.annotations)
     found = await asyncio.to_thread(gallery.sample, asked.count)
-    return answer(bodies.Sample(objects=await asyncio.to_thread(_objects, service, resident, found)))
+    objects = await asyncio.to_thread(_objects, service, resident, found)
+    return answer(bodies.Sample(objects=objects, total=len(gallery)))
 
 
 @router.get("/columns", response_model=bodies.Columns)

@@ -19,6 +19,8 @@ from starlette.types import Message
 from pipeline.choices import Device
 from pipeline.errors import UsageError
 from pipeline.plans.plan import Limits
+from ruiji import open_gallery
+from ruiji.galleries import shards_of
 from search.duplicates.decided import decided_in
 from search.duplicates.decisions import DecidedObject, Decision, Verdict, append_decisions
 from search.duplicates.removal import LeftOut
@@ -26,7 +28,7 @@ from search.requests.duplicates import Asked
 from serve.bodies import FilesQuery
 from serve.cleanup import CleanUp
 from serve.comparing import BackgroundComparison, Step
-from serve.galleries import Galleries
+from serve.galleries import Galleries, Resident
 from serve.routes.duplicates import files
 from serve.searches import Busy
 from serve.service import Service
@@ -42,6 +44,11 @@ def decide(served: Served, *decisions: dict[str, Any]) -> Answer:
 
 def names(groups: list[dict[str, Any]]) -> list[list[str]]:
     return [[member["object_id"] for member in group["members"]] for group in groups]
+
+
+def resident(ruiji: Ruiji) -> Resident:
+    """The gallery as a service keeps it."""
+    return Resident("gallery", open_gallery(ruiji.gallery), None)
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_what_is_decided_does_not_come_back_until_it_is_undone(ruiji: Ruiji, rea
         {"decision": "different", "objects": ["001-large.jpg", "001-small1.jpg"]},
         {"decision": "skip", "objects": ["002-large.jpg", "002-small1.jpg"]},
     )
-    assert (done.status, done.json()) == (200, {"recorded": 3, "warnings": []})
+    assert (done.status, done.json()) == (200, {"recorded": 3, "warnings": [], "seen": 3})
     assert [group["name"] for group in look(ready)["groups"]] == [6, 8, 10]
     assert [group["name"] for group in look(ready, "?skipped=true")["groups"]] == [4, 6, 8, 10]
     status = ready.get("/decisions/status").json()
@@ -106,6 +113,38 @@ def test_what_is_decided_does_not_come_back_until_it_is_undone(ruiji: Ruiji, rea
     assert [group["name"] for group in look(ready)["groups"]] == [2, 6, 8, 10]
     assert decide(again, {"decision": "undo", "objects": ["000-large.jpg", "000-small1.jpg"]}).status == 200
     assert [group["name"] for group in look(ready)["groups"]] == [0, 2, 6, 8, 10]
+
+
+def test_what_somebody_else_decided_meanwhile_is_not_overruled_unseen(ruiji: Ruiji, ready: Served) -> None:
+    group, other = [{"objects": [f"00{n}-large.jpg", f"00{n}-small1.jpg"], "seen": look(ready)["seen"]} for n in (0, 1)]
+    shown = ruiji("near-duplicates", "--keep", "pixels", "--format", "jsonl").stdout
+    assert group["seen"] == json.loads(shown.splitlines()[0])["seen"] == 0
+    kept_small = {"decision": "same", "keep": "000-small1.jpg", "remove": ["000-large.jpg"], "seen": 0}
+    first = decide(ready, kept_small)
+    assert (first.status, first.json()["seen"]) == (200, 1)
+    # By a page that showed the group before; nothing of what it sends is recorded.
+    said = "somebody has decided about 000-large.jpg and 000-small1.jpg since they were shown: same, "
+    for late in ("different", "skip", "undo"):
+        answer = decide(ready, {"decision": "skip", **other}, {"decision": late, **group})
+        assert (answer.status, answer.error.startswith(said)) == (409, True)
+    # By the command.
+    told = ruiji("duplicates", "decide", stdin=shown, code=2).stderr
+    assert f"line 1: {said}" in told and "run ruiji near-duplicates again" in told
+    assert ready.get("/decisions/status").json()["decided"] == 1
+    # Who says the same, or has seen it, is not refused; nor is who takes back what nobody changed.
+    assert decide(ready, kept_small).json()["seen"] == 2
+    undone = decide(ready, {"decision": "undo", **group, "seen": ready.get("/decisions").json()["seen"]})
+    assert (undone.status, look(ready)["open"]) == (200, 6)
+    # What was decided and undone again is as it was.
+    assert decide(ready, {"decision": "different", **group}, {"decision": "skip", **other}).status == 200
+    assert decide(ready, {"decision": "undo", **group, "seen": 9}).error.startswith("it has seen 9 decisions, and ")
+    # Nor is anything decided about another picture than was shown.
+    members = [{key: one[key] for key in ("object_id", "sha256")} for one in look(ready)["groups"][0]["members"]]
+    changed = [{**one, "sha256": "0" * 64} for one in members]
+    third = {"decision": "skip", "objects": [one["object_id"] for one in members]}
+    answer = decide(ready, {**third, "members": changed})
+    assert (answer.status, answer.error) == (409, "002-large.jpg is another picture now than the one that was shown")
+    assert decide(ready, {**third, "members": members}).status == 200
 
 
 def test_what_is_kept_in_another_gallery_is_told_apart(ruiji: Ruiji, ready: Served) -> None:
@@ -330,7 +369,7 @@ def test_the_stand_of_a_large_clean_up_is_made_again_after_a_while_or_a_list(
     ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_look_alikes(ruiji, 2)
-    one = CleanUp(ruiji.gallery, ruiji.media)
+    one = CleanUp(resident(ruiji), ruiji.media)
     one.record([Asked(Verdict.same, keep="000-large.jpg", remove=("000-small1.jpg",))])
     monkeypatch.setattr("serve.cleanup._QUICK_S", 0.0)
     monkeypatch.setattr("serve.cleanup._TIMES", 10.0**9)
@@ -348,7 +387,7 @@ def test_the_stand_of_a_large_clean_up_is_made_again_after_a_while_or_a_list(
 def test_what_is_decided_is_found_once_for_the_same_decisions(ruiji: Ruiji, monkeypatch: pytest.MonkeyPatch) -> None:
     # In a large gallery it takes seconds, and people turn many pages.
     write_look_alikes(ruiji, 2)
-    one, made = CleanUp(ruiji.gallery, ruiji.media), list[object]()
+    one, made = CleanUp(resident(ruiji), ruiji.media), list[object]()
     monkeypatch.setattr("serve.cleanup.decided_in", lambda *given: (made.append(given), decided_in(*given))[1])
     for number in (0, 1):
         one.record([Asked(Verdict.same, keep=f"00{number}-large.jpg", remove=(f"00{number}-small1.jpg",))])
@@ -357,8 +396,11 @@ def test_what_is_decided_is_found_once_for_the_same_decisions(ruiji: Ruiji, monk
             assert (len(found), total) == (1, number + 1)
         assert len(list(one.files(removed=True))) == number + 1
         assert len(made) == number + 1
+    before = one.decided(0, 5)[2]
     add_rows(ruiji, ["000/000-large.jpg"], np.ones((1, 12), np.float32))
     assert one.decided(0, 5)[1] == 2 and len(made) == 3
+    # Searched and cleaned up is one gallery in memory, new shards too.
+    assert before is not one.decided(0, 5)[2] is shards_of(one.resident.gallery)
 
 
 def test_a_damaged_decisions_file_and_a_full_disk_are_said_and_lose_nothing(ruiji: Ruiji, ready: Served) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -31,7 +32,9 @@ from search.duplicates.cli import _batches
 from search.duplicates.decisions import append_decisions, read_decisions
 from search.duplicates.removal import LeftOut, ListedFile
 from search.options import FileFormat
-from search.requests.duplicates import file_lines, left_out_lines
+from search.requests.duplicates import DecisionsRequest, file_lines, left_out_lines
+from search.requests.duplicates import decide as decide_lines
+from search.requests.selection import Selection
 from tests.conftest import ROOT
 from tests.factories import wait_until
 from tests.search.duplicates.test_decisions import different
@@ -145,6 +148,68 @@ def test_a_line_that_is_no_decision_is_named_and_those_before_it_are_kept(world:
     assert told in str(result.exception) and "line 2" in str(result.exception)
     assert "nothing from this line on is recorded" in str(result.exception)
     assert [json.loads(line)["line"] for line in result.stdout.splitlines()] == [1]
+    assert len(read_decisions(world.file)) == 1
+
+
+def test_a_line_that_others_have_overtaken_stops_and_one_that_says_the_same_does_not(world: World) -> None:
+    shown = [{**SAME, "seen": 0}, {"decision": "same", "keep": "b1.png", "remove": ["b2.png"], "seen": 0}]
+    world.decide(*shown)
+    # After a kill, the same lines are sent again; and what one run decides, it may change.
+    world.decide(*shown, {"decision": "skip", "objects": ["b1.png", "b2.png"], "seen": 2})
+    world.decide({"decision": "skip", "objects": ["b1.png", "c.png"], "seen": 5}, {**SAME, "seen": 5})
+    for late in (
+        {"decision": "same", "keep": "c.png", "remove": ["b1.png", "a.png"]},
+        {"decision": "same", "keep": "a.png", "remove": ["c.png"]},
+        {"decision": "undo", "objects": ["b1.png", "a.png"]},
+    ):
+        text = "".join(json.dumps(one) + "\n" for one in ({**SAME, "seen": 5}, {**late, "seen": 5}, SAME))
+        result = world.run("decide", stdin=text)
+        assert isinstance(result.exception, UsageError) and len(result.stdout.splitlines()) == 1
+        told = str(result.exception)
+        assert told.startswith("line 2: somebody has decided about ") and "since they were shown: same, 20" in told
+        assert told.endswith("; run ruiji near-duplicates again; nothing from this line on is recorded")
+    world.decide({"decision": "undo", "objects": ["a.png"]})
+    world.decide({"decision": "different", "objects": ["a.png", "c.png"], "seen": 5})
+    for none in (-1, 99):
+        assert f"it has seen {none} decisions" in world.refused("decide", stdin=json.dumps({**SAME, "seen": none}))
+
+
+def test_a_line_about_another_picture_than_was_shown_is_refused(world: World) -> None:
+    digests = {
+        one: hashlib.sha256(FILES[f"{folder}/{one}"]).hexdigest()
+        for folder, one in (("cat", "a.png"), ("dog", "c.png"))
+    }
+    members = [{"object_id": one, "sha256": digest} for one, digest in digests.items()]
+    line = {"decision": "different", "objects": ["a.png", "c.png"], "seen": 0, "members": members}
+    world.decide(line)
+    # As if it had been embedded again since.
+    members[1]["sha256"] = "0" * 64
+    if world.digests:
+        said = (
+            "line 1: c.png is another picture now than the one that was shown; run ruiji near-duplicates again; nothing"
+        )
+        assert said in world.refused("decide", stdin=json.dumps(line))
+    else:
+        world.decide(line)
+    # What is said of others, or of a reference, is not about these.
+    members[1] |= {"gallery": "reference"}
+    world.decide(line, {**line, "members": [{"object_id": "b1.png", "sha256": "0" * 64, "path": "b1.png"}]})
+
+
+def test_of_many_at_once_who_have_seen_the_same_one_decides(world: World) -> None:
+    def decide(keep: str) -> bool:
+        gone = [one for one in ("a.png", "b1.png", "c.png") if one != keep]
+        text = json.dumps({"decision": "same", "keep": keep, "remove": gone, "seen": 0})
+        lines = decide_lines(request, [[text.encode()]], lambda said: None)
+        try:
+            return len(list(lines)) == 1
+        except UsageError:
+            return False
+
+    selection = Selection(feature_dir=world.features, model_path=world.model.path)
+    request = DecisionsRequest(selection=selection, media_dir=world.media)
+    with ThreadPoolExecutor(3) as threads:
+        assert sum(threads.map(decide, ("a.png", "b1.png", "c.png"))) == 1
     assert len(read_decisions(world.file)) == 1
 
 

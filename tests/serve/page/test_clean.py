@@ -105,6 +105,85 @@ def test_a_hundred_groups_are_decided_by_keyboard_undone_and_stay_decided(ruiji:
     assert not [path for path in ruiji.media.rglob("*-small1.jpg") if not path.is_file()]
 
 
+def test_what_another_page_decided_is_not_overruled_and_choices_stay(
+    ruiji: Ruiji, page: Page, new_page: Callable[..., Page], watch: Watch
+) -> None:
+    write_look_alikes(ruiji, 5)
+    served = start(ruiji)
+    compare(served)
+    other = new_page()
+    for each in (page, other):
+        open_clean(served, each)
+    # In one, the small picture of the second group is kept; in the other, the first group is decided.
+    page.keyboard.press("n")
+    page.keyboard.press("2")
+    page.keyboard.press("p")
+    other.keyboard.press("d")
+    wait_until(lambda: standing(served)["different"] == 1, what="the decision")
+    page.keyboard.press("Shift+Enter")
+    expect(page.locator("#said")).to_contain_text(
+        "Not recorded: somebody has decided about 000-large.jpg and 000-small1.jpg since they were shown: different, 20"
+    )
+    watch.expect("409 .*/decisions")
+    counts(page, 1, 5)
+    assert first_of(page) == "001/001-large.jpg"
+    expect(page.locator("#members .mark")).to_have_text(["Remove", "Keep"])
+    page.keyboard.press("Shift+Enter")
+    wait_until(lambda: standing(served)["same"] == 4, what="the decisions")
+    assert b"001-large.jpg" in served.get("/decisions/files").body
+    # Undone in the list of the other, and decided anew: the first page takes nothing back that it does not know.
+    other.locator("#show").select_option("decided")
+    expect(other.locator("#decisions li")).to_have_count(5)
+    other.locator("#decisions li", has_text="004").get_by_role("button").click()
+    expect(other.locator("#said")).to_have_text("Undone. The group is open again.")
+    open_clean(served, other)
+    other.keyboard.press("s")
+    wait_until(lambda: standing(served)["skip"] == 1, what="the decision")
+    page.keyboard.press("z")
+    expect(page.locator("#said")).to_contain_text("Not recorded: somebody has decided about 004-large.jpg")
+    counts(page, 5, 5)
+    expect(page.locator("#undo")).to_be_disabled()
+    assert standing(served)["skip"] == 1 and standing(served)["same"] == 3
+    # So does a row of the list.
+    page.locator("#show").select_option("decided")
+    expect(page.locator("#decisions li")).to_have_count(5)
+    ruiji("duplicates", "undo", "003-large.jpg")
+    ruiji("duplicates", "decide", stdin='{"decision": "different", "objects": ["003-large.jpg", "003-small1.jpg"]}')
+    page.locator("#decisions li", has_text="003").get_by_role("button").click()
+    expect(page.locator("#said")).to_contain_text("somebody has decided about 003-large.jpg")
+    expect(page.locator("#decisions li").first).to_contain_text("Not duplicates003/003-large.jpg")
+
+
+def test_letters_can_be_switched_off_as_keys(ruiji: Ruiji, page: Page) -> None:
+    write_look_alikes(ruiji, 3)
+    served = start(ruiji)
+    compare(served)
+    open_clean(served, page)
+    page.locator("#letters").uncheck()
+    expect(page.locator("#different kbd")).to_be_hidden()
+    for _ in range(2):
+        for key in "dsnx2c":
+            page.keyboard.press(key)
+        expect(page.locator("#about")).to_contain_text("Group 1 of 3")
+        expect(page.locator("#members .mark")).to_have_text(["Keep", "Remove"])
+        expect(page.locator("dialog[open]")).to_have_count(0)
+        # It is remembered.
+        open_clean(served, page)
+        expect(page.locator("#letters")).not_to_be_checked()
+    page.locator("#compare").click()
+    page.keyboard.press("f")
+    expect(page.locator("dialog[open] figure")).to_have_count(2)
+    expect(page.locator("dialog[open] figure >> nth=1")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Enter")
+    counts(page, 1, 3)
+    page.locator("#letters").check()
+    page.keyboard.press("d")
+    page.locator("#about").click()
+    page.keyboard.press("d")
+    counts(page, 2, 3)
+
+
 def test_pictures_are_chosen_compared_and_listed(ruiji: Ruiji, page: Page) -> None:
     write_look_alikes(ruiji, 4, members=3)
     served = start(ruiji)
