@@ -278,7 +278,7 @@ def _rows_named(gallery: Gallery, objects: set[DecidedObject]) -> Iterator[int]:
     there = {one.path for one in objects - own}
     candidates: list[int] | None = None
     if len(objects) <= _FEW:
-        # An id is a path or its last part, and of ids there is an index. To read 10^8 paths takes a minute.
+        # An id is a path or its last part, and of ids there is an index. To read 10^8 paths takes 15 s.
         asked = {name for one in objects for name in (one.name, one.name.rpartition("/")[2])}
         candidates = sorted(itertools.chain.from_iterable(gallery.rows_of(asked).values()))
     for number, (shard, first) in enumerate(zip(gallery.shards, gallery.firsts, strict=True)):
