@@ -15,8 +15,6 @@ from pipeline.streams import note
 from search.views.thumbnail import Thumbnail
 from serve.decoders import Decoders
 
-#: The longer side, in pixels, that can be asked for: for a list, a grid, and one picture.
-SIDES = (128, 256, 512)
 #: Bytes that the pictures of one gallery may take; at 10 kB each some 25,000.
 MOST_BYTES = 256 << 20
 #: Reasons of failed objects whose pictures are not decoded again, for people neither.
@@ -40,7 +38,7 @@ class Thumbnails:
 
         Args:
             find: gives its path relative to the media folder, as the gallery has it; called in a thread.
-            side: one of `SIDES`.
+            side: the longer one, in pixels: a `serve.bodies.Side`.
 
         Raises:
             ImageError: it has none; says why.
