@@ -111,14 +111,14 @@ def _searches(device: Device, gallery: Gallery, features: Float32, asked: Float3
 def _ours(planner: Planner, gallery: Gallery, queries: Float32) -> list[NDArray[np.int64]]:
     way = planner.way(gallery, Purpose.hits, len(queries))
     ranking = rank(gallery, queries, TOP_K, scan=planner.arithmetic(way).scan, queries_at_once=way.queries_at_once)
-    return [np.array([hit.row for hit in hits]) for hits in ranking.hits]
+    return [np.array([hit.row for hit in hits]) for hits in ranking]
 
 
 def _scan(planner: Planner, gallery: Gallery, queries: Float32) -> Callable[[], object]:
     """What finds candidates, with the cuts that it has at its end."""
     way = planner.way(gallery, Purpose.hits, len(queries))
     scan = planner.arithmetic(way).scan
-    hits = rank(gallery, queries, TOP_K, scan=scan, queries_at_once=way.queries_at_once).hits
+    hits = rank(gallery, queries, TOP_K, scan=scan, queries_at_once=way.queries_at_once)
     cuts = np.array([one[-1].similarity for one in hits])
     parts = range(0, len(queries), way.queries_at_once)
 

@@ -186,7 +186,7 @@ def by_command(gallery: Gallery, queries: NDArray[np.float32]) -> Callable[[], l
     way = choose_way(Question(gallery.rows, gallery.length, len(queries), coded=gallery.coded), machine)
     print(f"a command with {len(queries)} queries: {way}", file=sys.stderr)
     scan = way.arithmetic().scan
-    return lambda: [np.array([hit.row for hit in hits]) for hits in rank(gallery, queries, TOP_K, scan=scan).hits]
+    return lambda: [np.array([hit.row for hit in hits]) for hits in rank(gallery, queries, TOP_K, scan=scan)]
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def answer(
     def ranked(some: Sequence[Query], depth: int, without: Mask | None = None) -> tuple[tuple[Hit, ...], ...]:
         features = np.stack([query.feature for query in some])
         found = scan if without is None else scan_without(scan, without)
-        return rank(gallery, features, depth, criteria.metric, found, way.queries_at_once).hits
+        return rank(gallery, features, depth, criteria.metric, found, way.queries_at_once)
 
     def near(rows: Rows) -> list[Rows]:
         assert criteria.collapse is not None

@@ -56,21 +56,6 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """What a search found.
-
-    Attributes:
-        hits: for each query its neighbours, best first: k of them, or as many as there are usable rows.
-        zero_rows, nonfinite_rows: rows of the gallery that cannot be ranked, because all their values are zero, or
-            one is NaN or infinite; they never appear among the hits.
-    """
-
-    hits: tuple[tuple[Hit, ...], ...]
-    zero_rows: int
-    nonfinite_rows: int
-
-
-@dataclass(frozen=True)
 class Neighbours:
     """The nearest rows of one query, best first.
 
@@ -90,7 +75,7 @@ def rank(
     metric: Metric = Metric.cosine,
     scan: Scan | None = None,
     queries_at_once: int = QUERIES_AT_ONCE,
-) -> Ranking:
+) -> tuple[tuple[Hit, ...], ...]:
     """Find the nearest rows of every query, exactly.
 
     Args:
@@ -99,6 +84,9 @@ def rank(
         scan: how candidates are found, which changes memory and speed, never the answer; default numpy's.
         queries_at_once: queries that share one pass; likewise.
 
+    Returns:
+        For each query its neighbours, best first: k of them, or as many as there are usable rows.
+
     Raises:
         QueryError: a query is zero, not finite, or of another length than the gallery.
     """
@@ -106,7 +94,7 @@ def rank(
     found: list[Neighbours] = []
     for start in range(0, len(queries), queries_at_once):
         found += nearest(gallery, queries[start : start + queries_at_once], top_k, metric, scan or numpy_scan())
-    return Ranking(_hits(gallery, queries, found, metric), *gallery.unusable_rows)
+    return _hits(gallery, queries, found, metric)
 
 
 def nearest(gallery: Gallery, queries: Float32, top_k: int, metric: Metric, scan: Scan) -> list[Neighbours]:

@@ -17,7 +17,7 @@ from search.queries import Query
 from search.ranking.codes_scan import codes_scan
 from search.ranking.exact import exact_similarities
 from search.ranking.planner import Planner
-from search.ranking.rank import Ranking, rank, rows_within, scan_without
+from search.ranking.rank import Hit, rank, rows_within, scan_without
 from search.ranking.scan import Scan, numpy_scan
 from tests.properties import examples
 from tests.search.galleries import in_memory
@@ -27,7 +27,7 @@ from tests.search.ranking.test_rank import KINDS, features_of
 def brute_force(gallery: Gallery, query: Query, criteria: Criteria) -> list[tuple[int, int]]:
     """Rows of hits and the numbers of others, from the whole ranking."""
     features = np.concatenate([shard.features for shard in gallery.shards])
-    hits = rank(gallery, query.feature[np.newaxis], gallery.rows, criteria.metric).hits[0]
+    hits = rank(gallery, query.feature[np.newaxis], gallery.rows, criteria.metric)[0]
     least = -2.0 if criteria.min_similarity is None else criteria.min_similarity
     out = criteria.exclude_self if criteria.exclude_self is not None else query.by_id
     rows = [hit.row for hit in hits if hit.similarity >= least and not (out and hit.object_id == query.object_id)]
@@ -103,9 +103,9 @@ def test_hits_below_the_least_similarity_are_not_gone_through(monkeypatch: pytes
     features = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
     ranked: list[int] = []
 
-    def counted(*given: Any) -> Ranking:
+    def counted(*given: Any) -> tuple[tuple[Hit, ...], ...]:
         found = rank(*given)
-        ranked.append(len(found.hits[0]))
+        ranked.append(len(found[0]))
         return found
 
     monkeypatch.setattr("search.answers.rank", counted)
@@ -150,4 +150,4 @@ def test_a_scan_without_some_rows_finds_the_best_of_the_others(scan: Scan, metri
     others = gallery.only(np.split(~left_out, [50, 120]))
     for top_k in (1, 7, 100):
         found = rank(gallery, queries, top_k, metric, scan_without(scan, left_out))
-        assert found.hits == rank(others, queries, top_k, metric, scan).hits
+        assert found == rank(others, queries, top_k, metric, scan)

@@ -250,7 +250,7 @@ def test_a_trec_run_has_the_rankings_of_a_search(tmp_path: Path) -> None:
     assert len(lines) == 40 * 39
     gallery = open_gallery(layout.gallery_folder(world.features, world.model))
     features = np.concatenate([shard.features for shard in gallery.shards])
-    for row, ranking in enumerate(rank(gallery, features, 40, Metric.cosine).hits):
+    for row, ranking in enumerate(rank(gallery, features, 40, Metric.cosine)):
         query = gallery.object_id(row)
         expected = [(hit.object_id, repr(hit.similarity)) for hit in ranking if hit.row != row]
         mine = [line for line in lines if line[0] == query]

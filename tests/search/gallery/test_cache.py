@@ -287,7 +287,7 @@ def test_the_cache_is_listed_once_however_many_shards_there_are(folder: Path, mo
 def test_a_folder_that_cannot_hold_a_cache_is_searched_all_the_same(folder: Path) -> None:
     # A file in the folder's place stands for a read-only disk: root may write anywhere.
     (folder / "cache").touch()
-    hits = rank(open_gallery(folder), features_of("random", 10, 12)[3:4], 1).hits[0]
+    hits = rank(open_gallery(folder), features_of("random", 10, 12)[3:4], 1)[0]
     assert hits[0].row == 3
 
 

@@ -425,7 +425,7 @@ def test_open_descriptors_do_not_depend_on_the_number_of_shards(tmp_path: Path, 
         for shard in gallery.shards:
             shard.keep()
         for scan in (numpy_scan(), codes_scan()):
-            hits = rank(open_gallery(tmp_path), some_features(300)[7:8], 2, scan=scan).hits[0]
+            hits = rank(open_gallery(tmp_path), some_features(300)[7:8], 2, scan=scan)[0]
             assert hits[0].object_id == "007.jpg"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

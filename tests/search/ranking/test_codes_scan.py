@@ -116,9 +116,9 @@ def test_codes_alone_would_rank_near_duplicates_wrongly(multiply: MakeCodesMulti
     gallery = in_memory(features)
     codes = gallery.shards[0].codes.part(slice(None))
     alone = np.argsort(-(query @ codes.integers.T * codes.scales)[0], kind="stable")[:20]
-    hits = rank(gallery, query, 20, scan=codes_scan(multiply)).hits[0]
+    hits = rank(gallery, query, 20, scan=codes_scan(multiply))[0]
     assert {hit.row for hit in hits} != set(alone.tolist())
-    assert hits == rank(gallery, query, 20).hits[0]
+    assert hits == rank(gallery, query, 20)[0]
 
 
 def test_the_first_block_leaves_most_rows_out(multiply: MakeCodesMultiply) -> None:

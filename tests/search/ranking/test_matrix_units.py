@@ -134,7 +134,7 @@ def test_every_row_that_reaches_a_cut_is_found(kind: str, room_bytes: int, monke
     features = features_of(kind, 2000)
     gallery, queries = in_memory(features, cuts=(999,)), queries_of(features)
     for least in (-1.0, 0.0, 0.2, 0.999):
-        hits = rank(gallery, queries, 2000).hits
+        hits = rank(gallery, queries, 2000)
         expected = [sorted(hit.row for hit in some if hit.similarity >= least) for some in hits]
         for arithmetic in (MatrixUnits(), MatrixUnits(resident=True)):
             found = rows_within(gallery, queries, least, arithmetic.scan)
@@ -148,8 +148,8 @@ def test_rows_that_are_left_out_never_come_however_poor_the_rest_is() -> None:
     features[1::3] = 0
     query = np.ones((1, features.shape[1]), np.float32)
     for arithmetic in (MatrixUnits(resident=True), MatrixUnits()):
-        found = rank(in_memory(features), query, 600, scan=arithmetic.scan).hits[0]
-        assert [hit.row for hit in found] == [hit.row for hit in rank(in_memory(features), query, 600).hits[0]]
+        found = rank(in_memory(features), query, 600, scan=arithmetic.scan)[0]
+        assert [hit.row for hit in found] == [hit.row for hit in rank(in_memory(features), query, 600)[0]]
         assert len(found) == 200
 
 

@@ -83,7 +83,7 @@ def ids_of(n: int) -> list[str]:
 
 
 def found(gallery: Gallery, queries: NDArray[np.float32], k: int, metric: Metric, block_rows: int) -> list[list[str]]:
-    return [[hit.object_id for hit in hits] for hits in rank(gallery, queries, k, metric, numpy_scan(block_rows)).hits]
+    return [[hit.object_id for hit in hits] for hits in rank(gallery, queries, k, metric, numpy_scan(block_rows))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +98,7 @@ def test_every_prefix_equals_the_brute_force(kind: str, metric: Metric) -> None:
     for k in (1, 10, 100, n, n + 50):
         for block_rows in {10: (1, 37, n), n: (37, n)}.get(k, (61,)):
             ranking = rank(gallery, queries, k, metric, numpy_scan(block_rows))
-            for hits, want in zip(ranking.hits, expected, strict=True):
+            for hits, want in zip(ranking, expected, strict=True):
                 assert [hit.object_id for hit in hits] == [object_id for object_id, _ in want[:k]]
                 values = [hit.distance if euclidean else hit.similarity for hit in hits]
                 assert values == [value for _, value in want[:k]]
@@ -108,7 +108,7 @@ def test_one_thousand_near_duplicates_are_ordered_as_exact_fractions_order_them(
     features = features_of("near_duplicates", 1000, 64)
     query = features_of("random", 1, 64)[0]
     ids = ids_of(1000)
-    hits = rank(in_memory(features, ids, cuts=(500,)), query[np.newaxis], 20).hits[0]
+    hits = rank(in_memory(features, ids, cuts=(500,)), query[np.newaxis], 20)[0]
     keys = {object_id: exact_cosine_key(query, row) for object_id, row in zip(ids, features, strict=True)}
     truth = sorted(keys.values(), reverse=True)[:20]
     for hit, want in zip(hits, truth, strict=True):
@@ -211,7 +211,7 @@ def test_every_row_as_a_hit_takes_no_more_memory_than_a_part_of_them_in_float64(
     assert not any(gallery.unusable_rows)
     tracemalloc.start()
     try:
-        assert len(rank(gallery, features[:1], len(features)).hits[0]) == len(features)
+        assert len(rank(gallery, features[:1], len(features))[0]) == len(features)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -292,7 +292,7 @@ def test_any_float32_at_all_is_ranked_as_the_brute_force_does(
         want = brute_force(features, ids, query, metric is Metric.euclidean)
     gallery = in_memory(features, ids, cuts=(len(features) // 2,))
     for scan in (numpy_scan(block_rows), codes_scan(block_rows=block_rows)):
-        hits = rank(gallery, query[np.newaxis], k, metric, scan).hits[0]
+        hits = rank(gallery, query[np.newaxis], k, metric, scan)[0]
         assert [hit.object_id for hit in hits] == [object_id for object_id, _ in want[:k]]
 
 
@@ -316,7 +316,7 @@ def test_no_rows_are_compared_with_one() -> None:
 def test_the_distance_of_a_hit_is_exact_where_the_arc_cosine_is_not() -> None:
     rows = features_of("near_duplicates", 200, 64)
     gallery = in_memory(rows, ids_of(200))
-    for hit in rank(gallery, rows[:1], 200, Metric.cosine).hits[0][1:]:
+    for hit in rank(gallery, rows[:1], 200, Metric.cosine)[0][1:]:
         exact = float(exact_angles(rows[:1], rows[hit.row : hit.row + 1])[0])
         assert 0 < exact < 1e-5 and abs(hit.distance - exact) < 1e-12
 
@@ -345,8 +345,8 @@ def check_parts(scan: Scan) -> None:
     assert [rows.tolist() for rows in first] == [rows.tolist() for rows in near[: len(first)]]
     out = np.zeros(gallery.rows, bool)
     out[generator.choice(gallery.rows, 700, replace=False)] = True
-    others = rank(gallery, queries, 20, Metric.cosine, scan_without(scan, out)).hits
-    for found, all_hits in zip(others, rank(gallery, queries, gallery.rows).hits, strict=True):
+    others = rank(gallery, queries, 20, Metric.cosine, scan_without(scan, out))
+    for found, all_hits in zip(others, rank(gallery, queries, gallery.rows), strict=True):
         assert list(found) == [hit for hit in all_hits if not out[hit.row]][:20]
 
 
@@ -385,9 +385,10 @@ def test_unusable_rows_are_counted_and_never_ranked() -> None:
     features[7] = np.nan
     for block_rows in (1, 3, 10):
         for metric in Metric:
-            ranking = rank(in_memory(features), features[:1], 10, metric, numpy_scan(block_rows))
-            assert (ranking.zero_rows, ranking.nonfinite_rows) == (2, 3)
-            assert {hit.row for hit in ranking.hits[0]} == {0, 1, 3, 8, 9}
+            gallery = in_memory(features)
+            (hits,) = rank(gallery, features[:1], 10, metric, numpy_scan(block_rows))
+            assert gallery.unusable_rows == (2, 3)
+            assert {hit.row for hit in hits} == {0, 1, 3, 8, 9}
 
 
 def test_stale_rows_are_neither_ranked_nor_counted_as_unusable() -> None:
@@ -395,21 +396,22 @@ def test_stale_rows_are_neither_ranked_nor_counted_as_unusable() -> None:
     features[3] = 0
     stale = np.array([True, False, False, True, False, False])
     shard = Shard("0000", features, np.array([f"{row}" for row in range(6)]), None, stale)
-    ranking = rank(Gallery(D, (shard,)), features[:1], 10)
-    assert {hit.row for hit in ranking.hits[0]} == {1, 2, 4, 5}
-    assert ranking.zero_rows == 0
+    gallery = Gallery(D, (shard,))
+    (hits,) = rank(gallery, features[:1], 10)
+    assert {hit.row for hit in hits} == {1, 2, 4, 5}
+    assert gallery.unusable_rows == (0, 0)
 
 
 def test_a_gallery_without_a_usable_row_gives_no_hits() -> None:
     query = features_of("random", 1)
-    assert rank(in_memory(np.zeros((3, D), np.float32)), query, 5).hits == ((),)
-    assert rank(in_memory(np.zeros((0, D), np.float32)), query, 5).hits == ((),)
+    assert rank(in_memory(np.zeros((3, D), np.float32)), query, 5) == ((),)
+    assert rank(in_memory(np.zeros((0, D), np.float32)), query, 5) == ((),)
 
 
 def test_a_row_equal_to_the_query_has_similarity_one_and_distance_zero() -> None:
     features = features_of("random", 50, 1280)
     for metric in Metric:
-        for row, hits in enumerate(rank(in_memory(features), features, 1, metric).hits):
+        for row, hits in enumerate(rank(in_memory(features), features, 1, metric)):
             assert (hits[0].row, hits[0].similarity, hits[0].distance) == (row, 1.0, 0.0)
 
 
@@ -432,7 +434,7 @@ def test_cosine_and_angle_differ_in_nothing() -> None:
 def test_distances_rise_with_rank() -> None:
     features = features_of("random")
     for metric in Metric:
-        distances = [hit.distance for hit in rank(in_memory(features), features[:1], 250, metric).hits[0]]
+        distances = [hit.distance for hit in rank(in_memory(features), features[:1], 250, metric)[0]]
         assert all(a <= b + 1e-9 for a, b in pairwise(distances))
 
 

@@ -89,9 +89,9 @@ def test_bfloat16_alone_would_rank_near_duplicates_wrongly() -> None:
     units = torch.from_numpy(features / np.linalg.norm(features, axis=1, keepdims=True)).bfloat16()
     alone = (torch.from_numpy(query).bfloat16() @ units.T).float().topk(20).indices[0]
     gallery = in_memory(features)
-    hits = rank(gallery, query, 20, scan=TorchScan(gallery, "cpu", Precision.bfloat16)).hits[0]
+    hits = rank(gallery, query, 20, scan=TorchScan(gallery, "cpu", Precision.bfloat16))[0]
     assert {hit.row for hit in hits} != set(alone.tolist())
-    assert hits == rank(gallery, query, 20).hits[0]
+    assert hits == rank(gallery, query, 20)[0]
 
 
 def test_a_pass_that_was_broken_off_is_not_kept() -> None:
@@ -209,7 +209,7 @@ def test_a_row_is_found_beside_one_that_cannot_be_multiplied(
                 assert rank(gallery, queries, k, metric, scan) == rank(gallery, queries, k, metric)
     # The huge one is rankable, and the nearest to itself.
     if neighbour == "huge":
-        assert rank(gallery, features[101:102], 1, scan=scan).hits[0][0].row == 101
+        assert rank(gallery, features[101:102], 1, scan=scan)[0][0].row == 101
 
 
 @pytest.mark.parametrize("device", DEVICES)
