@@ -174,7 +174,7 @@ _SEARCH_EXAMPLES = [
     "ruiji search --text 'a red car' --html hits.html",
     "ruiji search photo.jpg --text 'at night' --combine",
     "ruiji search photo.jpg --labels anno.csv --where label=cat --html hits.html",
-    "ruiji search photo.jpg --format paths -0 | xargs -0 cp --backup=numbered -t FOUND",
+    "ruiji search photo.jpg --format paths -0 | xargs -0r cp --backup=numbered -t FOUND",
     "find NEW -name '*.jpg' -print0 | ruiji search - --min-similarity 0.9",
 ]
 _NEAR_DUPLICATES_EXAMPLES = [

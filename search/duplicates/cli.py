@@ -169,7 +169,7 @@ def status(
     "list",
     examples=[
         "ruiji duplicates list --remove",
-        "ruiji duplicates list --remove --format paths -0 | xargs -0 mv --backup=numbered -t TRASH",
+        "ruiji duplicates list --remove --format paths -0 | xargs -0r mv --backup=numbered -t TRASH",
         "ruiji duplicates list --keep --format csv",
     ],
 )
