@@ -13,6 +13,12 @@ from typing import Final
 #: Starts the name of every file or folder that is not finished. A name without it is that of a whole file.
 TEMPORARY_PREFIX: Final = ".tmp-"
 
+
+def temporary_prefix(shard: int) -> str:
+    """Starts the names of a shard's unfinished files, and of no others."""
+    return f"{TEMPORARY_PREFIX}{shard:04d}."
+
+
 # The media folder and the model.
 
 #: The object list that lies in a media folder, and the one that a run makes for itself.

@@ -84,6 +84,9 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
     Every file is written beside and renamed, read back, fsynced, and only then is the record linked,
     which commits the shard.
 
+    A reducer can be stopped at any point, also between its last look at the lease and a rename. Whoever takes over
+    has removed its temporary files by then, so what it renames is not there any more.
+
     Args:
         still_ours: called before each file gets its name; raises if another reducer took over.
 
@@ -92,6 +95,9 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
     """
     # A retry of which all failed again makes no shard: its record alone says so, elsewhere.
     fruitless = segment.retry and not collected.ids
+    prefix = layout.temporary_prefix(segment.shard)
+    for folder in (plan.folder, layout.fruitless_folder(plan.folder)):
+        _remove_temporary(folder, prefix)
     arrays = (collected.features, collected.digests, collected.ids, collected.paths)
     contents = {} if fruitless else shard_contents(*arrays)
     record = Record(
@@ -109,19 +115,17 @@ def write_shard(plan: Plan, segment: Segment, collected: Collected, still_ours: 
         format=plan.record_format_of(segment),
     )
     if fruitless:
-        still_ours()
-        write_record(layout.fruitless_folder(plan.folder), record)
+        write_record(layout.fruitless_folder(plan.folder), record, still_ours)
         return record
     for ending, chunks in contents.items():
-        still_ours()
-        write_atomic(layout.shard_file(plan.folder, segment.shard, ending), chunks, sync=True)
+        path = layout.shard_file(plan.folder, segment.shard, ending)
+        write_atomic(path, chunks, sync=True, prefix=prefix, before_naming=still_ours)
     try:
         check_shard(plan.folder, record)
     except ShardCorrupt as error:
         raise MachineFault(f"what was written does not read back: {error}") from error
     sync_folder(plan.folder)
-    still_ours()
-    if write_record(plan.folder, record):
+    if write_record(plan.folder, record, still_ours):
         return record
     # Another reducer was faster; its record must describe the arrays that now lie there.
     other = read_record(plan.folder, segment.shard)
@@ -167,10 +171,10 @@ def _tidy(folder: str, since_ns: int) -> None:
             os.rmdir(folder)  # A full one stays.
 
 
-def _remove_temporary(folder: str | Path) -> None:
+def _remove_temporary(folder: str | Path, prefix: str = layout.TEMPORARY_PREFIX) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(layout.TEMPORARY_PREFIX):
+            if entry.name.startswith(prefix):
                 Path(entry.path).unlink(missing_ok=True)
 
 

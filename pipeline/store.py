@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,13 +58,21 @@ def machine_faults(doing: str) -> Iterator[None]:
 
 
 def write_atomic(
-    path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False, sync: bool = False
+    path: str | Path,
+    chunks: Iterable[bytes | memoryview],
+    *,
+    exclusive: bool = False,
+    sync: bool = False,
+    prefix: str = layout.TEMPORARY_PREFIX,
+    before_naming: Callable[[], object] | None = None,
 ) -> bool:
     """Write a file so that it appears whole under its name, or not at all.
 
     Args:
         exclusive: leave an existing file alone (the first writer wins).
         sync: fsync the file before it gets its name; the folder is the caller's to sync.
+        prefix: what the temporary file's name begins with.
+        before_naming: called once the temporary file is whole; if it raises, the file gets no name.
 
     Returns:
         False where `exclusive` found the name taken.
@@ -74,7 +82,7 @@ def write_atomic(
     """
     # Plain strings: this runs once per image, and paths as objects would cost as much as the writing.
     folder = os.path.dirname(path) or "."
-    temporary = _temporary(folder)
+    temporary = _temporary(folder, prefix)
     try:
         descriptor = _create(temporary, folder)
         try:
@@ -84,6 +92,8 @@ def write_atomic(
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if before_naming is not None:
+            before_naming()
         if not exclusive:
             os.replace(temporary, path)
             return True
@@ -106,9 +116,9 @@ def write_atomic(
         raise
 
 
-def _temporary(folder: str) -> str:
+def _temporary(folder: str, prefix: str = layout.TEMPORARY_PREFIX) -> str:
     """A name that nobody has, for a file that is being written."""
-    return f"{folder}/{layout.TEMPORARY_PREFIX}{_WRITER}-{next(_writes)}"
+    return f"{folder}/{prefix}{_WRITER}-{next(_writes)}"
 
 
 def _create(path: str, folder: str) -> int:
@@ -479,10 +489,17 @@ def digest_of(chunks: Iterable[bytes | memoryview]) -> str:
     return total.hexdigest()
 
 
-def write_record(folder: Path, record: Record) -> bool:
+def write_record(folder: Path, record: Record, before_naming: Callable[[], object] | None = None) -> bool:
     """Commit a shard; durable when this returns. False if it had a record already."""
     content = to_json(asdict(record))
-    written = write_atomic(layout.record_file(folder, record.shard), [content], exclusive=True, sync=True)
+    written = write_atomic(
+        layout.record_file(folder, record.shard),
+        [content],
+        exclusive=True,
+        sync=True,
+        prefix=layout.temporary_prefix(record.shard),
+        before_naming=before_naming,
+    )
     sync_folder(folder)
     return written
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import layout
+from pipeline.errors import MachineFault
 from pipeline.plans.closing import cancel_plan
 from pipeline.reduce import collect, missing_after_reread, tidy
 from pipeline.segments import finish_plan, reduce_segment
@@ -154,6 +155,34 @@ def test_a_record_that_another_could_not_make_durable_is_durable_before_its_inpu
     }[after]()
     assert left_at_sync[:2] == [3, 3]
     assert not any(path.exists() for path in inputs)
+
+
+@pytest.mark.parametrize("asleep", [0, 4])
+@pytest.mark.parametrize("killed", [1, 4, None])
+def test_a_reducer_that_sleeps_before_a_rename_replaces_nothing_of_the_one_that_takes_over(
+    tmp_path: Path, model_path: Path, asleep: int, killed: int | None
+) -> None:
+    plan = new_plan(tmp_path, model_path, 3, shard_rows=3)
+    segment = plan.segments[0]
+    paths = plan.paths(segment)
+    embed(plan, paths[:2])
+    fail(plan, paths[2], "memory")
+    calls = iter(range(asleep))
+
+    def other() -> None:
+        """The lease runs out just after it was looked at."""
+        if next(calls, None) is None:
+            # A late duplicate of its task, on a larger machine.
+            embed(plan, [paths[2]])
+            with nullcontext() if killed is None else pytest.raises(RuntimeError, match="stopped here"):
+                reduce_segment(plan, segment, ours if killed is None else stops_at(killed))
+
+    with pytest.raises(MachineFault, match="cannot write"):
+        reduce_segment(plan, segment, other)
+    reduce_segment(plan, segment, ours)
+    check_shard(plan.folder, read_record(plan.folder, 0))
+    assert read_record(plan.folder, 0).rows == 3
+    assert not list(plan.folder.glob(f"{layout.TEMPORARY_PREFIX}*"))
 
 
 def test_leftovers_of_another_reducer_are_overwritten(tmp_path: Path, model_path: Path) -> None:
