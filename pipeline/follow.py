@@ -12,7 +12,7 @@ import redis
 from pipeline import layout
 from pipeline.errors import BrokerUnavailable, MachineFault, RuijiError, UsageError
 from pipeline.gallery import read_gallery
-from pipeline.queue.connection import broker_faults, connect, passes, refusal
+from pipeline.queue.connection import broker_faults, connect, refusal, refused
 from pipeline.queue.embedded import url_of
 from pipeline.status import STARTING, Status, StatusReader
 
@@ -123,7 +123,7 @@ def _read_patiently(reader: StatusReader, checks: Iterable[Callable[[], None]]) 
         try:
             return reader.read()
         except redis.RedisError as error:
-            if isinstance(error, redis.ResponseError) and not passes(error):
+            if refused(error):
                 raise UsageError(refusal(error)) from None
             if told != "redis":
                 logger.warning("Redis: %s; waiting for it", error, extra={"event": "redis_away"})

@@ -50,13 +50,8 @@ def connect(redis_url: str) -> redis.Redis:
             retry_on_error=[redis.ReadOnlyError],
         )
         _require_fit(client.info())
-    except redis.AuthenticationError as error:
-        raise UsageError(
-            f"Redis at {public_url(redis_url)} refuses the user or the password ({error}); correct RUIJI_REDIS_URL or "
-            "RUIJI_REDIS_PASSWORD_FILE"
-        ) from None
-    except redis.ResponseError as error:
-        raise UsageError(refusal(error)) from None
+    except (redis.AuthenticationError, redis.ResponseError) as error:
+        raise UsageError(f"{public_url(redis_url)}: {refusal(error)}") from None
     except redis.RedisError as error:
         reason = str(error).rstrip(".")
         if isinstance(error.__context__, socket.gaierror):
@@ -83,14 +78,20 @@ def _require_fit(info: dict[str, Any]) -> None:
         )
 
 
-def passes(error: redis.ResponseError) -> bool:
-    """Whether what Redis refuses now may work later, unchanged."""
-    return _PASSING.search(f"{getattr(error, 'status_code', '')} {error}") is not None
+def refused(error: BaseException | None) -> bool:
+    """Whether Redis refuses what it is asked, or who asks, and asking again unchanged is of no use."""
+    if isinstance(error, redis.ResponseError):
+        return _PASSING.search(f"{getattr(error, 'status_code', '')} {error}") is None
+    # To its client a wrong password is a lost connection.
+    return isinstance(error, redis.AuthenticationError)
 
 
-def refusal(error: redis.ResponseError) -> str:
+def refusal(error: BaseException) -> str:
     """What to tell where Redis refuses what ruiji cannot do without."""
-    words = f"Redis refuses what ruiji needs: {str(error)[:300]}"
+    said = str(error)[:300]
+    if isinstance(error, redis.AuthenticationError):
+        return f"Redis refuses the user or the password ({said}); correct RUIJI_REDIS_URL or RUIJI_REDIS_PASSWORD_FILE"
+    words = f"Redis refuses what ruiji needs: {said}"
     if isinstance(error, redis.exceptions.NoPermissionError):
         return f"{words}; give its user the rights that docs/deployment.md lists"
     return f"{words}. Is something else in this database? Give ruiji one of its own. Nothing is lost"
@@ -104,7 +105,7 @@ def broker_faults() -> Iterator[None]:
     except REDIS_FAULTS as error:
         # Of a batch kombu only says that it failed.
         reason = error.__cause__ if isinstance(error, BatchPublishError) else error
-        if isinstance(reason, redis.ResponseError) and not passes(reason):
+        if refused(reason):
             raise UsageError(refusal(reason)) from error
         raise BrokerUnavailable(
             f"trouble with Redis: {reason}. Nothing is lost: run it again once Redis works, and it continues"

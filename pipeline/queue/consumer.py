@@ -10,7 +10,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import consumer as stock
 
 from pipeline.errors import UsageError
-from pipeline.queue.connection import passes
+from pipeline.queue.connection import refused
 from pipeline.queue.keys import EMBED_TASK, gallery_of, task_of
 from pipeline.queue.messages import report_dropped, task_fault, task_in
 from pipeline.queue.outages import give_up, outage
@@ -32,7 +32,7 @@ class Consumer(stock.Consumer):  # type: ignore[misc]
             try:
                 super().start(parent)
             except redis.ResponseError as error:
-                if passes(error):
+                if not refused(error):
                     raise redis.ConnectionError(str(error)) from error
                 give_up(error)
                 raise WorkerShutdown(UsageError.exit_code) from None
@@ -44,6 +44,9 @@ class Consumer(stock.Consumer):  # type: ignore[misc]
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """Celery's hook."""
+        if refused(exc):
+            give_up(exc)
+            raise WorkerShutdown(UsageError.exit_code)
         outage.begins(exc)
         if isinstance(exc.__cause__, redis.ResponseError):
             time.sleep(_PAUSE_S)

@@ -3,11 +3,10 @@
 import logging
 import threading
 
-import redis
 from celery.worker import state
 
 from pipeline.errors import UsageError
-from pipeline.queue.connection import passes, refusal
+from pipeline.queue.connection import refusal, refused
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def ending() -> bool:
     return state.should_stop is not None
 
 
-def give_up(error: redis.ResponseError) -> None:
+def give_up(error: BaseException) -> None:
     """Redis refuses what this process cannot do without: say so once, and end the process."""
     if not ending():
         logger.error("%s", refusal(error), extra={"event": "redis_refuses"})
@@ -58,7 +57,7 @@ def give_up(error: redis.ResponseError) -> None:
 
 def noted(error: Exception) -> None:
     """Note a fault of Redis: one that passes is waited for, any other ends the process."""
-    if isinstance(error, redis.ResponseError) and not passes(error):
+    if refused(error):
         give_up(error)
     else:
         outage.begins(error)

@@ -19,7 +19,7 @@ from pipeline.gallery import GalleryInfo, check_place
 from pipeline.progress import Attendance
 from pipeline.queue.app import make_app
 from pipeline.queue.comparisons import Comparisons, PanelTask, Seen
-from pipeline.queue.connection import REDIS_FAULTS, broker_faults, connect, passes, refusal
+from pipeline.queue.connection import REDIS_FAULTS, broker_faults, connect, refusal, refused
 from pipeline.settings import VISIBILITY_TIMEOUT_S
 from pipeline.status import live_workers
 from search.duplicates.panels import PANEL_ROWS, panels_of
@@ -167,7 +167,7 @@ class _Asking:
             answer = ask()
         except REDIS_FAULTS as error:
             reason = error.__cause__ if isinstance(error.__cause__, redis.RedisError) else error
-            if isinstance(reason, redis.ResponseError) and not passes(reason):
+            if refused(reason):
                 raise UsageError(refusal(reason)) from error
             self._tell(_AWAY)
             return None

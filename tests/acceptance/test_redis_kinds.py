@@ -142,6 +142,23 @@ def test_a_right_that_is_missing_ends_a_worker_in_one_line(
     assert 1 <= len(refused) <= 2 and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_password_that_is_changed_ends_who_has_the_old_one(
+    ruiji: Ruiji, redis_url: str, user: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures(ruiji.media, 2)
+    client = connect(redis_url)
+    ruiji.environment = {"RUIJI_REDIS_URL": user, "RUIJI_REDIS_PASSWORD_FILE": str(tmp_path / "password")}
+    # Nobody reduces, so that it waits.
+    waiting = ruiji.start("enqueue", "--wait")
+    worker = ruiji.start("worker", "--processes", "1", "--role", "embed")
+    wait_until(lambda: len(list(ruiji.gallery.glob("??/??/*.npy"))) == 2, what="two features")
+    client.execute_command("ACL", "SETUSER", "ruiji", "resetpass", ">OTHER")
+    client.execute_command("CLIENT", "KILL", "USER", "ruiji")
+    assert (worker.wait(60), waiting.wait(60)) == (2, 2)
+    refused = [line for line in capfd.readouterr().err.splitlines() if "RUIJI_REDIS_PASSWORD_FILE" in line]
+    assert ["redis_refuses" in line for line in refused].count(False) == 1 and 2 <= len(refused) <= 3, refused
+
+
 def test_a_damaged_append_only_file_names_the_way_out(tmp_path: Path) -> None:
     with embedded_redis(tmp_path / "redis") as (url, _):
         connect(url).set("a", "b")
