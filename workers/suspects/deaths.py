@@ -35,7 +35,7 @@ class Suspect:
         """What the object fails with after the last death."""
         words = {
             Reason.timeout: f"decoding it takes longer than {limits.max_image_s} s",
-            Reason.memory: f"decoding it takes more than {limits.max_image_mb} MB of memory",
+            Reason.memory: "memory ran out on its machine, or in its container, each time it was decoded alone",
         }
         return ImageError(words.get(self.reason, "it ended every process that worked on it"), self.reason, self.deaths)
 

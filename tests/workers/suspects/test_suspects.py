@@ -105,6 +105,15 @@ def test_only_deaths_alone_count_beyond_the_first(plan: Plan) -> None:
     assert not layout.suspects_folder(plan.folder, plan.plan_id).exists()
 
 
+def test_what_the_system_ends_for_lack_of_memory_is_not_said_to_have_reached_the_limit(plan: Plan) -> None:
+    path = jobs(plan)[0].path
+    for _ in range(3):
+        note_deaths(plan, [path], "memory", alone=True)
+    failure = read_suspect(plan, path).failure(LIMITS)
+    assert (failure.reason, failure.attempts) == ("memory", 3)
+    assert "memory ran out" in str(failure) and str(LIMITS.max_image_mb) not in str(failure)
+
+
 @pytest.mark.parametrize("kind", ["segfault", "hog", "endless"])
 def test_the_third_death_fails_the_image_and_no_other(
     tmp_path: Path, plan: Plan, encoder: Encoder, poisonous: None, kind: str
