@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.children import start_child
 from pipeline.choices import ObjectIds
 from pipeline.errors import ObjectListError, RuijiError, UsageError
 from pipeline.progress import LINE_INTERVAL_S, StillAt
@@ -383,9 +384,8 @@ def sort_lines(source: Path, target: Path, *, unique: bool = False, by_first_fie
     if by_first_field:
         command += ["-t", "\t", "-k", "1,1"]
     megabytes, still = source.stat().st_size >> 20, StillAt("sorting")
-    with subprocess.Popen(
-        [*command, "--", str(source)], env={**os.environ, "LC_ALL": "C"}, stderr=subprocess.PIPE, text=True
-    ) as sort:
+    environment = {**os.environ, "LC_ALL": "C"}
+    with start_child([*command, "--", str(source)], env=environment, stderr=subprocess.PIPE, text=True) as sort:
         said = None
         try:
             while said is None:

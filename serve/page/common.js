@@ -91,7 +91,8 @@ function prepareLetters() {
   const draw = (work) => document.body.classList.toggle("letterless", !work);
   const works = kept((store) => store.getItem("letters")) !== "off";
   draw(works);
-  const box = element("letters");
+  // Only pages whose keys are letters have it.
+  const box = document.querySelector("#letters");
   if (!box) return;
   box.checked = works;
   box.addEventListener("change", () => {

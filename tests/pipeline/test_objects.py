@@ -218,9 +218,10 @@ def test_sorting_tells_that_it_goes_on_and_ends_with_its_command(
 
     monkeypatch.setattr(StillAt, "__call__", interrupt)
     (tmp_path / "lines").write_text("b\na\n")
+    before = processes_below()
     with pytest.raises(KeyboardInterrupt, match="0 MB"):
         sort_lines(tmp_path / "lines", tmp_path / "sorted")
-    assert not processes_below()
+    assert set(processes_below()) <= set(before)
 
 
 def test_a_missing_list_says_how_to_make_one(tmp_path: Path) -> None:
