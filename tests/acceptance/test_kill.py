@@ -111,6 +111,7 @@ def test_a_killed_reducer_leaves_no_partial_shard(ruiji: Ruiji, redis_url: str, 
     finish(ruiji, expected)
 
 
+@pytest.mark.slow
 def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected: dict[str, str]) -> None:
     ruiji.environment = {**FAST, "RUIJI_REDIS_URL": redis_url}
     ruiji("enqueue")
@@ -121,6 +122,7 @@ def test_an_emptied_redis_costs_only_time(ruiji: Ruiji, redis_url: str, expected
     finish(ruiji, expected)
 
 
+@pytest.mark.slow
 @TRANSPORTS
 def test_a_redis_that_is_killed_and_restarted_costs_only_time(
     ruiji: Ruiji, tmp_path: Path, expected: dict[str, str], transport: str

@@ -65,7 +65,7 @@ def mutated(message: dict[str, Any], random_: random.Random) -> str:
     return json.dumps(message)
 
 
-@pytest.mark.parametrize("transport", ["fast", "stock"])
+@pytest.mark.parametrize("transport", ["fast", pytest.param("stock", marks=pytest.mark.slow)])
 def test_hundreds_of_damaged_messages_in_both_queues_end_nothing(
     ruiji: Ruiji, redis_url: str, capfd: pytest.CaptureFixture[str], transport: str
 ) -> None:

@@ -269,7 +269,7 @@ def test_a_worker_with_other_shards_ends_and_others_do_the_work(
     other.stop_all()
 
 
-@pytest.mark.parametrize("poison", ["dies", "fails"])
+@pytest.mark.parametrize("poison", ["dies", pytest.param("fails", marks=pytest.mark.slow)])
 def test_a_poison_panel_ends_after_five_tries_and_is_named(
     comparing: Ruiji, begun: Path, poison: str, undisturbed: Undisturbed
 ) -> None:

@@ -269,6 +269,7 @@ def test_a_service_that_does_not_answer_is_said(served: Served, page: Page, watc
     watch.expect("ERR_FAILED .*/map/points")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_objects_have_a_place(ruiji: Ruiji, page: Page) -> None:
     rng = np.random.default_rng(1)
     middles = rng.standard_normal((50, LENGTH)) * np.linspace(3, 0.1, LENGTH)
