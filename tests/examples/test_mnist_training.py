@@ -171,6 +171,7 @@ def test_features_of_two_dimensions_are_drawn(output: Path) -> None:
         scatter(Network.many, 2, 10, 0, output)
 
 
+@pytest.mark.slow
 def test_the_exit_status_says_whether_the_targets_hold(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
